@@ -1,0 +1,45 @@
+"""What it costs to cut a Poisson batch at a maximum size, and how large that maximum should be."""
+
+import functools
+import math
+
+from accounting.mechanism import DpSgdMechanism
+
+
+@functools.lru_cache
+def overflow_probability(num_units: int, sampling_probability: float, max_batch_size: int) -> float:
+    """Psi = P[Binomial(N, q) > max_batch_size]."""
+    from scipy import stats
+
+    return float(stats.binom.sf(max_batch_size, num_units, sampling_probability))
+
+
+def additive_delta(mechanism: DpSgdMechanism, epsilon: float, steps: int) -> float:
+    """(1 + e^epsilon) T Psi, added to delta by truncation at any epsilon, under any neighbouring relation.
+
+    Each data set's truncated run differs from its plain Poisson run only where some batch overflows: total variation at most T Psi
+    on either side (Chua et al. 2024, arXiv 2411.04205, section 3). The larger of the neighbours, N units, bounds both.
+    """
+    if mechanism.max_batch_size is None:
+        return 0.0
+    q = mechanism.sampling_probability
+    return (1 + math.exp(min(epsilon, 700.0))) * steps * overflow_probability(mechanism.num_units, q, mechanism.max_batch_size)
+
+
+def plan_max_batch_size(
+    num_units: int, expected_batch_size: float, steps: int, epsilon: float, delta: float, *, share: float = 1e-3, multiple: int = 1
+) -> int:
+    """The smallest cap, a multiple of `multiple`, at which truncation costs at most `share` of delta.
+
+    Without a finite epsilon the cap is planned as for epsilon = 20, so that the run has the same shape.
+    """
+    from scipy import stats
+
+    epsilon = min(epsilon, 20.0)
+    q = expected_batch_size / num_units
+    allowed = share * delta / ((1 + math.exp(epsilon)) * max(steps, 1))
+    cap = max(math.ceil(expected_batch_size), int(stats.binom.isf(allowed, num_units, q)))
+    while overflow_probability(num_units, q, cap) > allowed:
+        cap += 1
+    cap = min(cap, num_units)
+    return -(-cap // multiple) * multiple

@@ -1,0 +1,69 @@
+"""The program `dpgemma COMMAND --flags`.
+
+Exit codes: 0 done, 1 the check found something, 2 bad input. Nothing heavy is imported before a command runs, so that --help answers
+at once.
+"""
+
+import importlib
+import sys
+
+from absl import flags
+
+from accounting.errors import InputError
+
+COMMANDS = {
+    "train": "train or fine-tune under a privacy budget; the same command resumes",
+    "account": "solve a privacy budget for the one omitted quantity",
+    "sample": "generate text from a checkpoint",
+    "export": "write a Hugging Face directory",
+}
+_HELP = ("--help", "-h", "-help", "help")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: dpgemma COMMAND [--flags]", "", *lines, "", "dpgemma COMMAND --help lists the flags of one command."])
+
+
+def _fail(message: str) -> int:
+    print(f"dpgemma: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        print(_usage(), file=sys.stderr)
+        return 2
+    name, *rest = arguments
+    if name in _HELP:
+        print(_usage())
+        return 0
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"dpgemma.commands.{name}")
+    fv = flags.FlagValues()
+    command.define_flags(fv)
+    if any(argument in _HELP[:3] for argument in rest):
+        from dpgemma.commands import command_flags
+
+        print(command_flags.help_text(name, command.DESCRIPTION, fv))
+        return 0
+    try:
+        positional = fv([name, *rest])[1:]
+        if positional:
+            raise InputError(f"unexpected argument {positional[0]!r}: settings are given as --name=value")
+        return command.run(fv)
+    except (InputError, flags.Error) as error:
+        return _fail(error)
+    except OSError as error:
+        place = f" at {error.filename}" if error.filename else ""
+        return _fail(f"the disk refused{place}: {error.strerror or error}; nothing that was saved before is lost")
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing that was saved before is lost")
+
+
+def entry_point() -> None:
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""dpgemma train: trains a model under a privacy budget; the same command resumes."""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from dpgemma.commands import command_flags
+from dpgemma.training.config import TrainConfig
+
+DESCRIPTION = "Train a Gemma under a privacy budget. Run the same command again to resume."
+
+
+def define_flags(fv: flags.FlagValues) -> None:
+    command_flags.define_from_dataclass(TrainConfig, fv)
+    command_flags.string("workdir", None, "Folder of the run; by default runs/<first 8 digits of the settings' hash>.", fv)
+
+
+def run(fv: flags.FlagValues) -> int:
+    config = TrainConfig(**{field.name: fv[field.name].value for field in dataclasses.fields(TrainConfig)})
+    trainer = prepare(config, fv.workdir, epsilon_given=bool(fv["epsilon"].present))
+    bits = trainer.train()
+    if bits is not None and len(trainer.data.held_out):
+        print(f"held-out {bits:.4f} bits/byte")
+    return 0
+
+
+def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: bool = False, keys=None):
+    """Resolves the settings, creates or opens the run's folder and returns the Trainer.
+
+    Args:
+      config: the settings as given.
+      workdir: the run's folder; None for the default.
+      epsilon_given: whether epsilon was asked for, rather than a default.
+      keys: secrets for a new run instead of the operating system's. For tests: no flag leads here.
+
+    Raises:
+      InputError: anything that the user can mend.
+    """
+    from dpgemma.data import dataset, packing, sources
+    from dpgemma.gemma import tokenizer as tokenizer_lib
+    from dpgemma.training import loop, mesh, plan, progress, run_directory
+
+    tokenizer = tokenizer_lib.load(config.tokenizer)
+    model = plan.model_config(config, tokenizer.vocab_size)
+    config = dataclasses.replace(config, mesh=mesh.resolve(config.mesh))
+    path = pathlib.Path(workdir or f"runs/{config.digest()[:8]}")
+    run = run_directory.open_existing(path)
+    keys = run.keys() if run else keys or run_directory.Keys.generate()
+
+    rows = packing.pack(sources.documents(config.data, config.text_field), tokenizer, config.sequence_length)
+    data = dataset.split(rows, keys.holdout, config.holdout_fraction)
+    config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
+    fingerprint = run_directory.fingerprint(keys, rows)
+    if run:
+        run.check_resumable(config.as_dict(), fingerprint)
+    else:
+        run = run_directory.create(path, config.as_dict(), keys, fingerprint, plan.start_event(config))
+    for warning in plan.warnings(config):
+        progress.warn(warning)
+    progress.inform(plan.summary(config, path))
+    return loop.Trainer(config, model, tokenizer, data, run)

@@ -1,0 +1,60 @@
+"""Poisson sampling of unit indices in time and memory proportional to the batch.
+
+Formal guarantee: in every step each of the N units is drawn independently with probability q, up to float64 rounding (a relative
+error of about 1e-15 in q); where more than `max_batch_size` are drawn, a uniformly random subset of that size is kept. The draw of
+step t is a function of (secret key, t, N, q, max_batch_size) alone and independent of every other step, under the assumption that
+ChaCha20 is a pseudo-random function.
+Tested by tests/privacy/poisson_test.py::test_inclusion_is_uniform, ::test_pairs_are_independent, ::test_batch_size_is_binomial and
+::test_truncation_keeps_a_uniform_subset.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from dpgemma.privacy import keystream
+
+
+@dataclasses.dataclass(frozen=True)
+class PoissonSampler:
+    """The public facts of the sampler; the key is an argument of `draw`.
+
+    Attributes:
+      num_units: N, up to 1e12.
+      sampling_probability: q in (0, 1].
+      max_batch_size: truncation cap, or None.
+    """
+
+    num_units: int
+    sampling_probability: float
+    max_batch_size: int | None = None
+
+    def __post_init__(self):
+        if self.num_units < 1 or not 0 < self.sampling_probability <= 1:
+            raise ValueError(f"cannot draw from {self.num_units} units with probability {self.sampling_probability}")
+
+    def draw(self, secret: bytes, step: int) -> np.ndarray:
+        """Sorted distinct indices int64 [k] of step `step`, with k <= max_batch_size."""
+        drawn = self._poisson(keystream.derive(secret, "poisson gaps"), step)
+        cap = self.max_batch_size
+        if cap is None or drawn.size <= cap:
+            return drawn
+        tickets = keystream.uniform_uint64(keystream.derive(secret, "poisson truncation"), step, drawn.size)
+        return np.sort(drawn[np.argpartition(tickets, cap)[:cap]])
+
+    def _poisson(self, key: bytes, step: int) -> np.ndarray:
+        """Walks over the units in geometric gaps: P[gap > k] = (1 - q)^k (Devroye 1986, chapter X.2)."""
+        if self.sampling_probability == 1:
+            return np.arange(self.num_units)
+        mean = self.num_units * self.sampling_probability
+        count = math.ceil(mean + 8 * math.sqrt(mean)) + 32
+        while True:
+            # (r + 1/2) / 2^64 in float64 keeps 53 significant bits down to 2^-65, so that long gaps are resolved too.
+            uniform = (keystream.uniform_uint64(key, step, count).astype(np.float64) + 0.5) * 2.0**-64
+            gaps = np.floor(np.log(uniform) / math.log1p(-self.sampling_probability))
+            # A gap beyond the data ends the walk wherever it is; the bound keeps the running sum inside 64 bits.
+            positions = np.cumsum(np.minimum(gaps, self.num_units).astype(np.int64) + 1) - 1
+            if positions[-1] >= self.num_units:
+                return positions[: np.searchsorted(positions, self.num_units)]
+            count *= 2

@@ -1,0 +1,103 @@
+"""Checkpoints: parameters, optimizer state and the ledger in one atomic Orbax step."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import orbax.checkpoint as ocp
+
+from accounting.errors import InputError
+from accounting.ledger import Ledger
+from dpgemma.training import optimizer
+from dpgemma.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run; use as a context manager, so that a pending write is finished."""
+
+    def __init__(self, directory: pathlib.Path, keep: int):
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_names=("state", "meta"),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    def save(self, step: int, state: TrainState, ledger: Ledger) -> None:
+        """Saves the state after `step` updates, with the ledger's text up to a new checkpoint event."""
+        if step in self._manager.all_steps():
+            return
+        ledger.append("checkpoint", step=step)
+        ledger.sync()
+        meta = {"step": step, "optimizer_count": optimizer.update_count(state.optimizer_state), "ledger": ledger.text}
+        state_dict = {"parameters": state.parameters, "optimizer_state": state.optimizer_state}
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta)))
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState, ledger: Ledger, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
+        """The latest checkpoint that can be read, as (step, state); None if there is none.
+
+        A damaged checkpoint is renamed, with a warning, and the one before it is taken.
+
+        Args:
+          like: a state of the right structure, shapes and shardings.
+
+        Raises:
+          InputError: a checkpoint that this ledger does not know.
+        """
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"parameters": like.parameters, "optimizer_state": like.optimizer_state})
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+                )
+                meta, state = restored.meta, TrainState(**restored.state)
+                sound = meta["step"] == meta["optimizer_count"] == optimizer.update_count(state.optimizer_state) == step
+                if not sound:
+                    raise ValueError(f"its counters disagree with its number {step}")
+            except Exception as error:  # whatever the storage layers raise on damaged files
+                reason = str(error).strip().split("\n")[0][:200]
+                warn(f"checkpoint {step} cannot be read ({reason}); it is set aside and the one before it is used")
+                self._set_aside(step)
+                continue
+            if not ledger.text.startswith(meta["ledger"]):
+                raise InputError(f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger edited")
+            return step, state
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        source = self._directory / str(step)
+        target = self._directory / f"damaged-{step}"
+        number = 1
+        while target.exists():
+            target, number = self._directory / f"damaged-{step}.{number}", number + 1
+        source.rename(target)
+        self._manager.reload()
+
+
+def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
+    """(step, parameter tree, meta) of the latest checkpoint, without a template, for sampling and export.
+
+    Raises:
+      InputError: there is none, or it cannot be read.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory.parent} has no checkpoint yet: train it first")
+    with ocp.CheckpointManager(
+        directory.absolute(), item_names=("state", "meta"), options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{directory.parent} has no checkpoint yet: train it first")
+        try:
+            restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(f"checkpoint {step} in {directory} cannot be read ({reason}): resume training, which falls back") from None
+    return step, restored.state["parameters"], restored.meta

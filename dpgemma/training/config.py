@@ -1,0 +1,98 @@
+"""Every setting of a training run, with its public default and its help text. `--help`, config.json and resume all read this."""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+from accounting import mechanism as mechanism_lib
+from accounting.errors import InputError
+
+# Settings that change neither the mechanism nor the result, so a run may be resumed with others.
+OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("float32", "bfloat16")
+PRIVACY_UNITS = ("sequence",)
+
+
+def _setting(default, text: str, choices: tuple[str, ...] | None = None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings as given (None: to be resolved) or, after resolution, as used. Defaults are constants, never taken from data."""
+
+    model: str = _setting("tiny", "Preset of the model: tiny or vaultgemma_1b.")
+    data: str = _setting("synthetic", "synthetic, a text file or glob, a .jsonl file or glob, or tfds:NAME prepared on disk.")
+    text_field: str = _setting("text", "Field of a JSONL or TFDS record that holds the text.")
+    tokenizer: str = _setting("byte", "byte, or the path of a SentencePiece .model file.")
+    sequence_length: int = _setting(128, "Tokens per row.")
+    privacy_unit: str = _setting("sequence", "What the guarantee protects: sequence (one row).")
+    holdout_fraction: float = _setting(0.1, "Share of units held out for evaluation; they are not trained on and not covered.")
+    neighbouring_relation: str = _setting("zero_out", "Neighbouring data sets.", mechanism_lib.RELATIONS)
+    num_units: int | None = _setting(None, "Declared number of training units; needed under add_or_remove, where counting would leak.")
+    epsilon: float | None = _setting(8.0, "Target epsilon; inf (with --clip_norm=inf) trains the non-private baseline.")
+    delta: float = _setting(1e-5, "Target delta.")
+    noise_multiplier: float | None = _setting(None, "Noise on the sum, in clip norms; omitted, it is solved from epsilon and delta.")
+    clip_norm: float = _setting(1.0, "L2 bound of each unit's gradient.")
+    batch_size: int = _setting(512, "EXPECTED Poisson batch, in units.")
+    max_batch_size: int | None = _setting(None, "Truncation cap of a batch; omitted, it is planned to cost 0.1 % of delta.")
+    steps: int = _setting(160, "Number of updates.")
+    clipping: str = _setting("example_scan", "How clipped gradients are computed.", ("example_scan", "vmap"))
+    microbatch_size: int = _setting(1, "Units per device that --clipping=vmap takes at once.")
+    optimizer: str = _setting("adamw", "Optimizer.", OPTIMIZERS)
+    learning_rate: float = _setting(4e-3, "Peak learning rate.")
+    warmup_steps: int = _setting(10, "Updates of linear warm-up.")
+    schedule: str = _setting("cosine", "Decay after warm-up, to a tenth of the peak.", SCHEDULES)
+    weight_decay: float = _setting(0.0, "Decoupled weight decay (adamw).")
+    dtype: str = _setting("float32", "Type of activations and matrix products; norms, sums and noise stay float32.", DTYPES)
+    remat: str = _setting(
+        "none", "What the backward pass recomputes: none keeps activations, block recomputes each block.", ("none", "block")
+    )
+    mesh: str = _setting("auto", "Devices: auto, or data:N. On a CPU, auto makes one device per core, up to 8.")
+    seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
+    checkpoint_every: int = _setting(40, "Updates between checkpoints.")
+    keep_checkpoints: int = _setting(3, "Checkpoints kept.")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"--{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("sequence_length", "batch_size", "steps", "microbatch_size", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.privacy_unit not in PRIVACY_UNITS:
+            raise InputError(
+                f"--privacy_unit={self.privacy_unit} is not supported yet: only sequence (one row of --sequence_length tokens) is"
+            )
+        if not 0 <= self.holdout_fraction < 1:
+            raise InputError(f"--holdout_fraction must be at least 0 and below 1, got {self.holdout_fraction:g}")
+        if not 0 < self.delta < 1:
+            raise InputError(f"--delta must lie between 0 and 1, got {self.delta:g}")
+        if self.epsilon is not None and not self.epsilon > 0:
+            raise InputError(f"--epsilon must be positive, got {self.epsilon:g}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InputError(f"--learning_rate must be positive and finite, got {self.learning_rate:g}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise InputError("--warmup_steps and --weight_decay must not be negative")
+        if math.isinf(self.clip_norm) and self.epsilon is not None and math.isfinite(self.epsilon):
+            raise InputError(
+                "--clip_norm=inf bounds nobody's influence, so no finite epsilon holds: give a finite --clip_norm, or --epsilon=inf"
+            )
+        if self.noise_multiplier is not None and self.noise_multiplier > 0 and self.epsilon == math.inf:
+            raise InputError("--epsilon=inf means no noise: drop --noise_multiplier, or give a finite --epsilon")
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict:
+        """The settings that make a run the same run."""
+        return {name: value for name, value in self.as_dict().items() if name not in OPERATIONAL}
+
+    def digest(self) -> str:
+        """Hash of the identity; the first 8 digits name the default work directory."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()

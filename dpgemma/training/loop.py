@@ -1,0 +1,150 @@
+"""A training run from its first or its resumed step to its report."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from accounting import report
+from accounting.accountant import Accountant
+from accounting.curve import EpsilonCurve
+from accounting.errors import InputError
+from accounting.ledger import Ledger
+from dpgemma.data.dataset import Dataset, spread
+from dpgemma.gemma import decoder
+from dpgemma.gemma.config import GemmaConfig
+from dpgemma.privacy.noise import noise_keys
+from dpgemma.privacy.poisson import PoissonSampler
+from dpgemma.training import loss as loss_lib
+from dpgemma.training import mesh as mesh_lib
+from dpgemma.training import optimizer as optimizer_lib
+from dpgemma.training import plan, progress
+from dpgemma.training.checkpoint import Checkpoints
+from dpgemma.training.config import TrainConfig
+from dpgemma.training.run_directory import RunDirectory
+from dpgemma.training.step import TrainState, make_train_step
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """Yields a function that tells whether SIGINT or SIGTERM has come; a second SIGINT interrupts at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run. Its mechanism, built once from the resolved configuration, is all that sampler, step, ledger and report see of it."""
+
+    def __init__(self, config: TrainConfig, model: GemmaConfig, tokenizer, data: Dataset, run: RunDirectory):
+        self.config, self.model, self.tokenizer, self.data, self.run = config, model, tokenizer, data, run
+        self.mechanism = plan.mechanism_of(config)
+        self.accountant = Accountant(self.mechanism)
+        if self.accountant.upper(config.delta) > config.epsilon:
+            raise InputError(f"{config.steps} steps would exceed epsilon {config.epsilon:g}: take fewer steps or start another run")
+        self.mesh = mesh_lib.make(config.mesh)
+        self.optimizer = optimizer_lib.make(config)
+        self.dtype = jnp.dtype(config.dtype)
+
+    def train(self) -> float | None:
+        """Runs to the last step; returns bits per byte on the held-out rows (NaN if there are none), or None if a signal came first."""
+        with Checkpoints(self.run.checkpoints, self.config.keep_checkpoints) as checkpoints:
+            with contextlib.closing(Ledger.open(self.run.ledger_file)) as ledger:
+                step, state = self._start_or_resume(checkpoints, ledger)
+                step, state = self._take_steps(step, state, checkpoints, ledger)
+                if step < self.mechanism.steps:
+                    progress.inform(f"stopped at step {step} of {self.mechanism.steps}; the same command goes on from here")
+                    return None
+                return self._finish(state, ledger)
+
+    def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState]:
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        init = jax.jit(lambda key: self._initial_state(key), out_shardings=replicated)
+        state = init(jax.random.key(self.config.seed))
+        if len(ledger.records) == 1:  # the start event alone
+            return 0, state
+        step, state = checkpoints.restore(state, ledger, progress.warn) or (0, state)
+        if step < self.mechanism.steps:
+            ledger.append("resume", step=step)
+            progress.inform(f"resuming at step {step} of {self.mechanism.steps}")
+        return step, state
+
+    def _initial_state(self, key) -> TrainState:
+        parameters = decoder.init_parameters(self.model, key)
+        return TrainState(parameters, self.optimizer.init(parameters))
+
+    def _take_steps(self, first: int, state: TrainState, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState]:
+        config, mechanism, keys = self.config, self.mechanism, self.run.keys()
+        if first == mechanism.steps:
+            return first, state
+        tokens = dict(bos=self.tokenizer.bos, pad=self.tokenizer.pad)
+        loss = loss_lib.row_loss(self.model, dtype=self.dtype, remat=config.remat, **tokens)
+        options = dict(strategy=config.clipping, microbatch_size=config.microbatch_size)
+        dp_step = make_train_step(loss, self.optimizer, mechanism, self.mesh, **options)
+        sampler = PoissonSampler(mechanism.num_units, mechanism.sampling_probability, mechanism.max_batch_size)
+        curve = EpsilonCurve(self.accountant, config.delta)
+        rate = optimizer_lib.learning_rate(config)
+        with (
+            stop_on_signal() as stopped,
+            progress.Progress(mechanism.steps, first, config.batch_size, config.sequence_length, config.epsilon) as bar,
+            progress.MetricsFile(self.run.metrics_file, first) as public,
+            progress.MetricsFile(self.run.private / "metrics.jsonl", first) as private,
+        ):
+            for t in range(first, mechanism.steps):
+                units = sampler.draw(keys.sampling, t)
+                batch, mask = spread(*self.data.batch(units, mechanism.max_batch_size), self.mesh.size)
+                ledger.append_step(t, mechanism.group)
+                state, stats = jax.block_until_ready(dp_step(state, batch, mask, noise_keys(keys.noise, t)))
+
+                done, epsilon = t + 1, curve.at(t + 1)
+                summary = progress.private_summary(stats, len(units))
+                public.write(step=t, epsilon=report.encode(epsilon), learning_rate=float(rate(t)))
+                private.write(step=t, **summary)
+                bar.update(epsilon, summary["loss"])
+                if stopped() or done % config.checkpoint_every == 0 or done == mechanism.steps:
+                    checkpoints.save(done, state, ledger)
+                    self._report(done, ledger)
+                if stopped():
+                    return done, state
+        return mechanism.steps, state
+
+    def _finish(self, state: TrainState, ledger: Ledger) -> float:
+        rows = self.data.rows[self.data.held_out]
+        bits = loss_lib.bits_per_byte(self.model, state.parameters, rows, self.tokenizer, self.dtype)
+        with open(self.run.private / "held_out.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.mechanism.steps, "bits_per_byte": bits}) + "\n")
+        if ledger.records[-1]["kind"] != "finish":
+            ledger.append("evaluation", step=self.mechanism.steps, units="held_out")
+            ledger.append("finish", step=self.mechanism.steps)
+            ledger.sync()
+            self._report(self.mechanism.steps, ledger)
+        return bits
+
+    def _report(self, steps: int, ledger: Ledger) -> None:
+        config = self.config
+        content = report.build(
+            dataclasses.replace(self.mechanism, steps=steps),
+            self.accountant.epsilon(config.delta, steps),
+            target_epsilon=config.epsilon,
+            delta=config.delta,
+            privacy_unit=config.privacy_unit,
+            sequence_length=config.sequence_length,
+            held_out=len(self.data.held_out),
+            deviations=plan.warnings(config),
+            finished=ledger.records[-1]["kind"] == "finish",
+            ledger_head=ledger.head,
+        )
+        report.write(self.run.report_file, content)

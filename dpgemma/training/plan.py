@@ -1,0 +1,126 @@
+"""From flags to a run that can start: every omitted setting resolved, every impossible combination refused."""
+
+import dataclasses
+import math
+
+from accounting import calibration, report, truncation
+from accounting.accountant import Accountant
+from accounting.errors import InputError
+from accounting.mechanism import ADD_OR_REMOVE, DpSgdMechanism
+from dpgemma.gemma.config import PRESETS, GemmaConfig
+from dpgemma.training.config import TrainConfig
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GemmaConfig:
+    """The preset's decoder.
+
+    Raises:
+      InputError: unknown preset, a row longer than its context, or a tokenizer with more tokens than its embedding has rows.
+    """
+    if config.model not in PRESETS:
+        raise InputError(f"--model={config.model} is no preset: choose one of {', '.join(PRESETS)}")
+    model = PRESETS[config.model]
+    if config.sequence_length > model.max_length:
+        raise InputError(
+            f"--sequence_length={config.sequence_length} exceeds the {model.max_length} tokens of {config.model}'s context: lower it"
+        )
+    if vocab_size > model.vocab_size:
+        raise InputError(f"the tokenizer has {vocab_size} tokens, more than {config.model}'s {model.vocab_size}: choose another of the two")
+    return model
+
+
+def mechanism_of(config: TrainConfig) -> DpSgdMechanism:
+    """The mechanism of a resolved configuration: the one object that trainer and accountant share."""
+    return DpSgdMechanism(
+        num_units=config.num_units,
+        expected_batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        noise_multiplier=config.noise_multiplier,
+        clip_norm=config.clip_norm,
+        steps=config.steps,
+        neighbouring_relation=config.neighbouring_relation,
+    )
+
+
+def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_given: bool) -> TrainConfig:
+    """The configuration with units, cap, noise, target and steps filled in.
+
+    Args:
+      counted_units: training units that the data hold.
+      devices: N of the mesh; the cap is a multiple of it.
+      epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target would be passed.
+
+    Raises:
+      InputError: a combination that cannot be trained or has no guarantee.
+    """
+    num_units = _units(config, counted_units)
+    if config.batch_size > num_units:
+        raise InputError(f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data")
+    multiple = devices * (config.microbatch_size if config.clipping == "vmap" else 1)
+    # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the smaller it is.
+    planned_for = math.inf if config.noise_multiplier is not None and not epsilon_given else config.epsilon
+    cap = config.max_batch_size
+    if cap is None:
+        cap = truncation.plan_max_batch_size(num_units, config.batch_size, config.steps, planned_for, config.delta, multiple=multiple)
+    elif cap < config.batch_size:
+        raise InputError(f"--max_batch_size={cap} is below the expected batch of {config.batch_size}: raise it or omit it")
+    elif cap % multiple:
+        raise InputError(
+            f"--max_batch_size={cap} must be a multiple of {multiple} for {devices} devices: use {-(-cap // multiple) * multiple}"
+        )
+    resolved = dataclasses.replace(config, num_units=num_units, max_batch_size=cap, noise_multiplier=config.noise_multiplier or 0.0)
+    mechanism = mechanism_of(resolved)
+    if config.noise_multiplier is None:
+        mechanism = calibration.noise_multiplier(mechanism, config.epsilon, config.delta)
+        return dataclasses.replace(resolved, noise_multiplier=mechanism.noise_multiplier)
+    if not epsilon_given:
+        return dataclasses.replace(resolved, epsilon=Accountant(mechanism).upper(config.delta))
+    affordable = calibration.steps(mechanism, config.epsilon, config.delta, largest=config.steps).steps
+    if affordable == 0:
+        raise InputError(
+            f"--noise_multiplier={config.noise_multiplier:g} exceeds epsilon {config.epsilon:g} in the first step: raise the noise or epsilon"
+        )
+    return dataclasses.replace(resolved, steps=affordable)
+
+
+def _units(config: TrainConfig, counted: int) -> int:
+    if config.neighbouring_relation == ADD_OR_REMOVE:
+        if config.num_units is None:
+            raise InputError("under --neighbouring_relation=add_or_remove the number of units is private: declare it with --num_units")
+        if counted > config.num_units:
+            raise InputError(f"the data hold more training units than the declared --num_units={config.num_units}: raise the declaration")
+        return config.num_units
+    if config.num_units not in (None, counted):
+        raise InputError(f"--num_units={config.num_units} differs from the {counted} training units counted: omit it under zero_out")
+    return counted
+
+
+def warnings(config: TrainConfig) -> list[str]:
+    """What a resolved run may do but should not; these go to the terminal and into the report's deviations."""
+    found = []
+    if config.noise_multiplier == 0:
+        found.append("non-private baseline: no noise is added and no guarantee holds")
+    elif config.delta > 1 / config.num_units:
+        found.append(
+            f"delta {config.delta:g} is above 1/N = {1 / config.num_units:.3g}: at such a delta a mechanism may publish some unit in the"
+            " clear and still satisfy the definition; choose a delta well below 1/N"
+        )
+    return found
+
+
+def start_event(config: TrainConfig) -> dict:
+    """The public facts with which a ledger opens: mechanism and target."""
+    facts = dataclasses.asdict(mechanism_of(config))
+    facts.update(epsilon=config.epsilon, delta=config.delta, privacy_unit=config.privacy_unit, sequence_length=config.sequence_length)
+    return report.encode(facts)
+
+
+def summary(config: TrainConfig, path) -> str:
+    """One line for the terminal."""
+    m = mechanism_of(config)
+    privacy = (
+        f"epsilon {config.epsilon:.4g} at delta {config.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
+    )
+    return f"{config.model} in {path}: {m.num_units} units, batch {config.batch_size} (at most {m.max_batch_size}), {m.steps} steps, " + (
+        privacy if m.is_private else "NO PRIVACY (baseline)"
+    )
