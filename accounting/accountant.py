@@ -1,9 +1,10 @@
-"""Epsilon of a DpSgdMechanism from privacy loss distributions, with a second accountant as a check.
+"""Epsilon of a DpSgdMechanism as a certified bracket, with a second accountant as a check.
 
 Formal guarantee: `Accountant.epsilon(delta, steps).upper` is an epsilon for which `steps` releases of the mechanism are
-(epsilon, delta)-differentially private under its neighbouring relation: both directions are discretised pessimistically (Doroshenko
-et al. 2022, arXiv 2207.04380), the cost of truncation is added to delta, and so is an allowance for the round-off of the composition.
-Tested by tests/accounting/accountant_test.py.
+(epsilon, delta)-differentially private under its neighbouring relation, numerical error included. Adding and removing a unit are both
+computed; each release is replaced by a discrete loss that dominates it (accounting.privacy_loss), releases are composed with every
+error bounded (accounting.composition), and truncation is paid for (accounting.truncation). `lower` bounds the same epsilon from below.
+Tested by tests/accounting/accountant_test.py::test_bracket_holds_dp_accounting_values and ::test_upper_end_is_above_finer_grids.
 """
 
 import dataclasses
@@ -11,21 +12,28 @@ import functools
 import math
 from collections.abc import Callable
 
-from accounting import truncation
+from accounting import privacy_loss, truncation
+from accounting.composition import Composition
 from accounting.errors import InputError
 from accounting.mechanism import ZERO_OUT, DpSgdMechanism
+from accounting.privacy_loss import DiscreteLoss, GaussianMixturePair
 
-DISCRETISATION = 1e-4
+RELATIVE_WIDTH = 1e-3
+_COARSEST_INTERVAL = 4e-3
+_FINEST_INTERVAL = 1e-7
+_LARGEST_GRID = 2**21
 
-# Round-off of the FFT composition: at 1e5 steps delta is off by up to 6e-12 in either direction, and grows with the steps.
-ROUND_OFF_PER_STEP = 1e-16
+# Mass of one release's loss beyond the grid, all steps together, as a share of delta.
+_TAIL_SHARE = 1e-6
+
+_RENYI_ORDERS = [*range(2, 64), 72, 80, 96, 128, 192, 256, 384, 512, 1024]
 
 
 @dataclasses.dataclass(frozen=True)
 class EpsilonBracket:
     """Attributes:
-    upper: valid upper bound, the one to report.
-    lower: the optimistic end of the same discretisation.
+    upper: valid upper bound, rounding and discretisation included; the one to report.
+    lower: lower bound of the same epsilon by the optimistic discretisation.
     cross_check: epsilon by Renyi differential privacy, looser as a rule.
     """
 
@@ -35,80 +43,132 @@ class EpsilonBracket:
 
 
 class Accountant:
-    """Epsilon of one mechanism at any number of steps; the single-step distribution is discretised once."""
+    """Epsilon of one mechanism at any number of steps. Discretised losses are kept and used again.
 
-    def __init__(self, mechanism: DpSgdMechanism, discretisation: float = DISCRETISATION):
+    Args:
+      mechanism: the public facts of the run.
+      relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
+    """
+
+    def __init__(self, mechanism: DpSgdMechanism, relative_width: float = RELATIVE_WIDTH):
         self.mechanism = mechanism
-        self._discretisation = discretisation
+        self._relative_width = relative_width
+        self._narrow = {}
+        self._discrete_loss = functools.lru_cache(maxsize=16)(self._discretise)
 
-    @functools.cached_property
-    def _step(self):
-        return self._poisson(pessimistic=True)
+    def upper(self, delta: float, steps: int | None = None, interval: float | None = None) -> float:
+        """The upper end alone; inf where nothing finite holds.
 
-    def _poisson(self, pessimistic: bool):
-        from dp_accounting.pld import privacy_loss_distribution
-
-        return privacy_loss_distribution.from_gaussian_mechanism(
-            self.mechanism.noise_multiplier,
-            sampling_prob=self.mechanism.sampling_probability,
-            value_discretization_interval=self._discretisation,
-            pessimistic_estimate=pessimistic,
-            use_connect_dots=pessimistic,
-        )
-
-    @functools.cached_property
-    def _truncated_step(self):
-        import dp_accounting
-        from dp_accounting.pld import privacy_loss_distribution
-
-        m = self.mechanism
-        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
-            dataset_size=m.num_units,
-            sampling_probability=m.sampling_probability,
-            truncated_batch_size=m.max_batch_size,
-            noise_multiplier=m.noise_multiplier,
-            value_discretization_interval=self._discretisation,
-            neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
-        )
-
-    def upper(self, delta: float, steps: int | None = None) -> float:
-        """The upper end alone; inf where nothing finite holds."""
-        m = self.mechanism
-        steps = m.steps if steps is None else steps
-        _check_delta(delta)
+        Args:
+          interval: distance of grid points; by default the one at which the bracket is narrow enough.
+        """
+        if interval is None:
+            return self.epsilon(delta, steps).upper
+        steps = self._checked(delta, steps)
         if steps == 0:
             return 0.0
-        if not m.is_private:
+        if not self.mechanism.is_private:
             return math.inf
-        round_off = ROUND_OFF_PER_STEP * steps
-        composed = self._step.self_compose(steps)
-        bound = _smallest_epsilon(composed, delta - round_off, lambda e: truncation.additive_delta(m, e, steps))
-        # A tight cap makes the additive bound poor; the truncated distribution (arXiv 2508.15089) needs N public.
-        if m.max_batch_size is not None and m.neighbouring_relation == ZERO_OUT:
-            if truncation.additive_delta(m, min(bound, 50.0), steps) > 0.01 * delta:
-                composed = self._truncated_step.self_compose(steps)
-                bound = min(bound, _smallest_epsilon(composed, delta - round_off))
+        bound = 0.0
+        for remove in self._directions:
+            # A coarse look often shows that a direction does not matter.
+            if max(_COARSEST_INTERVAL, interval) > interval and self._upper(delta, steps, _COARSEST_INTERVAL, remove) <= bound:
+                continue
+            bound = max(bound, self._upper(delta, steps, interval, remove))
         return bound
 
     def epsilon(self, delta: float, steps: int | None = None) -> EpsilonBracket:
         """The bracket after `steps` releases (default: all of them).
 
         Raises:
-          InputError: delta outside (0, 1).
+          InputError: delta outside (0, 1), or more steps than are worth counting.
           ArithmeticError: the two accountants contradict each other, so neither can be trusted.
         """
-        m = self.mechanism
-        steps = m.steps if steps is None else steps
-        upper = self.upper(delta, steps)
-        if steps == 0 or not m.is_private:
-            return EpsilonBracket(upper, upper, upper)
-        # What truncation takes from delta makes the Renyi bound hold for the truncated sampler as well.
-        reduced = delta - truncation.additive_delta(m, upper, steps) if math.isfinite(upper) else 0.0
-        cross_check = _renyi_epsilon(m, reduced, steps) if reduced > 0 else math.inf
-        lower = max(0.0, float(self._poisson(pessimistic=False).self_compose(steps).get_epsilon_for_delta(delta)))
-        if cross_check < lower * (1 - 1e-6):
-            raise ArithmeticError(f"Renyi epsilon {cross_check} lies below the loss distribution's lower end {lower}")
-        return EpsilonBracket(upper, min(lower, upper), cross_check)
+        steps = self._checked(delta, steps)
+        if steps == 0:
+            return EpsilonBracket(0.0, 0.0, 0.0)
+        if not self.mechanism.is_private:
+            return EpsilonBracket(math.inf, math.inf, math.inf)
+        upper, lower = self._bracket(delta, steps)
+        # Truncation's share of delta, at the bound, makes the Renyi bound hold for the truncated sampler too.
+        remaining = delta - truncation.additive_delta(self.mechanism, upper, steps) if math.isfinite(upper) else 0.0
+        cross_check = _renyi_epsilon(self.mechanism, remaining, steps) if remaining > 0 else math.inf
+        if cross_check < lower * (1 - 1e-9):
+            raise ArithmeticError(f"the Renyi epsilon {cross_check} lies below the loss distribution's lower bound {lower}")
+        return EpsilonBracket(min(upper, cross_check), lower, cross_check)
+
+    def interval_for(self, delta: float, steps: int | None = None) -> float:
+        """The interval at which the bracket is narrow enough, or the finest that is practical."""
+        steps = self._checked(delta, steps)
+        self._bracket(delta, steps)
+        return self._narrow[delta, steps]
+
+    def _bracket(self, delta: float, steps: int) -> tuple[float, float]:
+        finest = self._finest_interval(delta, steps)
+        interval = max(_COARSEST_INTERVAL, finest)
+        uppers = dict.fromkeys(self._directions, math.inf)
+        lower = 0.0
+        while True:
+            for remove in self._directions:
+                if uppers[remove] > lower:  # else the other direction is known to be worse
+                    uppers[remove] = min(uppers[remove], self._upper(delta, steps, interval, remove))
+            upper = max(uppers.values())
+            lower = max(lower, self._lower(delta, steps, interval, max(uppers, key=uppers.get)))
+            if upper <= lower * (1 + self._relative_width) + 1e-9 or interval / 4 < finest:
+                self._narrow[delta, steps] = interval
+                return upper, min(lower, upper)
+            interval /= 4
+
+    def _finest_interval(self, delta: float, steps: int) -> float:
+        """The smallest interval whose grid stays within memory."""
+        sizes = [privacy_loss.grid_size(pair, 1e-3, self._tail_mass(delta, steps)) for pair in map(self._pair, self._directions)]
+        return max(1e-3 * max(sizes) / _LARGEST_GRID, _FINEST_INTERVAL)
+
+    def _checked(self, delta: float, steps: int | None) -> int:
+        if not 0 < delta < 1:
+            raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
+        return self.mechanism.steps if steps is None else steps
+
+    @property
+    def _directions(self) -> tuple[bool, ...]:
+        """Whether the unit is removed, or added; the two are alike where every step uses all units."""
+        return (True,) if self.mechanism.sampling_probability == 1 else (True, False)
+
+    def _tail_mass(self, delta: float, steps: int) -> float:
+        # Rounded to a power of ten, so that neighbouring questions share their discretisations.
+        return 10.0 ** math.floor(math.log10(max(_TAIL_SHARE * delta / steps, 1e-300)))
+
+    def _pair(self, remove: bool) -> GaussianMixturePair:
+        q, sigma = self.mechanism.sampling_probability, self.mechanism.noise_multiplier
+        return GaussianMixturePair(sigma, upper=((1.0, q),)) if remove else GaussianMixturePair(sigma, lower=((-1.0, q),))
+
+    def _discretise(self, kind: str, remove: bool, interval: float, tail_mass: float) -> DiscreteLoss:
+        if kind == "optimistic":
+            return privacy_loss.optimistic(self._pair(remove), interval, tail_mass)
+        plain = privacy_loss.pessimistic(self._pair(remove), interval, tail_mass)
+        if kind == "truncated":
+            overflow, displaced = truncation.displacement(self.mechanism)
+            return privacy_loss.mixture(plain, privacy_loss.pessimistic(displaced, interval, tail_mass), overflow)
+        return plain
+
+    def _upper(self, delta: float, steps: int, interval: float, remove: bool) -> float:
+        m, tail = self.mechanism, self._tail_mass(delta, steps)
+        compose = lambda kind: Composition([(self._discrete_loss(kind, remove, interval, tail), steps)], pessimistic=True)
+        bound = _smallest_epsilon(compose("pessimistic").epsilon, delta, lambda e: truncation.additive_delta(m, e, steps))
+        # Under a tight cap the additive bound is poor; the truncated sampler's own loss needs the number of units to be public.
+        if m.max_batch_size is not None and m.neighbouring_relation == ZERO_OUT:
+            share = truncation.additive_delta(m, min(bound, 50.0), steps) / delta
+            if share > 0.01:
+                bound = min(bound, compose("truncated").epsilon(delta))
+        return bound
+
+    def _lower(self, delta: float, steps: int, interval: float, remove: bool) -> float:
+        loss = self._discrete_loss("optimistic", remove, interval, self._tail_mass(delta, steps))
+        composed = Composition([(loss, steps)], pessimistic=False)
+        # Truncation can also help, by at most as much as it can cost.
+        bound = composed.epsilon(delta)
+        extra = truncation.additive_delta(self.mechanism, bound, steps)
+        return composed.epsilon(delta + extra) if 0 < extra < 1 - delta else bound if extra == 0 else 0.0
 
 
 def epsilon(mechanism: DpSgdMechanism, delta: float) -> EpsilonBracket:
@@ -116,28 +176,25 @@ def epsilon(mechanism: DpSgdMechanism, delta: float) -> EpsilonBracket:
     return Accountant(mechanism).epsilon(delta)
 
 
-def _check_delta(delta: float):
-    if not 0 < delta < 1:
-        raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
-
-
 def _renyi_epsilon(mechanism: DpSgdMechanism, delta: float, steps: int) -> float:
     from dp_accounting.rdp import rdp_privacy_accountant
 
-    return float(rdp_privacy_accountant.RdpAccountant().compose(mechanism.event(steps)).get_epsilon(delta))
+    accountant = rdp_privacy_accountant.RdpAccountant(_RENYI_ORDERS)
+    return float(accountant.compose(mechanism.event(steps)).get_epsilon(delta))
 
 
-def _smallest_epsilon(distribution, delta: float, extra_delta: Callable[[float], float] = lambda epsilon: 0.0) -> float:
-    """An epsilon with delta(epsilon) + extra_delta(epsilon) <= delta, within 0.01 % of the smallest; inf if there is none.
+def _smallest_epsilon(epsilon_at: Callable[[float], float], delta: float, extra_delta: Callable[[float], float]) -> float:
+    """An epsilon at which the composed delta and extra_delta together stay within delta; inf if there is none.
 
-    extra_delta grows with epsilon, so it is charged at an epsilon slightly above the one returned.
+    extra_delta grows with epsilon, so it is charged at an epsilon slightly above the one that is returned.
     """
-    epsilon = 0.0
-    while True:
-        ceiling = 1.0001 * epsilon + 1e-9
+    epsilon = epsilon_at(delta)
+    while math.isfinite(epsilon):
+        ceiling = epsilon * (1 + 1e-6) + 1e-12
         remaining = delta - extra_delta(ceiling)
         if remaining <= 0:
             return math.inf
-        epsilon = float(distribution.get_epsilon_for_delta(remaining))
-        if epsilon <= ceiling or math.isinf(epsilon):
+        epsilon = epsilon_at(remaining) if remaining < delta else epsilon
+        if epsilon <= ceiling:
             return epsilon
+    return math.inf

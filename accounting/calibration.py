@@ -7,20 +7,22 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from scipy import optimize
+
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import DpSgdMechanism
 
 LARGEST_NOISE = 1e4
 LARGEST_COUNT = 10**15
-_COARSE = 1e-3
+_COARSE = 4e-3
 
 
-def _meets(mechanism: DpSgdMechanism, epsilon: float, delta: float, **accountant_options) -> bool:
-    return Accountant(mechanism, **accountant_options).upper(delta) <= epsilon
+def _meets(mechanism: DpSgdMechanism, epsilon: float, delta: float, interval: float | None = None) -> bool:
+    return Accountant(mechanism).upper(delta, interval=interval) <= epsilon
 
 
-def noise_multiplier(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolerance: float = 1e-4) -> DpSgdMechanism:
+def noise_multiplier(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolerance: float = 1e-5) -> DpSgdMechanism:
     """The mechanism with the smallest noise, to a relative `tolerance`, that meets (epsilon, delta).
 
     Raises:
@@ -31,33 +33,34 @@ def noise_multiplier(mechanism: DpSgdMechanism, epsilon: float, delta: float, *,
         raise InputError(f"epsilon must be positive, got {epsilon:g}")
     if math.isinf(epsilon):
         return at(0.0)
-    low, high = 1e-2, 1.0
-    coarse = lambda sigma: _meets(at(sigma), epsilon, delta, discretisation=_COARSE)
+    coarse = lambda sigma: _meets(at(sigma), epsilon, delta, _COARSE)
+    low, high = 0.25, 1.0
     while not coarse(high):
-        low, high = high, 4 * high
+        low, high = high, 2 * high
         if high > LARGEST_NOISE:
             raise InputError(
                 f"no noise reaches epsilon {epsilon:g} at delta {delta:g} with this batch size, number of steps and maximum batch:"
                 " raise epsilon or delta, or take fewer steps"
             )
-    low, high = _shrink(coarse, low, high, tolerance)
-    # The coarse grid lands within about a per cent; the fine one decides, from a bracket around it that widens until it holds.
-    fine = lambda sigma: _meets(at(sigma), epsilon, delta)
-    margin = 1 + 2 * tolerance
-    low, high = low / margin, high
-    while not fine(high):
-        low, high, margin = high, high * margin, margin**2
-    while fine(low):
-        low, high, margin = low / margin, low, margin**2
-    return at(_shrink(fine, low, high, tolerance)[1])
+    while coarse(low):
+        low, high = low / 2, low
+    low, high = _shrink(coarse, low, high, 1e-2)
+    # The interval that suffices at the coarse answer serves for all that follow.
+    interval = Accountant(at(high)).interval_for(delta)
+    excess = lambda log_sigma: Accountant(at(math.exp(log_sigma))).upper(delta, interval=interval) - epsilon
+    while excess(math.log(low)) <= 0:
+        low, high = low / 1.01, low
+    sigma = math.exp(optimize.brentq(excess, math.log(low), math.log(high), xtol=tolerance / 2))
+    while not _meets(at(sigma), epsilon, delta):
+        sigma *= 1 + tolerance
+    return at(sigma)
 
 
 def steps(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, largest: int = LARGEST_COUNT) -> DpSgdMechanism:
     """The mechanism with the most steps (at most `largest`) that meets (epsilon, delta); zero steps where one is too many."""
     accountant = Accountant(mechanism)
-    return dataclasses.replace(
-        mechanism, steps=_largest_integer(lambda t: accountant.upper(delta, t) <= epsilon, 0, largest, start=max(1, mechanism.steps))
-    )
+    most = _largest_integer(lambda t: accountant.upper(delta, t) <= epsilon, 0, largest, start=max(1, mechanism.steps))
+    return dataclasses.replace(mechanism, steps=most)
 
 
 def expected_batch_size(mechanism: DpSgdMechanism, epsilon: float, delta: float) -> DpSgdMechanism:
@@ -67,7 +70,7 @@ def expected_batch_size(mechanism: DpSgdMechanism, epsilon: float, delta: float)
       InputError: even a batch of one does not.
     """
     at = lambda b: dataclasses.replace(mechanism, expected_batch_size=b)
-    best = _largest_integer(lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_units, start=max(1, mechanism.num_units // 64))
+    best = _largest_integer(lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_units, start=max(1, int(mechanism.num_units / math.sqrt(mechanism.steps))))
     if best == 0:
         raise InputError(f"even an expected batch of 1 exceeds epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier")
     return at(best)
@@ -80,17 +83,23 @@ def num_units(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolera
       InputError: no number of units up to LARGEST_COUNT does.
     """
     at = lambda n: dataclasses.replace(mechanism, num_units=n)
-    low = high = math.ceil(mechanism.expected_batch_size)
-    if _meets(at(low), epsilon, delta):
-        return at(low)
+    fewest = math.ceil(mechanism.expected_batch_size)
+    # At q = 1 / sqrt(steps) sampling begins to help; the search starts there and leaves out data sets far too small.
+    high = math.ceil(fewest * math.sqrt(mechanism.steps))
     while not _meets(at(high), epsilon, delta):
-        low, high = high, 4 * high
+        high *= 2
         if high > LARGEST_COUNT:
             raise InputError(f"no number of units reaches epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier")
-    while high - low > max(1, tolerance * high):
-        middle = (low + high) // 2
-        low, high = (low, middle) if _meets(at(middle), epsilon, delta) else (middle, high)
-    return at(high)
+    low = max(fewest, high // 2)
+    while _meets(at(low), epsilon, delta):
+        if low == fewest:
+            return at(fewest)
+        low, high = max(fewest, low // 2), low
+    excess = lambda log_n: Accountant(at(round(math.exp(log_n)))).upper(delta) - epsilon
+    count = round(math.exp(optimize.brentq(excess, math.log(low), math.log(high), xtol=tolerance)))
+    while not _meets(at(count), epsilon, delta):
+        count = math.ceil(count * (1 + tolerance))
+    return at(count)
 
 
 def _shrink(meets: Callable[[float], bool], low: float, high: float, tolerance: float) -> tuple[float, float]:

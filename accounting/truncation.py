@@ -4,6 +4,7 @@ import functools
 import math
 
 from accounting.mechanism import DpSgdMechanism
+from accounting.privacy_loss import GaussianMixturePair
 
 
 @functools.lru_cache
@@ -24,6 +25,23 @@ def additive_delta(mechanism: DpSgdMechanism, epsilon: float, steps: int) -> flo
         return 0.0
     q = mechanism.sampling_probability
     return (1 + math.exp(min(epsilon, 700.0))) * steps * overflow_probability(mechanism.num_units, q, mechanism.max_batch_size)
+
+
+def displacement(mechanism: DpSgdMechanism) -> tuple[float, GaussianMixturePair]:
+    """What truncation does in one step beyond leaving units out: the unit may push another one out of the batch.
+
+    Returns:
+      The probability that the other units fill the batch, and a pair that dominates the release in that case. Under zero_out the loss
+      of a step is the plain one, or with that probability this one (arXiv 2508.15089, in the form that dp-accounting 0.6 uses).
+    """
+    from scipy import stats
+
+    m, q = mechanism, mechanism.sampling_probability
+    full = float(stats.binom.sf(m.max_batch_size - 1, m.num_units - 1, q))
+    if full == 0.0:
+        return 0.0, GaussianMixturePair(m.noise_multiplier, upper=((1.0, q),))
+    kept = overflow_probability(m.num_units, q, m.max_batch_size) * m.max_batch_size / full / m.num_units
+    return full, GaussianMixturePair(m.noise_multiplier / 2, upper=((1.0, min(kept, 1.0)),), lower=((-1.0, min(kept, 1.0)),))
 
 
 def plan_max_batch_size(

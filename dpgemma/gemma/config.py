@@ -85,7 +85,7 @@ PRESETS = {
         head_dim=24,
         d_ff=256,
         max_length=256,
-        layer_types=(FULL,) * 3,
+        layer_types=(FULL,) * 2,
         window=128,
         query_scalar=24,
     ),

@@ -12,6 +12,7 @@ from dpgemma.gemma.config import GemmaConfig, Rope
 
 # Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
 PRECISION = jax.lax.Precision.HIGHEST
+EMBEDDING_SCALE = 0.02
 
 
 class Einsum(nnx.Module):
@@ -42,7 +43,8 @@ class Embedder(nnx.Module):
     """The tied embedding: unscaled rows [V, D], multiplied by sqrt(D) on the input side only."""
 
     def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, d_model)) * d_model**-0.5)
+        # Small, so that a token's own row in the residual stream does not make the first predictions copy it.
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, d_model)) * EMBEDDING_SCALE)
 
     def encode(self, tokens, dtype):
         rows = self.embedding[...][tokens]

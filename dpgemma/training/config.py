@@ -44,7 +44,7 @@ class TrainConfig:
     clipping: str = _setting("example_scan", "How clipped gradients are computed.", ("example_scan", "vmap"))
     microbatch_size: int = _setting(1, "Units per device that --clipping=vmap takes at once.")
     optimizer: str = _setting("adamw", "Optimizer.", OPTIMIZERS)
-    learning_rate: float = _setting(4e-3, "Peak learning rate.")
+    learning_rate: float = _setting(8e-3, "Peak learning rate.")
     warmup_steps: int = _setting(10, "Updates of linear warm-up.")
     schedule: str = _setting("cosine", "Decay after warm-up, to a tenth of the peak.", SCHEDULES)
     weight_decay: float = _setting(0.0, "Decoupled weight decay (adamw).")

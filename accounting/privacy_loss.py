@@ -1,0 +1,249 @@
+"""Privacy losses of one release, discretised so that they bound the true loss from above and from below.
+
+A release is described by a dominating pair of distributions (P, Q) on the line; its loss at x is log(dP/dQ)(x), and
+delta(epsilon) = P[E] - e^epsilon Q[E] maximised over events E. Both discretisations start from bins of x:
+
+- pessimistic: the P and Q masses of a bin are split between the two grid losses around it so that both masses are kept ("connect
+  the dots", Doroshenko et al. 2022, arXiv 2207.04380): the discrete pair dominates (P, Q);
+- optimistic: neighbouring bins, split at random where needed, are merged into atoms whose losses lie on the grid. Merging and
+  splitting are post-processing, so the discrete pair is dominated by (P, Q).
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from scipy import special
+
+_UNIT_ROUNDOFF = 2.0**-53
+_LARGEST_EXPONENT = 50.0
+_BINS_PER_INTERVAL = 4
+_TABLE_SIZE = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianMixturePair:
+    """P = sum_i p_i N(m_i, sigma^2) against Q = sum_i q_i N(m_i, sigma^2), the missing weight of each at mean 0.
+
+    The loss must increase with x; P's means must not be negative and Q's not positive.
+
+    Attributes:
+      sigma: common standard deviation.
+      upper, lower: ((mean, weight), ...) of P and of Q, without the component at 0.
+    """
+
+    sigma: float
+    upper: tuple[tuple[float, float], ...] = ()
+    lower: tuple[tuple[float, float], ...] = ()
+
+    def loss(self, x):
+        """log(dP/dQ) at x."""
+        return self._log_ratio(x, self.upper) - self._log_ratio(x, self.lower)
+
+    def _log_ratio(self, x, components):
+        """log of (mixture / N(0, sigma^2)), accurate near zero and free of overflow."""
+        if not components:
+            return np.zeros_like(x)
+        exponents = [(2 * mean * x - mean**2) / (2 * self.sigma**2) for mean, _ in components]
+        near = sum(w * np.expm1(np.minimum(u, _LARGEST_EXPONENT)) for u, (_, w) in zip(exponents, components, strict=True))
+        rest = 1 - math.fsum(w for _, w in components)
+        far = np.full_like(x, math.log(rest) if rest > 0 else -np.inf)
+        for u, (_, w) in zip(exponents, components, strict=True):
+            far = np.logaddexp(far, u + math.log(w))
+        largest = functools.reduce(np.maximum, exponents)
+        return np.where((largest < _LARGEST_EXPONENT) & (near > -0.5), np.log1p(np.maximum(near, -0.5)), far)
+
+    def inverse_loss(self, losses):
+        """x with loss(x) = losses; -inf or inf where the loss never gets there. Accurate to rounding for one component."""
+        if len(self.upper) + len(self.lower) == 1:
+            (mean, weight), sign = ((*self.upper, *self.lower)[0], 1 if self.upper else -1)
+            signed = sign * losses
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                near = np.log1p(np.maximum(np.expm1(signed) / weight, -1))
+                far = signed - math.log(weight) + np.log1p(-(1 - weight) * np.exp(-signed))
+            exponent = np.where(signed < 1, near, far)
+            return (2 * self.sigma**2 * exponent + mean**2) / (2 * mean)
+        reach = self.sigma * 45 + max(abs(m) for m, _ in self.upper + self.lower)
+        table_x = np.linspace(-reach, reach, _TABLE_SIZE)
+        table = self.loss(table_x)
+        slope = np.gradient(table, table_x)
+        x = np.interp(losses, table, table_x)
+        for _ in range(4):  # Newton's method; what is left is measured by the caller
+            x = x - (self.loss(x) - losses) / np.maximum(np.interp(x, table_x, slope), 1e-300)
+            x = np.clip(x, -reach, reach)
+        return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, x))
+
+    def interval_masses(self, edges):
+        """Masses of the intervals between ascending edges.
+
+        Returns:
+          P mass, P mass minus Q mass (computed without subtracting the two), and a bound of the relative rounding error of P mass.
+        """
+        at_zero, cancellation = _normal_intervals(edges / self.sigma)
+        difference = np.zeros_like(at_zero)
+        p = at_zero.copy()
+        for components, sign in ((self.upper, 1), (self.lower, -1)):
+            for mean, weight in components:
+                shifted, shifted_cancellation = _normal_intervals((edges - mean) / self.sigma)
+                excess = weight * (shifted - at_zero)
+                difference += sign * excess
+                if sign > 0:
+                    p += excess
+                    cancellation = np.maximum(cancellation, shifted_cancellation)
+        return np.maximum(p, 0.0), difference, cancellation
+
+    def tail_quantiles(self, mass: float):
+        """(x_low, x_high) outside which P has at most `mass` on either side."""
+        means = [0.0] + [m for m, _ in self.upper]
+        reach = -self.sigma * special.ndtri(mass)
+        return min(means) - reach, max(means) + reach
+
+
+def _normal_intervals(z):
+    """N(0, 1) masses between ascending z, taken from the nearer tail, and their relative rounding errors."""
+    left, right = special.ndtr(z), special.ndtr(-z)
+    upper_half = z[:-1] + z[1:] > 0
+    mass = np.where(upper_half, right[:-1] - right[1:], left[1:] - left[:-1])
+    size = np.where(upper_half, right[:-1], left[1:])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.where(mass > 0, 16 * _UNIT_ROUNDOFF * size / mass, 0.0)
+    return np.maximum(mass, 0.0), error
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteLoss:
+    """P masses of losses offset + interval * (first + i), i = 0, 1, ...
+
+    Attributes:
+      infinity: P mass of an infinite loss (pessimistic) or mass that is left out (optimistic: it only lowers delta).
+      shift: how far rounding may have moved any loss, against the claimed direction.
+      mass_error: by how much, relatively and weighted under P, masses may be off.
+    """
+
+    probabilities: np.ndarray
+    first: int
+    interval: float
+    offset: float
+    infinity: float
+    shift: float
+    mass_error: np.ndarray
+
+    @property
+    def losses(self):
+        return self.offset + self.interval * (self.first + np.arange(self.probabilities.size))
+
+
+def _grid(pair: GaussianMixturePair, interval: float, tail_mass: float) -> tuple[int, int]:
+    """First and last multiple of the interval that enclose the losses of all but `tail_mass` of P on either side."""
+    low, high = (float(pair.loss(np.array(x))) for x in pair.tail_quantiles(tail_mass))
+    return math.floor(low / interval), math.ceil(high / interval)
+
+
+def grid_size(pair: GaussianMixturePair, interval: float, tail_mass: float) -> int:
+    """How many grid points a discretisation needs."""
+    first, last = _grid(pair, interval, tail_mass)
+    return last - first + 1
+
+
+def pessimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) -> DiscreteLoss:
+    """A discrete loss that dominates the pair's."""
+    first, last = _grid(pair, interval, tail_mass)
+    grid = interval * np.arange(first, last + 1)
+    edges = pair.inverse_loss(grid)
+    finite = np.isfinite(edges)
+    residual = np.abs(pair.loss(edges[finite]) - grid[finite]).max(initial=0.0)
+    p, difference, error = pair.interval_masses(edges)
+    g = grid[:-1]
+    # The upper end's share b solves (p - b) e^-g + b e^-(g + interval) = Q mass; far from 0 it is computed from the Q mass itself.
+    excess = np.where(np.abs(g) < 1, (p * np.expm1(-g) + difference) * np.exp(np.clip(g, -1, 1)), p - _scaled(p - difference, g))
+    upper_share = np.clip(excess / -math.expm1(-interval), 0.0, p)
+    masses = np.append(p - upper_share, 0.0)
+    masses[1:] += upper_share
+    outer, _, _ = pair.interval_masses(np.array([-np.inf, edges[0], edges[-1], np.inf]))
+    masses[0] += outer[0]
+    rounding = 64 * _UNIT_ROUNDOFF * (1 + np.abs(grid).max())
+    return DiscreteLoss(masses, first, interval, 0.0, float(outer[2]), residual + rounding, np.append(error, 0.0))
+
+
+def _scaled(q, g):
+    """q e^g without overflow where q is zero."""
+    return np.exp(np.log(q, out=np.full_like(q, -np.inf), where=q > 0) + g)
+
+
+def optimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) -> DiscreteLoss:
+    """A discrete loss that is dominated by the pair's."""
+    first, last = _grid(pair, interval, tail_mass)
+    # Any bins will do; a few per interval leave the merging below enough choice.
+    fine = interval * np.arange(first, last, 1 / _BINS_PER_INTERVAL)
+    edges = np.concatenate([[-np.inf], pair.inverse_loss(fine), [np.inf]])
+    p, difference, error = pair.interval_masses(edges)
+    keep = (p > 0) & (p - difference > 0)
+    p, difference, error = p[keep], difference[keep], error[keep]
+    masses, offset = _merge(p.tolist(), (p - difference).tolist(), difference.tolist(), interval)
+    rounding = 64 * _UNIT_ROUNDOFF * (1 + interval * max(abs(first), abs(last)))
+    shift = rounding + 4 * float(error.max(initial=0.0))
+    return DiscreteLoss(masses, 0, interval, offset, 0.0, shift, np.zeros(masses.size))
+
+
+def _merge(p: list[float], q: list[float], difference: list[float], interval: float) -> tuple[np.ndarray, float]:
+    """Merges neighbouring atoms, ordered by loss, into atoms whose losses lie on a grid.
+
+    Walking upwards, an atom that would lift the group's loss above its grid point is split: part of it completes the group, the rest
+    begins the next. A last group that stays short goes to the grid point below it.
+
+    Args:
+      p, q, difference: P mass, Q mass and p - q of each atom.
+
+    Returns:
+      Masses on the grid and the loss of its first point, which is the loss of the first group, an interval wide.
+    """
+
+    def loss_of(p, q, difference):
+        return -math.log1p(-difference / p) if abs(difference) < 0.5 * p else math.log(p / q)
+
+    lowest = loss_of(p[0], q[0], difference[0])
+    group_p = group_q = group_difference = 0.0
+    index = 0
+    while index < len(p) and (index == 0 or loss_of(p[index], q[index], difference[index]) < lowest + interval):
+        group_p, group_q, group_difference = group_p + p[index], group_q + q[index], group_difference + difference[index]
+        index += 1
+    offset = loss_of(group_p, group_q, group_difference)
+    masses = {0: group_p}
+    point, group_p, group_q = 1, 0.0, 0.0
+    scale, lower = math.exp(offset + interval), math.expm1(offset + interval)
+    excess = 0.0  # P mass - e^target Q mass of the group so far
+    for i in range(index, len(p)):
+        rest = 1.0
+        while True:
+            own = scale * difference[i] - lower * p[i]
+            if excess + rest * own < 0 or own <= 0:
+                excess += rest * own
+                group_p, group_q = group_p + rest * p[i], group_q + rest * q[i]
+                break
+            share = min(rest, -excess / own)
+            masses[point] = masses.get(point, 0.0) + group_p + share * p[i]
+            rest -= share
+            group_p = group_q = excess = 0.0
+            point = max(point + 1, math.ceil((loss_of(p[i], q[i], difference[i]) - offset) / interval))
+            target = offset + interval * point
+            scale, lower = math.exp(target), math.expm1(target)
+    if group_p > 0:
+        point = math.floor((math.log(group_p / group_q) - offset) / interval) if group_q > 0 else point
+        masses[max(point, 0)] = masses.get(max(point, 0), 0.0) + group_p
+    result = np.zeros(max(masses) + 1)
+    result[list(masses)] = list(masses.values())
+    return result, offset
+
+
+def mixture(first: DiscreteLoss, second: DiscreteLoss, weight: float) -> DiscreteLoss:
+    """The loss that is `second` with probability `weight`, known to the observer, and `first` otherwise; both on one grid."""
+    start = min(first.first, second.first)
+    end = max(loss.first + loss.probabilities.size for loss in (first, second))
+    masses, error = np.zeros(end - start), np.zeros(end - start)
+    for loss, share in ((first, 1 - weight), (second, weight)):
+        window = slice(loss.first - start, loss.first - start + loss.probabilities.size)
+        masses[window] += share * loss.probabilities
+        error[window] = np.maximum(error[window], loss.mass_error)
+    infinity = (1 - weight) * first.infinity + weight * second.infinity
+    return DiscreteLoss(masses, start, first.interval, first.offset, infinity, max(first.shift, second.shift), error)
