@@ -148,7 +148,8 @@ class Accountant:
         plain = privacy_loss.pessimistic(self._pair(remove), interval, tail_mass)
         if kind == "truncated":
             overflow, displaced = truncation.displacement(self.mechanism)
-            return privacy_loss.mixture(plain, privacy_loss.pessimistic(displaced, interval, tail_mass), overflow)
+            mixed = privacy_loss.mixture(plain, privacy_loss.pessimistic(displaced, interval, tail_mass), overflow)
+            return privacy_loss.cut_tail(mixed, 100 * tail_mass)
         return plain
 
     def _upper(self, delta: float, steps: int, interval: float, remove: bool) -> float:

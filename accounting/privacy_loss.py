@@ -67,12 +67,13 @@ class GaussianMixturePair:
         reach = self.sigma * 45 + max(abs(m) for m, _ in self.upper + self.lower)
         table_x = np.linspace(-reach, reach, _TABLE_SIZE)
         table = self.loss(table_x)
-        slope = np.gradient(table, table_x)
-        x = np.interp(losses, table, table_x)
-        for _ in range(4):  # Newton's method; what is left is measured by the caller
-            x = x - (self.loss(x) - losses) / np.maximum(np.interp(x, table_x, slope), 1e-300)
-            x = np.clip(x, -reach, reach)
-        return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, x))
+        cell = np.clip(np.searchsorted(table, losses), 1, _TABLE_SIZE - 1)
+        low, high = table_x[cell - 1], table_x[cell]
+        for _ in range(40):
+            middle = (low + high) / 2
+            below = self.loss(middle) < losses
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, (low + high) / 2))
 
     def interval_masses(self, edges):
         """Masses of the intervals between ascending edges.
@@ -244,6 +245,17 @@ def mixture(first: DiscreteLoss, second: DiscreteLoss, weight: float) -> Discret
     for loss, share in ((first, 1 - weight), (second, weight)):
         window = slice(loss.first - start, loss.first - start + loss.probabilities.size)
         masses[window] += share * loss.probabilities
-        error[window] = np.maximum(error[window], loss.mass_error)
+        error[window] += share * loss.probabilities * loss.mass_error
+    error = np.divide(error, masses, out=np.zeros_like(error), where=masses > 0)
     infinity = (1 - weight) * first.infinity + weight * second.infinity
     return DiscreteLoss(masses, start, first.interval, first.offset, infinity, max(first.shift, second.shift), error)
+
+
+def cut_tail(loss: DiscreteLoss, mass: float) -> DiscreteLoss:
+    """Makes the largest losses, of `mass` together at most, infinite: rare enormous losses would spoil the tilt for all others."""
+    beyond = np.cumsum(loss.probabilities[::-1])[::-1]
+    keep = max(1, int(np.count_nonzero(beyond > mass)))
+    cut = float(beyond[keep]) if keep < beyond.size else 0.0
+    return dataclasses.replace(
+        loss, probabilities=loss.probabilities[:keep], mass_error=loss.mass_error[:keep], infinity=loss.infinity + cut
+    )
