@@ -19,9 +19,11 @@ from accounting.mechanism import ZERO_OUT, DpSgdMechanism
 from accounting.privacy_loss import DiscreteLoss, GaussianMixturePair
 
 RELATIVE_WIDTH = 1e-3
+_ABSOLUTE_WIDTH = 1e-6
 _COARSEST_INTERVAL = 4e-3
 _FINEST_INTERVAL = 1e-7
 _LARGEST_GRID = 2**21
+_LARGEST_OPTIMISTIC_GRID = 2**18
 
 # Mass of one release's loss beyond the grid, all steps together, as a share of delta.
 _TAIL_SHARE = 1e-6
@@ -71,10 +73,12 @@ class Accountant:
             return math.inf
         bound = 0.0
         for remove in self._directions:
-            # A coarse look often shows that a direction does not matter.
-            if max(_COARSEST_INTERVAL, interval) > interval and self._upper(delta, steps, _COARSEST_INTERVAL, remove) <= bound:
-                continue
-            bound = max(bound, self._upper(delta, steps, interval, remove))
+            estimate, coarse = math.inf, _COARSEST_INTERVAL
+            # Coarse grids show where epsilon lies, and often that this direction does not matter.
+            while coarse > 2 * interval and estimate > bound:
+                estimate, coarse = self._upper(delta, steps, coarse, remove, hint=estimate), coarse / 8
+            if estimate > bound:
+                bound = max(bound, min(estimate, self._upper(delta, steps, interval, remove, hint=estimate)))
         return bound
 
     def epsilon(self, delta: float, steps: int | None = None) -> EpsilonBracket:
@@ -107,14 +111,19 @@ class Accountant:
         finest = self._finest_interval(delta, steps)
         interval = max(_COARSEST_INTERVAL, finest)
         uppers = dict.fromkeys(self._directions, math.inf)
-        lower = 0.0
+        upper, lower = math.inf, 0.0
         while True:
+            previous_upper, previous_lower = upper, lower
             for remove in self._directions:
                 if uppers[remove] > lower:  # else the other direction is known to be worse
-                    uppers[remove] = min(uppers[remove], self._upper(delta, steps, interval, remove))
+                    uppers[remove] = min(uppers[remove], self._upper(delta, steps, interval, remove, hint=uppers[remove]))
             upper = max(uppers.values())
-            lower = max(lower, self._lower(delta, steps, interval, max(uppers, key=uppers.get)))
-            if upper <= lower * (1 + self._relative_width) + 1e-9 or interval / 4 < finest:
+            lower = max(lower, self._lower(delta, steps, interval, max(uppers, key=uppers.get), hint=upper))
+            narrow = upper <= lower * (1 + self._relative_width) + _ABSOLUTE_WIDTH
+            # Where truncation is charged on both sides, the ends stay apart however fine the grid.
+            change = max(previous_upper - upper, lower - previous_lower)
+            settled = change <= upper * self._relative_width / 8 if math.isfinite(upper) else math.isinf(previous_upper)
+            if narrow or settled or interval / 4 < finest:
                 self._narrow[delta, steps] = interval
                 return upper, min(lower, upper)
             interval /= 4
@@ -152,24 +161,27 @@ class Accountant:
             return privacy_loss.cut_tail(mixed, 100 * tail_mass)
         return plain
 
-    def _upper(self, delta: float, steps: int, interval: float, remove: bool) -> float:
+    def _upper(self, delta: float, steps: int, interval: float, remove: bool, hint: float | None = None) -> float:
         m, tail = self.mechanism, self._tail_mass(delta, steps)
         compose = lambda kind: Composition([(self._discrete_loss(kind, remove, interval, tail), steps)], pessimistic=True)
-        bound = _smallest_epsilon(compose("pessimistic").epsilon, delta, lambda e: truncation.additive_delta(m, e, steps))
+        plain = functools.partial(compose("pessimistic").epsilon, hint=hint)
+        bound = _smallest_epsilon(plain, delta, lambda e: truncation.additive_delta(m, e, steps))
         # Under a tight cap the additive bound is poor; the truncated sampler's own loss needs the number of units to be public.
         if m.max_batch_size is not None and m.neighbouring_relation == ZERO_OUT:
             share = truncation.additive_delta(m, min(bound, 50.0), steps) / delta
             if share > 0.01:
-                bound = min(bound, compose("truncated").epsilon(delta))
+                bound = min(bound, compose("truncated").epsilon(delta, hint))
         return bound
 
-    def _lower(self, delta: float, steps: int, interval: float, remove: bool) -> float:
+    def _lower(self, delta: float, steps: int, interval: float, remove: bool, hint: float | None = None) -> float:
+        if privacy_loss.grid_size(self._pair(remove), interval, self._tail_mass(delta, steps)) > _LARGEST_OPTIMISTIC_GRID:
+            return 0.0
         loss = self._discrete_loss("optimistic", remove, interval, self._tail_mass(delta, steps))
         composed = Composition([(loss, steps)], pessimistic=False)
         # Truncation can also help, by at most as much as it can cost.
-        bound = composed.epsilon(delta)
+        bound = composed.epsilon(delta, hint)
         extra = truncation.additive_delta(self.mechanism, bound, steps)
-        return composed.epsilon(delta + extra) if 0 < extra < 1 - delta else bound if extra == 0 else 0.0
+        return composed.epsilon(delta + extra, hint) if 0 < extra < 1 - delta else bound if extra == 0 else 0.0
 
 
 def epsilon(mechanism: DpSgdMechanism, delta: float) -> EpsilonBracket:

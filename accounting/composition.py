@@ -23,6 +23,7 @@ _UNIT_ROUNDOFF = 2.0**-53
 # Tilted mass outside the window of the transform; it wraps around and is charged in full.
 _LOG_OUTSIDE = 40.0
 _TILTS = 4
+_LARGEST_TRANSFORM = 2**22
 _SMALLEST_TILT, _LARGEST_TILT = 1e-4, 1e6
 _LARGEST_EXPONENT = 500.0
 
@@ -73,12 +74,18 @@ class Composition:
         log_finite = sum(count * math.log1p(-loss.infinity) for loss, count in self._groups)
         self._infinite = -math.expm1(log_finite) if pessimistic else 0.0
 
-    def epsilon(self, delta: float) -> float:
-        """An upper (pessimistic) or lower (optimistic) bound of the smallest epsilon with delta(epsilon) <= delta."""
+    def epsilon(self, delta: float, hint: float | None = None) -> float:
+        """An upper (pessimistic) or lower (optimistic) bound of the smallest epsilon with delta(epsilon) <= delta.
+
+        Args:
+          hint: where epsilon is expected; a good one saves time and memory, a bad one does no harm.
+        """
         target = delta - self._infinite
         if target <= 0:
             return math.inf
         theta, chernoff = self._chernoff(target)
+        if hint is not None and 0 < hint < chernoff:
+            theta = self._tilt_centred_at(hint, theta)
         tighter, bound = (min, chernoff) if self._pessimistic else (max, 0.0)
         # Every tilt gives a valid bound; the tightest centres the composed loss at epsilon itself.
         for _ in range(_TILTS):
@@ -136,12 +143,15 @@ class Composition:
         low = max((log_moment - self._cumulant(theta - s)[0] - _LOG_OUTSIDE) / s for s in tilts)
         return low, high
 
-    def _tilted(self, theta: float) -> _Tilted:
+    def _tilted(self, theta: float) -> _Tilted | None:
+        """The composed loss at one tilt; None where its window would be too large to transform."""
         log_moment, centre, variance = self._cumulant(theta)
         interval = self._interval
         low, high = self._window(theta, log_moment, variance)
         offset = sum(count * loss.offset for loss, count in self._groups)
         first = math.floor((low - offset) / interval)
+        if high - low > interval * _LARGEST_TRANSFORM:
+            return None
         size = fft.next_fast_len(math.ceil((high - low) / interval) + 2, real=True)
         transform_error = 7 * _UNIT_ROUNDOFF * math.log2(max(size, 2))  # Higham 2002, theorem 24.2
 
@@ -165,8 +175,10 @@ class Composition:
         outside = 2 * math.exp(-_LOG_OUTSIDE)
         return _Tilted(theta, log_moment, centre, start, interval, probabilities, error, math.expm1(relative_error), outside)
 
-    def _solve(self, t: _Tilted, delta: float) -> float:
+    def _solve(self, t: _Tilted | None, delta: float) -> float:
         """The epsilon in the window where the bound of delta crosses its target; inf or -inf where it does not."""
+        if t is None:
+            return math.inf if self._pessimistic else -math.inf
         # Losses relative to the centre of the tilt; further out the weights below leave the range of float64.
         x = t.start - t.centre + t.interval * np.arange(t.probabilities.size)
         inside = np.abs(x) * (t.theta + 1) < _LARGEST_EXPONENT

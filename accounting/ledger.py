@@ -94,6 +94,10 @@ class Ledger:
         """Number of steps recorded, 0 .. steps - 1."""
         return len(self._steps)
 
+    @property
+    def finished(self) -> bool:
+        return any(record["kind"] == "finish" for record in self.records)
+
     def append(self, kind: str, **facts) -> None:
         record = {"n": len(self.records), "kind": kind, **facts}
         self._head = _seal(self._head, record)

@@ -1,5 +1,6 @@
 """The privacy report of a run: what was spent, in numbers and in a paragraph that a lawyer can read."""
 
+import hashlib
 import json
 import math
 import pathlib
@@ -107,6 +108,12 @@ def build(
         "deviations": deviations,
         "ledger_head": ledger_head,
     }
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, by which the ledger knows an export."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: pathlib.Path, report: dict) -> None:

@@ -126,11 +126,11 @@ class Trainer:
         bits = loss_lib.bits_per_byte(self.model, state.parameters, rows, self.tokenizer, self.dtype)
         with open(self.run.private / "held_out.jsonl", "a") as file:
             file.write(json.dumps({"step": self.mechanism.steps, "bits_per_byte": bits}) + "\n")
-        if ledger.records[-1]["kind"] != "finish":
+        if not ledger.finished:
             ledger.append("evaluation", step=self.mechanism.steps, units="held_out")
             ledger.append("finish", step=self.mechanism.steps)
             ledger.sync()
-            self._report(self.mechanism.steps, ledger)
+        self._report(self.mechanism.steps, ledger)
         return bits
 
     def _report(self, steps: int, ledger: Ledger) -> None:
@@ -144,7 +144,7 @@ class Trainer:
             sequence_length=config.sequence_length,
             held_out=len(self.data.held_out),
             deviations=plan.warnings(config),
-            finished=ledger.records[-1]["kind"] == "finish",
+            finished=ledger.finished,
             ledger_head=ledger.head,
         )
         report.write(self.run.report_file, content)

@@ -73,6 +73,13 @@ class RunDirectory:
             raise InputError(f"{self.config_file} is damaged: it is no JSON") from None
         return {name: float("inf") if value == "inf" else value for name, value in stored.items()}
 
+    def report(self) -> dict:
+        """The content of report.json."""
+        try:
+            return json.loads(self.report_file.read_text())
+        except (OSError, ValueError):
+            raise InputError(f"{self.report_file} is missing or damaged: run the training command again, which rewrites it") from None
+
     def keys(self) -> Keys:
         return Keys.load(self.keys_file)
 

@@ -1,0 +1,214 @@
+import dataclasses
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting.pld import privacy_loss_distribution
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from accounting import accountant, calibration, truncation
+from accounting.accountant import Accountant
+from accounting.errors import InputError
+from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, DpSgdMechanism
+
+VAULTGEMMA = DpSgdMechanism(12_695_312_500, 517_989, None, 0.614, 1.0, 100_000)
+
+
+def mechanism(q=0.01, sigma=1.0, steps=1000, units=1_000_000, cap=None, relation=ADD_OR_REMOVE):
+    return DpSgdMechanism(units, q * units, cap, sigma, 1.0, steps, relation)
+
+
+def reference(m, delta, interval):
+    step = privacy_loss_distribution.from_gaussian_mechanism(
+        m.noise_multiplier, sampling_prob=m.sampling_probability, value_discretization_interval=interval
+    )
+    return step.self_compose(m.steps).get_epsilon_for_delta(delta)
+
+
+@pytest.mark.parametrize("q", [0.001, 0.02, 0.3])
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("steps", [10, 1000])
+@pytest.mark.parametrize("delta", [1e-5, 1e-8])
+def test_bracket_holds_dp_accounting_values(q, sigma, steps, delta):
+    m = mechanism(q, sigma, steps)
+    bracket = Accountant(m).epsilon(delta)
+    assert bracket.upper <= bracket.lower * 1.001 + 2e-6
+    coarse, fine = reference(m, delta, 1e-3), reference(m, delta, 1e-4)
+    if abs(coarse - fine) <= 2e-4 * fine and 0.1 <= fine <= 20:
+        assert bracket.lower * (1 - 5e-4) <= fine <= bracket.upper * (1 + 5e-4)
+
+
+def test_vaultgemma_setting():
+    # Converged value 1.71053: an independent exponentially tilted FFT refined to a grid of 1e-5.
+    bracket = Accountant(VAULTGEMMA).epsilon(1.1e-10)
+    assert 1.7080 <= bracket.lower <= 1.71053 <= bracket.upper <= 1.7130
+    assert bracket.upper <= bracket.lower * 1.001
+
+
+def test_vaultgemma_claim_holds_for_every_larger_data_set():
+    # google/vaultgemma-1b: epsilon <= 2 at delta 1.1e-10; it holds from about 9.7e9 sequences on.
+    for units in (9_700_000_000, 12_695_312_500):
+        m = dataclasses.replace(VAULTGEMMA, num_units=units)
+        assert Accountant(m).upper(1.1e-10, interval=2.5e-4) <= 2.01
+    too_few = dataclasses.replace(VAULTGEMMA, num_units=9_400_000_000)
+    assert Accountant(too_few).epsilon(1.1e-10).lower > 2.0
+
+
+def test_upper_end_is_above_finer_grids():
+    m = mechanism(0.01, 0.8, 500)
+    uppers = [Accountant(m).upper(1e-6, interval=interval) for interval in (1e-3, 1e-4, 1e-5)]
+    assert uppers[0] >= uppers[1] >= uppers[2] > 0
+    assert Accountant(m).epsilon(1e-6).upper >= uppers[2] * (1 - 1e-12)
+
+
+def gaussian_delta(epsilon, mu):
+    """Balle and Wang 2018, theorem 8."""
+    return stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * stats.norm.cdf(-mu / 2 - epsilon / mu)
+
+
+@pytest.mark.parametrize("mu, delta", [(0.3, 1e-6), (1.0, 1e-5), (2.5, 1e-9)])
+def test_full_batch_equals_the_gaussian_closed_form(mu, delta):
+    # T releases with noise sigma are one Gaussian mechanism with mu = sqrt(T) / sigma.
+    m = mechanism(q=1.0, sigma=math.sqrt(25) / mu, steps=25)
+    exact = optimize.brentq(lambda e: gaussian_delta(e, mu) - delta, 0, 100, xtol=1e-12)
+    bracket = Accountant(m).epsilon(delta)
+    assert bracket.lower <= exact <= bracket.upper
+    assert bracket.upper <= exact * 1.001
+
+
+def test_one_step_equals_the_closed_form_of_the_subsampled_gaussian():
+    q, sigma, delta = 0.1, 0.8, 1e-4
+
+    def delta_at(epsilon):
+        # Removing: the worst event is x > x*, where the likelihood ratio passes e^epsilon.
+        x = sigma**2 * math.log((math.exp(epsilon) - 1 + q) / q) + 0.5
+        tail = lambda mean: stats.norm.sf((x - mean) / sigma)
+        return (1 - q) * tail(0) + q * tail(1) - math.exp(epsilon) * tail(0)
+
+    exact = optimize.brentq(lambda e: delta_at(e) - delta, 1e-6, 50, xtol=1e-13)
+    bracket = Accountant(mechanism(q, sigma, 1)).epsilon(delta)
+    assert bracket.lower <= exact <= bracket.upper
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(q=st.floats(1e-4, 0.5), sigma=st.floats(0.6, 5), steps=st.integers(1, 2000), delta=st.floats(1e-9, 1e-3))
+def test_epsilon_is_monotone(q, sigma, steps, delta):
+    at = lambda delta=delta, **changes: Accountant(mechanism(**{"q": q, "sigma": sigma, "steps": steps, **changes})).epsilon(delta)
+    base = at()
+    slack = 1e-9
+    assert at(steps=2 * steps).upper >= base.lower - slack
+    assert at(q=q / 2).lower <= base.upper + slack
+    assert at(sigma=1.2 * sigma).lower <= base.upper + slack
+    assert at(delta=delta / 10).upper >= base.lower - slack
+
+
+def test_renyi_cross_check_is_dp_accountings_and_looser():
+    m = mechanism(512 / 50_000, 1.0, 5000)
+    bracket = Accountant(m).epsilon(1e-5)
+    event = dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(512 / 50_000, dp_accounting.GaussianDpEvent(1.0)), 5000)
+    renyi = dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(1e-5)
+    assert bracket.cross_check == pytest.approx(renyi, rel=1e-2)
+    assert bracket.upper < bracket.cross_check
+    assert bracket.upper == pytest.approx(4.3167, rel=1e-3)  # dp-accounting 0.6.0, grid 1e-4
+
+
+def test_no_noise_means_no_guarantee_and_no_steps_cost_nothing():
+    assert Accountant(mechanism(sigma=0.0)).epsilon(1e-5).upper == math.inf
+    assert Accountant(mechanism()).epsilon(1e-5, steps=0).upper == 0.0
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_delta_outside_the_unit_interval_is_refused(delta):
+    with pytest.raises(InputError, match="delta"):
+        Accountant(mechanism()).epsilon(delta)
+
+
+def test_truncation_is_charged_by_the_additive_bound_under_add_or_remove():
+    # pitfall 28: dp-accounting returns the zero-out number for a truncated event under add/remove; here the bound is valid for both.
+    plain, delta = mechanism(0.05, 1.0, 200, units=10_000), 1e-5
+    epsilon = Accountant(plain).epsilon(delta).upper
+    cap = truncation.plan_max_batch_size(10_000, 500, 200, epsilon, delta, share=0.3)
+    bracket = Accountant(dataclasses.replace(plain, max_batch_size=cap)).epsilon(delta)
+    overflow = stats.binom.sf(cap, 10_000, 0.05)
+    expected = Accountant(plain).upper(delta - (1 + math.exp(bracket.upper)) * 200 * overflow, interval=1e-4)
+    assert bracket.upper == pytest.approx(expected, rel=1e-3)
+    assert bracket.upper > epsilon
+
+
+def test_tight_cap_is_accounted_as_published():
+    # facts for VaultGemma's setting under zero-out (arXiv 2508.15089 in dp-accounting): 11.4 at 1.005 B, 1.711 at 1.01 B.
+    at = lambda cap: Accountant(dataclasses.replace(VAULTGEMMA, max_batch_size=cap, neighbouring_relation=ZERO_OUT))
+    assert at(520_605).upper(1.1e-10, interval=1e-3) == pytest.approx(11.2, abs=0.4)
+    assert at(523_169).upper(1.1e-10, interval=2.5e-4) == pytest.approx(1.712, abs=0.006)
+
+
+@pytest.mark.parametrize("cap", [540, 570, 620])
+def test_truncated_sampler_agrees_with_dp_accounting(cap):
+    m = mechanism(0.05, 1.0, 100, units=10_000, cap=cap, relation=ZERO_OUT)
+    step = privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
+        dataset_size=10_000,
+        sampling_probability=0.05,
+        truncated_batch_size=cap,
+        noise_multiplier=1.0,
+        neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+    )
+    theirs = step.self_compose(100).get_epsilon_for_delta(1e-6)
+    assert Accountant(m).upper(1e-6, interval=1e-4) <= theirs * 1.001
+
+
+def test_planned_cap_costs_at_most_its_share():
+    cap = truncation.plan_max_batch_size(10_000, 500, 200, 8.0, 1e-5, share=1e-3, multiple=4)
+    assert cap % 4 == 0
+    assert (1 + math.exp(8)) * 200 * stats.binom.sf(cap, 10_000, 0.05) <= 1e-8
+    assert (1 + math.exp(8)) * 200 * stats.binom.sf(cap - 8, 10_000, 0.05) > 1e-8
+
+
+def test_calibration_ends_on_the_private_side():
+    plan = mechanism(512 / 8000, 1.0, 160, units=8000)
+    solved = calibration.noise_multiplier(plan, 8.0, 1e-5)
+    assert Accountant(solved).epsilon(1e-5).upper <= 8.0
+    less = dataclasses.replace(solved, noise_multiplier=solved.noise_multiplier * 0.999)
+    assert Accountant(less).epsilon(1e-5).upper > 8.0
+
+    steps = calibration.steps(solved, 8.0, 1e-5, largest=1000).steps
+    assert Accountant(solved).epsilon(1e-5, steps).upper <= 8.0 < Accountant(solved).epsilon(1e-5, steps + 1).upper
+
+    batch = calibration.expected_batch_size(solved, 8.0, 1e-5)
+    assert batch.expected_batch_size == pytest.approx(512, abs=2)
+    assert Accountant(batch).epsilon(1e-5).upper <= 8.0
+
+    units = calibration.num_units(solved, 8.0, 1e-5)
+    assert units.num_units == pytest.approx(8000, rel=1e-3)
+    assert Accountant(units).epsilon(1e-5).upper <= 8.0
+
+
+def test_calibration_of_vaultgemmas_noise():
+    solved = calibration.noise_multiplier(VAULTGEMMA, 2.0, 1.1e-10)
+    assert solved.noise_multiplier == pytest.approx(0.5985, abs=2e-4)
+
+
+def test_unreachable_epsilon_is_refused():
+    # The cap overflows so often that truncation alone exceeds delta, whatever the noise.
+    with pytest.raises(InputError, match="no noise reaches"):
+        calibration.noise_multiplier(mechanism(0.05, 1.0, 100, units=10_000, cap=480), 1.0, 1e-6)
+
+
+def test_live_curve_never_shows_less_than_the_bound():
+    from accounting.curve import EpsilonCurve
+
+    a = Accountant(mechanism(0.05, 1.0, 97, units=10_000))
+    curve = EpsilonCurve(a, 1e-5)
+    shown = [curve.at(t) for t in range(98)]
+    assert shown == sorted(shown)
+    for t in (1, 7, 50, 96, 97):
+        assert shown[t] >= a.epsilon(1e-5, t).upper * (1 - 1e-9)
+    with pytest.raises(ValueError):
+        curve.at(98)
+
+
+def test_epsilon_of_a_whole_run_is_the_accountants():
+    assert accountant.epsilon(mechanism(), 1e-5) == Accountant(mechanism()).epsilon(1e-5)
+    assert np.isfinite(accountant.epsilon(mechanism(), 1e-5).upper)
