@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ def linear_batch(rng, size, scale=1.0):
 PARAMS = {"a": jnp.zeros(7), "b": jnp.zeros((3, 5))}
 
 
+@functools.lru_cache
 def gemma_problem(rows=8, dtype=jnp.float32, length=12):
+    """(loss, parameters, batch) of a tiny Gemma; the same objects each time, so that compiled functions are found again."""
     rng = np.random.default_rng(3)
     params = decoder.init_parameters(MODEL, jax.random.key(1))
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
@@ -38,11 +41,21 @@ def gemma_problem(rows=8, dtype=jnp.float32, length=12):
     return loss_lib.row_loss(MODEL, bos=2, pad=0, dtype=dtype), params, batch
 
 
+@functools.lru_cache
+def compiled_gradient(loss):
+    return jax.jit(jax.grad(loss))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("strategy", "microbatch_size"))
+def clipped_sum(loss, params, batch, mask, clip_norm, **options):
+    return clipping.clipped_sum(loss, params, batch, mask, clip_norm, **options)
+
+
 def reference(loss, params, batch, mask, clip_norm):
     """The definition, example by example, in float64 after the gradient."""
     total = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
     for i in np.flatnonzero(mask):
-        gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), jax.grad(loss)(params, jax.tree.map(lambda x, i=i: x[i], batch)))
+        gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), compiled_gradient(loss)(params, jax.tree.map(lambda x, i=i: x[i], batch)))
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
         if np.isfinite(norm):
             factor = min(1.0, clip_norm / norm) if norm else 1.0
@@ -59,11 +72,11 @@ def relative_error(got, expected):
 
 
 @pytest.mark.parametrize("strategy, size", STRATEGIES)
-@pytest.mark.parametrize("clip_norm", [0.1, 1.0, 1e3])
+@pytest.mark.parametrize("clip_norm", [0.5, 1e3])
 def test_equals_the_definition_on_gemma(strategy, size, clip_norm):
     loss, params, batch = gemma_problem()
     mask = jnp.array([True, True, False, True, True, True, False, False])
-    got = clipping.clipped_sum(loss, params, batch, mask, clip_norm, strategy=strategy, microbatch_size=size)
+    got = clipped_sum(loss, params, batch, mask, clip_norm, strategy=strategy, microbatch_size=size)
     assert relative_error(got.total, reference(loss, params, batch, mask, clip_norm)) < 1e-5
     assert got.sensitivity == clip_norm
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got.total))
@@ -72,18 +85,18 @@ def test_equals_the_definition_on_gemma(strategy, size, clip_norm):
 @pytest.mark.parametrize("size", [1, 4])
 def test_equals_a_plain_vmap(size):
     loss, params, batch = gemma_problem()
-    gradients = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     norms = jnp.sqrt(sum(jnp.sum(g.reshape(len(batch), -1) ** 2, axis=1) for g in jax.tree.leaves(gradients)))
     expected = jax.tree.map(lambda g: jnp.tensordot(jnp.minimum(1, 0.5 / norms), g, 1), gradients)
-    got = clipping.clipped_sum(loss, params, batch, jnp.ones(8, bool), 0.5, strategy="vmap", microbatch_size=size)
+    got = clipped_sum(loss, params, batch, jnp.ones(8, bool), 0.5, strategy="vmap", microbatch_size=size)
     assert relative_error(got.total, expected) < 1e-5
     np.testing.assert_allclose(got.stats.norms, norms, rtol=1e-5)
 
 
 def test_equals_jax_privacy():
     loss, params, batch = gemma_problem()
-    theirs = jax_privacy.clipping.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=1, keep_batch_dim=False)
-    ours = clipping.clipped_sum(loss, params, batch, jnp.ones(8, bool), 0.5)
+    theirs = jax.jit(jax_privacy.clipping.clipped_grad(loss, l2_clip_norm=0.5, batch_argnums=1, keep_batch_dim=False))
+    ours = clipped_sum(loss, params, batch, jnp.ones(8, bool), 0.5)
     assert relative_error(ours.total, theirs(params, batch)) < 1e-5
 
 
@@ -92,7 +105,7 @@ def test_pitfall_4_padding_contributes_exact_zeros(strategy, size):
     rng = np.random.default_rng(0)
     batch = linear_batch(rng, 8)
     mask = jnp.array([True, False, True, True, False, False, False, False])
-    run = lambda b: clipping.clipped_sum(linear_loss, PARAMS, b, mask, 1.0, strategy=strategy, microbatch_size=size)
+    run = lambda b: clipped_sum(linear_loss, PARAMS, b, mask, 1.0, strategy=strategy, microbatch_size=size)
     expected = run(batch)
     for content in (np.nan, np.inf, 1e38, 0.0):
         filled = jax.tree.map(lambda x, c=content: jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, c), batch)
@@ -103,7 +116,7 @@ def test_pitfall_4_padding_contributes_exact_zeros(strategy, size):
 
 @pytest.mark.parametrize("strategy, size", STRATEGIES)
 def test_pitfall_5_empty_batch_is_a_zero_sum(strategy, size):
-    got = clipping.clipped_sum(
+    got = clipped_sum(
         linear_loss, PARAMS, linear_batch(np.random.default_rng(0), 4), jnp.zeros(4, bool), 1.0, strategy=strategy, microbatch_size=size
     )
     assert not flat(got.total).any() and not flat(got.stats).any()
@@ -114,7 +127,7 @@ def test_pitfall_5_empty_batch_is_a_zero_sum(strategy, size):
 def test_pitfall_11_a_bad_example_is_dropped_whole(strategy, size, bad):
     batch = linear_batch(np.random.default_rng(0), 4)
     spoiled = {**batch, "a": batch["a"].at[1, 2].set(bad)}
-    run = lambda b, mask: clipping.clipped_sum(linear_loss, PARAMS, b, jnp.array(mask), 1.0, strategy=strategy, microbatch_size=size)
+    run = lambda b, mask: clipped_sum(linear_loss, PARAMS, b, jnp.array(mask), 1.0, strategy=strategy, microbatch_size=size)
     got = run(spoiled, [True] * 4)
     without = run(batch, [True, False, True, True])
     np.testing.assert_array_equal(flat(got.total), flat(without.total))
@@ -136,7 +149,7 @@ def test_neighbour_difference_is_bounded(seed, scale, clip_norm, special):
     mask = rng.random(6) < 0.7
     for unit in (0, 2):
         sums = [
-            flat(clipping.clipped_sum(linear_loss, PARAMS, batch, jnp.array(mask).at[unit].set(present), clip_norm).total)
+            flat(clipped_sum(linear_loss, PARAMS, batch, jnp.array(mask).at[unit].set(present), clip_norm).total)
             for present in (True, False)
         ]
         # Six float32 additions round.
@@ -148,11 +161,11 @@ def test_neighbour_difference_is_bounded(seed, scale, clip_norm, special):
 def test_released_norm_never_exceeds_clip_norm(dtype, strategy, size):
     # pitfall 12: with a second computation of the gradient in bfloat16 the excess would be 1e-3; plain float32 scaling exceeds by 1e-7.
     loss, params, batch = gemma_problem(rows=4, dtype=dtype)
-    run = jax.jit(lambda p, mask, c: clipping.clipped_sum(loss, p, batch, mask, 0.25, strategy=strategy, microbatch_size=size).total)
-    for trial in range(10):
+    run = jax.jit(lambda p, mask: clipped_sum(loss, p, batch, mask, 0.25, strategy=strategy, microbatch_size=size).total)
+    for _ in range(10):
         params = jax.tree.map(lambda leaf: leaf * 1.03, params)
         for i in range(4):
-            released = np.linalg.norm(flat(run(params, jnp.arange(4) == i, trial)))
+            released = np.linalg.norm(flat(run(params, jnp.arange(4) == i)))
             assert 0.25 * (1 - 1e-5) <= released <= 0.25
 
 
@@ -160,7 +173,7 @@ def test_released_norm_is_bounded_where_sequential_summation_stagnates():
     # 2^25 equal entries: a float32 running sum of squares stops growing at 2^24.
     size = 2**25
     loss = lambda params, example: jnp.sum(params * example)
-    got = clipping.clipped_sum(loss, jnp.zeros(size), jnp.ones((1, 1)), jnp.array([True]), 1.0)
+    got = clipped_sum(loss, jnp.zeros(size), jnp.ones((1, 1)), jnp.array([True]), 1.0)
     assert 1 - 1e-5 <= np.linalg.norm(np.asarray(got.total, np.float64)) <= 1.0
 
 
@@ -175,14 +188,14 @@ def test_norm_error_stays_within_the_proved_margin():
 def test_pitfall_18_examples_do_not_influence_each_other():
     loss, params, batch = gemma_problem(rows=4)
     only = jnp.arange(4) == 1
-    before = clipping.clipped_sum(loss, params, batch, only, 1.0).total
-    after = clipping.clipped_sum(loss, params, batch.at[0].set(5).at[3].set(7), only, 1.0).total
+    before = clipped_sum(loss, params, batch, only, 1.0).total
+    after = clipped_sum(loss, params, batch.at[0].set(5).at[3].set(7), only, 1.0).total
     np.testing.assert_array_equal(flat(before), flat(after))
 
 
 def test_infinite_clip_norm_is_the_plain_gradient():
     loss, params, batch = gemma_problem(rows=4)
-    got = clipping.clipped_sum(loss, params, batch, jnp.ones(4, bool), float("inf")).total
+    got = clipped_sum(loss, params, batch, jnp.ones(4, bool), float("inf")).total
     expected = jax.grad(lambda p: jax.vmap(loss, (None, 0))(p, batch).sum())(params)
     assert relative_error(got, expected) < 1e-5
 
@@ -190,7 +203,7 @@ def test_infinite_clip_norm_is_the_plain_gradient():
 def test_bfloat16_gradients_are_summed_in_float32():
     # pitfall 12: 4096 unit gradients in bfloat16 would stagnate at 512.
     loss = lambda params, example: (params.astype(jnp.bfloat16) * example.astype(jnp.bfloat16)).sum().astype(jnp.float32)
-    got = clipping.clipped_sum(loss, jnp.zeros(1), jnp.ones((4096, 1)), jnp.ones(4096, bool), float("inf"))
+    got = clipped_sum(loss, jnp.zeros(1), jnp.ones((4096, 1)), jnp.ones(4096, bool), float("inf"))
     assert float(got.total[0]) == 4096.0
 
 
@@ -206,5 +219,5 @@ def test_agrees_with_optax_per_example_clipping():
     batch = linear_batch(rng, 5)
     gradients = [batch["a"], batch["b"]]
     theirs, _ = optax.per_example_global_norm_clip(gradients, 1.5)
-    ours = clipping.clipped_sum(linear_loss, PARAMS, batch, jnp.ones(5, bool), 1.5).total
+    ours = clipped_sum(linear_loss, PARAMS, batch, jnp.ones(5, bool), 1.5).total
     assert relative_error([ours["a"], ours["b"]], theirs) < 1e-5
