@@ -5,6 +5,7 @@ at once.
 """
 
 import importlib
+import logging
 import sys
 
 from absl import flags
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(command_flags.help_text(name, command.DESCRIPTION, fv))
         return 0
+    logging.getLogger("absl").setLevel(logging.ERROR)  # libraries' chatter; this program speaks for itself
     try:
         positional = fv([name, *rest])[1:]
         if positional:

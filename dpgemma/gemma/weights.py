@@ -104,4 +104,3 @@ def from_hf(config: GemmaConfig, tensors: dict[str, np.ndarray]) -> dict:
             node = node.setdefault(part, {})
         node[weight.path[-1]] = np.stack(arrays) if weight.stacked else arrays[0]
     return parameters
-

@@ -62,8 +62,7 @@ class Checkpoints:
                 if not sound:
                     raise ValueError(f"its counters disagree with its number {step}")
             except Exception as error:  # whatever the storage layers raise on damaged files
-                reason = str(error).strip().split("\n")[0][:200]
-                warn(f"checkpoint {step} cannot be read ({reason}); it is set aside and the one before it is used")
+                warn(f"checkpoint {step} cannot be read ({_reason(error)}); it is set aside and the one before it is used")
                 self._set_aside(step)
                 continue
             if not ledger.text.startswith(meta["ledger"]):
@@ -82,22 +81,32 @@ class Checkpoints:
 
 
 def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
-    """(step, parameter tree, meta) of the latest checkpoint, without a template, for sampling and export.
+    """(step, parameter tree, meta) of the latest checkpoint on one device, wherever it was saved; for sampling and export.
 
     Raises:
       InputError: there is none, or it cannot be read.
     """
+    absent = InputError(f"{directory.parent} has no checkpoint yet: train it first")
     if not directory.is_dir():
-        raise InputError(f"{directory.parent} has no checkpoint yet: train it first")
-    with ocp.CheckpointManager(
-        directory.absolute(), item_names=("state", "meta"), options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
+        raise absent
+    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
         step = manager.latest_step()
         if step is None:
-            raise InputError(f"{directory.parent} has no checkpoint yet: train it first")
+            raise absent
         try:
-            restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise InputError(f"checkpoint {step} in {directory} cannot be read ({reason}): resume training, which falls back") from None
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            stored = manager.item_metadata(step)["state"].tree
+            template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+            restored = manager.restore(step, args=items)
+        except Exception as error:  # whatever the storage layers raise on damaged files
+            raise InputError(
+                f"checkpoint {step} in {directory} cannot be read ({_reason(error)}): resume training, which falls back"
+            ) from None
     return step, restored.state["parameters"], restored.meta
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -96,10 +96,10 @@ class RunDirectory:
             raise InputError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
 
     def check_resumable(self, config: dict, fingerprint: str) -> None:
-        """Refuses to go on with other settings or other data.
+        """Refuses to go on with other settings, other data or a ledger that was changed.
 
         Raises:
-          InputError: names the settings that differ, with both values.
+          InputError: names the settings that differ, with both values, or the ledger's line.
         """
         stored = self.config()
         differing = [name for name in config if name not in OPERATIONAL and stored.get(name) != config[name]]
@@ -112,6 +112,7 @@ class RunDirectory:
             raise InputError(f"{self.data_file} is missing or damaged: the run cannot tell whether the data are its own") from None
         if known != fingerprint:
             raise InputError(f"the data differ from those that {self.path} was started with: give the same data or another --workdir")
+        Ledger.open(self.ledger_file).close()
 
 
 def open_existing(path: pathlib.Path) -> RunDirectory | None:

@@ -55,7 +55,9 @@ def reference(loss, params, batch, mask, clip_norm):
     """The definition, example by example, in float64 after the gradient."""
     total = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
     for i in np.flatnonzero(mask):
-        gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), compiled_gradient(loss)(params, jax.tree.map(lambda x, i=i: x[i], batch)))
+        gradient = jax.tree.map(
+            lambda g: np.asarray(g, np.float64), compiled_gradient(loss)(params, jax.tree.map(lambda x, i=i: x[i], batch))
+        )
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
         if np.isfinite(norm):
             factor = min(1.0, clip_norm / norm) if norm else 1.0
@@ -207,7 +209,9 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert float(got.total[0]) == 4096.0
 
 
-@pytest.mark.parametrize("options", [{"strategy": "ghostly"}, {"strategy": "vmap", "microbatch_size": 3}, {"clip_norm": 1e-9}, {"clip_norm": np.nan}])
+@pytest.mark.parametrize(
+    "options", [{"strategy": "ghostly"}, {"strategy": "vmap", "microbatch_size": 3}, {"clip_norm": 1e-9}, {"clip_norm": np.nan}]
+)
 def test_bad_options_are_refused(options):
     options = {"clip_norm": 1.0, **options}
     with pytest.raises(ValueError):

@@ -1,0 +1,189 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dpgemma import cli
+
+TEXT = "Ada came to the ward with a cough and went home well. " * 40
+
+
+def run(*arguments, timeout=120):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "dpgemma", *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "account", "sample", "export"])
+def test_help_answers_at_once_without_jax(command):
+    code = (
+        "import sys; from dpgemma import cli; code = cli.main([sys.argv[1], '--help']);"
+        "assert not {'jax', 'numpy', 'scipy', 'flax', 'orbax'} & set(sys.modules); sys.exit(code)"
+    )
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.6
+    assert "--workdir" in done.stdout or "--epsilon" in done.stdout
+
+
+def test_train_help_shows_the_public_defaults(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for line in ("--model (default tiny)", "--sequence_length (default 128)", "--batch_size (default 512)", "--steps (default 160)",
+                 "--epsilon (default 8.0)", "--delta (default 1e-05)", "--neighbouring_relation (default zero_out)"):  # fmt: skip
+        assert line in text
+
+
+def test_console_script_and_module_are_the_same():
+    assert "usage: dpgemma COMMAND" in run("--help").stdout
+    assert run("--help").returncode == 0
+    assert run().returncode == 2
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+BAD_TRAINING = {
+    "unknown preset": (["--model=gemma_9t"], "is no preset"),
+    "missing file": (["--data=/nowhere/x.txt"], "no file matches"),
+    "empty data": (["--data={tmp}/empty.txt"], "empty"),
+    "sequence too long": (["--sequence_length=257"], "exceeds the 256 tokens"),
+    "batch above the data": (["--batch_size=4000"], "exceeds the"),
+    "unreachable epsilon": (["--epsilon=1e-3", "--delta=1e-12", "--max_batch_size=8", "--batch_size=8"], "no noise reaches"),
+    "infinite clip norm": (["--clip_norm=inf"], "bounds nobody"),
+    "noise without privacy": (["--epsilon=inf", "--noise_multiplier=1"], "drop --noise_multiplier"),
+    "unknown flag": (["--epsilom=3"], "epsilom"),
+    "malformed number": (["--epsilon=eight"], "not a number"),
+    "not a number": (["--epsilon=nan"], "not a number"),
+    "fraction of a step": (["--steps=1.5"], "not a whole number"),
+    "no steps": (["--steps=0"], "at least 1"),
+    "delta": (["--delta=0"], "--delta"),
+    "negative epsilon": (["--epsilon=-1"], "--epsilon"),
+    "zero clip norm": (["--clip_norm=0"], "clip"),
+    "other unit": (["--privacy_unit=user"], "not supported yet"),
+    "undeclared units": (["--neighbouring_relation=add_or_remove"], "--num_units"),
+    "too few declared": (["--neighbouring_relation=add_or_remove", "--num_units=9"], "more training units than"),
+    "mesh": (["--mesh=data:many"], "--mesh"),
+    "too many devices": (["--mesh=data:2", "--max_batch_size=9"], "multiple of 2"),
+    "missing tokenizer": (["--tokenizer=/nowhere/t.model"], "no tokenizer file"),
+    "all held out": (["--holdout_fraction=0.999999"], "held out"),
+    "positional": (["epsilon=3"], "--name=value"),
+    "choice": (["--optimizer=adam"], "adam"),
+    "workdir is something else": (["--workdir={tmp}"], "neither empty nor the folder of a run"),
+    "unwritable": (["--workdir=/proc/dpgemma/run"], "disk refused"),
+    "workdir below a file": (["--workdir={tmp}/text.txt/run"], "disk refused"),
+    "missing data set": (["--data=tfds:no_such_data_set"], "cannot read TFDS"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_input_is_one_sentence(case, text, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    (tmp_path / "empty.txt").write_text("")
+    changes, message = BAD_TRAINING[case]
+    arguments = [f"--data={text}", f"--workdir={tmp_path}/run", "--sequence_length=32", "--batch_size=8", "--steps=2", "--delta=1e-4"]
+    assert cli.main(["train", *arguments, *(c.format(tmp=tmp_path) for c in changes)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and message in err and err.startswith("dpgemma: ") and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["fly"], "unknown command"), (["sample"], "--workdir"), (["sample", "--workdir=/nowhere"], "no run directory"),
+        (["export", "--workdir=/nowhere"], "--out"), (["export", "--workdir=/nowhere", "--out={tmp}/x"], "no run directory"),
+        (["export", "--workdir=/nowhere", "--out={tmp}"], "not an empty folder"),
+        (["account"], "exactly one"), (["account", "--epsilon=8", "--steps=10", "--batch_size=5", "--num_units=100", "--delta=2"], "--delta"),
+        (["account", "--epsilon=8", "--steps=10", "--batch_size=500", "--num_units=100"], "at most the 100"),
+        (["account", "--noise_multiplier=1", "--steps=10", "--batch_size=0", "--num_units=100"], "--batch_size"),
+    ],
+)  # fmt: skip
+def test_other_commands_refuse_bad_input(arguments, message, text, tmp_path, capsys):
+    assert cli.main([a.format(tmp=tmp_path) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.splitlines()) == 1
+
+
+def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
+    from dpgemma.training import run_directory
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device", str(tmp_path / "run"))
+
+    monkeypatch.setattr(run_directory.os, "rename", refuse)
+    assert (
+        cli.main(["train", f"--data={text}", f"--workdir={tmp_path}/run", "--sequence_length=32", "--batch_size=8", "--noise_multiplier=1"])
+        == 2
+    )
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]  # nothing half-written stays
+
+
+def test_delta_above_one_over_n_is_a_warning(text, tmp_path):
+    done = run("train", f"--data={text}", f"--workdir={tmp_path}/run", "--sequence_length=32", "--batch_size=8", "--steps=1", "--delta=0.1",
+               "--noise_multiplier=1")  # fmt: skip
+    assert done.returncode == 0 and "warning: delta 0.1 is above 1/N" in done.stderr
+    assert any("above 1/N" in d for d in json.loads((tmp_path / "run/report.json").read_text())["deviations"])
+
+
+def test_default_workdir_and_declared_units(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", f"--data={text}", "--sequence_length=32", "--batch_size=8", "--steps=1e0", "--noise_multiplier=1",
+                 "--neighbouring_relation=add_or_remove", "--num_units=1e3"]  # fmt: skip
+    first, second = run(*arguments), run(*arguments)
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert len(workdir.name) == 8 and int(workdir.name, 16) >= 0
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["num_units"] == 1000 and report["neighbouring_relation"] == "add_or_remove" and report["sampling_probability"] == 0.008
+    assert "declared by the operator" in report["statement"]
+
+
+def test_account_prints_vaultgemmas_epsilon(capsys):
+    arguments = [
+        "--num_units=12695312500",
+        "--batch_size=517989",
+        "--steps=100000",
+        "--noise_multiplier=0.614",
+        "--delta=1.1e-10",
+        "--json",
+    ]
+    assert cli.main(["account", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 1.70 < result["epsilon_lower_numeric"] <= result["epsilon"] < 1.74 and result["cross_check"] > 3
+    assert {"delta", "noise_multiplier", "steps", "expected_batch_size", "max_batch_size", "sampling_probability", "num_units",
+            "neighbouring_relation"} < set(result)  # fmt: skip
+    assert result["neighbouring_relation"] == "add_or_remove" and result["max_batch_size"] is None
+
+
+@pytest.mark.parametrize(
+    "omitted, key",
+    [("noise_multiplier", "noise_multiplier"), ("steps", "steps"), ("batch_size", "expected_batch_size"), ("num_units", "num_units")],
+)
+def test_account_solves_for_any_one_quantity(omitted, key, capsys):
+    plan = {"epsilon": "8", "noise_multiplier": "0.85", "steps": "160", "batch_size": "512", "num_units": "7843"}
+    del plan[omitted]
+    assert cli.main(["account", "--json", *(f"--{n}={v}" for n, v in plan.items())]) == 0
+    result = json.loads(capsys.readouterr().out)
+    nominal = {"noise_multiplier": 0.846, "steps": 162, "expected_batch_size": 514, "num_units": 7810}
+    assert result["epsilon"] <= 8 and result[key] == pytest.approx(nominal[key], rel=0.02)
+
+
+def test_account_prints_a_table_without_json(capsys):
+    assert cli.main(["account", "--epsilon=inf", "--steps=10", "--batch_size=5", "--num_units=100", "--delta=1e-6"]) == 0
+    out = capsys.readouterr().out
+    assert "noise_multiplier         0   (solved)" in out and "epsilon                  inf" in out

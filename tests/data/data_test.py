@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from accounting.errors import InputError
+from dpgemma.data import dataset, holdout, packing, sources
+from dpgemma.gemma.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+
+
+def test_every_token_lies_in_exactly_one_row():
+    # pitfall 19: no overlap between units, nothing lost.
+    documents = [b"alpha", b"", b"a much longer document than one row", b"z"]
+    rows = packing.pack(documents, TOKENIZER, 8)
+    stream = [t for d in documents if d for t in [*TOKENIZER.encode(d), TOKENIZER.eos]]
+    assert rows.shape[1] == 8 and rows.dtype == np.int32
+    flat = rows.ravel()
+    assert flat[: len(stream)].tolist() == stream
+    assert (flat[len(stream) :] == TOKENIZER.pad).all() and len(flat) - len(stream) < 8
+
+
+@pytest.mark.parametrize("documents", [[], [b""], [b"", b""]])
+def test_empty_data_are_refused(documents):
+    with pytest.raises(InputError, match="empty"):
+        packing.pack(documents, TOKENIZER, 8)
+
+
+def test_assignment_ignores_content():
+    # pitfall 3: number and identity of training units do not depend on what the units contain.
+    key = b"k" * 32
+    rows = np.arange(4000, dtype=np.int32).reshape(-1, 4)
+    other = rows.copy()
+    other[17] = 0
+    a, b = dataset.split(rows, key, 0.1), dataset.split(other, key, 0.1)
+    np.testing.assert_array_equal(a.training, b.training)
+    assert sorted([*a.training, *a.held_out]) == list(range(1000))
+
+
+def test_holdout_is_random_at_its_fraction_and_keyed():
+    a, b = (holdout.held_out(key * 32, 200_000, 0.1) for key in (b"a", b"b"))
+    for chosen in (a, b):
+        assert stats.binomtest(int(chosen.sum()), 200_000, 0.1).pvalue > 1e-7
+    assert abs((a & b).sum() - 2000) < 6 * np.sqrt(2000)
+    np.testing.assert_array_equal(a[:1000], holdout.held_out(b"a" * 32, 1000, 0.1))
+    assert not holdout.held_out(b"a" * 32, 1000, 0.0).any()
+
+
+def test_batches_have_constant_shapes_and_are_dealt_evenly():
+    data = dataset.split(np.arange(400, dtype=np.int32).reshape(-1, 4), b"k" * 32, 0.0)
+    for drawn in (0, 1, 5, 8):
+        units = np.arange(drawn) * 3
+        batch, mask = data.batch(units, 8)
+        assert batch.shape == (8, 4) and mask.sum() == drawn
+        np.testing.assert_array_equal(batch[:drawn], data.rows[units])
+        dealt, dealt_mask = dataset.spread(batch, mask, 2)
+        halves = dealt_mask.reshape(2, 4)
+        assert abs(int(halves[0].sum()) - int(halves[1].sum())) <= 1
+        assert all((np.diff(half.astype(int)) <= 0).all() for half in halves)  # units in front on every device
+        assert {tuple(r) for r in dealt[dealt_mask]} == {tuple(r) for r in batch[mask]}
+
+
+def test_declared_units_beyond_the_data_are_empty():
+    data = dataset.split(np.ones((10, 4), np.int32), b"k" * 32, 0.0)
+    batch, mask = data.batch(np.array([2, 9, 10, 57]), 6)
+    assert mask.sum() == 2
+
+
+def test_sources_read_text_globs_and_jsonl(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\n")
+    (tmp_path / "b.txt").write_bytes(b"two \xff")
+    assert list(sources.documents(str(tmp_path / "*.txt"))) == [b"one\n", b"two \xff"]
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"note": "é"}) + "\n\n" + json.dumps({"note": "x"}) + "\n")
+    assert list(sources.documents(str(path), "note")) == ["é".encode(), b"x"]
+    with pytest.raises(InputError, match=r"line 1.*'text'"):
+        list(sources.documents(str(path)))
+
+
+@pytest.mark.parametrize("spec", ["/nowhere/x.txt", "tfds:no_such_data_set"])
+def test_missing_data_are_one_sentence(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(InputError):
+        list(sources.documents(spec))
+
+
+def test_synthetic_corpus_is_built_once_without_download(tmp_path, monkeypatch, capsys):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setenv("DPGEMMA_CACHE", str(tmp_path))
+    first = list(sources.documents("synthetic"))
+    monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "_download_and_prepare", lambda *a, **k: pytest.fail("built again"))
+    assert list(sources.documents("synthetic")) == first
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.rglob("*.array_record*"))
+    assert len(first) == len(set(first)) == 6000
+    assert all(80 < len(note) < 900 for note in first)
+    by_directory = list(sources.documents(f"tfds:{next(tmp_path.glob('clinic_notes/*'))}"))
+    assert by_directory == first

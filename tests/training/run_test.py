@@ -1,0 +1,312 @@
+"""Whole runs through the command line, in processes of their own: resumption, crashes, signals, damage, secrets."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from accounting import ledger as ledger_lib
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+COMMAND = [sys.executable, "-m", "dpgemma"]
+
+
+def run(*arguments, timeout=240, **options):
+    return subprocess.run([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, **options)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs are kept between the many processes of this file."""
+    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
+    ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(" ".join(rng.choice(["fever", "cough", "rest", "Ada", "B12", "ward", "seen", "today"]) for _ in range(2000)))
+    return path
+
+
+def flags(text, workdir, steps=6, **changes):
+    settings = dict(
+        data=text, workdir=workdir, steps=steps, sequence_length=32, batch_size=12, noise_multiplier=1.0, delta=1e-4, checkpoint_every=2
+    )
+    return ["train", *(f"--{name}={value}" for name, value in {**settings, **changes}.items())]
+
+
+@pytest.fixture(scope="session")
+def finished(text, cache, tmp_path_factory):
+    """A finished run, never changed by a test: (folder, completed process)."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    done = run(*flags(text, workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def copy_of(finished, tmp_path):
+    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def final_parameters(workdir):
+    from dpgemma.training import checkpoint
+
+    step, parameters, meta = checkpoint.latest_parameters(workdir / "checkpoints")
+    return step, parameters, meta
+
+
+def step_records(workdir):
+    return [{k: v for k, v in r.items() if k != "n"} for r in ledger_lib.read(workdir / "ledger.jsonl") if r["kind"] == "step"]
+
+
+def assert_same_bits(a, b):
+    import jax
+
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint32), np.asarray(y).view(np.uint32))
+
+
+def test_run_directory_and_output(finished):
+    workdir, done = finished
+    assert done.stdout.splitlines()[-1].startswith("held-out ") and done.stdout.count("held-out") == 1
+    assert done.stdout.endswith(" bits/byte\n") and len(done.stdout.splitlines()) == 1
+    assert {p.name for p in workdir.iterdir()} == {"config.json", "ledger.jsonl", "report.json", "metrics.jsonl", "checkpoints", "private"}
+    report, config = json.loads((workdir / "report.json").read_text()), json.loads((workdir / "config.json").read_text())
+    assert report["epsilon"] <= report["target_epsilon"] + 1e-4 and report["finished"] and report["deviations"] == []
+    assert report["steps"] == config["steps"] == 6 == len(step_records(workdir))
+    assert report["num_units"] + report["held_out_units"] == -(-(len((pathlib.Path(config["data"])).read_bytes()) + 1) // 32)
+    assert config["noise_multiplier"] == report["noise_multiplier"] == 1.0
+    kinds = [r["kind"] for r in ledger_lib.read(workdir / "ledger.jsonl")]
+    assert kinds[0] == "start" and kinds[-2:] == ["evaluation", "finish"] and kinds.count("checkpoint") == 3
+
+
+def test_pitfall_9_one_count_of_updates(finished):
+    step, _, meta = final_parameters(finished[0])
+    assert step == meta["step"] == meta["optimizer_count"] == len(step_records(finished[0]))
+
+
+def test_pitfall_15_keys_are_private_and_appear_nowhere_else(finished):
+    workdir, done = finished
+    private = workdir / "private"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert stat.S_IMODE((private / "keys.json").stat().st_mode) == 0o600
+    secrets = json.loads((private / "keys.json").read_text())
+    assert all(len(bytes.fromhex(value)) == 32 for value in secrets.values()) and len(set(secrets.values())) == 4
+    needles = [form for value in secrets.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))]
+    for path in workdir.rglob("*"):
+        if path.is_file() and private not in path.parents:
+            content = path.read_bytes()
+            assert not any(needle in content for needle in needles), path
+    assert not any(value in done.stdout + done.stderr for value in secrets.values())
+
+
+def test_pitfall_24_no_raw_value_outside_private(finished):
+    workdir, done = finished
+    public = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [set(m) for m in public] == [{"step", "epsilon", "learning_rate"}] * 6
+    private = [json.loads(line) for line in (workdir / "private/metrics.jsonl").read_text().splitlines()]
+    assert all(m["loss"] > 0 and m["units"] >= 0 for m in private)
+    assert "loss" not in done.stderr  # standard error is no terminal here
+
+
+def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    before = final_parameters(workdir)[1]
+    again = run(*flags(text, workdir))
+    assert again.returncode == 0 and again.stdout == finished[1].stdout
+    assert_same_bits(before, final_parameters(workdir)[1])
+    assert len(step_records(workdir)) == 6
+
+
+def test_sigkill_at_random_moments_leaves_no_trace(text, cache, tmp_path):
+    """20 kills, start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
+    steps, rng = 60, random.Random(7)
+    settings = dict(steps=steps, checkpoint_every=3)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    # One set of keys and one start for both: the second folder is a copy of the first, taken before its first step.
+    first = subprocess.Popen([*COMMAND, *map(str, flags(text, undisturbed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3)
+    wait_for(lambda: (undisturbed / "ledger.jsonl").exists(), first)
+    first.kill()
+    first.wait()
+    shutil.rmtree(undisturbed / "checkpoints", ignore_errors=True)
+    start = (undisturbed / "ledger.jsonl").read_text().splitlines(keepends=True)[0]
+    (undisturbed / "ledger.jsonl").write_text(start)
+    shutil.copytree(undisturbed, killed)
+
+    assert run(*flags(text, undisturbed, **settings)).returncode == 0
+    kills, during_save = 0, 0
+    while kills < 20:
+        process = subprocess.Popen([*COMMAND, *map(str, flags(text, killed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3)
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, 5))  # anywhere, start-up included
+        else:
+            lines = len((killed / "ledger.jsonl").read_text().splitlines())
+            more = rng.randint(1, 4)
+            wait_for(lambda lines=lines, more=more: len((killed / "ledger.jsonl").read_text().splitlines()) >= lines + more, process)
+            time.sleep(rng.uniform(0, 0.05))
+        assert process.poll() is None, "the run ended before its 20 kills: give it more steps"
+        process.kill()
+        process.wait()
+        kills += 1
+        during_save += any("tmp" in p.name for p in (killed / "checkpoints").glob("*"))
+    done = run(*flags(text, killed, **settings))
+    assert done.returncode == 0, done.stderr
+    assert during_save > 0
+    assert step_records(killed) == step_records(undisturbed)
+    a, b = final_parameters(undisturbed), final_parameters(killed)
+    assert a[0] == b[0] == steps and a[2]["optimizer_count"] == b[2]["optimizer_count"] == steps
+    assert_same_bits(a[1], b[1])
+    assert (killed / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = flags(text, workdir, steps=5000, checkpoint_every=5000)
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (workdir / "metrics.jsonl").exists() and len((workdir / "metrics.jsonl").read_text().splitlines()) > 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out == "" and "the same command goes on" in err and "Traceback" not in err
+    step, _, meta = final_parameters(workdir)
+    report = json.loads((workdir / "report.json").read_text())
+    assert step == meta["optimizer_count"] == report["steps"] == len(step_records(workdir)) > 2
+    assert not report["finished"] and report["epsilon"] < report["target_epsilon"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    before = final_parameters(workdir)[1]
+    for path in (workdir / "checkpoints/6").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = run(*flags(text, workdir))
+    assert done.returncode == 0, done.stderr
+    assert "warning: checkpoint 6 cannot be read" in done.stderr and "resuming at step 4" in done.stderr
+    assert_same_bits(before, final_parameters(workdir)[1])
+    assert len(step_records(workdir)) == 6
+
+
+REFUSALS = {
+    "other settings": (dict(learning_rate=0.1), None, "learning_rate (0.008 there, 0.1 here)"),
+    "other noise": (dict(noise_multiplier=0.9), None, "noise_multiplier (1.0 there, 0.9 here)"),
+    "no ledger": ({}, lambda w: (w / "ledger.jsonl").unlink(), "without its ledger"),
+    "no keys": ({}, lambda w: (w / "private/keys.json").unlink(), "without its keys"),
+    "no config": ({}, lambda w: (w / "config.json").unlink(), "without its config.json"),
+    "edited ledger": ({}, lambda w: edit(w / "ledger.jsonl", '"noise_multiplier":1.0', '"noise_multiplier":2.0'), "hash chain"),
+    "damaged keys": ({}, lambda w: (w / "private/keys.json").write_text("{}"), "keys.json is damaged"),
+    "damaged config": ({}, lambda w: (w / "config.json").write_text("{"), "config.json is damaged"),
+}
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_folder_that_does_not_fit_is_refused_and_untouched(case, finished, text, tmp_path):
+    changes, spoil, message = REFUSALS[case]
+    workdir = copy_of(finished, tmp_path)
+    if spoil:
+        spoil(workdir)
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
+    done = run(*flags(text, workdir, **changes))
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_pitfall_10_other_data_are_refused(finished, text, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    other = tmp_path / text.name
+    other.write_text(text.read_text().replace("fever", "fewer", 1))
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**config, "data": str(other)}))
+    done = run(*flags(other, workdir))
+    assert done.returncode == 2 and "data differ" in done.stderr
+
+
+def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cache, tmp_path):
+    workdir = tmp_path / "run"
+    done = run(*flags(text, workdir, steps=6, epsilon=0.7))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((workdir / "report.json").read_text())
+    assert 0 < report["steps"] < 6 and report["epsilon"] <= 0.7 == report["target_epsilon"]
+
+    from accounting.accountant import Accountant
+    from accounting.mechanism import DpSgdMechanism
+
+    one_more = DpSgdMechanism(
+        report["num_units"], 12, report["max_batch_size"], 1.0, 1.0, report["steps"] + 1, report["neighbouring_relation"]
+    )
+    assert Accountant(one_more).epsilon(1e-4).upper > 0.7
+
+
+def test_baseline_is_labelled(text, cache, tmp_path):
+    workdir = tmp_path / "run"
+    done = run(
+        "train",
+        f"--data={text}",
+        f"--workdir={workdir}",
+        "--epsilon=inf",
+        "--clip_norm=inf",
+        "--steps=2",
+        "--batch_size=8",
+        "--sequence_length=32",
+    )
+    assert done.returncode == 0 and "NO PRIVACY" in done.stderr
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["epsilon"] == report["target_epsilon"] == "inf" and report["statement"].startswith("NO PRIVACY")
+    assert any("non-private baseline" in d for d in report["deviations"])
+
+
+def test_sample_and_export(finished, tmp_path):
+    import torch
+    import transformers
+
+    from dpgemma.gemma import decoder
+    from dpgemma.gemma.config import PRESETS
+
+    workdir = copy_of(finished, tmp_path)
+    arguments = ["sample", f"--workdir={workdir}", "--prompt=Ada ", "--max_new_tokens=20"]
+    done = run(*arguments)
+    assert done.returncode == 0 and done.stdout.startswith("Ada ") and len(done.stdout) > 5
+    assert run(*arguments).stdout == done.stdout
+
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        exported = run("export", f"--workdir={workdir}", f"--out={out}")
+        assert exported.returncode == 0, exported.stderr
+    assert (outs[0] / "model.safetensors").read_bytes() == (outs[1] / "model.safetensors").read_bytes()
+    assert [r["kind"] for r in ledger_lib.read(workdir / "ledger.jsonl")][-2:] == ["export", "export"]
+    assert "differentially private" in (outs[0] / "README.md").read_text()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(outs[0], attn_implementation="eager").eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    ids = np.random.default_rng(0).integers(4, 260, (2, 30))
+    _, parameters, _ = final_parameters(workdir)
+    config = PRESETS["tiny"]
+    ours = decoder.logits(config, parameters, decoder.hidden_states(config, parameters, ids))
+    with torch.no_grad():
+        np.testing.assert_allclose(model(torch.tensor(ids)).logits.numpy(), ours, atol=2e-5)
+
+    refused = run("export", f"--workdir={workdir}", f"--out={outs[0]}")
+    assert refused.returncode == 2 and "not an empty folder" in refused.stderr

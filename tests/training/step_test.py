@@ -1,0 +1,123 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from accounting.mechanism import DpSgdMechanism
+from dpgemma.gemma import decoder
+from dpgemma.gemma.config import PRESETS
+from dpgemma.privacy import noise
+from dpgemma.training import loss as loss_lib
+from dpgemma.training import mesh as mesh_lib
+from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum
+
+MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
+LOSS = loss_lib.row_loss(MODEL, bos=2, pad=0, dtype=jnp.float32)
+MECHANISM = DpSgdMechanism(100, 6, 8, 0.8, 0.5, 10)
+KEYS = noise.noise_keys(bytes(32), 3)
+
+
+def problem():
+    params = decoder.init_parameters(MODEL, jax.random.key(0))
+    batch = np.random.default_rng(0).integers(4, 40, (8, 10)).astype(np.int32)
+    return params, batch
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def take_step(devices, mechanism=MECHANISM, mask=None, learning_rate=1.0, **options):
+    params, batch = problem()
+    mask = np.ones(8, bool) if mask is None else mask
+    optimizer = optax.sgd(learning_rate)
+    step = make_train_step(LOSS, optimizer, mechanism, mesh_lib.make(f"data:{devices}"), **options)
+    start = flat(params)
+    state, stats = step(TrainState(params, optimizer.init(params)), batch, mask, KEYS)
+    return start, flat(state.parameters), stats
+
+
+def expected_update(mask):
+    """Clip, sum, noise, divide by the public 6: written out."""
+    params, batch = problem()
+    total = 0
+    gradient = jax.jit(jax.grad(LOSS))
+    for row in batch[mask]:
+        g = flat(gradient(params, row))
+        total = total + g * min(1, 0.5 / np.linalg.norm(g))
+    draws = [noise.standard_normal(KEYS, i, leaf.shape) for i, leaf in enumerate(jax.tree.leaves(params))]
+    return (total + 0.8 * 0.5 * flat(draws)) / 6
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("drawn", [0, 1, 5, 8])
+def test_update_is_clip_sum_noise_divide(devices, drawn):
+    # pitfalls 2, 3, 5: a sum, divided by the public 6 however many were drawn, noise even for none.
+    mask = np.arange(8) < drawn
+    start, end, _ = take_step(devices, mask=mask)
+    np.testing.assert_allclose(start - end, expected_update(mask), atol=2e-6)
+
+
+def test_pitfall_8_noise_does_not_depend_on_devices_or_microbatches():
+    updates = []
+    for devices, options in [
+        (1, {}),
+        (2, {}),
+        (1, {"strategy": "vmap", "microbatch_size": 4}),
+        (2, {"strategy": "vmap", "microbatch_size": 2}),
+    ]:
+        start, end, _ = take_step(devices, **options)
+        updates.append(start - end)
+    for update in updates[1:]:
+        np.testing.assert_allclose(update, updates[0], atol=1e-6)
+    nothing = np.zeros(8, bool)
+    alone = [np.subtract(*take_step(devices, mask=nothing)[:2]) for devices in (1, 2)]
+    np.testing.assert_array_equal(*alone)
+
+
+def test_private_values_come_back_beside_the_state():
+    mask = np.array([True, False, True, True, False, True, True, False])
+    _, _, stats = take_step(2, mask=mask)
+    assert ((np.asarray(stats.norms) > 0) == mask).all() and ((np.asarray(stats.losses) > 0) == mask).all()
+
+
+def test_two_devices_sum_what_one_sums():
+    params, batch = problem()
+    sums = [
+        flat(
+            jax.jit(lambda p, b, m, n=n: sharded_clipped_sum(LOSS, p, b, m, MECHANISM, mesh_lib.make(f"data:{n}")))(
+                params, batch, np.ones(8, bool)
+            ).total
+        )
+        for n in (1, 2)
+    ]
+    np.testing.assert_allclose(sums[0], sums[1], atol=1e-6)
+
+
+def test_baseline_takes_the_same_path_without_noise_and_clipping():
+    mechanism = DpSgdMechanism(100, 8, 8, 0.0, float("inf"), 10)
+    start, end, _ = take_step(2, mechanism)
+    params, batch = problem()
+    mean = jax.grad(lambda p: jax.vmap(LOSS, (None, 0))(p, batch).mean())(params)
+    np.testing.assert_allclose(start - end, flat(mean), atol=1e-6)
+
+
+def test_the_optimizer_takes_nothing_but_a_noised_mean():
+    params, _ = problem()
+    optimizer = optax.sgd(1.0)
+    state = TrainState(params, optimizer.init(params))
+    with pytest.raises(TypeError, match="NoisedMean"):
+        state.apply(optimizer, params)
+
+
+def test_pitfall_23_the_compiled_step_holds_no_private_constant():
+    # The same program serves any data set of the same public shape: only arguments differ.
+    params, batch = problem()
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(LOSS, optimizer, MECHANISM, mesh_lib.make("data:1"))
+    state = TrainState(params, optimizer.init(params))
+    texts = {step.lower(state, b, m, KEYS).as_text() for b, m in [(batch, np.ones(8, bool)), (batch * 0 + 7, np.arange(8) < 2)]}
+    assert len(texts) == 1
