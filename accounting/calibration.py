@@ -70,9 +70,8 @@ def expected_batch_size(mechanism: DpSgdMechanism, epsilon: float, delta: float)
       InputError: even a batch of one does not.
     """
     at = lambda b: dataclasses.replace(mechanism, expected_batch_size=b)
-    best = _largest_integer(
-        lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_units, start=max(1, int(mechanism.num_units / math.sqrt(mechanism.steps)))
-    )
+    start = max(1, int(mechanism.num_units / math.sqrt(mechanism.steps)))
+    best = _largest_integer(lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_units, start)
     if best == 0:
         raise InputError(f"even an expected batch of 1 exceeds epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier")
     return at(best)

@@ -98,7 +98,7 @@ class Composition:
     def _cumulant(self, theta: float) -> tuple[float, float, float]:
         """K(theta) = sum over releases of log E[e^(theta L)] under P, finite losses only, and its two derivatives."""
         total, mean, variance = 0.0, 0.0, 0.0
-        for loss, count, logs, losses in self._parts:
+        for _, count, logs, losses in self._parts:
             exponents = logs + theta * losses
             largest = exponents.max()
             weights = np.exp(exponents - largest)

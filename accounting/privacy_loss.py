@@ -104,7 +104,8 @@ class GaussianMixturePair:
 def _normal_intervals(z):
     """N(0, 1) masses between ascending z, taken from the nearer tail, and their relative rounding errors."""
     left, right = special.ndtr(z), special.ndtr(-z)
-    upper_half = z[:-1] + z[1:] > 0
+    with np.errstate(invalid="ignore"):  # the whole line has no nearer tail
+        upper_half = z[:-1] + z[1:] > 0
     mass = np.where(upper_half, right[:-1] - right[1:], left[1:] - left[:-1])
     size = np.where(upper_half, right[:-1], left[1:])
     with np.errstate(divide="ignore", invalid="ignore"):

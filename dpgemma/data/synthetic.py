@@ -117,8 +117,9 @@ def note(rng: random.Random) -> str:
         drug=rng.choice(_DRUGS), mg=rng.choice((5, 10, 20, 50, 100, 250, 500)),
     )  # fmt: skip
     code = f"{rng.choice('ABCDEFGHJKMN')}{rng.randint(0, 99):02d}.{rng.randint(0, 9)}"
+    date = f"{rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}.20{rng.randint(15, 25)}"
     lines = [
-        f"{rng.choice(_WARDS)} | {rng.randint(1, 28):02d}.{rng.randint(1, 12):02d}.20{rng.randint(15, 25)} | record {rng.randint(100000, 999999)}",
+        f"{rng.choice(_WARDS)} | {date} | record {rng.randint(100000, 999999)}",
         rng.choice(_OPENINGS).format(**values),
         " ".join(rng.sample(_FINDINGS, rng.randint(1, 4))).format(**values),
         f"Diagnosis {code}. " + " ".join(rng.sample(_PLANS, rng.randint(1, 3))).format(**values),

@@ -73,8 +73,8 @@ class TrainConfig:
             raise InputError(f"--holdout_fraction must be at least 0 and below 1, got {self.holdout_fraction:g}")
         if not 0 < self.delta < 1:
             raise InputError(f"--delta must lie between 0 and 1, got {self.delta:g}")
-        if self.epsilon is not None and not self.epsilon > 0:
-            raise InputError(f"--epsilon must be positive, got {self.epsilon:g}")
+        if self.epsilon is not None and not self.epsilon >= 0:
+            raise InputError(f"--epsilon must not be negative, got {self.epsilon:g}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise InputError(f"--learning_rate must be positive and finite, got {self.learning_rate:g}")
         if self.warmup_steps < 0 or self.weight_decay < 0:

@@ -1,5 +1,6 @@
 """The devices of a run."""
 
+import contextlib
 import os
 
 import jax
@@ -22,11 +23,8 @@ def resolve(mesh: str) -> str:
     if mesh != "auto" and (axis != DATA_AXIS or not count.isdecimal() or int(count) < 1):
         raise InputError(f"--mesh must be auto or data:N with N devices, got {mesh!r}")
     cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES) if hasattr(os, "sched_getaffinity") else 1
-    try:
-        # Takes effect on the CPU alone, and only before its first use.
+    with contextlib.suppress(RuntimeError):  # takes effect on the CPU alone, and only before its first use
         jax.config.update("jax_num_cpu_devices", cores if mesh == "auto" else int(count))
-    except RuntimeError:
-        pass
     available = jax.device_count()
     if mesh == "auto":
         return f"{DATA_AXIS}:{available}"

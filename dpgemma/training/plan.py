@@ -78,7 +78,7 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
     affordable = calibration.steps(mechanism, config.epsilon, config.delta, largest=config.steps).steps
     if affordable == 0:
         raise InputError(
-            f"--noise_multiplier={config.noise_multiplier:g} exceeds epsilon {config.epsilon:g} in the first step: raise the noise or epsilon"
+            f"--noise_multiplier={config.noise_multiplier:g} passes epsilon {config.epsilon:g} in the first step: raise either"
         )
     return dataclasses.replace(resolved, steps=affordable)
 

@@ -8,8 +8,10 @@ from accounting.accountant import EpsilonBracket
 from accounting.errors import InputError
 from accounting.mechanism import DpSgdMechanism
 
+BRACKET = EpsilonBracket(1.23451, 1.2341, 1.5)
 
-def build(sigma=1.0, clip=1.0, bracket=EpsilonBracket(1.23451, 1.2341, 1.5)):
+
+def build(sigma=1.0, clip=1.0, bracket=BRACKET):
     mechanism = DpSgdMechanism(9000, 500, 620, sigma, clip, 100, "zero_out")
     return report.build(
         mechanism, bracket, target_epsilon=2.0, delta=1e-5, privacy_unit="sequence", sequence_length=128, held_out=1000,

@@ -106,7 +106,7 @@ def test_bad_input_is_one_sentence(case, text, tmp_path, monkeypatch, capfd):
         (["fly"], "unknown command"), (["sample"], "--workdir"), (["sample", "--workdir=/nowhere"], "no run directory"),
         (["export", "--workdir=/nowhere"], "--out"), (["export", "--workdir=/nowhere", "--out={tmp}/x"], "no run directory"),
         (["export", "--workdir=/nowhere", "--out={tmp}"], "not an empty folder"),
-        (["account"], "exactly one"), (["account", "--epsilon=8", "--steps=10", "--batch_size=5", "--num_units=100", "--delta=2"], "--delta"),
+        (["account"], "exactly one"), (["account", "--epsilon=8", "--steps=9", "--batch_size=5", "--num_units=99", "--delta=2"], "--delta"),
         (["account", "--epsilon=8", "--steps=10", "--batch_size=500", "--num_units=100"], "at most the 100"),
         (["account", "--noise_multiplier=1", "--steps=10", "--batch_size=0", "--num_units=100"], "--batch_size"),
     ],

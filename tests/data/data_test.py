@@ -64,7 +64,7 @@ def test_batches_have_constant_shapes_and_are_dealt_evenly():
 
 def test_declared_units_beyond_the_data_are_empty():
     data = dataset.split(np.ones((10, 4), np.int32), b"k" * 32, 0.0)
-    batch, mask = data.batch(np.array([2, 9, 10, 57]), 6)
+    _, mask = data.batch(np.array([2, 9, 10, 57]), 6)
     assert mask.sum() == 2
 
 

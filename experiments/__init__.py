@@ -1,0 +1,1 @@
+"""Sweeps, scaling-law fits and benchmarks, on top of dpgemma and accounting."""
