@@ -104,7 +104,10 @@ class Accountant:
     def interval_for(self, delta: float, steps: int | None = None) -> float:
         """The interval at which the bracket is narrow enough, or the finest that is practical."""
         steps = self._checked(delta, steps)
-        self._bracket(delta, steps)
+        if not self.mechanism.is_private:
+            return _COARSEST_INTERVAL
+        if (delta, steps) not in self._narrow:
+            self._bracket(delta, steps)
         return self._narrow[delta, steps]
 
     def _bracket(self, delta: float, steps: int) -> tuple[float, float]:

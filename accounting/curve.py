@@ -12,7 +12,9 @@ class EpsilonCurve:
     def __init__(self, accountant: Accountant, delta: float, points: int = 24):
         total = accountant.mechanism.steps
         self._steps = sorted({math.ceil(total * i / points) for i in range(1, points + 1)})
-        self._epsilons = [accountant.upper(delta, t) for t in self._steps]
+        # Every point is also bounded by the certified epsilon of the whole run, which may be a little tighter.
+        whole, interval = accountant.epsilon(delta).upper, accountant.interval_for(delta)
+        self._epsilons = [min(whole, accountant.upper(delta, t, interval)) for t in self._steps]
 
     def at(self, steps: int) -> float:
         """An upper bound of epsilon after `steps` releases.

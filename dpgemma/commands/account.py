@@ -48,6 +48,7 @@ def run(fv: flags.FlagValues) -> int:
         print(json.dumps(report.encode(result)))
         return 0
     for name, value in result.items():
+        value = report.round_up(value) if name == "epsilon" else value
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         print(f"{name:<24} {shown}{'   (solved)' if name in (omitted[0], _RESULT_NAMES.get(omitted[0])) else ''}")
     if result["delta"] > 1 / result["num_units"]:

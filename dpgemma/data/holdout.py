@@ -1,7 +1,7 @@
 """Which units are held out: decided by a secret key and the unit's number, never by content.
 
 Formal guarantee: the assignment of every unit is independent of all contents, so replacing one unit's content changes neither the
-assignment nor the number of training units. Tested by tests/data/holdout_test.py::test_assignment_ignores_content.
+assignment nor the number of training units. Tested by tests/data/data_test.py::test_pitfall_3_assignment_ignores_content.
 """
 
 import numpy as np

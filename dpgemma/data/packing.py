@@ -2,7 +2,7 @@
 
 Formal guarantee: every token of every document lies in exactly one row, and rows do not overlap: changing one row's content changes
 one privacy unit. A document longer than a row spans several units, and a short row may join several documents.
-Tested by tests/data/packing_test.py::test_every_token_lies_in_exactly_one_row.
+Tested by tests/data/data_test.py::test_pitfall_19_every_token_lies_in_exactly_one_row.
 """
 
 from collections.abc import Iterable

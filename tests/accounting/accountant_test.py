@@ -95,7 +95,7 @@ def test_one_step_equals_the_closed_form_of_the_subsampled_gaussian():
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(q=st.floats(1e-4, 0.5), sigma=st.floats(0.6, 5), steps=st.integers(1, 2000), delta=st.floats(1e-9, 1e-3))
-def test_epsilon_is_monotone(q, sigma, steps, delta):
+def test_pitfall_26_epsilon_is_monotone(q, sigma, steps, delta):
     at = lambda delta=delta, **changes: Accountant(mechanism(**{"q": q, "sigma": sigma, "steps": steps, **changes})).epsilon(delta)
     base = at()
     slack = 1e-9
@@ -126,7 +126,7 @@ def test_delta_outside_the_unit_interval_is_refused(delta):
         Accountant(mechanism()).epsilon(delta)
 
 
-def test_truncation_is_charged_by_the_additive_bound_under_add_or_remove():
+def test_pitfall_28_truncation_is_charged_by_the_additive_bound_under_add_or_remove():
     # pitfall 28: dp-accounting returns the zero-out number for a truncated event under add/remove; here the bound is valid for both.
     plain, delta = mechanism(0.05, 1.0, 200, units=10_000), 1e-5
     epsilon = Accountant(plain).epsilon(delta).upper

@@ -11,7 +11,7 @@ from dpgemma.gemma.tokenizer import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 
 
-def test_every_token_lies_in_exactly_one_row():
+def test_pitfall_19_every_token_lies_in_exactly_one_row():
     # pitfall 19: no overlap between units, nothing lost.
     documents = [b"alpha", b"", b"a much longer document than one row", b"z"]
     rows = packing.pack(documents, TOKENIZER, 8)
@@ -28,7 +28,7 @@ def test_empty_data_are_refused(documents):
         packing.pack(documents, TOKENIZER, 8)
 
 
-def test_assignment_ignores_content():
+def test_pitfall_3_assignment_ignores_content():
     # pitfall 3: number and identity of training units do not depend on what the units contain.
     key = b"k" * 32
     rows = np.arange(4000, dtype=np.int32).reshape(-1, 4)

@@ -142,7 +142,7 @@ def test_pitfall_11_a_bad_example_is_dropped_whole(strategy, size, bad):
     clip_norm=st.sampled_from([1e-3, 0.5, 1.0, 100.0]),
     special=st.sampled_from([None, np.nan, np.inf]),
 )
-def test_neighbour_difference_is_bounded(seed, scale, clip_norm, special):
+def test_pitfall_2_neighbour_difference_is_bounded(seed, scale, clip_norm, special):
     # pitfall 2: the released quantity is a sum, and one unit more or less moves it by at most the clip norm.
     rng = np.random.default_rng(seed)
     batch = linear_batch(rng, 6, scale)
@@ -160,7 +160,7 @@ def test_neighbour_difference_is_bounded(seed, scale, clip_norm, special):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("strategy, size", [("example_scan", 1), ("vmap", 4)])
-def test_released_norm_never_exceeds_clip_norm(dtype, strategy, size):
+def test_pitfall_12_released_norm_never_exceeds_clip_norm(dtype, strategy, size):
     # pitfall 12: with a second computation of the gradient in bfloat16 the excess would be 1e-3; plain float32 scaling exceeds by 1e-7.
     loss, params, batch = gemma_problem(rows=4, dtype=dtype)
     run = jax.jit(lambda p, mask: clipped_sum(loss, p, batch, mask, 0.25, strategy=strategy, microbatch_size=size).total)

@@ -19,7 +19,7 @@ def draw(step, shape=(1_000_000,), sigma=1.0, sensitivity=1.0):
     return np.asarray(noise.add_gaussian_noise(clipped(shape, sensitivity), sigma, noise.noise_keys(SECRET, step)).total["0"], np.float64)
 
 
-def test_noise_is_gaussian_to_the_tails():
+def test_pitfall_13_noise_is_gaussian_to_the_tails():
     # pitfall 13. Fixed seed; each check is passed by a true Gaussian with probability above 1 - 1e-6.
     samples = np.concatenate([draw(step, (4_000_000,)) for step in range(5)])
     n = samples.size
@@ -68,7 +68,7 @@ def test_keys_depend_on_secret_and_step_and_are_distinct():
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")])
-def test_two_devices_give_the_same_noise_bits(spec):
+def test_pitfall_7_two_devices_give_the_same_noise_bits(spec):
     # pitfall 7: one global noise tree, whatever the devices.
     keys = noise.noise_keys(SECRET, 9)
     sample = lambda keys: noise.add_gaussian_noise(clipped((64, 48)), 1.3, keys).total["0"]

@@ -86,7 +86,7 @@ def test_large_indices_are_uniform():
     assert stats.chisquare(np.bincount(d * 256 // n, minlength=256)).pvalue > ALPHA
 
 
-def test_truncation_keeps_a_uniform_subset():
+def test_pitfall_6_truncation_keeps_a_uniform_subset():
     # pitfall 6: dropping the tail of the sorted indices would starve the last units.
     n, q, cap, steps = 60, 0.5, 25, 20_000
     sampler = PoissonSampler(n, q, cap)

@@ -91,6 +91,20 @@ def test_run_directory_and_output(finished):
     assert kinds[0] == "start" and kinds[-2:] == ["evaluation", "finish"] and kinds.count("checkpoint") == 3
 
 
+def test_pitfall_1_batches_are_the_accounted_samplers(finished):
+    from dpgemma.privacy.poisson import PoissonSampler
+
+    workdir, _ = finished
+    report, keys = (json.loads((workdir / name).read_text()) for name in ("report.json", "private/keys.json"))
+    sampler = PoissonSampler(report["num_units"], report["sampling_probability"], report["max_batch_size"])
+    drawn = [json.loads(line)["units"] for line in (workdir / "private/metrics.jsonl").read_text().splitlines()]
+    assert drawn == [len(sampler.draw(bytes.fromhex(keys["sampling"]), t)) for t in range(6)]
+    for record in step_records(workdir):
+        assert {name: record[name] for name in ("sampling_probability", "noise_multiplier", "max_batch_size")} == {
+            name: report[name] for name in ("sampling_probability", "noise_multiplier", "max_batch_size")
+        }
+
+
 def test_pitfall_9_one_count_of_updates(finished):
     step, _, meta = final_parameters(finished[0])
     assert step == meta["step"] == meta["optimizer_count"] == len(step_records(finished[0]))
