@@ -75,30 +75,45 @@ class GaussianMixturePair:
             low, high = np.where(below, middle, low), np.where(below, high, middle)
         return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, (low + high) / 2))
 
-    def interval_masses(self, edges):
-        """Masses of the intervals between ascending edges.
-
-        Returns:
-          P mass, P mass minus Q mass (computed without subtracting the two), and a bound of the relative rounding error of P mass.
-        """
-        at_zero, cancellation = _normal_intervals(edges / self.sigma)
-        difference = np.zeros_like(at_zero)
-        p = at_zero.copy()
+    def interval_masses(self, edges) -> "_Masses":
+        """Masses of the intervals between ascending edges."""
+        at_zero, error = _normal_intervals(edges / self.sigma)
+        difference, difference_error = np.zeros_like(at_zero), np.zeros_like(at_zero)
+        sides = []
         for components, sign in ((self.upper, 1), (self.lower, -1)):
+            side = (1 - math.fsum(w for _, w in components)) * at_zero
             for mean, weight in components:
-                shifted, shifted_cancellation = _normal_intervals((edges - mean) / self.sigma)
-                excess = weight * (shifted - at_zero)
-                difference += sign * excess
-                if sign > 0:
-                    p += excess
-                    cancellation = np.maximum(cancellation, shifted_cancellation)
-        return np.maximum(p, 0.0), difference, cancellation
+                shifted, shifted_error = _normal_intervals((edges - mean) / self.sigma)
+                side = side + weight * shifted
+                difference += sign * weight * (shifted - at_zero)
+                difference_error += weight * (shifted * shifted_error + at_zero * error)
+                error = np.maximum(error, shifted_error)
+            sides.append(side)
+        return _Masses(*sides, difference, error, difference_error)
 
     def tail_quantiles(self, mass: float):
         """(x_low, x_high) outside which P has at most `mass` on either side."""
         means = [0.0] + [m for m, _ in self.upper]
         reach = -self.sigma * special.ndtri(mass)
         return min(means) - reach, max(means) + reach
+
+
+@dataclasses.dataclass(frozen=True)
+class _Masses:
+    """P and Q masses of intervals.
+
+    Attributes:
+      p, q: the masses, each a sum of positive terms.
+      difference: p - q, computed without subtracting the two.
+      error: bound of the relative rounding error of p and of q.
+      difference_error: bound of the absolute rounding error of the difference.
+    """
+
+    p: np.ndarray
+    q: np.ndarray
+    difference: np.ndarray
+    error: np.ndarray
+    difference_error: np.ndarray
 
 
 def _normal_intervals(z):
@@ -118,9 +133,9 @@ class DiscreteLoss:
     """P masses of losses offset + interval * (first + i), i = 0, 1, ...
 
     Attributes:
-      infinity: P mass of an infinite loss (pessimistic) or mass that is left out (optimistic: it only lowers delta).
+      infinity: P mass of an infinite loss.
       shift: how far rounding may have moved any loss, against the claimed direction.
-      mass_error: by how much, relatively and weighted under P, masses may be off.
+      mass_error: bound of the relative error of each mass.
     """
 
     probabilities: np.ndarray
@@ -155,17 +170,19 @@ def pessimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) ->
     edges = pair.inverse_loss(grid)
     finite = np.isfinite(edges)
     residual = np.abs(pair.loss(edges[finite]) - grid[finite]).max(initial=0.0)
-    p, difference, error = pair.interval_masses(edges)
-    g = grid[:-1]
-    # The upper end's share b solves (p - b) e^-g + b e^-(g + interval) = Q mass; far from 0 it is computed from the Q mass itself.
-    excess = np.where(np.abs(g) < 1, (p * np.expm1(-g) + difference) * np.exp(np.clip(g, -1, 1)), p - _scaled(p - difference, g))
-    upper_share = np.clip(excess / -math.expm1(-interval), 0.0, p)
-    masses = np.append(p - upper_share, 0.0)
+    m, g = pair.interval_masses(edges), grid[:-1]
+    # The upper end's share b solves (p - b) e^-g + b e^-(g + interval) = q. Near zero the difference p - q is the accurate form.
+    # Rounding is decided towards the upper end.
+    near, decay, growth = np.abs(g) < 1, np.expm1(-np.clip(g, -1, 1)), np.exp(np.clip(g, -1, 1))
+    excess = np.where(near, (m.p * decay + m.difference) * growth, m.p - _scaled(m.q, g))
+    doubt = np.where(near, (m.p * np.abs(decay) * m.error + m.difference_error) * growth, 2 * m.p * m.error)
+    upper_share = np.clip((excess + doubt) / -math.expm1(-interval), 0.0, m.p)
+    masses = np.append(m.p - upper_share, 0.0)
     masses[1:] += upper_share
-    outer, _, _ = pair.interval_masses(np.array([-np.inf, edges[0], edges[-1], np.inf]))
-    masses[0] += outer[0]
+    below, _, beyond = pair.interval_masses(np.array([-np.inf, edges[0], edges[-1], np.inf])).p
+    masses[0] += below
     rounding = 64 * _UNIT_ROUNDOFF * (1 + np.abs(grid).max())
-    return DiscreteLoss(masses, first, interval, 0.0, float(outer[2]), residual + rounding, np.append(error, 0.0))
+    return DiscreteLoss(masses, first, interval, 0.0, float(beyond), residual + rounding, np.append(m.error, m.error[-1]))
 
 
 def _scaled(q, g):
@@ -179,13 +196,12 @@ def optimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) -> 
     # Any bins will do; a few per interval leave the merging below enough choice.
     fine = interval * np.arange(first, last, 1 / _BINS_PER_INTERVAL)
     edges = np.concatenate([[-np.inf], pair.inverse_loss(fine), [np.inf]])
-    p, difference, error = pair.interval_masses(edges)
-    keep = (p > 0) & (p - difference > 0)
-    p, difference, error = p[keep], difference[keep], error[keep]
-    masses, offset = _merge(p.tolist(), (p - difference).tolist(), difference.tolist(), interval)
-    rounding = 64 * _UNIT_ROUNDOFF * (1 + interval * max(abs(first), abs(last)))
-    shift = rounding + 4 * float(error.max(initial=0.0))
-    return DiscreteLoss(masses, 0, interval, offset, 0.0, shift, np.zeros(masses.size))
+    m = pair.interval_masses(edges)
+    keep = (m.p > 0) & (m.q > 0)
+    masses, offset = _merge(m.p[keep].tolist(), m.q[keep].tolist(), m.difference[keep].tolist(), interval)
+    error = float(m.error[keep].max())
+    shift = 64 * _UNIT_ROUNDOFF * (1 + interval * max(abs(first), abs(last))) + 4 * error
+    return DiscreteLoss(masses, 0, interval, offset, 0.0, shift, np.full(masses.size, error))
 
 
 def _merge(p: list[float], q: list[float], difference: list[float], interval: float) -> tuple[np.ndarray, float]:

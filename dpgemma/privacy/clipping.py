@@ -4,7 +4,8 @@ Formal guarantee: for any two batches that differ in one unit, present or absent
 included), the two exact sums of what `clipped_sum` adds differ by at most `clip_norm` in L2; the contribution of a single unit,
 as the float32 array that is released, has L2 norm at most `clip_norm`, in any compute type. Padding contributes exact zeros.
 Adding the contributions rounds like any float32 sum.
-Tested by tests/privacy/clipping_test.py::test_pitfall_2_neighbour_difference_is_bounded and ::test_pitfall_12_released_norm_never_exceeds_clip_norm.
+Tested by tests/privacy/clipping_test.py::test_pitfall_2_neighbour_difference_is_bounded and
+::test_pitfall_12_released_norm_never_exceeds_clip_norm.
 """
 
 import dataclasses

@@ -5,7 +5,8 @@ of standard deviation noise_multiplier * sensitivity. The noise of step t is a f
 devices that compute it. Independence rests on Threefry-2x32 under four independent 64-bit keys per step, taken from a 256-bit
 secret by BLAKE2b; a sample is the scaled sum of four normals, because one float32 normal ends at 5.4 standard deviations, where a
 delta of 1e-10 still has mass, and because four keys make 256 bits.
-Tested by tests/privacy/noise_test.py::test_pitfall_13_noise_is_gaussian_to_the_tails and ::test_pitfall_7_two_devices_give_the_same_noise_bits.
+Tested by tests/privacy/noise_test.py::test_pitfall_13_noise_is_gaussian_to_the_tails and
+::test_pitfall_7_two_devices_give_the_same_noise_bits.
 """
 
 import dataclasses
