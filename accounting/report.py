@@ -40,7 +40,7 @@ def dumps(value: dict) -> str:
 
 
 def statement(
-    mechanism: DpSgdMechanism, bracket: EpsilonBracket, delta: float, privacy_unit: str, sequence_length: int, held_out: int
+    mechanism: DpSgdMechanism, bracket: EpsilonBracket, delta: float, privacy_unit: str, sequence_length: int, held_out: int | None
 ) -> str:
     """One paragraph: what is protected, how far, against whom, and what is not."""
     m = mechanism
@@ -51,10 +51,11 @@ def statement(
             + (" and without clipping" if math.isinf(m.clip_norm) else "")
             + ". The model may reveal anything about its training data, and nothing of it should be released."
         )
+    count = "An undisclosed number of" if held_out is None else held_out
     held = (
-        f" {held_out} further units were held out by a secret random assignment, are not among the {m.num_units}, and are NOT covered:"
+        f" {count} further units were held out by a secret random assignment, are not among the {m.num_units}, and are NOT covered:"
         " the loss measured on them was shown to the operator, and any choice based on it may reveal something about them."
-        if held_out
+        if held_out != 0
         else ""
     )
     return (
@@ -78,7 +79,7 @@ def build(
     delta: float,
     privacy_unit: str,
     sequence_length: int,
-    held_out: int,
+    held_out: int | None,
     deviations: list[str],
     finished: bool,
     ledger_head: str,

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(command_flags.help_text(name, command.DESCRIPTION, fv))
         return 0
-    logging.getLogger("absl").setLevel(logging.ERROR)  # libraries' chatter; this program speaks for itself
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they log as errors is raised as well
     try:
         positional = fv([name, *rest])[1:]
         if positional:

@@ -32,10 +32,16 @@ def run(fv: flags.FlagValues) -> int:
 
     model = trained.load(fv.workdir)
     run = run_directory.open_existing(pathlib.Path(fv.workdir))
+    report_content = run.report()
+    if report_content["steps"] < model.step:
+        raise InputError(
+            f"{run.report_file} covers {report_content['steps']} steps, but the checkpoint has {model.step}: its epsilon would be too"
+            " small; run the training command again, which rewrites it"
+        )
     files = {
         "config.json": json.dumps(to_hf_config(model.config), indent=1) + "\n",
         "generation_config.json": json.dumps(SPECIAL_IDS, indent=1) + "\n",
-        "README.md": model_card(run.report(), model.step),
+        "README.md": model_card(report_content, model.step),
     }
     from safetensors.numpy import save_file
 

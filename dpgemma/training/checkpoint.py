@@ -1,6 +1,7 @@
 """Checkpoints: parameters, optimizer state and the ledger in one atomic Orbax step."""
 
 import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
@@ -37,8 +38,18 @@ class Checkpoints:
         ledger.sync()
         meta = {"step": step, "optimizer_count": optimizer.update_count(state.optimizer_state), "ledger": ledger.text}
         state_dict = {"parameters": state.parameters, "optimizer_state": state.optimizer_state}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta)))
-        self._manager.wait_until_finished()
+        # The storage layers raise a failed write once here and print it again from their own threads, some as the program ends.
+        hooks = sys.excepthook, sys.unraisablehook
+        sys.excepthook = sys.unraisablehook = lambda *_: None
+        try:
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta)))
+            self._manager.wait_until_finished()
+        except Exception as error:  # a full disk comes back as one of many types
+            raise InputError(
+                f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the same command again;"
+                " the checkpoints before it are kept"
+            ) from None
+        sys.excepthook, sys.unraisablehook = hooks
 
     def restore(self, like: TrainState, ledger: Ledger, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
         """The latest checkpoint that can be read, as (step, state); None if there is none.

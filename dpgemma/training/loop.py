@@ -14,6 +14,7 @@ from accounting.accountant import Accountant
 from accounting.curve import EpsilonCurve
 from accounting.errors import InputError
 from accounting.ledger import Ledger
+from accounting.mechanism import ZERO_OUT
 from dpgemma.data.dataset import Dataset, spread
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
@@ -115,8 +116,9 @@ class Trainer:
                 private.write(step=t, **summary)
                 bar.update(epsilon, summary["loss"])
                 if stopped() or done % config.checkpoint_every == 0 or done == mechanism.steps:
-                    checkpoints.save(done, state, ledger)
+                    # In this order a crash leaves a report that says too much, never too little.
                     self._report(done, ledger)
+                    checkpoints.save(done, state, ledger)
                 if stopped():
                     return done, state
         return mechanism.steps, state
@@ -142,7 +144,8 @@ class Trainer:
             delta=config.delta,
             privacy_unit=config.privacy_unit,
             sequence_length=config.sequence_length,
-            held_out=len(self.data.held_out),
+            # Under add_or_remove a count of units would be a count of the private data.
+            held_out=len(self.data.held_out) if config.neighbouring_relation == ZERO_OUT else None,
             deviations=plan.warnings(config),
             finished=ledger.finished,
             ledger_head=ledger.head,

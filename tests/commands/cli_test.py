@@ -151,6 +151,8 @@ def test_default_workdir_and_declared_units(text, tmp_path, monkeypatch):
     report = json.loads((workdir / "report.json").read_text())
     assert report["num_units"] == 1000 and report["neighbouring_relation"] == "add_or_remove" and report["sampling_probability"] == 0.008
     assert "declared by the operator" in report["statement"]
+    # pitfall 3: under add/remove no file outside private/ tells how many units there are.
+    assert report["held_out_units"] is None and "An undisclosed number" in report["statement"]
 
 
 def test_account_prints_vaultgemmas_epsilon(capsys):

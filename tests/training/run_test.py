@@ -219,6 +219,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_p
     assert len(step_records(workdir)) == 6
 
 
+def test_a_disk_that_fills_up_loses_nothing(text, cache, tmp_path):
+    workdir = tmp_path / "run"
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "_", *COMMAND, *map(str, flags(text, workdir))]
+    uncached = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("JAX_")}
+    done = subprocess.run(limited, env=uncached, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+    assert "checkpoint 2 cannot be written" in done.stderr
+    done = run(*flags(text, workdir))
+    assert done.returncode == 0, done.stderr
+    assert len(step_records(workdir)) == 6 and final_parameters(workdir)[0] == 6
+
+
 REFUSALS = {
     "other settings": (dict(learning_rate=0.1), None, "learning_rate (0.008 there, 0.1 here)"),
     "other noise": (dict(noise_multiplier=0.9), None, "noise_multiplier (1.0 there, 0.9 here)"),
@@ -321,6 +333,11 @@ def test_sample_and_export(finished, tmp_path):
     ours = decoder.logits(config, parameters, decoder.hidden_states(config, parameters, ids))
     with torch.no_grad():
         np.testing.assert_allclose(model(torch.tensor(ids)).logits.numpy(), ours, atol=2e-5)
+
+    old = json.loads((workdir / "report.json").read_text())
+    (workdir / "report.json").write_text(json.dumps({**old, "steps": 4, "epsilon": 0.1}))
+    refused = run("export", f"--workdir={workdir}", f"--out={tmp_path / 'c'}")
+    assert refused.returncode == 2 and "epsilon would be too small" in refused.stderr and not (tmp_path / "c").exists()
 
     refused = run("export", f"--workdir={workdir}", f"--out={outs[0]}")
     assert refused.returncode == 2 and "not an empty folder" in refused.stderr
