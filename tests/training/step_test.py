@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,17 @@ def flat(tree):
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def take_step(devices, mechanism=MECHANISM, mask=None, learning_rate=1.0, **options):
+@functools.lru_cache
+def compiled(devices, mechanism, options):
+    optimizer = optax.sgd(1.0)
+    return optimizer, make_train_step(LOSS, optimizer, mechanism, mesh_lib.make(f"data:{devices}"), **dict(options))
+
+
+def take_step(devices, mechanism=MECHANISM, mask=None, **options):
+    """(parameters before, parameters after, private values) of one SGD step with learning rate 1."""
     params, batch = problem()
     mask = np.ones(8, bool) if mask is None else mask
-    optimizer = optax.sgd(learning_rate)
-    step = make_train_step(LOSS, optimizer, mechanism, mesh_lib.make(f"data:{devices}"), **options)
+    optimizer, step = compiled(devices, mechanism, tuple(options.items()))
     start = flat(params)
     state, stats = step(TrainState(params, optimizer.init(params)), batch, mask, KEYS)
     return start, flat(state.parameters), stats
