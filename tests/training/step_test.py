@@ -17,6 +17,7 @@ from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_s
 
 MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
 LOSS = loss_lib.row_loss(MODEL, bos=2, pad=0, dtype=jnp.float32)
+GRADIENT = jax.jit(jax.grad(LOSS))
 MECHANISM = DpSgdMechanism(100, 6, 8, 0.8, 0.5, 10)
 KEYS = noise.noise_keys(bytes(32), 3)
 
@@ -51,9 +52,8 @@ def expected_update(mask):
     """Clip, sum, noise, divide by the public 6: written out."""
     params, batch = problem()
     total = 0
-    gradient = jax.jit(jax.grad(LOSS))
     for row in batch[mask]:
-        g = flat(gradient(params, row))
+        g = flat(GRADIENT(params, row))
         total = total + g * min(1, 0.5 / np.linalg.norm(g))
     draws = [noise.standard_normal(KEYS, i, leaf.shape) for i, leaf in enumerate(jax.tree.leaves(params))]
     return (total + 0.8 * 0.5 * flat(draws)) / 6
