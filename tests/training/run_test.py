@@ -1,5 +1,6 @@
 """Whole runs through the command line, in processes of their own: resumption, crashes, signals, damage, secrets."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -145,7 +146,7 @@ def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
 
 def test_sigkill_at_random_moments_leaves_no_trace(text, cache, tmp_path):
     """20 kills, start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
-    steps, rng = 60, random.Random(7)
+    steps, rng = 120, random.Random(7)
     settings = dict(steps=steps, checkpoint_every=3)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     # One set of keys and one start for both: the second folder is a copy of the first, taken before its first step.
@@ -159,21 +160,22 @@ def test_sigkill_at_random_moments_leaves_no_trace(text, cache, tmp_path):
     shutil.copytree(undisturbed, killed)
 
     assert run(*flags(text, undisturbed, **settings)).returncode == 0
-    kills, during_save = 0, 0
-    while kills < 20:
+    during_save = 0
+    for kill in range(20):
+        stale, lines = half_written(killed), len((killed / "ledger.jsonl").read_text().splitlines())
         process = subprocess.Popen([*COMMAND, *map(str, flags(text, killed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3)
-        if rng.random() < 0.2:
-            time.sleep(rng.uniform(0, 5))  # anywhere, start-up included
+        if kill % 4 == 0:
+            wait_for(lambda stale=stale: half_written(killed) - stale, process)
+        elif kill % 4 == 1:
+            time.sleep(rng.uniform(0, 6))  # anywhere, start-up included
         else:
-            lines = len((killed / "ledger.jsonl").read_text().splitlines())
-            more = rng.randint(1, 4)
-            wait_for(lambda lines=lines, more=more: len((killed / "ledger.jsonl").read_text().splitlines()) >= lines + more, process)
+            more = lines + rng.randint(1, 4)
+            wait_for(lambda more=more: len((killed / "ledger.jsonl").read_text().splitlines()) >= more, process)
             time.sleep(rng.uniform(0, 0.05))
         assert process.poll() is None, "the run ended before its 20 kills: give it more steps"
         process.kill()
         process.wait()
-        kills += 1
-        during_save += any("tmp" in p.name for p in (killed / "checkpoints").glob("*"))
+        during_save += bool(half_written(killed) - stale)
     done = run(*flags(text, killed, **settings))
     assert done.returncode == 0, done.stderr
     assert during_save > 0
@@ -182,6 +184,15 @@ def test_sigkill_at_random_moments_leaves_no_trace(text, cache, tmp_path):
     assert a[0] == b[0] == steps and a[2]["optimizer_count"] == b[2]["optimizer_count"] == steps
     assert_same_bits(a[1], b[1])
     assert (killed / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+def half_written(workdir):
+    """Inodes of the checkpoints that are being written, or were when their process died."""
+    found = set()
+    for path in (workdir / "checkpoints").glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(path.stat().st_ino)
+    return found
 
 
 def wait_for(condition, process, seconds=120):
