@@ -85,7 +85,7 @@ class Accountant:
         """The bracket after `steps` releases (default: all of them).
 
         Raises:
-          InputError: delta outside (0, 1), or more steps than are worth counting.
+          InputError: delta outside (0, 1).
           ArithmeticError: the two accountants contradict each other, so neither can be trusted.
         """
         steps = self._checked(delta, steps)

@@ -182,6 +182,8 @@ class Composition:
         # Losses relative to the centre of the tilt; further out the weights below leave the range of float64.
         x = t.start - t.centre + t.interval * np.arange(t.probabilities.size)
         inside = np.abs(x) * (t.theta + 1) < _LARGEST_EXPONENT
+        if not inside.any():
+            return math.inf if self._pessimistic else -math.inf
         x, p = x[inside], np.maximum(t.probabilities[inside], 0.0)
         suffix_sum = lambda terms: np.cumsum(terms[::-1])[::-1]
         decay = np.exp(-t.theta * x)

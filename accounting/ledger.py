@@ -26,13 +26,18 @@ def _seal(previous: str, record: dict) -> str:
     return hashlib.sha256((previous + _canonical(record)).encode()).hexdigest()
 
 
+def _text(path: pathlib.Path) -> str:
+    """The file as text; bytes that no ledger holds become characters that break the chain."""
+    return path.read_bytes().decode("ascii", errors="replace")
+
+
 def read(path: pathlib.Path) -> list[dict]:
     """The records of a ledger file, their chain verified.
 
     Raises:
       InputError: the first line that is not what was written, by number.
     """
-    return [record for record, _ in _verified(path.read_text(), path)]
+    return [record for record, _ in _verified(_text(path), path)]
 
 
 def _verified(text: str, path) -> list[tuple[dict, str]]:
@@ -72,7 +77,7 @@ class Ledger:
         Raises:
           InputError: the chain does not hold.
         """
-        text = path.read_text() if path.exists() else ""
+        text = _text(path) if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         lines = _verified(whole, path)
         if whole != text:

@@ -109,7 +109,7 @@ _OPENINGS = [
 
 
 def note(rng: random.Random) -> str:
-    """One fictional note of 200 to 700 characters."""
+    """One fictional note of a few hundred characters."""
     name = f"{rng.choice(_GIVEN)} {rng.choice(_FAMILY)}"
     values = dict(
         name=name, age=rng.randint(4, 95), complaint=rng.choice(_COMPLAINTS), s=rng.randint(100, 170), d=rng.randint(60, 100),

@@ -85,7 +85,7 @@ def clip(gradient, keep, clip_norm: float):
     """Scales one gradient tree to at most `clip_norm`; all zeros if its norm is not finite or `keep` is false.
 
     Returns:
-      The clipped float32 tree and the norm before clipping (zero where dropped by `keep`).
+      The clipped float32 tree and the norm before clipping, which may be inf or NaN.
     """
     # Without the barrier a compiler may compute the gradient twice, for the norm and for the product, and round it differently.
     gradient = jax.lax.optimization_barrier(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient))

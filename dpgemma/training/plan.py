@@ -8,6 +8,7 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import ADD_OR_REMOVE, DpSgdMechanism
 from dpgemma.gemma.config import PRESETS, GemmaConfig
+from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM
 from dpgemma.training.config import TrainConfig
 
 
@@ -56,6 +57,8 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
     num_units = _units(config, counted_units)
     if config.batch_size > num_units:
         raise InputError(f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data")
+    if config.clip_norm < SMALLEST_CLIP_NORM:
+        raise InputError(f"--clip_norm={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}")
     multiple = devices * (config.microbatch_size if config.clipping == "vmap" else 1)
     # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the smaller it is.
     planned_for = math.inf if config.noise_multiplier is not None and not epsilon_given else config.epsilon

@@ -1,7 +1,8 @@
 """The folder of one run: what is public, what is private, and who may go on with it.
 
 A new run's folder is written under a temporary name and appears complete: configuration, keys and an opened ledger together, or not
-at all. Secret keys are 256 bits from the operating system. They lie in private/ (0700, files 0600) and nowhere else.
+at all. Secret keys are 256 bits from the operating system. They lie in private/keys.json (0600, in a
+folder of mode 0700) and nowhere else.
 """
 
 import dataclasses

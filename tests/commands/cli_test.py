@@ -71,6 +71,7 @@ BAD_TRAINING = {
     "no steps": (["--steps=0"], "at least 1"),
     "delta": (["--delta=0"], "--delta"),
     "negative epsilon": (["--epsilon=-1"], "--epsilon"),
+    "tiny clip norm": (["--clip_norm=1e-9"], "at least 1e-06"),
     "zero clip norm": (["--clip_norm=0"], "clip"),
     "other unit": (["--privacy_unit=user"], "not supported yet"),
     "undeclared units": (["--neighbouring_relation=add_or_remove"], "--num_units"),
