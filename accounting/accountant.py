@@ -1,21 +1,24 @@
-"""Epsilon of a DpSgdMechanism as a certified bracket, with a second accountant as a check.
+"""Epsilon of one or several DP-SGD mechanisms as a certified bracket, with a second accountant as a check.
 
-Formal guarantee: `Accountant.epsilon(delta, steps).upper` is an epsilon for which `steps` releases of the mechanism are
-(epsilon, delta)-differentially private under its neighbouring relation, numerical error included. Adding and removing a unit are both
-computed; each release is replaced by a discrete loss that dominates it (accounting.privacy_loss), releases are composed with every
-error bounded (accounting.composition), and truncation is paid for (accounting.truncation). `lower` bounds the same epsilon from below.
+Formal guarantee: `Accountant.epsilon(delta, steps).upper` is an epsilon for which `steps` releases of the mechanisms, one after the
+other on the same data, are (epsilon, delta)-differentially private for a group of `group_size` units under their neighbouring relation,
+numerical error included. Adding and removing units are both computed; each release is replaced by a discrete loss that dominates it
+(accounting.privacy_loss), releases are composed with every error bounded (accounting.composition), and truncation is paid for
+(accounting.truncation). `lower` bounds the same epsilon from below, short of what truncation may have helped.
 Tested by tests/accounting/accountant_test.py::test_bracket_holds_dp_accounting_values and ::test_upper_end_is_above_finer_grids.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from accounting import privacy_loss, truncation
+import numpy as np
+
+from accounting import privacy_loss, support, truncation
 from accounting.composition import Composition
 from accounting.errors import InputError
-from accounting.mechanism import ZERO_OUT, DpSgdMechanism
+from accounting.mechanism import DpSgdMechanism
 from accounting.privacy_loss import DiscreteLoss, GaussianMixturePair
 
 RELATIVE_WIDTH = 1e-3
@@ -36,7 +39,7 @@ class EpsilonBracket:
     """Attributes:
     upper: valid upper bound, rounding and discretisation included; the one to report.
     lower: lower bound of the same epsilon by the optimistic discretisation.
-    cross_check: epsilon by Renyi differential privacy, looser as a rule.
+    cross_check: epsilon by Renyi differential privacy, looser as a rule; inf for groups, where it is not computed.
     """
 
     upper: float
@@ -45,18 +48,63 @@ class EpsilonBracket:
 
 
 class Accountant:
-    """Epsilon of one mechanism at any number of steps. Discretised losses are kept and used again.
+    """Epsilon after any number of steps. Discretised losses and brackets are kept and used again.
 
     Args:
-      mechanism: the public facts of the run.
+      mechanisms: the public facts of a run, or of several runs or parts of one in their order.
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
+      group_size: k, units that one owner has at most; each is drawn by itself.
+      bounds: names from accounting.support that may be used; by default all that hold.
+
+    Raises:
+      InputError: a combination of sampler, neighbouring relation and bound that has no proof.
     """
 
-    def __init__(self, mechanism: DpSgdMechanism, relative_width: float = RELATIVE_WIDTH):
-        self.mechanism = mechanism
+    def __init__(
+        self,
+        mechanisms: DpSgdMechanism | Sequence[DpSgdMechanism],
+        relative_width: float = RELATIVE_WIDTH,
+        *,
+        group_size: int = 1,
+        bounds: Sequence[str] | None = None,
+    ):
+        self.mechanisms = (mechanisms,) if isinstance(mechanisms, DpSgdMechanism) else tuple(mechanisms)
+        if not self.mechanisms or group_size < 1:
+            raise InputError("need at least one mechanism and a group of at least one unit")
+        if len({m.neighbouring_relation for m in self.mechanisms}) > 1:
+            raise InputError("runs under different neighbouring relations do not compose: account for each by itself")
+        for m in self.mechanisms:
+            support.check(m.scheme, m.neighbouring_relation, bounds or (support.LOSS,), group_size)
+            if group_size > m.num_units:
+                raise InputError(f"a group of {group_size} units is larger than the {m.num_units} units that there are")
+        self._group_size = group_size
+        self._bounds = bounds
         self._relative_width = relative_width
-        self._narrow = {}
-        self._discrete_loss = functools.lru_cache(maxsize=16)(self._discretise)
+        self._brackets = {}
+        self._discrete_loss = functools.lru_cache(maxsize=64)(self._discretise)
+
+    @property
+    def steps(self) -> int:
+        """All steps of all mechanisms."""
+        return sum(m.steps for m in self.mechanisms)
+
+    def epsilon(self, delta: float, steps: int | None = None) -> EpsilonBracket:
+        """The bracket after `steps` releases (default: all of them).
+
+        Raises:
+          InputError: delta outside (0, 1).
+          ArithmeticError: the two accountants contradict each other, so neither can be trusted.
+        """
+        phases = self._phases(delta, steps)
+        if not phases:
+            return EpsilonBracket(0.0, 0.0, 0.0)
+        if not self._is_private(phases):
+            return EpsilonBracket(math.inf, math.inf, math.inf)
+        upper, lower, _ = self._bracket(delta, phases)
+        cross_check = self._cross_check(delta, phases)
+        if cross_check < lower * (1 - 1e-9):
+            raise ArithmeticError(f"the Renyi epsilon {cross_check} lies below the loss distribution's lower bound {lower}")
+        return EpsilonBracket(min(upper, cross_check), lower, cross_check)
 
     def upper(self, delta: float, steps: int | None = None, interval: float | None = None) -> float:
         """The upper end alone; inf where nothing finite holds.
@@ -66,52 +114,84 @@ class Accountant:
         """
         if interval is None:
             return self.epsilon(delta, steps).upper
-        steps = self._checked(delta, steps)
-        if steps == 0:
+        phases = self._phases(delta, steps)
+        if not phases:
             return 0.0
-        if not self.mechanism.is_private:
+        if not self._is_private(phases):
             return math.inf
         bound = 0.0
         for remove in self._directions:
             estimate, coarse = math.inf, _COARSEST_INTERVAL
             # Coarse grids show where epsilon lies, and often that this direction does not matter.
             while coarse > 2 * interval and estimate > bound:
-                estimate, coarse = self._upper(delta, steps, coarse, remove, hint=estimate), coarse / 8
-            if estimate > bound:
-                bound = max(bound, min(estimate, self._upper(delta, steps, interval, remove, hint=estimate)))
+                estimate, coarse = self._upper(delta, phases, coarse, remove, hint=estimate), coarse / 8
+            if estimate > bound and not self._within(bound, delta, phases, interval, remove):
+                bound = max(bound, min(estimate, self._upper(delta, phases, interval, remove, hint=estimate)))
         return bound
 
-    def epsilon(self, delta: float, steps: int | None = None) -> EpsilonBracket:
-        """The bracket after `steps` releases (default: all of them).
+    def quick_upper(self, delta: float, steps: int | None = None, tolerance: float = 5e-3) -> float:
+        """An upper end that a finer grid would lower by less than about `tolerance`; for tables, where no lower end is asked for."""
+        interval, bound = _COARSEST_INTERVAL, math.inf
+        while True:
+            previous, bound = bound, min(bound, self.upper(delta, steps, interval))
+            # A grid four times finer leaves about a fifth of the excess.
+            if not math.isfinite(bound) or previous - bound <= 4 * tolerance * bound:
+                return bound
+            interval /= 4
 
-        Raises:
-          InputError: delta outside (0, 1).
-          ArithmeticError: the two accountants contradict each other, so neither can be trusted.
+    def deltas(self, epsilons: Sequence[float], delta: float, steps: int | None = None) -> np.ndarray:
+        """An upper bound of delta at each of the ascending `epsilons`.
+
+        Args:
+          delta: the one for which losses are discretised finely enough.
         """
-        steps = self._checked(delta, steps)
-        if steps == 0:
-            return EpsilonBracket(0.0, 0.0, 0.0)
-        if not self.mechanism.is_private:
-            return EpsilonBracket(math.inf, math.inf, math.inf)
-        upper, lower = self._bracket(delta, steps)
-        # Truncation's share of delta, at the bound, makes the Renyi bound hold for the truncated sampler too.
-        remaining = delta - truncation.additive_delta(self.mechanism, upper, steps) if math.isfinite(upper) else 0.0
-        cross_check = _renyi_epsilon(self.mechanism, remaining, steps) if remaining > 0 else math.inf
-        if cross_check < lower * (1 - 1e-9):
-            raise ArithmeticError(f"the Renyi epsilon {cross_check} lies below the loss distribution's lower bound {lower}")
-        return EpsilonBracket(min(upper, cross_check), lower, cross_check)
+        phases = self._phases(delta, steps)
+        epsilons = np.asarray(epsilons, dtype=float)
+        if not phases:
+            return np.zeros(epsilons.size)
+        if not self._is_private(phases):
+            return np.ones(epsilons.size)
+        interval = self.interval_for(delta, steps)
+        plain = np.max([self._composition(delta, phases, interval, remove).deltas(epsilons) for remove in self._directions], axis=0)
+        extra = np.array([self._extra_delta(phases, epsilon) for epsilon in epsilons])
+        # A larger epsilon never needs a larger delta.
+        return np.minimum.accumulate(np.minimum(plain + extra, 1.0))
 
     def interval_for(self, delta: float, steps: int | None = None) -> float:
         """The interval at which the bracket is narrow enough, or the finest that is practical."""
-        steps = self._checked(delta, steps)
-        if not self.mechanism.is_private:
-            return _COARSEST_INTERVAL
-        if (delta, steps) not in self._narrow:
-            self._bracket(delta, steps)
-        return self._narrow[delta, steps]
+        phases = self._phases(delta, steps)
+        return self._bracket(delta, phases)[2] if phases and self._is_private(phases) else _COARSEST_INTERVAL
 
-    def _bracket(self, delta: float, steps: int) -> tuple[float, float]:
-        finest = self._finest_interval(delta, steps)
+    def _phases(self, delta: float, steps: int | None) -> tuple[tuple[DpSgdMechanism, int], ...]:
+        """What the first `steps` steps release: (mechanism, number of releases), like releases together."""
+        if not 0 < delta < 1:
+            raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
+        left, taken = self.steps if steps is None else steps, {}
+        for i, m in enumerate(self.mechanisms):
+            # A single mechanism may be asked about more steps than it has.
+            share = left if i == len(self.mechanisms) - 1 else min(left, m.steps)
+            left -= share
+            if share:
+                alike = dataclasses.replace(m, steps=1)
+                taken[alike] = taken.get(alike, 0) + m.releases(share)
+        return tuple(taken.items())
+
+    def _is_private(self, phases) -> bool:
+        return all(m.is_private for m, _ in phases)
+
+    def _allows(self, bound: str, m: DpSgdMechanism) -> bool:
+        return bound in support.allowed(m.scheme, m.neighbouring_relation, self._group_size) and bound in (self._bounds or support.BOUNDS)
+
+    @property
+    def _directions(self) -> tuple[bool, ...]:
+        """Whether the units are removed, or added; the two are alike where every release uses all units."""
+        return (True,) if all(m.inclusion_probability == 1 for m in self.mechanisms) else (True, False)
+
+    def _bracket(self, delta: float, phases) -> tuple[float, float, float]:
+        """(upper, lower, interval): refined until they are close or the grid as fine as is practical."""
+        if (delta, phases) in self._brackets:
+            return self._brackets[delta, phases]
+        finest = self._finest_interval(delta, phases)
         interval = max(_COARSEST_INTERVAL, finest)
         uppers = dict.fromkeys(self._directions, math.inf)
         upper, lower = math.inf, 0.0
@@ -119,87 +199,109 @@ class Accountant:
             previous_upper, previous_lower = upper, lower
             for remove in self._directions:
                 if uppers[remove] > lower:  # else the other direction is known to be worse
-                    uppers[remove] = min(uppers[remove], self._upper(delta, steps, interval, remove, hint=uppers[remove]))
+                    uppers[remove] = min(uppers[remove], self._upper(delta, phases, interval, remove, hint=uppers[remove]))
             upper = max(uppers.values())
-            lower = max(lower, self._lower(delta, steps, interval, max(uppers, key=uppers.get), hint=upper))
+            lower = max(lower, self._lower(delta, phases, interval, max(uppers, key=uppers.get), hint=upper))
             narrow = upper <= lower * (1 + self._relative_width) + _ABSOLUTE_WIDTH
             # Where truncation is charged on both sides, the ends stay apart however fine the grid.
             change = max(previous_upper - upper, lower - previous_lower)
             settled = change <= upper * self._relative_width / 8 if math.isfinite(upper) else math.isinf(previous_upper)
             if narrow or settled or interval / 4 < finest:
-                self._narrow[delta, steps] = interval
-                return upper, min(lower, upper)
+                self._brackets[delta, phases] = upper, min(lower, upper), interval
+                return self._brackets[delta, phases]
             interval /= 4
 
-    def _finest_interval(self, delta: float, steps: int) -> float:
+    def _finest_interval(self, delta: float, phases) -> float:
         """The smallest interval whose grid stays within memory."""
-        sizes = [privacy_loss.grid_size(pair, 1e-3, self._tail_mass(delta, steps)) for pair in map(self._pair, self._directions)]
+        tail = self._tail_mass(delta, phases)
+        sizes = [privacy_loss.grid_size(self._pair(m, remove), 1e-3, tail) for m, _ in phases for remove in self._directions]
         return max(1e-3 * max(sizes) / _LARGEST_GRID, _FINEST_INTERVAL)
 
-    def _checked(self, delta: float, steps: int | None) -> int:
-        if not 0 < delta < 1:
-            raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
-        return self.mechanism.steps if steps is None else steps
-
-    @property
-    def _directions(self) -> tuple[bool, ...]:
-        """Whether the unit is removed, or added; the two are alike where every step uses all units."""
-        return (True,) if self.mechanism.sampling_probability == 1 else (True, False)
-
-    def _tail_mass(self, delta: float, steps: int) -> float:
+    def _tail_mass(self, delta: float, phases) -> float:
         # Rounded to a power of ten, so that neighbouring questions share their discretisations.
-        return 10.0 ** math.floor(math.log10(max(_TAIL_SHARE * delta / steps, 1e-300)))
+        releases = sum(count for _, count in phases)
+        return 10.0 ** math.floor(math.log10(max(_TAIL_SHARE * delta / releases, 1e-300)))
 
-    def _pair(self, remove: bool) -> GaussianMixturePair:
-        q, sigma = self.mechanism.sampling_probability, self.mechanism.noise_multiplier
-        return GaussianMixturePair(sigma, upper=((1.0, q),)) if remove else GaussianMixturePair(sigma, lower=((-1.0, q),))
+    def _pair(self, m: DpSgdMechanism, remove: bool) -> GaussianMixturePair:
+        """The pair that dominates one release: of the group's k units j are drawn, with binomial probability, and shift it by j.
 
-    def _discretise(self, kind: str, remove: bool, interval: float, tail_mass: float) -> DiscreteLoss:
+        For k > 1 this is the mixture-of-Gaussians mechanism (Ganesh 2024, arXiv 2401.10294).
+        """
+        q, k, sign = m.inclusion_probability, self._group_size, 1.0 if remove else -1.0
+        weights = [(sign * j, math.comb(k, j) * q**j * (1 - q) ** (k - j)) for j in range(1, k + 1)]
+        components = tuple((shift, weight) for shift, weight in weights if weight > 0)
+        return GaussianMixturePair(m.noise_multiplier, **{"upper" if remove else "lower": components})
+
+    def _discretise(self, kind: str, m: DpSgdMechanism, remove: bool, interval: float, tail_mass: float) -> DiscreteLoss:
+        pair = self._pair(m, remove)
         if kind == "optimistic":
-            return privacy_loss.optimistic(self._pair(remove), interval, tail_mass)
-        plain = privacy_loss.pessimistic(self._pair(remove), interval, tail_mass)
-        if kind == "truncated":
-            overflow, displaced = truncation.displacement(self.mechanism)
+            return privacy_loss.optimistic(pair, interval, tail_mass)
+        plain = privacy_loss.pessimistic(pair, interval, tail_mass)
+        if kind == "truncated" and m.max_batch_size is not None:
+            overflow, displaced = truncation.displacement(m)
             mixed = privacy_loss.mixture(plain, privacy_loss.pessimistic(displaced, interval, tail_mass), overflow)
             return privacy_loss.cut_tail(mixed, 100 * tail_mass)
         return plain
 
-    def _upper(self, delta: float, steps: int, interval: float, remove: bool, hint: float | None = None) -> float:
-        m, tail = self.mechanism, self._tail_mass(delta, steps)
-        compose = lambda kind: Composition([(self._discrete_loss(kind, remove, interval, tail), steps)], pessimistic=True)
-        plain = functools.partial(compose("pessimistic").epsilon, hint=hint)
-        bound = _smallest_epsilon(plain, delta, lambda e: truncation.additive_delta(m, e, steps))
-        # Under a tight cap the additive bound is poor; the truncated sampler's own loss needs the number of units to be public.
-        if m.max_batch_size is not None and m.neighbouring_relation == ZERO_OUT:
-            share = truncation.additive_delta(m, min(bound, 50.0), steps) / delta
-            if share > 0.01:
-                bound = min(bound, compose("truncated").epsilon(delta, hint))
+    def _composition(self, delta: float, phases, interval: float, remove: bool, kind: str = "pessimistic") -> Composition:
+        tail = self._tail_mass(delta, phases)
+        groups = [(self._discrete_loss(kind, m, remove, interval, tail), count) for m, count in phases]
+        return Composition(groups, pessimistic=kind != "optimistic")
+
+    def _extra_delta(self, phases, epsilon: float) -> float:
+        """What truncation adds to delta, by the smallest of the bounds that hold."""
+        total = 0.0
+        for m, count in phases:
+            costs = [truncation.additive_delta(m, epsilon, count)]
+            if self._allows(support.DISPLACEMENT, m):
+                costs.append(truncation.displacement_delta(m, count, self._group_size))
+            total += min(costs)
+        return total
+
+    def _upper(self, delta: float, phases, interval: float, remove: bool, hint: float | None = None) -> float:
+        plain = functools.partial(self._composition(delta, phases, interval, remove).epsilon, hint=hint)
+        bound = smallest_epsilon(plain, delta, lambda epsilon: self._extra_delta(phases, epsilon))
+        # Under a tight cap the added delta is poor, and the truncated sampler's own loss better.
+        capped = [m for m, _ in phases if m.max_batch_size is not None]
+        exact = capped and all(self._allows(support.TRUNCATED_LOSS, m) for m in capped)
+        if exact and self._extra_delta(phases, min(bound, 50.0)) > 0.01 * delta:
+            bound = min(bound, self._composition(delta, phases, interval, remove, "truncated").epsilon(delta, hint))
         return bound
 
-    def _lower(self, delta: float, steps: int, interval: float, remove: bool, hint: float | None = None) -> float:
-        if privacy_loss.grid_size(self._pair(remove), interval, self._tail_mass(delta, steps)) > _LARGEST_OPTIMISTIC_GRID:
+    def _lower(self, delta: float, phases, interval: float, remove: bool, hint: float | None = None) -> float:
+        tail = self._tail_mass(delta, phases)
+        if any(privacy_loss.grid_size(self._pair(m, remove), interval, tail) > _LARGEST_OPTIMISTIC_GRID for m, _ in phases):
             return 0.0
-        loss = self._discrete_loss("optimistic", remove, interval, self._tail_mass(delta, steps))
-        composed = Composition([(loss, steps)], pessimistic=False)
-        # Truncation can also help, by at most as much as it can cost.
+        composed = self._composition(delta, phases, interval, remove, "optimistic")
         bound = composed.epsilon(delta, hint)
-        extra = truncation.additive_delta(self.mechanism, bound, steps)
+        # Truncation can also help, by at most as much as the additive bound.
+        extra = sum(truncation.additive_delta(m, bound, count) for m, count in phases)
         return composed.epsilon(delta + extra, hint) if 0 < extra < 1 - delta else bound if extra == 0 else 0.0
 
+    def _within(self, epsilon: float, delta: float, phases, interval: float, remove: bool) -> bool:
+        """Whether delta at epsilon is known to be small enough; cheaper than solving for epsilon."""
+        if epsilon <= 0:
+            return False
+        (needed,) = self._composition(delta, phases, interval, remove).deltas([epsilon])
+        return needed + self._extra_delta(phases, epsilon) <= delta
 
-def epsilon(mechanism: DpSgdMechanism, delta: float) -> EpsilonBracket:
-    """The bracket of a whole run."""
+    def _cross_check(self, delta: float, phases) -> float:
+        if not all(self._allows(support.RENYI, m) for m, _ in phases):
+            return math.inf
+        from dp_accounting.rdp import rdp_privacy_accountant
+
+        accountant = rdp_privacy_accountant.RdpAccountant(_RENYI_ORDERS)
+        for m, count in phases:
+            accountant.compose(m.event(count))
+        return smallest_epsilon(lambda d: float(accountant.get_epsilon(d)), delta, lambda epsilon: self._extra_delta(phases, epsilon))
+
+
+def epsilon(mechanism: DpSgdMechanism | Sequence[DpSgdMechanism], delta: float) -> EpsilonBracket:
+    """The bracket of a whole run, or of several on the same data."""
     return Accountant(mechanism).epsilon(delta)
 
 
-def _renyi_epsilon(mechanism: DpSgdMechanism, delta: float, steps: int) -> float:
-    from dp_accounting.rdp import rdp_privacy_accountant
-
-    accountant = rdp_privacy_accountant.RdpAccountant(_RENYI_ORDERS)
-    return float(accountant.compose(mechanism.event(steps)).get_epsilon(delta))
-
-
-def _smallest_epsilon(epsilon_at: Callable[[float], float], delta: float, extra_delta: Callable[[float], float]) -> float:
+def smallest_epsilon(epsilon_at: Callable[[float], float], delta: float, extra_delta: Callable[[float], float]) -> float:
     """An epsilon at which the composed delta and extra_delta together stay within delta; inf if there is none.
 
     extra_delta grows with epsilon, so it is charged at an epsilon slightly above the one that is returned.

@@ -12,7 +12,7 @@ and an error of the tilted distribution in L2 norm changes the sum by at most th
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import fft, special
@@ -20,9 +20,15 @@ from scipy import fft, special
 from accounting.privacy_loss import DiscreteLoss
 
 _UNIT_ROUNDOFF = 2.0**-53
+# Numbers in which to transform: wider ones only where round-off would show, and only where the machine has them.
+_PRECISIONS = (np.float64, np.longdouble) if np.finfo(np.longdouble).eps < 2.0**-60 else (np.float64,)
+_NEGLIGIBLE_SLACK, _TOLERABLE_SLACK = 1e-3, 1e-2
 # Tilted mass outside the window of the transform; it wraps around and is charged in full.
 _LOG_OUTSIDE = 40.0
-_TILTS = 4
+_TILTS = 8
+# Windows are bounded by Chernoff at these distances from theta, in units of the tilted loss's inverse standard deviation.
+_WINDOW_TILTS = (0.02, 0.1, 0.4, 1, 2, 5, 9)
+_PROFILE_TILTS, _SMALLEST_PROFILE_TILT = 5, 0.1
 _LARGEST_TRANSFORM = 2**22
 _SMALLEST_TILT, _LARGEST_TILT = 1e-4, 1e6
 _LARGEST_EXPONENT = 500.0
@@ -87,13 +93,37 @@ class Composition:
         if hint is not None and 0 < hint < chernoff:
             theta = self._tilt_centred_at(hint, theta)
         tighter, bound = (min, chernoff) if self._pessimistic else (max, 0.0)
+        precision, centred = 0, False
         # Every tilt gives a valid bound; the tightest centres the composed loss at epsilon itself.
         for _ in range(_TILTS):
-            previous, bound = bound, tighter(bound, self._solve(self._tilted(theta), target))
-            if abs(bound - previous) <= 1e-6 * abs(bound):
+            found, slack = self._solve(self._tilted(theta, _PRECISIONS[precision]), target)
+            previous, bound = bound, tighter(bound, found)
+            if slack <= _NEGLIGIBLE_SLACK or (slack <= _TOLERABLE_SLACK and centred and abs(bound - previous) <= 1e-6 * abs(bound)):
                 break
-            theta = self._tilt_centred_at(bound, theta)
+            if not math.isfinite(slack):  # epsilon lies outside the window: rare, enormous losses dominate less at a smaller tilt
+                theta *= 0.7
+                continue
+            if slack > _TOLERABLE_SLACK and centred and precision + 1 < len(_PRECISIONS):
+                precision += 1
+            theta, centred = self._tilt_centred_at(bound, theta), True
         return float(max(0.0, bound + self._shift if self._pessimistic else bound - self._shift))
+
+    def deltas(self, epsilons: Sequence[float]) -> np.ndarray:
+        """Upper bounds of delta at each of the ascending `epsilons` >= 0, for a pessimistic composition.
+
+        A tilt gives a bound at every epsilon, tight near its centre; a few centres serve all.
+        """
+        targets = np.asarray(epsilons, dtype=float) - self._shift
+        best = np.full(targets.size, 1 - self._infinite)
+        theta = 1.0
+        for centre in targets[:: max(1, targets.size // _PROFILE_TILTS)]:
+            theta = max(self._tilt_centred_at(max(centre, self._interval), theta), _SMALLEST_PROFILE_TILT)
+            for tilt in _falling(theta):
+                tilted = self._tilted(tilt)
+                if tilted is not None:
+                    best = np.minimum(best, self._deltas_at(tilted, targets))
+                    break
+        return np.minimum(best + self._infinite, 1.0)
 
     def _cumulant(self, theta: float) -> tuple[float, float, float]:
         """K(theta) = sum over releases of log E[e^(theta L)] under P, finite losses only, and its two derivatives."""
@@ -138,12 +168,12 @@ class Composition:
 
     def _window(self, theta: float, log_moment: float, variance: float) -> tuple[float, float]:
         """Losses (low, high) outside which the tilted composition has at most 2 e^-_LOG_OUTSIDE, by Chernoff's bound."""
-        tilts = [t / math.sqrt(variance) for t in (2, 5, 9)]
+        tilts = [t / math.sqrt(variance) for t in _WINDOW_TILTS]
         high = min((self._cumulant(theta + s)[0] - log_moment + _LOG_OUTSIDE) / s for s in tilts)
         low = max((log_moment - self._cumulant(theta - s)[0] - _LOG_OUTSIDE) / s for s in tilts)
         return low, high
 
-    def _tilted(self, theta: float) -> _Tilted | None:
+    def _tilted(self, theta: float, precision: type = np.float64) -> _Tilted | None:
         """The composed loss at one tilt; None where its window would be too large to transform."""
         log_moment, centre, variance = self._cumulant(theta)
         interval = self._interval
@@ -153,7 +183,8 @@ class Composition:
         if high - low > interval * _LARGEST_TRANSFORM:
             return None
         size = fft.next_fast_len(math.ceil((high - low) / interval) + 2, real=True)
-        transform_error = 7 * _UNIT_ROUNDOFF * math.log2(max(size, 2))  # Higham 2002, theorem 24.2
+        unit = float(np.finfo(precision).eps) / 2
+        transform_error = 7 * unit * math.log2(max(size, 2))  # Higham 2002, theorem 24.2
 
         product, shift, error, relative_error = 1.0, 0, 0.0, 0.0
         for loss, count, logs, losses in self._parts:
@@ -162,29 +193,31 @@ class Composition:
             # Wrapping a loss around the window keeps sums exact modulo the window's length.
             bins = np.flatnonzero(loss.probabilities) % size
             wrapped = np.bincount(bins, weights=tilted, minlength=size)
-            product = product * fft.rfft(wrapped) ** count
+            product = product * fft.rfft(wrapped.astype(precision)) ** count
             shift += count * loss.first
             error += count * 1.01 * transform_error * float(np.linalg.norm(wrapped))
+            # The masses are rounded to float64 before they are transformed: an error relative to each.
             rounding = (64 + theta * float(np.abs(losses).max())) * _UNIT_ROUNDOFF
             relative_error += count * (float(tilted @ loss.mass_error[loss.probabilities > 0]) + rounding)
         probabilities = np.roll(fft.irfft(product, size), shift - first)
         # `**` multiplies count - 1 times, by repeated squaring or through logarithms; four roundings are allowed for each factor.
-        powers = sum(count for _, count in self._groups) * 4 * _UNIT_ROUNDOFF
+        powers = sum(count for _, count in self._groups) * 4 * unit
         error += (powers + transform_error) * float(np.linalg.norm(probabilities))
         start = offset + interval * first
         outside = 2 * math.exp(-_LOG_OUTSIDE)
+        probabilities = probabilities.astype(np.float64)
         return _Tilted(theta, log_moment, centre, start, interval, probabilities, error, math.expm1(relative_error), outside)
 
-    def _solve(self, t: _Tilted | None, delta: float) -> float:
-        """The epsilon in the window where the bound of delta crosses its target; inf or -inf where it does not."""
-        if t is None:
-            return math.inf if self._pessimistic else -math.inf
-        # Losses relative to the centre of the tilt; further out the weights below leave the range of float64.
+    def _log_deltas(self, t: _Tilted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bins x, relative to the centre of the tilt; a bound of log delta at each; the share in it that numerical error may have.
+
+        Further from the centre the weights leave the range of float64.
+        """
         x = t.start - t.centre + t.interval * np.arange(t.probabilities.size)
         inside = np.abs(x) * (t.theta + 1) < _LARGEST_EXPONENT
-        if not inside.any():
-            return math.inf if self._pessimistic else -math.inf
         x, p = x[inside], np.maximum(t.probabilities[inside], 0.0)
+        if not x.size:
+            return x, x, x
         suffix_sum = lambda terms: np.cumsum(terms[::-1])[::-1]
         decay = np.exp(-t.theta * x)
         # sum over l >= x of P_theta (e^(-theta l) - e^x e^(-(theta + 1) l))
@@ -194,23 +227,51 @@ class Composition:
             bound = np.maximum(value, 0.0) * (1 + t.relative_error) + slack + math.exp(-_LARGEST_EXPONENT * t.theta / (t.theta + 1))
         else:
             bound = value * (1 - min(t.relative_error, 1.0)) - slack
-        with np.errstate(divide="ignore"):
-            log_delta = t.log_moment - t.theta * t.centre + np.log(np.maximum(bound, 0.0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return x, t.log_moment - t.theta * t.centre + np.log(np.maximum(bound, 0.0)), slack / np.maximum(value, 0.0)
+
+    def _deltas_at(self, t: _Tilted, epsilons: np.ndarray) -> np.ndarray:
+        """Upper bounds of the finite losses' share of delta; 1 below the window."""
+        x, log_delta, _ = self._log_deltas(t)
+        if not x.size:
+            return np.ones_like(epsilons)
+        place = np.floor((epsilons - t.centre - x[0]) / t.interval).astype(int)
+        left, right = (np.clip(i, 0, x.size - 1) for i in (place, place + 1))
+        # Between two bins delta is convex in e^epsilon, so the chord between the two bounds lies above it; beyond the last it only falls.
+        share = np.clip(np.expm1(epsilons - t.centre - x[left]) / math.expm1(t.interval), 0.0, 1.0)
+        high, low = (np.exp(np.minimum(log_delta[i], 0.0)) for i in (left, right))
+        return np.where(place >= 0, high + (low - high) * share, 1.0)
+
+    def _solve(self, t: _Tilted | None, delta: float) -> tuple[float, float]:
+        """The epsilon in the window where the bound of delta crosses its target, and the share of numerical error in delta there.
+
+        inf or -inf where it does not cross, which is trivially a bound.
+        """
+        nothing = (math.inf, math.inf) if self._pessimistic else (-math.inf, math.inf)
+        x, log_delta, slack = self._log_deltas(t) if t is not None else (np.zeros(0),) * 3
+        if not x.size:
+            return nothing
         above = np.flatnonzero(log_delta > math.log(delta))
         if not self._pessimistic:
-            return t.centre + x[above[-1]] if above.size else -math.inf
+            return (t.centre + x[above[-1]], slack[above[-1]]) if above.size else nothing
         last = above[-1] if above.size else -1
         if last == x.size - 1:
-            return math.inf
+            return nothing
         if last < 0:
-            return t.centre + x[0]
-        # Between two bins delta is convex in e^epsilon, so the chord between the two bounds lies above it.
+            return t.centre + x[0], math.inf
         high, low = np.exp(log_delta[last : last + 2])
         share = (high - delta) / (high - low) if math.isfinite(high) else 1.0
-        return t.centre + x[last] + math.log1p(math.expm1(t.interval) * share)
+        return t.centre + x[last] + math.log1p(math.expm1(t.interval) * share), slack[last]
 
     def _slack(self, t: _Tilted, x) -> float:
         """Bound of the error of the sum in the module's formula: transform round-off through |w|_2, wrapped mass through max w."""
         distance = x - x[0]
         w = -np.expm1(-distance) * np.exp(-t.theta * distance)
         return t.error * float(np.linalg.norm(w)) + t.outside
+
+
+def _falling(theta: float) -> Iterator[float]:
+    """theta and smaller tilts, for where a window is too large."""
+    for _ in range(_TILTS):
+        yield theta
+        theta *= 0.7

@@ -7,14 +7,15 @@ from accounting.accountant import Accountant
 
 
 class EpsilonCurve:
-    """A staircase above epsilon(steps): the upper bound of the next computed point, which is at least that of any step before it."""
+    """A staircase above epsilon(steps): the upper bound of the next computed point, which is at least that of any step before it.
+
+    A point is computed when its first step is asked for, so that a long run pays as it goes and a resumed one only for what is left.
+    """
 
     def __init__(self, accountant: Accountant, delta: float, points: int = 24):
-        total = accountant.mechanism.steps
-        self._steps = sorted({math.ceil(total * i / points) for i in range(1, points + 1)})
-        # Every point is also bounded by the certified epsilon of the whole run, which may be a little tighter.
-        whole, interval = accountant.epsilon(delta).upper, accountant.interval_for(delta)
-        self._epsilons = [min(whole, accountant.upper(delta, t, interval)) for t in self._steps]
+        self._accountant, self._delta = accountant, delta
+        self._steps = sorted({math.ceil(accountant.steps * i / points) for i in range(1, points + 1)})
+        self._epsilons = {}
 
     def at(self, steps: int) -> float:
         """An upper bound of epsilon after `steps` releases.
@@ -26,4 +27,11 @@ class EpsilonCurve:
             return 0.0
         if steps > self._steps[-1]:
             raise ValueError(f"{steps} steps exceed the {self._steps[-1]} that were accounted")
-        return self._epsilons[bisect.bisect_left(self._steps, steps)]
+        point = self._steps[bisect.bisect_left(self._steps, steps)]
+        if point not in self._epsilons:
+            # A coarse grid is cheap, and no worse than the certified epsilon of the whole run.
+            whole, interval = self._accountant.epsilon(self._delta).upper, self._accountant.interval_for(self._delta)
+            self._epsilons[point] = (
+                whole if point == self._accountant.steps else min(whole, self._accountant.upper(self._delta, point, interval))
+            )
+        return self._epsilons[point]

@@ -9,6 +9,10 @@ ZERO_OUT = "zero_out"
 ADD_OR_REMOVE = "add_or_remove"
 RELATIONS = (ZERO_OUT, ADD_OR_REMOVE)
 
+POISSON = "poisson"
+FIXED = "fixed"
+SAMPLERS = (POISSON, FIXED)
+
 
 @dataclasses.dataclass(frozen=True)
 class DpSgdMechanism:
@@ -22,7 +26,8 @@ class DpSgdMechanism:
       noise_multiplier: sigma, standard deviation of the noise in units of the clip norm; 0 means no privacy.
       clip_norm: C, L2 bound of one unit's contribution; inf means no privacy.
       steps: T, number of releases.
-      neighbouring_relation: zero_out (one unit replaced by an empty one) or add_or_remove.
+      neighbouring_relation: zero_out (one unit replaced by an empty one, which keeps its place in every draw) or add_or_remove.
+      sampler: poisson, or fixed: batches laid out beforehand, each unit in at most ceil(T B / N) of them, and no help from sampling.
     """
 
     num_units: int
@@ -32,10 +37,13 @@ class DpSgdMechanism:
     clip_norm: float
     steps: int
     neighbouring_relation: str = ADD_OR_REMOVE
+    sampler: str = POISSON
 
     def __post_init__(self):
         if self.neighbouring_relation not in RELATIONS:
             raise InputError(f"neighbouring relation must be one of {', '.join(RELATIONS)}, got {self.neighbouring_relation!r}")
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.num_units < 1 or self.steps < 0:
             raise InputError(f"need at least one unit and no negative steps, got {self.num_units} units, {self.steps} steps")
         if not 0 < self.expected_batch_size <= self.num_units:
@@ -58,8 +66,31 @@ class DpSgdMechanism:
         return self.expected_batch_size / self.num_units
 
     @property
+    def noise_batch_ratio(self) -> float:
+        """sigma / B: the noise on the mean gradient in units of the clip norm, which scaling laws for private training are written in."""
+        return self.noise_multiplier / self.expected_batch_size
+
+    @property
     def is_private(self) -> bool:
         return self.noise_multiplier > 0 and math.isfinite(self.clip_norm)
+
+    @property
+    def scheme(self) -> str:
+        """How batches are formed, as accounting.support names it."""
+        if self.sampler == FIXED:
+            return "fixed"
+        if self.max_batch_size is not None:
+            return "truncated_poisson"
+        return "full_batch" if self.sampling_probability == 1 else "poisson"
+
+    @property
+    def inclusion_probability(self) -> float:
+        """Probability that a unit takes part in a release that can contain it."""
+        return 1.0 if self.sampler == FIXED else self.sampling_probability
+
+    def releases(self, steps: int) -> int:
+        """In how many of `steps` steps one unit can take part."""
+        return min(steps, math.ceil(steps * self.sampling_probability)) if self.sampler == FIXED else steps
 
     @property
     def group(self) -> dict:
@@ -70,9 +101,9 @@ class DpSgdMechanism:
             "max_batch_size": self.max_batch_size,
         }
 
-    def event(self, steps: int | None = None):
-        """The dp-accounting event of `steps` releases without truncation, whose cost the accountant adds to delta."""
+    def event(self, releases: int):
+        """The dp-accounting event of `releases` releases without truncation, whose cost the accountant adds to delta."""
         import dp_accounting
 
-        step = dp_accounting.PoissonSampledDpEvent(self.sampling_probability, dp_accounting.GaussianDpEvent(self.noise_multiplier))
-        return dp_accounting.SelfComposedDpEvent(step, self.steps if steps is None else steps)
+        release = dp_accounting.PoissonSampledDpEvent(self.inclusion_probability, dp_accounting.GaussianDpEvent(self.noise_multiplier))
+        return dp_accounting.SelfComposedDpEvent(release, releases)

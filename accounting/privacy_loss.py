@@ -54,6 +54,20 @@ class GaussianMixturePair:
         largest = functools.reduce(np.maximum, exponents)
         return np.where((largest < _LARGEST_EXPONENT) & (near > -0.5), np.log1p(np.maximum(near, -0.5)), far)
 
+    def _slope(self, x):
+        """The derivative of the loss at x."""
+        total = np.zeros_like(x)
+        for components, sign in ((self.upper, 1), (self.lower, -1)):
+            rest = 1 - math.fsum(w for _, w in components)
+            exponents = [(2 * mean * x - mean**2) / (2 * self.sigma**2) + math.log(w) for mean, w in components]
+            if components:
+                likelihoods = np.exp(
+                    np.array([*exponents, np.full_like(x, math.log(rest) if rest > 0 else -np.inf)])
+                    - functools.reduce(np.maximum, exponents, 0.0)
+                )
+                total += sign * np.dot([mean / self.sigma**2 for mean, _ in components], likelihoods[:-1]) / likelihoods.sum(axis=0)
+        return total
+
     def inverse_loss(self, losses):
         """x with loss(x) = losses; -inf or inf where the loss never gets there. Accurate to rounding for one component."""
         if len(self.upper) + len(self.lower) == 1:
@@ -69,11 +83,10 @@ class GaussianMixturePair:
         table = self.loss(table_x)
         cell = np.clip(np.searchsorted(table, losses), 1, _TABLE_SIZE - 1)
         low, high = table_x[cell - 1], table_x[cell]
-        for _ in range(40):
-            middle = (low + high) / 2
-            below = self.loss(middle) < losses
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, (low + high) / 2))
+        x = (low + high) / 2
+        for _ in range(6):  # Newton, kept inside the cell; what is left is measured by `pessimistic` and charged
+            x = np.clip(x - (self.loss(x) - losses) / self._slope(x), low, high)
+        return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, x))
 
     def interval_masses(self, edges) -> "_Masses":
         """Masses of the intervals between ascending edges."""

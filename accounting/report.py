@@ -1,4 +1,7 @@
-"""The privacy report of a run: what was spent, in numbers and in a paragraph that a lawyer can read."""
+"""The privacy report of a run: what was spent, in numbers and in a paragraph that a lawyer can read.
+
+Everything in it is a function of the ledger up to one line, whose hash it names; so whoever holds the ledger can write it again.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,8 @@ import math
 import pathlib
 
 from accounting.accountant import EpsilonBracket
+from accounting.executed import Executed
+from accounting.ledger import CHAIN, KEYED_CHAIN
 from accounting.mechanism import ADD_OR_REMOVE, DpSgdMechanism
 
 _UNITS = {"sequence": "one row of {sequence_length} consecutive tokens of the packed training text"}
@@ -39,18 +44,37 @@ def dumps(value: dict) -> str:
     return json.dumps(encode(value), indent=1, allow_nan=False) + "\n"
 
 
-def statement(
-    mechanism: DpSgdMechanism, bracket: EpsilonBracket, delta: float, privacy_unit: str, sequence_length: int, held_out: int | None
-) -> str:
-    """One paragraph: what is protected, how far, against whom, and what is not."""
+def unit_text(declared: dict) -> str:
+    """What one privacy unit is, in words."""
+    return _UNITS[declared["privacy_unit"]].format(sequence_length=declared["sequence_length"])
+
+
+def relation_text(mechanism: DpSgdMechanism) -> str:
+    return _RELATIONS[mechanism.neighbouring_relation]
+
+
+def mechanism_text(mechanism: DpSgdMechanism) -> str:
+    """One run of equal steps, in words."""
     m = mechanism
-    unit = _UNITS[privacy_unit].format(sequence_length=sequence_length)
-    if not m.is_private:
+    cap = "" if m.max_batch_size is None else f", at most {m.max_batch_size} of them"
+    return (
+        f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, Gaussian noise of {m.noise_multiplier:.6g} times"
+        f" that norm on their sum, batches drawn by Poisson sampling with probability {m.sampling_probability:.6g} from"
+        f" {m.num_units} units{cap})"
+    )
+
+
+def statement(executed: Executed, bracket: EpsilonBracket) -> str:
+    """One paragraph: what is protected, how far, against whom, and what is not."""
+    m, declared = executed.planned, executed.declared
+    mechanisms = executed.mechanisms or (m,)
+    if not all(x.is_private for x in mechanisms):
         return (
             "NO PRIVACY: this is a non-private baseline, trained without noise"
             + (" and without clipping" if math.isinf(m.clip_norm) else "")
             + ". The model may reveal anything about its training data, and nothing of it should be released."
         )
+    held_out = declared.get("held_out_units")
     count = "An undisclosed number of" if held_out is None else held_out
     held = (
         f" {count} further units were held out by a secret random assignment, are not among the {m.num_units}, and are NOT covered:"
@@ -59,11 +83,9 @@ def statement(
         else ""
     )
     return (
-        f"The trained parameters are ({round_up(bracket.upper)}, {delta:g})-differentially private with respect to one unit, which is"
-        f" {unit}. Neighbouring data sets: {_RELATIONS[m.neighbouring_relation]}. This covers the final parameters and every"
-        f" checkpoint together, after {m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, Gaussian noise of"
-        f" {m.noise_multiplier:.6g} times that norm on their sum, batches drawn by Poisson sampling with probability"
-        f" {m.sampling_probability:.6g} from {m.num_units} units)."
+        f"The trained parameters are ({round_up(bracket.upper)}, {executed.delta:g})-differentially private with respect to one unit,"
+        f" which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every"
+        f" checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
         " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what content one unit took"
         " part. It does not hide facts that many units share: a person who appears in k units is protected less, roughly k times"
         " epsilon and worse. It does not cover the folder private/ (secret keys, raw losses and norms), the progress shown on the"
@@ -71,54 +93,89 @@ def statement(
     )
 
 
-def build(
-    mechanism: DpSgdMechanism,
-    bracket: EpsilonBracket,
-    *,
-    target_epsilon: float,
-    delta: float,
-    privacy_unit: str,
-    sequence_length: int,
-    held_out: int | None,
-    deviations: list[str],
-    finished: bool,
-    ledger_head: str,
-) -> dict:
-    """The content of report.json. `mechanism.steps` is the number of executed steps."""
-    m = mechanism
+def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict:
+    """The content of report.json.
+
+    Args:
+      executed: what the ledger says, up to the line with the hash `ledger_head`.
+    """
+    m, declared = executed.planned, executed.declared
     return {
-        "target_epsilon": target_epsilon,
+        "run_id": declared["run_id"],
+        "target_epsilon": declared["epsilon"],
         "epsilon": round_up(bracket.upper),
         "epsilon_lower_numeric": bracket.lower,
-        "delta": delta,
-        "privacy_unit": privacy_unit,
+        "delta": executed.delta,
+        "privacy_unit": declared["privacy_unit"],
         "num_units": m.num_units,
-        "held_out_units": held_out,
+        "held_out_units": declared["held_out_units"],
         "neighbouring_relation": m.neighbouring_relation,
-        "sampler": "poisson" if m.max_batch_size is None else "truncated_poisson",
+        "sampler": m.scheme,
         "expected_batch_size": m.expected_batch_size,
         "max_batch_size": m.max_batch_size,
         "sampling_probability": m.sampling_probability,
         "noise_multiplier": m.noise_multiplier,
+        "noise_batch_ratio": m.noise_batch_ratio,
         "clip_norm": m.clip_norm,
-        "steps": m.steps,
-        "finished": finished,
+        "steps": executed.steps,
+        "finished": executed.finished,
         "accountant": "pld",
         "cross_check": bracket.cross_check,
-        "statement": statement(m, bracket, delta, privacy_unit, sequence_length, held_out),
-        "deviations": deviations,
+        "statement": statement(executed, bracket),
+        "deviations": executed.deviations,
+        "exports": [event["files"].get("model.safetensors") for event in executed.events if event["kind"] == "export"],
+        "ledger_seal": declared["seal"],
         "ledger_head": ledger_head,
     }
 
 
-def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file, by which the ledger knows an export."""
+def seal_text(declared: dict) -> str:
+    """What the ledger's chain can and cannot show."""
+    if declared["seal"] == KEYED_CHAIN:
+        return "Every line carries an HMAC under a key in private/: nobody without that key can rewrite the ledger unnoticed."
+    assert declared["seal"] == CHAIN
+    return "The chain has no key: it finds accidents and partial edits. Deposit the head hash elsewhere to rule out a rewritten ledger."
+
+
+def digest(content: bytes) -> str:
+    """SHA-256, by which the ledger knows a file."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file that may be large."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(path: pathlib.Path, report: dict) -> None:
-    """Replaces the file in one step, so that a reader sees the old report or the new one."""
+def write(path: pathlib.Path, text: str) -> None:
+    """Replaces the file in one step, so that a reader sees the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(dumps(report))
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def model_card(report: dict, step: int) -> str:
+    """README.md of an export: the run's privacy statement and the numbers behind it."""
+    rows = [
+        "epsilon", "epsilon_lower_numeric", "delta", "privacy_unit", "neighbouring_relation", "num_units", "sampler",
+        "expected_batch_size", "max_batch_size", "sampling_probability", "noise_multiplier", "noise_batch_ratio", "clip_norm", "steps",
+        "accountant", "cross_check", "run_id", "ledger_head",
+    ]  # fmt: skip
+    table = "\n".join(f"| {name} | {report[name]} |" for name in rows)
+    deviations = "\n".join(f"- {line}" for line in report["deviations"]) or "- none"
+    unfinished = "" if report["finished"] else f"\nThis is an unfinished run, exported at step {step}.\n"
+    return f"""# Model trained with dpgemma
+{unfinished}
+## Privacy
+
+{report["statement"]}
+
+| | |
+|---|---|
+{table}
+
+Deviations:
+
+{deviations}
+"""

@@ -16,7 +16,7 @@ def overflow_probability(num_units: int, sampling_probability: float, max_batch_
 
 
 def additive_delta(mechanism: DpSgdMechanism, epsilon: float, steps: int) -> float:
-    """(1 + e^epsilon) T Psi, added to delta by truncation at any epsilon, under any neighbouring relation.
+    """(1 + e^epsilon) T Psi, added to delta by truncation at any epsilon, under any neighbouring relation and for any group of units.
 
     Each data set's truncated run differs from its plain Poisson run only where some batch overflows: total variation at most T Psi
     on either side (Chua et al. 2024, arXiv 2411.04205, section 3). The larger of the neighbours, N units, bounds both.
@@ -25,6 +25,18 @@ def additive_delta(mechanism: DpSgdMechanism, epsilon: float, steps: int) -> flo
         return 0.0
     q = mechanism.sampling_probability
     return (1 + math.exp(min(epsilon, 700.0))) * steps * overflow_probability(mechanism.num_units, q, mechanism.max_batch_size)
+
+
+def displacement_delta(mechanism: DpSgdMechanism, steps: int, group_size: int = 1) -> float:
+    """T P[Binomial(N - k, q) > max_batch_size - k], added to delta by truncation at any epsilon, under zero_out.
+
+    An emptied unit keeps its place in the draw, so the draws of neighbours are the same. While the units outside the group leave room
+    for all k of it, nothing is cut and the step is a plain Poisson step; in the rare other case the step is given up for lost.
+    """
+    if mechanism.max_batch_size is None:
+        return 0.0
+    m, k = mechanism, group_size
+    return min(1.0, steps * overflow_probability(max(m.num_units - k, 0), m.sampling_probability, m.max_batch_size - k))
 
 
 def displacement(mechanism: DpSgdMechanism) -> tuple[float, GaussianMixturePair]:
@@ -47,7 +59,7 @@ def displacement(mechanism: DpSgdMechanism) -> tuple[float, GaussianMixturePair]
 def plan_max_batch_size(
     num_units: int, expected_batch_size: float, steps: int, epsilon: float, delta: float, *, share: float = 1e-3, multiple: int = 1
 ) -> int:
-    """The smallest cap, a multiple of `multiple`, at which truncation costs at most `share` of delta.
+    """The smallest cap, a multiple of `multiple`, at which truncation costs at most `share` of delta, under either relation.
 
     Without a finite epsilon the cap is planned as for epsilon = 20, so that the run has the same shape.
     """

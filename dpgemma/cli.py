@@ -15,6 +15,7 @@ from accounting.errors import InputError
 COMMANDS = {
     "train": "train or fine-tune under a privacy budget; the same command resumes",
     "account": "solve a privacy budget for the one omitted quantity",
+    "audit": "check a run's epsilon report from its ledger",
     "sample": "generate text from a checkpoint",
     "export": "write a Hugging Face directory",
 }
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what they log as errors is raised as well
     try:
         positional = fv([name, *rest])[1:]
+        if len(positional) == 1 and hasattr(command, "POSITIONAL") and fv[command.POSITIONAL].value is None:
+            fv[command.POSITIONAL].value = positional.pop()
         if positional:
             raise InputError(f"unexpected argument {positional[0]!r}: settings are given as --name=value")
         return command.run(fv)

@@ -1,32 +1,53 @@
-"""dpgemma account: solves a privacy budget for the one quantity that is left out."""
+"""dpgemma account: solves a privacy budget for the one quantity that is left out, or adds up runs on the same data."""
 
 import json
+import math
+import pathlib
 import sys
 
 from absl import flags
 
 from accounting.errors import InputError
-from accounting.mechanism import ADD_OR_REMOVE, RELATIONS
+from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS
 from dpgemma.commands import command_flags
 
 DESCRIPTION = "Solve a privacy budget: leave out one of epsilon, noise_multiplier, steps, batch_size and num_units."
 
 _QUANTITIES = ("epsilon", "noise_multiplier", "steps", "batch_size", "num_units")
+_RESULT_NAMES = {"batch_size": "expected_batch_size"}
+_TRIALS = ("geometric", "logarithmic", "poisson")
 
 
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.number("epsilon", None, "Target epsilon.", fv)
-    command_flags.number("delta", 1e-5, "Target delta.", fv)
+    command_flags.number("delta", 1e-5, "Target delta; with --compose by default that of the runs.", fv)
     command_flags.number("noise_multiplier", None, "Noise on the sum, in clip norms.", fv)
     command_flags.count("steps", None, "Number of updates.", fv)
     command_flags.count("batch_size", None, "EXPECTED Poisson batch, in units.", fv)
     command_flags.count("num_units", None, "Number of privacy units.", fv)
     command_flags.count("max_batch_size", None, "Truncation cap of a batch; omitted, plain Poisson sampling.", fv)
+    command_flags.count("batch_multiple", None, "Plan the cap, a multiple of this, at a cost of 0.1 % of delta.", fv)
     command_flags.choice("neighbouring_relation", ADD_OR_REMOVE, RELATIONS, "Neighbouring data sets.", fv)
+    command_flags.choice("sampler", POISSON, SAMPLERS, "How batches are formed; fixed is what no sampling at all would cost.", fv)
+    command_flags.switch("tables", "Also say what epsilon means: owners of several units, attacks, other deltas.", fv)
+    command_flags.string("plot", None, "Write epsilon over the steps and the trade-off curve to this .svg, .png or .pdf file.", fv)
+    command_flags.number("trials", None, "Expected number of random-search trials of which only the best is released.", fv)
+    command_flags.choice("trials_distribution", "geometric", _TRIALS, "Distribution from which the number of trials is drawn.", fv)
+    command_flags.string("compose", None, "Folders of runs on the same data, separated by commas: epsilon of all together.", fv)
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
 def run(fv: flags.FlagValues) -> int:
+    if not 0 < fv.delta < 1:
+        raise InputError(f"--delta must lie between 0 and 1, got {fv.delta:g}")
+    if fv.plot:
+        from accounting import figures
+
+        figures.check_format(pathlib.Path(fv.plot))
+    return _compose(fv) if fv.compose else _plan(fv)
+
+
+def _plan(fv: flags.FlagValues) -> int:
     given = {name: fv[name].value for name in _QUANTITIES}
     omitted = [name for name, value in given.items() if value is None]
     if len(omitted) != 1:
@@ -37,49 +58,71 @@ def run(fv: flags.FlagValues) -> int:
     for name in ("steps", "batch_size", "num_units"):
         if given[name] is not None and given[name] < 1:
             raise InputError(f"--{name} must be at least 1, got {given[name]}")
-    if not 0 < fv.delta < 1:
-        raise InputError(f"--delta must lie between 0 and 1, got {fv.delta:g}")
     if given["epsilon"] is not None and not given["epsilon"] > 0:
         raise InputError(f"--epsilon must be positive, got {given['epsilon']:g}")
-    from accounting import report
+    from accounting import tuning
+    from accounting.accountant import Accountant
 
-    result = solve(given, fv.delta, fv.max_batch_size, fv.neighbouring_relation)
-    if fv.json:
-        print(json.dumps(report.encode(result)))
-        return 0
-    for name, value in result.items():
-        value = report.round_up(value) if name == "epsilon" else value
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-        print(f"{name:<24} {shown}{'   (solved)' if name in (omitted[0], _RESULT_NAMES.get(omitted[0])) else ''}")
+    mechanism = solve(given, fv.delta, _cap(fv, given), fv.neighbouring_relation, fv.sampler)
+    accountant = Accountant(mechanism)
+    result = {
+        **_bracket(accountant, fv.delta),
+        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_batch_ratio": mechanism.noise_batch_ratio,
+        "steps": mechanism.steps,
+        "expected_batch_size": mechanism.expected_batch_size,
+        "max_batch_size": mechanism.max_batch_size,
+        "sampling_probability": mechanism.sampling_probability,
+        "num_units": mechanism.num_units,
+        "neighbouring_relation": mechanism.neighbouring_relation,
+        "sampler": mechanism.scheme,
+    }
+    if fv.trials is not None:
+        result["trials"] = {"mean": fv.trials, "distribution": fv.trials_distribution}
+        result["epsilon_best_trial"] = tuning.random_search_epsilon(mechanism, fv.trials, fv.trials_distribution, fv.delta)
+    _print(fv, result, accountant, given["epsilon"], solved=_RESULT_NAMES.get(omitted[0], omitted[0]))
     if result["delta"] > 1 / result["num_units"]:
         print(f"warning: delta is above 1/N = {1 / result['num_units']:.3g}: choose a delta well below it", file=sys.stderr)
     return 0
 
 
-_RESULT_NAMES = {"batch_size": "expected_batch_size"}
+def _cap(fv: flags.FlagValues, given: dict) -> int | None:
+    """The truncation cap: none, the one given, or one that is planned."""
+    if fv.batch_multiple is None:
+        return fv.max_batch_size
+    if fv.batch_multiple < 1 or fv.max_batch_size is not None:
+        raise InputError("--batch_multiple must be at least 1, and plans the cap in the place of --max_batch_size")
+    missing = [name for name in ("steps", "batch_size", "num_units") if given[name] is None]
+    if missing:
+        raise InputError(f"--batch_multiple plans a cap for a batch that is known: give --{missing[0]} too")
+    from accounting import truncation
+
+    target = math.inf if given["epsilon"] is None else given["epsilon"]
+    return truncation.plan_max_batch_size(
+        given["num_units"], given["batch_size"], given["steps"], target, fv.delta, multiple=fv.batch_multiple
+    )
 
 
-def solve(given: dict, delta: float, max_batch_size: int | None, relation: str) -> dict:
-    """The plan with its one missing quantity, as scripts read it.
-
-    Args:
-      given: the five quantities by flag name, exactly one of them None.
-    """
-    from accounting import calibration
-    from accounting.accountant import Accountant
+def solve(given: dict, delta: float, cap: int | None, relation: str, sampler: str = POISSON):
+    """The mechanism with the omitted (None) quantity filled in."""
+    from accounting import calibration, support
     from accounting.mechanism import DpSgdMechanism
 
+    if cap is not None and sampler == FIXED:
+        raise InputError("a cap truncates Poisson batches: drop --max_batch_size under --sampler=fixed")
     target = given["epsilon"]
-    batch = given["batch_size"] or 1
+    units = given["num_units"] or 10 * given["batch_size"]
     mechanism = DpSgdMechanism(
-        num_units=given["num_units"] or batch,
-        expected_batch_size=batch,
-        max_batch_size=max_batch_size,
+        num_units=units,
+        expected_batch_size=given["batch_size"] or 1,
+        max_batch_size=cap,
         noise_multiplier=1.0 if given["noise_multiplier"] is None else given["noise_multiplier"],
         clip_norm=1.0,
         steps=given["steps"] or 1,
         neighbouring_relation=relation,
+        sampler=sampler,
     )
+    support.check(mechanism.scheme, relation)
     if given["noise_multiplier"] is None:
         mechanism = calibration.noise_multiplier(mechanism, target, delta)
     elif given["steps"] is None:
@@ -90,17 +133,75 @@ def solve(given: dict, delta: float, max_batch_size: int | None, relation: str) 
         mechanism = calibration.expected_batch_size(mechanism, target, delta)
     elif given["num_units"] is None:
         mechanism = calibration.num_units(mechanism, target, delta)
-    bracket = Accountant(mechanism).epsilon(delta)
+    return mechanism
+
+
+def _compose(fv: flags.FlagValues) -> int:
+    given = [name for name in (*_QUANTITIES, "max_batch_size", "batch_multiple", "trials") if fv[name].value is not None]
+    if given:
+        raise InputError(f"--compose takes everything from the runs' ledgers: drop --{given[0]}")
+    from accounting import tuning
+    from accounting.accountant import Accountant
+
+    runs = tuning.runs([pathlib.Path(folder) for folder in fv.compose.split(",") if folder])
+    deltas = {run.delta for run in runs.values()}
+    if len(deltas) > 1 and not fv["delta"].present:
+        raise InputError(f"the runs have different deltas ({', '.join(f'{d:g}' for d in sorted(deltas))}): say which with --delta")
+    delta = fv.delta if fv["delta"].present else deltas.pop()
+    accountant = Accountant([mechanism for run in runs.values() for mechanism in run.mechanisms])
+    result = _bracket(accountant, delta)
+    result["steps"] = accountant.steps
+    result["statement"] = tuning.statement(runs, result["epsilon"], delta)
+    result["runs"] = [
+        {
+            "workdir": str(folder),
+            "run_id": run.declared["run_id"],
+            "steps": run.steps,
+            "noise_multiplier": run.planned.noise_multiplier,
+            "sampling_probability": run.planned.sampling_probability,
+            "epsilon": float(Accountant(run.mechanisms).epsilon(delta).upper),
+        }
+        for folder, run in runs.items()
+    ]
+    _print(fv, result, accountant, None, solved="epsilon")
+    return 0
+
+
+def _bracket(accountant, delta: float) -> dict:
+    bracket = accountant.epsilon(delta)
     return {
         "epsilon": float(bracket.upper),
         "epsilon_lower_numeric": float(bracket.lower),
         "delta": delta,
-        "noise_multiplier": mechanism.noise_multiplier,
-        "steps": mechanism.steps,
-        "expected_batch_size": mechanism.expected_batch_size,
-        "max_batch_size": mechanism.max_batch_size,
-        "sampling_probability": mechanism.sampling_probability,
-        "num_units": mechanism.num_units,
-        "neighbouring_relation": mechanism.neighbouring_relation,
         "cross_check": float(bracket.cross_check),
     }
+
+
+def _print(fv: flags.FlagValues, result: dict, accountant, target: float | None, solved: str) -> None:
+    """The result as a table or as JSON, with the tables and the plot that were asked for."""
+    from accounting import figures, report, tables
+
+    meaning = tables.meaning(accountant, result["delta"]) if fv.tables or fv.plot else None
+    if fv.plot:
+        points = figures.epsilon_points(accountant, result["delta"]) if meaning.profile is not None else []
+        figures.save(pathlib.Path(fv.plot), points, target, meaning.profile)
+    if fv.json:
+        print(json.dumps(report.encode(result | (meaning.as_dict() if fv.tables else {}))))
+        return
+    for name, value in result.items():
+        if isinstance(value, list):
+            for item in value:
+                print(" ".join(f"{key} {_shown(key, part)}" for key, part in item.items()))
+        else:
+            print(f"{name:<24} {_shown(name, value)}{'   (solved)' if name == solved else ''}")
+    if fv.tables:
+        print(tables.text(meaning))
+
+
+def _shown(name: str, value) -> str:
+    from accounting import report
+
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(key, part)}" for key, part in value.items())
+    value = report.round_up(value) if name.startswith("epsilon") and not name.endswith("numeric") else value
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -38,6 +38,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
       InputError: anything that the user can mend.
     """
     from dpgemma.data import dataset, packing, sources
+    from dpgemma.gemma import decoder
     from dpgemma.gemma import tokenizer as tokenizer_lib
     from dpgemma.training import loop, mesh, plan, progress, run_directory
 
@@ -55,8 +56,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     if run:
         run.check_resumable(config.as_dict(), fingerprint)
     else:
-        run = run_directory.create(path, config.as_dict(), keys, fingerprint, plan.start_event(config))
-    for warning in plan.warnings(config):
-        progress.warn(warning)
+        start_event = plan.start_event(config, decoder.num_parameters(model), len(data.held_out))
+        run = run_directory.create(path, config.as_dict(), keys, fingerprint, start_event)
     progress.inform(plan.summary(config, path))
     return loop.Trainer(config, model, tokenizer, data, run)

@@ -5,6 +5,7 @@
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,11 @@ def init_parameters(config: GemmaConfig, key: jax.Array) -> dict:
 def parameter_shapes(config: GemmaConfig) -> dict:
     """The parameter tree as shapes and types, without allocating anything."""
     return jax.eval_shape(functools.partial(init_parameters, config), jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def num_parameters(config: GemmaConfig) -> int:
+    """How many numbers the model has."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
 
 
 def count_parameters(config: GemmaConfig) -> int:

@@ -1,4 +1,7 @@
-"""Checkpoints: parameters, optimizer state and the ledger in one atomic Orbax step."""
+"""Checkpoints: parameters, optimizer state and the place in the ledger in one atomic Orbax step.
+
+A checkpoint names the ledger's length and head hash at its own event, which is on disk before it; so each fixes the other.
+"""
 
 import pathlib
 import sys
@@ -30,13 +33,18 @@ class Checkpoints:
     def __exit__(self, *_):
         self._manager.close()
 
-    def save(self, step: int, state: TrainState, ledger: Ledger) -> None:
-        """Saves the state after `step` updates, with the ledger's text up to a new checkpoint event."""
+    def save(self, step: int, state: TrainState, ledger: Ledger, **facts) -> None:
+        """Saves the state after `step` updates, bound to the ledger's head at a new checkpoint event.
+
+        Args:
+          facts: what the event records besides the step.
+        """
         if step in self._manager.all_steps():
             return
-        ledger.append("checkpoint", step=step)
+        ledger.append("checkpoint", step=step, **facts)
         ledger.sync()
-        meta = {"step": step, "optimizer_count": optimizer.update_count(state.optimizer_state), "ledger": ledger.text}
+        count = optimizer.update_count(state.optimizer_state)
+        meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
         state_dict = {"parameters": state.parameters, "optimizer_state": state.optimizer_state}
         # The storage layers raise a failed write once here and print it again from their own threads, some as the program ends.
         hooks = sys.excepthook, sys.unraisablehook
@@ -69,6 +77,7 @@ class Checkpoints:
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
                 )
                 meta, state = restored.meta, TrainState(**restored.state)
+                meta["ledger_lines"], meta["ledger_head"]  # a checkpoint without them is damaged
                 sound = meta["step"] == meta["optimizer_count"] == optimizer.update_count(state.optimizer_state) == step
                 if not sound:
                     raise ValueError(f"its counters disagree with its number {step}")
@@ -76,7 +85,7 @@ class Checkpoints:
                 warn(f"checkpoint {step} cannot be read ({_reason(error)}); it is set aside and the one before it is used")
                 self._set_aside(step)
                 continue
-            if not ledger.text.startswith(meta["ledger"]):
+            if not ledger.begins_with(meta["ledger_lines"], meta["ledger_head"]):
                 raise InputError(f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger edited")
             return step, state
         return None
@@ -89,6 +98,40 @@ class Checkpoints:
             target, number = self._directory / f"damaged-{step}.{number}", number + 1
         source.rename(target)
         self._manager.reload()
+
+
+def summaries(directory: pathlib.Path) -> list[dict]:
+    """Every checkpoint as plain facts, for an audit: `step` (its folder's), `meta`, `optimizer_count`; or `step` and `error`.
+
+    Every array is read, one at a time, so that a damaged one is found.
+    """
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
+        return [_summary(manager, step) for step in sorted(manager.all_steps())]
+
+
+def _summary(manager: ocp.CheckpointManager, step: int) -> dict:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        tree = manager.item_metadata(step)["state"].tree
+        leaves, structure = jax.tree.flatten(tree)
+        for i, leaf in enumerate(leaves):
+            wanted = [ocp.PLACEHOLDER] * len(leaves)
+            wanted[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+            restored = _restore_tree(manager, step, structure.unflatten(wanted)).state
+            # Only the counters are kept.
+            leaves[i] = jax.tree.leaves(restored)[i] if leaf.shape == () else None
+        count = optimizer.update_count(structure.unflatten(leaves)["optimizer_state"])
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    except Exception as error:  # whatever the storage layers raise on damaged files
+        return {"step": step, "error": f"it cannot be read ({_reason(error)})"}
+    return {"step": step, "meta": meta, "optimizer_count": count}
+
+
+def _restore_tree(manager: ocp.CheckpointManager, step: int, template):
+    arguments = ocp.checkpoint_utils.construct_restore_args(template)
+    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(item=template, restore_args=arguments)))
 
 
 def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:

@@ -5,12 +5,15 @@ import hashlib
 import json
 import math
 
+from accounting import ledger as ledger_lib
 from accounting import mechanism as mechanism_lib
 from accounting.errors import InputError
 
 # Settings that change neither the mechanism nor the result, so a run may be resumed with others.
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
 
+# How the ledger is sealed, as a flag says it and as the ledger does.
+SEALS = {"chain": ledger_lib.CHAIN, "hmac": ledger_lib.KEYED_CHAIN}
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
@@ -54,6 +57,7 @@ class TrainConfig:
     )
     mesh: str = _setting("auto", "Devices: auto, or data:N. On a CPU, auto makes one device per core, up to 8.")
     seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
+    ledger_seal: str = _setting("chain", "Hash chain of the ledger: without a key, or with an HMAC under a private key.", tuple(SEALS))
     checkpoint_every: int = _setting(40, "Updates between checkpoints.")
     keep_checkpoints: int = _setting(3, "Checkpoints kept.")
 

@@ -1,7 +1,6 @@
 """A training run from its first or its resumed step to its report."""
 
 import contextlib
-import dataclasses
 import json
 import signal
 
@@ -9,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from accounting import report
+from accounting import executed, report
 from accounting.accountant import Accountant
 from accounting.curve import EpsilonCurve
 from accounting.errors import InputError
 from accounting.ledger import Ledger
-from accounting.mechanism import ZERO_OUT
 from dpgemma.data.dataset import Dataset, spread
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
@@ -23,7 +21,7 @@ from dpgemma.privacy.poisson import PoissonSampler
 from dpgemma.training import loss as loss_lib
 from dpgemma.training import mesh as mesh_lib
 from dpgemma.training import optimizer as optimizer_lib
-from dpgemma.training import plan, progress
+from dpgemma.training import plan, progress, reporting
 from dpgemma.training.checkpoint import Checkpoints
 from dpgemma.training.config import TrainConfig
 from dpgemma.training.run_directory import RunDirectory
@@ -63,7 +61,9 @@ class Trainer:
     def train(self) -> float | None:
         """Runs to the last step; returns bits per byte on the held-out rows (NaN if there are none), or None if a signal came first."""
         with Checkpoints(self.run.checkpoints, self.config.keep_checkpoints) as checkpoints:
-            with contextlib.closing(Ledger.open(self.run.ledger_file)) as ledger:
+            with contextlib.closing(self.run.open_ledger()) as ledger:
+                for deviation in executed.of(ledger.records).deviations:
+                    progress.warn(deviation)
                 step, state = self._start_or_resume(checkpoints, ledger)
                 step, state = self._take_steps(step, state, checkpoints, ledger)
                 if step < self.mechanism.steps:
@@ -117,8 +117,8 @@ class Trainer:
                 bar.update(epsilon, summary["loss"])
                 if stopped() or done % config.checkpoint_every == 0 or done == mechanism.steps:
                     # In this order a crash leaves a report that says too much, never too little.
-                    self._report(done, ledger)
-                    checkpoints.save(done, state, ledger)
+                    reporting.write(self.run, ledger, self.accountant, with_page=False)
+                    checkpoints.save(done, state, ledger, metrics_sha256=public.digest)
                 if stopped():
                     return done, state
         return mechanism.steps, state
@@ -132,22 +132,6 @@ class Trainer:
             ledger.append("evaluation", step=self.mechanism.steps, units="held_out")
             ledger.append("finish", step=self.mechanism.steps)
             ledger.sync()
-        self._report(self.mechanism.steps, ledger)
+        reporting.write(self.run, ledger, self.accountant, with_page=True)
+        progress.inform(f"ledger head {ledger.head}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed")
         return bits
-
-    def _report(self, steps: int, ledger: Ledger) -> None:
-        config = self.config
-        content = report.build(
-            dataclasses.replace(self.mechanism, steps=steps),
-            self.accountant.epsilon(config.delta, steps),
-            target_epsilon=config.epsilon,
-            delta=config.delta,
-            privacy_unit=config.privacy_unit,
-            sequence_length=config.sequence_length,
-            # Under add_or_remove a count of units would be a count of the private data.
-            held_out=len(self.data.held_out) if config.neighbouring_relation == ZERO_OUT else None,
-            deviations=plan.warnings(config),
-            finished=ledger.finished,
-            ledger_head=ledger.head,
-        )
-        report.write(self.run.report_file, content)

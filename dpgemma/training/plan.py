@@ -6,10 +6,10 @@ import math
 from accounting import calibration, report, truncation
 from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.mechanism import ADD_OR_REMOVE, DpSgdMechanism
+from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, DpSgdMechanism
 from dpgemma.gemma.config import PRESETS, GemmaConfig
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.config import SEALS, TrainConfig
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GemmaConfig:
@@ -98,23 +98,18 @@ def _units(config: TrainConfig, counted: int) -> int:
     return counted
 
 
-def warnings(config: TrainConfig) -> list[str]:
-    """What a resolved run may do but should not; these go to the terminal and into the report's deviations."""
-    found = []
-    if config.noise_multiplier == 0:
-        found.append("non-private baseline: no noise is added and no guarantee holds")
-    elif config.delta > 1 / config.num_units:
-        found.append(
-            f"delta {config.delta:g} is above 1/N = {1 / config.num_units:.3g}: at such a delta a mechanism may publish some unit in the"
-            " clear and still satisfy the definition; choose a delta well below 1/N"
-        )
-    return found
+def start_event(config: TrainConfig, parameters: int, held_out: int) -> dict:
+    """The public facts with which a ledger opens; the report is written from these and the steps alone.
 
-
-def start_event(config: TrainConfig) -> dict:
-    """The public facts with which a ledger opens: mechanism and target."""
+    Args:
+      parameters: how many the model has.
+      held_out: units held out.
+    """
     facts = dataclasses.asdict(mechanism_of(config))
     facts.update(epsilon=config.epsilon, delta=config.delta, privacy_unit=config.privacy_unit, sequence_length=config.sequence_length)
+    facts.update(model=config.model, parameters=parameters, seal=SEALS[config.ledger_seal])
+    # Under add_or_remove a count of units would be a count of the private data.
+    facts.update(held_out_units=held_out if config.neighbouring_relation == ZERO_OUT else None)
     return report.encode(facts)
 
 

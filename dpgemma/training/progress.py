@@ -4,6 +4,7 @@ metrics.jsonl holds public values only. Losses, norms and batch sizes of private
 operator's terminal; where standard error is no terminal it may be kept by somebody else, so the loss is left out.
 """
 
+import hashlib
 import json
 import pathlib
 import sys
@@ -48,7 +49,11 @@ class Progress:
 
 
 class MetricsFile:
-    """One JSON object per step; lines from beyond a resumed step are dropped, because they will be written again."""
+    """One JSON object per step; lines from beyond a resumed step are dropped, because they will be written again.
+
+    Attributes:
+      digest: SHA-256 of what the file holds, by which a checkpoint event of the ledger knows it.
+    """
 
     def __init__(self, path: pathlib.Path, resumed_step: int):
         kept = []
@@ -59,14 +64,21 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except ValueError:  # a line that a crash cut off
                     continue
+        self._hash = hashlib.sha256("".join(kept).encode())
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)
         self._file = open(path, "a")
 
     def write(self, **values) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        self._hash.update(line.encode())
+        self._file.write(line)
         self._file.flush()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
 
     def __enter__(self):
         return self

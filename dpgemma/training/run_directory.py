@@ -22,12 +22,13 @@ from dpgemma.training.config import OPERATIONAL
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """256-bit secrets: which units are drawn, which noise is added, which units are held out, and the data's fingerprint."""
+    """256-bit secrets: which units are drawn, which noise is added, which units are held out, the data's fingerprint, the ledger's HMAC."""
 
     sampling: bytes = dataclasses.field(repr=False)
     noise: bytes = dataclasses.field(repr=False)
     holdout: bytes = dataclasses.field(repr=False)
     fingerprint: bytes = dataclasses.field(repr=False)
+    ledger: bytes = dataclasses.field(repr=False)
 
     @classmethod
     def generate(cls) -> "Keys":
@@ -59,6 +60,7 @@ class RunDirectory:
         self.config_file = path / "config.json"
         self.ledger_file = path / "ledger.jsonl"
         self.report_file = path / "report.json"
+        self.page_file = path / "report.html"
         self.metrics_file = path / "metrics.jsonl"
         self.keys_file = self.private / "keys.json"
         self.data_file = self.private / "data.json"
@@ -74,12 +76,13 @@ class RunDirectory:
             raise InputError(f"{self.config_file} is damaged: it is no JSON") from None
         return {name: float("inf") if value == "inf" else value for name, value in stored.items()}
 
-    def report(self) -> dict:
-        """The content of report.json."""
-        try:
-            return json.loads(self.report_file.read_text())
-        except (OSError, ValueError):
-            raise InputError(f"{self.report_file} is missing or damaged: run the training command again, which rewrites it") from None
+    def open_ledger(self) -> Ledger:
+        """The ledger, ready for appending.
+
+        Raises:
+          InputError: its chain does not hold.
+        """
+        return Ledger.open(self.ledger_file, ledger_key(self.keys(), self.config()))
 
     def keys(self) -> Keys:
         return Keys.load(self.keys_file)
@@ -113,7 +116,7 @@ class RunDirectory:
             raise InputError(f"{self.data_file} is missing or damaged: the run cannot tell whether the data are its own") from None
         if known != fingerprint:
             raise InputError(f"the data differ from those that {self.path} was started with: give the same data or another --workdir")
-        Ledger.open(self.ledger_file).close()
+        self.open_ledger().close()
 
 
 def open_existing(path: pathlib.Path) -> RunDirectory | None:
@@ -148,9 +151,11 @@ def create(path: pathlib.Path, config: dict, keys: Keys, fingerprint: str, start
         temporary.private.chmod(0o700)
         keys.save(temporary.keys_file)
         temporary.data_file.write_text(json.dumps({"fingerprint": fingerprint}))
-        temporary.config_file.write_text(report.dumps(config))
-        ledger = Ledger.open(temporary.ledger_file)
-        ledger.append("start", **start_event)
+        text = report.dumps(config)
+        temporary.config_file.write_text(text)
+        ledger = Ledger.open(temporary.ledger_file, ledger_key(keys, config))
+        # A public name at random tells this run's ledger from that of any other, even one with the same settings.
+        ledger.append("start", run_id=secrets.token_hex(16), config_sha256=report.digest(text.encode()), **start_event)
         ledger.sync()
         ledger.close()
         os.rename(temporary.path, path)
@@ -160,6 +165,11 @@ def create(path: pathlib.Path, config: dict, keys: Keys, fingerprint: str, start
     run = RunDirectory(path)
     run.lock()
     return run
+
+
+def ledger_key(keys: Keys, config: dict) -> bytes | None:
+    """The key of the ledger's HMACs, if the run was configured with them."""
+    return keys.ledger if config["ledger_seal"] == "hmac" else None
 
 
 def fingerprint(keys: Keys, rows) -> str:

@@ -1,0 +1,160 @@
+"""The audit of a run directory: epsilon derived again from the ledger alone, and compared with everything else that the folder holds."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+
+from accounting import executed as executed_lib
+from accounting import ledger as ledger_lib
+from accounting.accountant import Accountant, EpsilonBracket
+from accounting.audit import document_checks, export_checks, ledger_checks, secrecy_checks
+from accounting.audit.findings import AuditResult, Finding
+from accounting.errors import InputError
+from accounting.executed import Executed
+from accounting.report import round_up
+
+
+def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[pathlib.Path] = ()) -> AuditResult:
+    """Everything that does not agree. Nothing is written, and nothing depends on where the folder lies.
+
+    Args:
+      checkpoints: each checkpoint of the folder as a dict: `step` (of its folder), `meta` (its JSON item), `optimizer_count` (counted
+        in its state), or `step` and `error` where it cannot be read.
+      exports: exported folders to check besides those inside the run's.
+
+    Raises:
+      InputError: the folder is no run, or an export is no export.
+    """
+    names = [*secrecy_checks.PUBLIC_FILES[:3], "checkpoints"]
+    if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
+        raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
+    return _Audit(workdir).run(checkpoints, exports)
+
+
+class _Audit:
+    def __init__(self, workdir: pathlib.Path):
+        self.workdir = workdir
+        self.findings: list[Finding] = []
+        self.notices: list[str] = []
+        self._accountant = functools.lru_cache(maxsize=4)(Accountant)
+
+    def run(self, checkpoints: Sequence[dict], exports: Sequence[pathlib.Path]) -> AuditResult:
+        lines, executed = self._ledger()
+        self._secrecy()
+        rederived = None
+        if executed is not None:
+            try:
+                rederived = self._derive(executed).upper
+            except (ArithmeticError, TypeError, ValueError) as error:
+                self.findings.append(Finding("ledger_edited", "ledger.jsonl", f"no epsilon can be derived from its facts ({error})"))
+                executed = None
+        if executed is not None:
+            self.findings += ledger_checks.budget(executed, rederived)
+            self._documents(lines, executed)
+            self._checkpoints(lines, executed, checkpoints)
+            self._exports(lines, exports)
+        else:
+            for name in ("config.json", "report.json"):
+                self._content(name, required=True)
+        return AuditResult(
+            findings=tuple(self.findings),
+            notices=tuple(self.notices),
+            epsilon_reported=self._reported("epsilon"),
+            epsilon_rederived=None if rederived is None else round_up(rederived),
+            steps=executed.steps if executed else 0,
+            finished=bool(executed and executed.finished),
+            ledger_head=lines[-1].hash if lines else None,
+            seal=executed.declared.get("seal") if executed else None,
+            deviations=tuple(executed.deviations) if executed else (),
+        )
+
+    def _content(self, name: str, *, required: bool) -> bytes | None:
+        """A file's bytes; None, and a finding if it is required, where it is missing."""
+        path = self.workdir / name
+        if path.is_file():
+            return path.read_bytes()
+        if required:
+            self.findings.append(Finding("missing_file", name, "the run has none"))
+        return None
+
+    def _reported(self, name: str):
+        try:
+            value = json.loads((self.workdir / "report.json").read_bytes())[name]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return float("inf") if value == "inf" else value if isinstance(value, (int, float, str)) else None
+
+    def _derive(self, executed: Executed) -> EpsilonBracket:
+        if executed.is_as_planned:
+            return self._accountant(executed.planned).epsilon(executed.delta, executed.steps)
+        return self._accountant(executed.mechanisms).epsilon(executed.delta)
+
+    def _ledger(self) -> tuple[list[ledger_lib.Line], Executed | None]:
+        if not (self.workdir / "ledger.jsonl").is_file():
+            self.findings.append(Finding("missing_file", "ledger.jsonl", "without it nothing can be re-derived"))
+            return [], None
+        lines, problems = ledger_lib.inspect(ledger_lib.text_of(self.workdir / "ledger.jsonl"))
+        self.findings += ledger_checks.chain(problems)
+        lines, findings = ledger_checks.well_formed(lines)
+        self.findings += findings if not problems else ()
+        try:
+            executed = executed_lib.of([line.record for line in lines])
+        except InputError as error:
+            self.findings.append(Finding("unparsable", "ledger.jsonl", str(error)))
+            return lines, None
+        if not problems:
+            self.findings += ledger_checks.events(lines)
+        self.findings += ledger_checks.mechanism(executed, lines)
+        findings, notices = ledger_checks.macs(executed, lines, self._ledger_key())
+        self.findings += findings
+        self.notices += notices
+        return lines, executed
+
+    def _ledger_key(self) -> bytes | None:
+        try:
+            return bytes.fromhex(json.loads((self.workdir / "private/keys.json").read_text())["ledger"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _documents(self, lines: list[ledger_lib.Line], executed: Executed) -> None:
+        if (content := self._content("config.json", required=True)) is not None:
+            self.findings += document_checks.config(content, executed)
+        events = {event["kind"] for event in executed.events}
+        # A run that was stopped before its first report has none.
+        if (content := self._content("report.json", required="report" in events)) is not None:
+            self.findings += document_checks.reported(content, lines, self._derive)
+        self.findings += document_checks.page(self._content("report.html", required=False), lines, self._reported("statement"))
+        if (content := self._content("metrics.jsonl", required="checkpoint" in events)) is not None:
+            self.findings += document_checks.metrics(content, lines, executed.steps)
+        if not executed.finished:
+            self.notices.append(f"the run is unfinished: {executed.steps} of {executed.planned.steps} steps are recorded")
+
+    def _checkpoints(self, lines: list[ledger_lib.Line], executed: Executed, checkpoints: Sequence[dict]) -> None:
+        for stored in checkpoints:
+            self.findings += document_checks.checkpoint(stored, lines, executed.steps)
+        known = [event["step"] for event in executed.events if event["kind"] == "checkpoint"]
+        present = {stored["step"] for stored in checkpoints}
+        # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next is whole.
+        if known and not present & set(known[-1:] if executed.finished else known):
+            self.findings.append(Finding("missing_file", f"checkpoints/{known[-1]}", "the ledger recorded it last"))
+
+    def _exports(self, lines: list[ledger_lib.Line], exports: Sequence[pathlib.Path]) -> None:
+        inside = [path.parent for path in secrecy_checks.other_files(self.workdir) if path.name == export_checks.WEIGHTS]
+        for folder in exports:
+            if not (folder / export_checks.WEIGHTS).is_file():
+                raise InputError(f"{folder} is no exported model: it has no {export_checks.WEIGHTS}")
+        for folder in [*inside, *(folder for folder in exports if folder not in inside)]:
+            name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
+            self.findings += export_checks.export(folder, name, lines, self._derive)
+
+    def _secrecy(self) -> None:
+        others = secrecy_checks.other_files(self.workdir)
+        self.findings += secrecy_checks.leaks(self.workdir, others)
+        if (self.workdir / "private").exists():
+            self.findings += secrecy_checks.permissions(self.workdir / "private")
+        else:
+            self.notices.append("private/ is not here: permissions and keys were not checked")
+        unknown = [path for path in others if path.parent == self.workdir]
+        if unknown:
+            self.notices.append(f"files that are no part of the run: {', '.join(path.name for path in unknown)}")

@@ -1,0 +1,176 @@
+"""Do config.json, the reports, the metrics, the checkpoints and the exports say what the ledger says?"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from accounting import executed as executed_lib
+from accounting import report
+from accounting.accountant import EpsilonBracket
+from accounting.audit.findings import Finding
+from accounting.executed import Executed
+from accounting.ledger import Line
+
+# Another machine may round differently in the last digits of these.
+_COMPUTED = ("epsilon", "epsilon_lower_numeric", "cross_check")
+_TOLERANCE = 1e-6
+_CONFIG_NAMES = {"batch_size": "expected_batch_size"}
+_CONFIG_FIELDS = (
+    "num_units", "batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps", "neighbouring_relation", "epsilon", "delta",
+    "privacy_unit", "sequence_length", "model",
+)  # fmt: skip
+_METRICS = {"step", "epsilon", "learning_rate"}
+
+Derive = Callable[[Executed], EpsilonBracket]
+
+
+def config(content: bytes, executed: Executed) -> Iterator[Finding]:
+    where = "config.json"
+    if report.digest(content) == executed.declared.get("config_sha256"):
+        return
+    try:
+        stored = dict(json.loads(content))
+    except (ValueError, TypeError):
+        yield Finding("unparsable", where, "it is no JSON object of a run's settings")
+        return
+    declared = {name: report.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in _CONFIG_FIELDS}
+    differing = [name for name in _CONFIG_FIELDS if stored.get(name) != declared[name]]
+    for name in differing:
+        yield Finding("config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger")
+    if not differing:
+        yield Finding("config_edited", where, "its SHA-256 is not the one that the ledger's start event recorded")
+
+
+def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
+    """report.json against the ledger up to the line that it names."""
+    where = "report.json"
+    try:
+        stored = json.loads(content)
+        head, run_id = stored["ledger_head"], stored["run_id"]
+    except (ValueError, KeyError, TypeError):
+        yield Finding("unparsable", where, "it is no JSON object of a report")
+        return
+    if run_id != lines[0].record.get("run_id"):
+        yield Finding(
+            "ledger_foreign", "ledger.jsonl", f"it is the ledger of run {lines[0].record.get('run_id')}, the report's is {run_id}"
+        )
+        return
+    hashes = [line.hash for line in lines]
+    if head not in hashes:
+        yield Finding("ledger_cut", "ledger.jsonl", f"the report was written at ledger head {head}, which the ledger does not have")
+    known = lines[: hashes.index(head) + 1] if head in hashes else lines
+    executed = executed_lib.of([line.record for line in known])
+    expected = report.encode(_expected(executed, derive(executed), stored, head))
+    found = list(_differences(where, stored, expected))
+    yield from found
+    digests = [line.record["files"].get("report.json") for line in lines if line.record["kind"] == "report"]
+    own = report.digest(content)
+    if own not in digests:
+        if not found:
+            yield Finding("report_edited", where, "its text is none that the ledger recorded when reports were written")
+    elif own != digests[-1]:
+        # A crash between ledger and report leaves the one before; so much is allowed while the run goes on.
+        executed = executed_lib.of([line.record for line in lines])
+        if executed.finished or own not in digests[-2:]:
+            yield Finding("report_stale", where, "the ledger knows a later report; the training command writes it again")
+
+
+def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict, head: str) -> dict:
+    """The report that the ledger gives, with the stored epsilon where that is the same but for rounding."""
+    reported = stored.get("epsilon")
+    if isinstance(reported, float) and same_rounded(reported, bracket.upper):
+        bracket = dataclasses.replace(bracket, upper=reported)
+    return report.build(executed, bracket, head)
+
+
+def same_rounded(reported: float, upper: float) -> bool:
+    return report.round_up(upper * (1 - _TOLERANCE)) <= reported <= report.round_up(upper * (1 + _TOLERANCE))
+
+
+def _differences(where: str, stored: dict, expected: dict) -> Iterator[Finding]:
+    for name in [*expected, *(name for name in stored if name not in expected)]:
+        have, want = stored.get(name, "nothing"), expected.get(name, "nothing")
+        numbers = name in _COMPUTED and all(isinstance(value, (int, float)) for value in (have, want))
+        if have == want or (numbers and name != "epsilon" and math.isclose(have, want, rel_tol=_TOLERANCE)):
+            continue
+        kind = "epsilon_disagrees" if name in _COMPUTED else "report_disagrees"
+        yield Finding(kind, f"{where} {name}", f"{_short(have)} there, {_short(want)} by the ledger")
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def page(content: bytes | None, lines: Sequence[Line], statement: str | None) -> Iterator[Finding]:
+    """report.html: the one that the ledger recorded last, with the report's statement."""
+    import html
+
+    digests = [
+        line.record["files"]["report.html"] for line in lines if line.record["kind"] == "report" and "report.html" in line.record["files"]
+    ]
+    if content is None:
+        if digests:
+            yield Finding("missing_file", "report.html", "the ledger recorded one; the training command writes it again")
+        return
+    if report.digest(content) not in digests[-1:]:
+        yield Finding("report_edited", "report.html", "it is not the page that the ledger recorded last")
+    elif statement is not None and html.escape(statement).encode() not in content:
+        yield Finding("report_disagrees", "report.html", "its statement is not that of report.json")
+
+
+def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Finding]:
+    """metrics.jsonl: public keys only, and what the ledger's checkpoint events recorded of it."""
+    where = "metrics.jsonl"
+    rows = [row + b"\n" for row in content.split(b"\n")]
+    rows[-1] = rows[-1][:-1]
+    rows = rows if rows[-1] else rows[:-1]
+    for number, row in enumerate(rows, 1):
+        try:
+            keys = set(json.loads(row))
+        except (ValueError, TypeError):  # no JSON, or no object
+            if number == len(rows) and not row.endswith(b"\n"):
+                continue  # a crash cut it off; its step is executed again
+            yield Finding("unparsable", f"{where} line {number}", "it is no JSON object")
+            return
+        if keys != _METRICS:
+            surplus = sorted(keys - _METRICS)
+            kind = "raw_values_public" if surplus else "metrics_edited"
+            yield Finding(
+                kind, f"{where} line {number}", f"it holds {', '.join(sorted(keys))}; only {', '.join(sorted(_METRICS))} are public"
+            )
+            return
+    if len(rows) > steps:
+        yield Finding("steps_beyond_ledger", where, f"it has {len(rows)} steps, the ledger {steps}")
+    for line in lines:
+        if line.record["kind"] == "checkpoint":
+            step = line.record["step"]
+            if report.digest(b"".join(rows[:step])) != line.record["metrics_sha256"]:
+                yield Finding("metrics_edited", where, f"its first {step} lines are not those that the ledger recorded at step {step}")
+                return
+
+
+def checkpoint(stored: dict, lines: Sequence[Line], steps: int) -> Iterator[Finding]:
+    """One checkpoint, as a dict with `step` (its folder), `meta`, `optimizer_count` (of its state) or `error`."""
+    where = f"checkpoints/{stored['step']}"
+    if stored.get("error"):
+        yield Finding("checkpoint_unreadable", where, stored["error"])
+        return
+    meta = stored["meta"]
+    if not isinstance(meta, dict) or set(meta) != {"step", "optimizer_count", "ledger_lines", "ledger_head"}:
+        yield Finding("checkpoint_unreadable", where, "its record of step and ledger is damaged")
+        return
+    counts = {"folder": stored["step"], "record": meta["step"], "recorded count": meta["optimizer_count"]}
+    counts["optimizer"] = stored["optimizer_count"]
+    if len(set(counts.values())) > 1:
+        yield Finding("checkpoint_disagrees", where, "its step counts differ: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+    if max(counts.values()) > steps:
+        yield Finding("steps_beyond_ledger", where, f"{max(counts.values())} steps were taken, the ledger records {steps}")
+    place = meta["ledger_lines"] - 1
+    line = lines[place] if 0 <= place < len(lines) else None
+    if line is None or line.hash != meta["ledger_head"]:
+        message = f"the ledger does not have its head {meta['ledger_head']} at line {place + 1}"
+        yield Finding("checkpoint_disagrees", where, message)
+    elif line.record["kind"] != "checkpoint" or line.record["step"] != meta["step"]:
+        yield Finding("checkpoint_disagrees", where, f"line {place + 1} of the ledger is not the event of this checkpoint")

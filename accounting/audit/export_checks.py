@@ -1,0 +1,65 @@
+"""Exported models: does the ledger know them, and does their card say what the ledger says?"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from accounting import executed as executed_lib
+from accounting import report
+from accounting.audit.document_checks import Derive, same_rounded
+from accounting.audit.findings import Finding
+from accounting.ledger import Line
+
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+
+
+def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
+    """One exported folder.
+
+    Args:
+      name: how findings call it.
+    """
+    weights = report.file_digest(folder / WEIGHTS)
+    places = [i for i, line in enumerate(lines) if line.record["kind"] == "export" and line.record["files"].get(WEIGHTS) == weights]
+    if not places:
+        yield Finding("export_unknown", f"{name}/{WEIGHTS}", f"no export event of the ledger has its SHA-256 {weights}")
+        return
+    # The same checkpoint may have been exported more than once, at different heads of the ledger.
+    fitting = [i for i in places if _digest(folder / CARD) == lines[i].record["files"].get(CARD)]
+    place = (fitting or places)[-1]
+    files = lines[place].record["files"]
+    for file, digest in files.items():
+        if not (folder / file).is_file():
+            yield Finding("missing_file", f"{name}/{file}", "the ledger recorded it with the export")
+        elif file == CARD:
+            yield from _card(folder / file, name, lines, place, derive, recorded=bool(fitting))
+        elif _digest(folder / file) != digest:
+            yield Finding("export_edited", f"{name}/{file}", "its SHA-256 is not the one that the ledger recorded")
+
+
+def _digest(path: pathlib.Path) -> str | None:
+    return report.file_digest(path) if path.is_file() else None
+
+
+def _card(path: pathlib.Path, name: str, lines: Sequence[Line], place: int, derive: Derive, *, recorded: bool) -> Iterator[Finding]:
+    """The model card against the one that the ledger gives just before the export."""
+    executed = executed_lib.of([line.record for line in lines[:place]])
+    bracket = derive(executed)
+    text = path.read_text(errors="replace")
+    stated = next((row for row in text.splitlines() if row.startswith("| epsilon |")), "")
+    try:
+        epsilon = float(stated.split("|")[2])
+    except (ValueError, IndexError):
+        epsilon = None
+    if epsilon is not None and same_rounded(epsilon, bracket.upper):
+        bracket = dataclasses.replace(bracket, upper=epsilon)
+    head = lines[place - 1].hash
+    expected = report.model_card(report.encode(report.build(executed, bracket, head)), lines[place].record["step"])
+    differing = [row for row in expected.splitlines() if row not in text.splitlines()]
+    # Numbers that another machine rounds differently are no difference where the ledger knows the card's very text.
+    if (differing and not recorded) or any(row.startswith("| epsilon |") for row in differing):
+        for row in differing:
+            yield Finding("model_card_disagrees", f"{name}/{CARD}", f"the ledger gives {row[:120]!r}, the card does not have it")
+    elif not recorded:
+        yield Finding("export_edited", f"{name}/{CARD}", "its SHA-256 is not the one that the ledger recorded")

@@ -1,0 +1,97 @@
+"""What an audit can find, and its result."""
+
+import dataclasses
+import math
+
+KINDS = {
+    "missing_file": "a file of the run is not there",
+    "unparsable": "a file or a line is not what the program writes",
+    "truncated": "a file is cut off",
+    "ledger_edited": "a line of the ledger was changed",
+    "ledger_line_removed": "lines of the ledger are missing",
+    "ledger_line_repeated": "a line of the ledger stands there twice",
+    "ledger_lines_reordered": "lines of the ledger are in another order",
+    "ledger_foreign": "the ledger belongs to another run",
+    "ledger_cut": "the ledger ends before what other files know of it",
+    "mac_invalid": "a line's HMAC was not made with the run's key",
+    "mechanism_changed": "sampling, noise or cap changed during the run",
+    "steps_beyond_ledger": "more steps were taken than the ledger records",
+    "steps_beyond_plan": "more steps were executed than the run declared",
+    "budget_exceeded": "the executed steps cost more than the target",
+    "config_edited": "config.json is not the one that the run was started with",
+    "config_disagrees": "config.json and the ledger state different values",
+    "report_edited": "a report is not what the program wrote",
+    "report_stale": "a report is older than the ledger's last",
+    "report_disagrees": "report.json and the ledger state different values",
+    "epsilon_disagrees": "the reported number is not what the executed steps cost",
+    "checkpoint_unreadable": "a checkpoint cannot be read",
+    "checkpoint_disagrees": "a checkpoint's counters or its place in the ledger do not fit",
+    "metrics_edited": "metrics.jsonl is not what the program wrote",
+    "export_unknown": "the ledger does not know an exported model",
+    "export_edited": "a file of an export is not what the program wrote",
+    "model_card_disagrees": "an exported model card states other values than the ledger gives",
+    "key_readable": "secret keys can be read by others, or lie outside private/",
+    "raw_values_public": "raw values of private data lie outside private/",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Attributes:
+    kind: one of KINDS.
+    where: file, and line or field where that says more.
+    message: one sentence: what was found, and what was expected.
+    """
+
+    kind: str
+    where: str
+    message: str
+
+    def __post_init__(self):
+        assert self.kind in KINDS, self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditResult:
+    """Attributes:
+    findings: what does not agree; empty is the goal.
+    notices: what was not checked, or is worth knowing.
+    epsilon_reported, epsilon_rederived: None where there is none.
+    steps: executed steps by the ledger.
+    finished: whether the ledger says that the run is.
+    ledger_head: hash of its last line; None without a ledger.
+    seal: what binds the ledger's lines.
+    deviations: of the run from what it should be, as the ledger shows them.
+    """
+
+    findings: tuple[Finding, ...]
+    notices: tuple[str, ...]
+    epsilon_reported: float | None
+    epsilon_rederived: float | None
+    steps: int
+    finished: bool
+    ledger_head: str | None
+    seal: str | None
+    deviations: tuple[str, ...]
+
+    @property
+    def consistent(self) -> bool:
+        return not self.findings
+
+    def as_dict(self) -> dict:
+        return {"consistent": self.consistent, **dataclasses.asdict(self)}
+
+    def text(self) -> str:
+        """For a terminal."""
+        shown = lambda value: "none" if value is None else "inf" if not math.isfinite(value) else f"{value:g}"
+        state = "finished" if self.finished else "unfinished"
+        lines = [
+            f"{'consistent' if self.consistent else 'INCONSISTENT'}: {state} run, {self.steps} steps,"
+            f" epsilon {shown(self.epsilon_reported)} reported, {shown(self.epsilon_rederived)} re-derived from the ledger"
+        ]
+        lines += [f"finding: {finding.kind} in {finding.where}: {finding.message}" for finding in self.findings]
+        lines += [f"deviation: {line}" for line in self.deviations]
+        lines += [f"notice: {line}" for line in self.notices]
+        if self.ledger_head:
+            lines.append(f"ledger head {self.ledger_head} ({self.seal})")
+        return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""Is the ledger whole, and what did it record?"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from accounting import ledger as ledger_lib
+from accounting.audit.findings import Finding
+from accounting.executed import Executed
+from accounting.ledger import Line
+
+WHERE = "ledger.jsonl"
+MALFORMED = "malformed"
+_NUMBER = (int, float)
+_FIELDS = {
+    "step": {"step": int, "sampling_probability": _NUMBER, "noise_multiplier": _NUMBER, "max_batch_size": (int, type(None))},
+    "resume": {"step": int},
+    "checkpoint": {"step": int, "metrics_sha256": str},
+    "evaluation": {"step": int, "units": str},
+    "finish": {"step": int},
+    "export": {"step": int, "files": dict},
+    "report": {"files": dict},
+}
+
+
+def well_formed(lines: Sequence[Line]) -> tuple[list[Line], list[Finding]]:
+    """The lines with those that no program wrote marked as such, and what is wrong with them; so that later checks can rely on types."""
+    kept, findings = [], []
+    for number, line in enumerate(lines, 1):
+        problem = None if number == 1 and line.record["kind"] == "start" else _malformed(line.record)
+        if problem:
+            kind, message = problem
+            findings.append(Finding(kind, f"{WHERE} line {number}", message))
+            line = dataclasses.replace(line, record={"n": line.record["n"], "kind": MALFORMED})
+        kept.append(line)
+    return kept, findings
+
+
+def _malformed(record: dict) -> tuple[str, str] | None:
+    kind, fields = record["kind"], set(record) - {"n", "kind"}
+    if kind not in _FIELDS:
+        return "ledger_edited", f"unknown kind of event {kind!r}" if kind != "start" else "a second start event"
+    if surplus := sorted(fields - set(_FIELDS[kind])):
+        return "raw_values_public", f"a {kind} event holds {', '.join(surplus)}, which is no public fact of one"
+    wrong = [name for name, types in _FIELDS[kind].items() if not isinstance(record.get(name, ...), types)]
+    if wrong:
+        return "ledger_edited", f"a {kind} event without a sound {', '.join(wrong)}"
+    return None
+
+
+def chain(problems: Sequence[ledger_lib.Problem]) -> Iterator[Finding]:
+    """What the hash chain shows."""
+    for problem in problems:
+        yield Finding(problem.kind, f"{WHERE} line {problem.line}", problem.message)
+
+
+def events(lines: Sequence[Line]) -> Iterator[Finding]:
+    """Whether steps follow one another and no event runs ahead of them; this catches edits under a rewritten chain."""
+    steps = 0
+    for number, line in enumerate(lines, 1):
+        record, where = line.record, f"{WHERE} line {number}"
+        if record["kind"] == "step":
+            if record["step"] != steps:
+                kind = "ledger_line_repeated" if record["step"] < steps else "ledger_line_removed"
+                yield Finding(kind, where, f"step {record['step']} where step {steps} should follow")
+            steps = record["step"] + 1
+        elif record["kind"] != "start" and record.get("step", 0) > steps:
+            message = f"a {record['kind']} event at step {record['step']}, but only {steps} steps are recorded before it"
+            yield Finding("steps_beyond_ledger", where, message)
+
+
+def mechanism(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
+    """Whether every step was executed as the start event declares."""
+    declared = executed.planned.group
+    reported = set()
+    for number, line in enumerate(lines, 1):
+        record = line.record
+        if record["kind"] != "step":
+            continue
+        changed = tuple((name, record[name]) for name in declared if record.get(name) != declared[name])
+        if changed and changed not in reported:
+            reported.add(changed)
+            values = ", ".join(f"{name} {value} (declared {declared[name]})" for name, value in changed)
+            yield Finding("mechanism_changed", f"{WHERE} line {number}", f"from step {record['step']} on: {values}")
+    if executed.steps > executed.planned.steps:
+        yield Finding("steps_beyond_plan", WHERE, f"{executed.steps} steps executed, {executed.planned.steps} declared")
+
+
+def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
+    """Whether the executed steps stay within the declared target, but for what rounding on another machine explains."""
+    target = executed.declared["epsilon"]
+    if epsilon > target * (1 + 1e-6) and not math.isinf(target):
+        yield Finding("budget_exceeded", WHERE, f"the executed steps cost epsilon {epsilon:g}, the declared target is {target:g}")
+
+
+def macs(executed: Executed, lines: Sequence[Line], key: bytes | None) -> tuple[list[Finding], list[str]]:
+    """(findings, notices) about the lines' HMACs."""
+    if executed.declared.get("seal") != ledger_lib.KEYED_CHAIN:
+        return [], ["the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"]
+    if key is None:
+        return [], ["the ledger's HMACs were not checked: the key in private/keys.json is not here"]
+    wrong = ledger_lib.wrong_macs(list(lines), key)
+    if not wrong:
+        return [], []
+    message = f"{len(wrong)} lines have no HMAC of this run's key, the first is line {wrong[0]}"
+    return [Finding("mac_invalid", f"{WHERE} line {wrong[0]}", message)], []

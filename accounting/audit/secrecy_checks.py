@@ -1,0 +1,68 @@
+"""Does anything secret lie where others can read it?"""
+
+import json
+import pathlib
+import re
+import stat
+from collections.abc import Iterator
+
+from accounting import report
+from accounting.audit.findings import Finding
+
+PUBLIC_FILES = ("config.json", "ledger.jsonl", "report.json", "report.html", "metrics.jsonl")
+FOLDERS = ("private", "checkpoints")
+_READ_AT_MOST = 64 * 2**20
+_RAW = re.compile(
+    rb"\b(?:(?:train|training|private|held_out)[_ ]?)?(?:loss(?:es)?|grad(?:ient)?[_ ]?norms?|norm_quantiles|bits_per_byte)\b"
+    rb"[\"']?\s*[:=,]?\s*[\[(]?\s*-?\d",
+    re.IGNORECASE,
+)
+
+
+def permissions(private: pathlib.Path) -> Iterator[Finding]:
+    """private/ and its keys are for their owner alone."""
+    for path, name in ((private, "private/"), (private / "keys.json", "private/keys.json")):
+        if not path.exists():
+            yield Finding("missing_file", name, "the run has no keys; restore them or keep this copy without private/")
+        elif stat.S_IMODE(path.stat().st_mode) & 0o077:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            yield Finding("key_readable", name, f"its mode is {mode:o}, so others can read it; take their rights away with chmod go=")
+
+
+def other_files(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Files that are neither the run's public files nor in its own folders."""
+    found = []
+    for path in sorted(workdir.rglob("*")):
+        parts = path.relative_to(workdir).parts
+        if parts[0] not in FOLDERS and not (len(parts) == 1 and parts[0] in PUBLIC_FILES) and path.is_file() and not path.is_symlink():
+            found.append(path)
+    return found
+
+
+def leaks(workdir: pathlib.Path, files: list[pathlib.Path]) -> Iterator[Finding]:
+    """Raw losses and norms, copies of private files, and keys, in any file outside private/ and checkpoints/."""
+    private = workdir / "private"
+    keys = _keys(private / "keys.json")
+    copies = {report.file_digest(path): path.name for path in private.rglob("*") if path.is_file() and path.stat().st_size}
+    public = [path for path in (workdir / name for name in PUBLIC_FILES) if path.is_file()]
+    for path in [*public, *files]:
+        name = str(path.relative_to(workdir))
+        with open(path, "rb") as file:
+            content = file.read(_READ_AT_MOST)
+        if any(key in content for key in keys):
+            yield Finding("key_readable", name, "it holds a secret key of the run")
+        if path in public or path.suffix == ".safetensors":
+            continue  # their content is checked against the ledger
+        if report.file_digest(path) in copies:
+            yield Finding("raw_values_public", name, f"it is a copy of private/{copies[report.file_digest(path)]}")
+        elif found := _RAW.search(content):
+            shown = found.group().decode(errors="replace")
+            yield Finding("raw_values_public", name, f"it seems to hold raw values of private data ({shown!r}); keep it in private/")
+
+
+def _keys(path: pathlib.Path) -> list[bytes]:
+    try:
+        stored = json.loads(path.read_text())
+        return [form for value in stored.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))]
+    except (OSError, ValueError, AttributeError):
+        return []

@@ -1,0 +1,87 @@
+"""What a ledger proves: which mechanisms were executed, how often, and under which declared facts."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from accounting.errors import InputError
+from accounting.mechanism import DpSgdMechanism
+
+_MECHANISM = [field.name for field in dataclasses.fields(DpSgdMechanism)]
+_GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """Attributes:
+    declared: the facts of the start event; infinities decoded.
+    planned: the mechanism that the start event declares, with all its steps.
+    mechanisms: what the step lines say was executed, in order, one entry for each change of sampling, noise or cap.
+    events: the records that are neither start nor step.
+    """
+
+    declared: dict
+    planned: DpSgdMechanism
+    mechanisms: tuple[DpSgdMechanism, ...]
+    events: tuple[dict, ...]
+
+    @property
+    def steps(self) -> int:
+        return sum(m.steps for m in self.mechanisms)
+
+    @property
+    def finished(self) -> bool:
+        return any(event["kind"] == "finish" for event in self.events)
+
+    @property
+    def delta(self) -> float:
+        return self.declared["delta"]
+
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether every step had the declared sampling, noise and cap, and none was beyond the plan."""
+        return self.steps <= self.planned.steps and all(m == dataclasses.replace(self.planned, steps=m.steps) for m in self.mechanisms)
+
+    @property
+    def deviations(self) -> list[str]:
+        """What this run does but should not; empty is the goal."""
+        m, found = self.planned, []
+        if not m.is_private:
+            found.append("non-private baseline: no noise is added and no guarantee holds")
+        elif self.delta > 1 / m.num_units:
+            found.append(
+                f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish some unit in the"
+                " clear and still satisfy the definition; choose a delta well below 1/N"
+            )
+        if not self.is_as_planned:
+            found.append("the executed steps differ from the declared mechanism; epsilon is derived from what was executed")
+        return found
+
+
+def of(records: Sequence[dict]) -> Executed:
+    """What a ledger's records say.
+
+    Raises:
+      InputError: they do not begin with a start event, or a record lacks or garbles a fact.
+    """
+    if not records or records[0].get("kind") != "start":
+        raise InputError("the ledger does not begin with a start event")
+    try:
+        declared = {name: math.inf if value == "inf" else value for name, value in records[0].items()}
+        planned = DpSgdMechanism(**{name: declared[name] for name in _MECHANISM})
+        if not (0 < declared["delta"] < 1 and declared["epsilon"] >= 0):
+            raise InputError("the ledger's start event has no sound epsilon and delta")
+        steps = [tuple(record[name] for name in _GROUP) for record in records if record["kind"] == "step"]
+        mechanisms = tuple(_mechanism(planned, group, len(list(run))) for group, run in itertools.groupby(steps))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"a ledger record lacks or garbles a fact ({error})") from None
+    return Executed(declared, planned, mechanisms, tuple(r for r in records[1:] if r["kind"] != "step"))
+
+
+def _mechanism(planned: DpSgdMechanism, group: tuple, steps: int) -> DpSgdMechanism:
+    probability, noise, cap = group
+    # The declared batch is kept where it gives the recorded probability: dividing back would round.
+    same = probability == planned.sampling_probability
+    batch = planned.expected_batch_size if same else probability * planned.num_units
+    return dataclasses.replace(planned, expected_batch_size=batch, noise_multiplier=noise, max_batch_size=cap, steps=steps)

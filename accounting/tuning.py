@@ -1,0 +1,88 @@
+"""What it costs to choose: several runs on the same data, or the best of a random number of trials."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+from accounting import executed as executed_lib
+from accounting import ledger, report, support
+from accounting.accountant import smallest_epsilon
+from accounting.errors import InputError
+from accounting.executed import Executed
+from accounting.mechanism import DpSgdMechanism
+from accounting.truncation import additive_delta, displacement_delta
+
+# Shape eta of the truncated negative binomial distribution of the number of trials; infinity is the Poisson distribution.
+DISTRIBUTIONS = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
+
+
+def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
+    """What the ledgers of several runs prove; finished or not, every executed step counts.
+
+    Raises:
+      InputError: a folder without a sound ledger, the same run twice, or runs whose guarantees speak of different things.
+    """
+    found = {}
+    for folder in folders:
+        path = folder / "ledger.jsonl"
+        if not path.is_file():
+            raise InputError(f"{folder} is no run directory: it has no ledger.jsonl")
+        found[folder] = executed_lib.of(ledger.read(path))
+    if not any(run.mechanisms for run in found.values()):
+        raise InputError("none of the runs has executed a step")
+    for what in ("privacy_unit", "sequence_length", "neighbouring_relation"):
+        values = {str(run.declared.get(what)) for run in found.values()}
+        if len(values) > 1:
+            raise InputError(f"the runs differ in {what} ({', '.join(sorted(values))}): their guarantees do not add up")
+    if len({run.declared.get("run_id") for run in found.values()}) < len(folders):
+        raise InputError("a run is given twice: it counts once")
+    return found
+
+
+def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float) -> str:
+    """What holds for several runs together, whoever sees all of their results."""
+    first = next(iter(found.values()))
+    if not math.isfinite(epsilon):
+        return "NO PRIVACY: at least one of the runs is a non-private baseline, and together they have no guarantee."
+    return (
+        f"{'This run is' if len(found) == 1 else f'All {len(found)} runs together are'} ({report.round_up(epsilon)}, {delta:g})-differentially private with respect to one unit, which"
+        f" is {report.unit_text(first.declared)}. Neighbouring data sets: {report.relation_text(first.planned)}. This covers every"
+        " checkpoint of every run, and every choice between them that looks at nothing else of the data."
+    )
+
+
+def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution: str, delta: float) -> float:
+    """Epsilon of running the mechanism K times, each with settings drawn at random, and releasing the best result only.
+
+    Formal guarantee: where K is drawn from `distribution` with mean `trials`, independently of the data, and nothing but the best
+    trial's parameters is released, the selection is (epsilon, delta)-differentially private (Papernot and Steinke 2021,
+    arXiv 2110.03620, theorems 2 and 6, as dp-accounting computes them). The score by which the best is chosen may depend on the data.
+    A fixed number of trials is not covered: that is the composition of all of them.
+
+    Args:
+      trials: expected number of trials; at least 1.
+
+    Raises:
+      InputError: an unknown distribution, fewer than one expected trial, or a mechanism without noise.
+    """
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    if distribution not in DISTRIBUTIONS:
+        raise InputError(f"trials must be distributed as one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+    if not 1 <= trials < math.inf:
+        raise InputError(f"the expected number of trials must be at least 1 and finite, got {trials:g}")
+    if not mechanism.is_private:
+        return math.inf
+    support.check(mechanism.scheme, mechanism.neighbouring_relation, (support.RENYI,))
+    releases = mechanism.releases(mechanism.steps)
+    event = dp_event.RepeatAndSelectDpEvent(mechanism.event(releases), trials, DISTRIBUTIONS[distribution])
+    accountant = rdp_privacy_accountant.RdpAccountant()
+    accountant.compose(event)
+    # What truncation costs in all trials together. The displacement bound holds because its rare steps do not depend on the data, and
+    # because leaving out the trials that have one keeps each of these distributions in its family, with a smaller mean.
+    costs = [lambda epsilon: additive_delta(mechanism, epsilon, releases)]
+    if support.DISPLACEMENT in support.allowed(mechanism.scheme, mechanism.neighbouring_relation):
+        costs.append(lambda epsilon: displacement_delta(mechanism, releases))
+    extra = lambda epsilon: trials * min(cost(epsilon) for cost in costs)
+    return smallest_epsilon(lambda d: float(accountant.get_epsilon(d)), delta, extra)

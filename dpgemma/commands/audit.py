@@ -1,0 +1,40 @@
+"""dpgemma audit WORKDIR: derives a run's epsilon again from its ledger, and compares it with everything else in the folder."""
+
+import json
+import pathlib
+
+from absl import flags
+
+from accounting.errors import InputError
+from dpgemma.commands import command_flags
+
+DESCRIPTION = "Check a run: dpgemma audit WORKDIR. Exit code 0: all agrees; 1: findings; 2: no run."
+POSITIONAL = "workdir"
+
+
+def define_flags(fv: flags.FlagValues) -> None:
+    command_flags.string("workdir", None, "Folder of the run; also given without the flag's name.", fv)
+    command_flags.string("export", None, "Exported folders outside the run's to check with it, separated by commas.", fv)
+    command_flags.switch("json", "Print one JSON object.", fv)
+
+
+def run(fv: flags.FlagValues) -> int:
+    if not fv.workdir:
+        raise InputError("say which run to check: dpgemma audit WORKDIR")
+    from accounting import report
+    from accounting.audit.audit import audit
+
+    workdir = pathlib.Path(fv.workdir)
+    exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
+    checkpoints = _checkpoints(workdir / "checkpoints")
+    result = audit(workdir, checkpoints, exports)
+    print(json.dumps(report.encode(result.as_dict()), indent=1) if fv.json else result.text())
+    return 0 if result.consistent else 1
+
+
+def _checkpoints(folder: pathlib.Path) -> list[dict]:
+    if not folder.is_dir() or not any(path.name.isdecimal() for path in folder.iterdir()):
+        return []
+    from dpgemma.training import checkpoint
+
+    return checkpoint.summaries(folder)

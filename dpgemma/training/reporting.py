@@ -1,0 +1,46 @@
+"""Writes the report of a run: a function of its ledger, known to the ledger by its hash."""
+
+from accounting import executed as executed_lib
+from accounting import figures, page, report, tables
+from accounting.accountant import Accountant
+from accounting.ledger import Ledger
+from dpgemma.training.run_directory import RunDirectory
+
+
+def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = None, *, with_page: bool) -> dict:
+    """Writes report.json, and report.html if asked, unless the files there are the ledger's latest; returns the report.
+
+    The ledger learns the files' hashes before they are replaced: a crash in between leaves older files that it knows too.
+
+    Args:
+      accountant: that of the run's mechanism, if one is at hand.
+    """
+    executed = executed_lib.of(ledger.records)
+    if accountant is None or not executed.is_as_planned:
+        accountant = Accountant(executed.mechanisms or (executed.planned,))
+    content = report.build(executed, accountant.epsilon(executed.delta, executed.steps), ledger.head)
+    if _is_current(run, ledger, with_page):
+        return content
+    files = {run.report_file: report.dumps(content)}
+    if with_page:
+        files[run.page_file] = _page(executed, content)
+    ledger.append("report", files={path.name: report.digest(text.encode()) for path, text in files.items()})
+    ledger.sync()
+    for path, text in files.items():
+        report.write(path, text)
+    return content
+
+
+def _page(executed, content: dict) -> str:
+    accountant = Accountant(executed.mechanisms or (executed.planned,))
+    meaning = tables.meaning(accountant, executed.delta)
+    points = figures.epsilon_points(accountant, executed.delta) if meaning.profile is not None else []
+    return page.render(executed, content, meaning, points)
+
+
+def _is_current(run: RunDirectory, ledger: Ledger, with_page: bool) -> bool:
+    last = ledger.records[-1]
+    wanted = [run.report_file, run.page_file] if with_page else [run.report_file]
+    if last["kind"] != "report" or not {path.name for path in wanted} <= set(last["files"]):
+        return False
+    return all(path.is_file() and report.digest(path.read_bytes()) == last["files"][path.name] for path in wanted)
