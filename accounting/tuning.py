@@ -44,8 +44,9 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
     first = next(iter(found.values()))
     if not math.isfinite(epsilon):
         return "NO PRIVACY: at least one of the runs is a non-private baseline, and together they have no guarantee."
+    who = "This run is" if len(found) == 1 else f"All {len(found)} runs together are"
     return (
-        f"{'This run is' if len(found) == 1 else f'All {len(found)} runs together are'} ({report.round_up(epsilon)}, {delta:g})-differentially private with respect to one unit, which"
+        f"{who} ({report.round_up(epsilon)}, {delta:g})-differentially private with respect to one unit, which"
         f" is {report.unit_text(first.declared)}. Neighbouring data sets: {report.relation_text(first.planned)}. This covers every"
         " checkpoint of every run, and every choice between them that looks at nothing else of the data."
     )

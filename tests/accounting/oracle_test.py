@@ -1,0 +1,47 @@
+"""Agreement with dp-accounting on more than two hundred settings, and with ourselves at ten times finer grids."""
+
+import json
+import pathlib
+
+import pytest
+
+from accounting.accountant import Accountant
+from accounting.mechanism import DpSgdMechanism
+from tests.accounting.golden import make_dp_accounting
+
+VALUES = json.loads((pathlib.Path(__file__).parent / "golden/dp_accounting.json").read_text())
+GROUPS = sorted({tuple(row[:3]) for row in VALUES})
+
+
+def accountant(q, sigma, steps, width=2.5e-4):
+    return Accountant(DpSgdMechanism(10**7, q * 10**7, None, sigma, 1.0, steps), relative_width=width)
+
+
+def test_there_are_enough_settings():
+    assert len(VALUES) >= 200
+    assert all(delta >= 1e-8 and 0.1 <= fine <= 20 and abs(coarse - fine) <= 2e-4 * fine for *_, delta, coarse, fine in VALUES)
+
+
+@pytest.mark.parametrize("setting", GROUPS, ids=str)
+def test_agreement_with_dp_accounting(setting):
+    ours = accountant(*setting)
+    for *same, delta, _, theirs in VALUES:
+        if tuple(same) == setting:
+            bracket = ours.epsilon(delta)
+            assert abs(bracket.upper - theirs) <= 5e-4 * theirs, (delta, bracket, theirs)
+            assert bracket.lower <= theirs * (1 + 5e-4)
+
+
+@pytest.mark.parametrize("setting", GROUPS[::4], ids=str)
+def test_upper_end_is_above_a_ten_times_finer_grid(setting):
+    ours = accountant(*setting, width=1e-3)
+    for *same, delta, _, _ in VALUES:
+        if tuple(same) == setting:
+            finer = ours.upper(delta, interval=ours.interval_for(delta) / 10)
+            assert ours.epsilon(delta).upper >= finer * (1 - 1e-12)
+
+
+def test_stored_values_are_what_dp_accounting_gives():
+    q, sigma, steps, delta, coarse, _ = VALUES[len(VALUES) // 2]
+    again = make_dp_accounting.epsilons(q, sigma, steps, 1e-4)[make_dp_accounting.DELTAS.index(delta)]
+    assert again == pytest.approx(coarse, rel=1e-9)

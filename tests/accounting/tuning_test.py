@@ -1,0 +1,87 @@
+import json
+import math
+
+import dp_accounting
+import pytest
+from dp_accounting import dp_event
+
+from accounting import tuning
+from accounting.accountant import Accountant
+from accounting.errors import InputError
+from accounting.ledger import Ledger
+from accounting.mechanism import ZERO_OUT, DpSgdMechanism
+
+PLAN = DpSgdMechanism(10_000, 200, None, 1.0, 1.0, 100)
+
+
+@pytest.mark.parametrize("distribution, shape", [("geometric", 1.0), ("logarithmic", 0.0), ("poisson", math.inf)])
+def test_pitfall_25_random_search_costs_what_papernot_and_steinke_prove(distribution, shape):
+    event = dp_event.RepeatAndSelectDpEvent(PLAN.event(100), 10, shape)
+    theirs = dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(1e-6)
+    ours = tuning.random_search_epsilon(PLAN, 10, distribution, 1e-6)
+    assert ours == pytest.approx(theirs, rel=1e-9)
+    once = Accountant(PLAN).epsilon(1e-6)
+    assert once.cross_check < ours < Accountant([PLAN] * 10).epsilon(1e-6).upper
+    assert tuning.random_search_epsilon(PLAN, 100, distribution, 1e-6) > ours
+
+
+def test_random_search_with_a_cap_pays_for_truncation_in_every_trial():
+    capped = DpSgdMechanism(10_000, 200, 300, 1.0, 1.0, 100, ZERO_OUT)
+    free = tuning.random_search_epsilon(PLAN, 10, "geometric", 1e-6)
+    assert free <= tuning.random_search_epsilon(capped, 10, "geometric", 1e-6) <= free * 1.01
+    tight = DpSgdMechanism(10_000, 200, 230, 1.0, 1.0, 100, ZERO_OUT)
+    assert tuning.random_search_epsilon(tight, 10, "geometric", 1e-6) == math.inf
+
+
+@pytest.mark.parametrize("trials, distribution, message", [(0.5, "geometric", "at least 1"), (5, "fixed", "distributed as")])
+def test_impossible_searches_are_refused(trials, distribution, message):
+    with pytest.raises(InputError, match=message):
+        tuning.random_search_epsilon(PLAN, trials, distribution, 1e-6)
+
+
+def write_run(folder, steps, run_id, **changes):
+    folder.mkdir()
+    ledger = Ledger.open(folder / "ledger.jsonl")
+    facts = dict(
+        num_units=10_000, expected_batch_size=200, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
+        neighbouring_relation=ZERO_OUT, sampler="poisson", epsilon=3.0, delta=1e-6, privacy_unit="sequence", sequence_length=32,
+    )  # fmt: skip
+    facts.update(changes)
+    ledger.append("start", run_id=run_id, **facts)
+    for step in range(steps):
+        ledger.append_step(step, {"sampling_probability": 0.02, "noise_multiplier": facts["noise_multiplier"], "max_batch_size": None})
+    ledger.close()
+    return folder
+
+
+def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):
+    from dpgemma import cli
+
+    folders = [write_run(tmp_path / "a", 100, "a"), write_run(tmp_path / "b", 40, "b", noise_multiplier=0.8)]
+    assert cli.main(["account", f"--compose={folders[0]},{folders[1]}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    other = DpSgdMechanism(10_000, 200, None, 0.8, 1.0, 40, ZERO_OUT)
+    expected = Accountant([DpSgdMechanism(10_000, 200, None, 1.0, 1.0, 100, ZERO_OUT), other]).epsilon(1e-6)
+    assert result["epsilon"] == expected.upper and result["delta"] == 1e-6 and result["steps"] == 140
+    assert [(run["run_id"], run["steps"]) for run in result["runs"]] == [("a", 100), ("b", 40)]
+    assert max(run["epsilon"] for run in result["runs"]) < result["epsilon"] < sum(run["epsilon"] for run in result["runs"])
+    assert "All 2 runs together" in result["statement"]
+
+    assert cli.main(["account", f"--compose={folders[0]},{folders[1]}", "--tables"]) == 0
+    out = capsys.readouterr().out
+    assert "run_id a" in out and "run_id b" in out and "units of one owner" in out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(run_id="a"), "given twice"), (dict(sequence_length=64), "differ in sequence_length"), (dict(delta=1e-5), "different deltas"),
+        (dict(neighbouring_relation="add_or_remove"), "differ in neighbouring_relation"),
+    ],
+)  # fmt: skip
+def test_runs_that_do_not_add_up_are_refused(changes, message, tmp_path, capsys):
+    from dpgemma import cli
+
+    folders = [write_run(tmp_path / "a", 10, "a"), write_run(tmp_path / "b", 10, changes.pop("run_id", "b"), **changes)]
+    assert cli.main(["account", f"--compose={folders[0]},{folders[1]}"]) == 2
+    assert message in capsys.readouterr().err
