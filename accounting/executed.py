@@ -9,6 +9,10 @@ from accounting.errors import InputError
 from accounting.mechanism import DpSgdMechanism
 
 _MECHANISM = [field.name for field in dataclasses.fields(DpSgdMechanism)]
+_FACTS = {
+    "run_id": str, "config_sha256": str, "seal": str, "privacy_unit": str, "model": str, "sequence_length": int, "parameters": int,
+    "held_out_units": (int, type(None)), "delta": (int, float), "epsilon": (int, float),
+}  # fmt: skip
 _GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")
 
 
@@ -70,6 +74,9 @@ def of(records: Sequence[dict]) -> Executed:
     try:
         declared = {name: math.inf if value == "inf" else value for name, value in records[0].items()}
         planned = DpSgdMechanism(**{name: declared[name] for name in _MECHANISM})
+        unsound = [name for name, types in _FACTS.items() if not isinstance(declared.get(name, ...), types)]
+        if unsound:
+            raise InputError(f"the ledger's start event has no sound {', '.join(unsound)}")
         if not (0 < declared["delta"] < 1 and declared["epsilon"] >= 0):
             raise InputError("the ledger's start event has no sound epsilon and delta")
         steps = [tuple(record[name] for name in _GROUP) for record in records if record["kind"] == "step"]

@@ -9,6 +9,7 @@ import math
 import pathlib
 
 from accounting.accountant import EpsilonBracket
+from accounting.errors import InputError
 from accounting.executed import Executed
 from accounting.ledger import CHAIN, KEYED_CHAIN
 from accounting.mechanism import ADD_OR_REMOVE, DpSgdMechanism
@@ -45,7 +46,13 @@ def dumps(value: dict) -> str:
 
 
 def unit_text(declared: dict) -> str:
-    """What one privacy unit is, in words."""
+    """What one privacy unit is, in words.
+
+    Raises:
+      InputError: the ledger names a unit that does not exist.
+    """
+    if declared["privacy_unit"] not in _UNITS:
+        raise InputError(f"the ledger names an unknown privacy unit {declared['privacy_unit']!r}")
     return _UNITS[declared["privacy_unit"]].format(sequence_length=declared["sequence_length"])
 
 

@@ -26,6 +26,9 @@ def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[
     Raises:
       InputError: the folder is no run, or an export is no export.
     """
+    for folder in exports:
+        if not (folder / export_checks.WEIGHTS).is_file():
+            raise InputError(f"{folder} is no exported model: it has no {export_checks.WEIGHTS}")
     names = [*secrecy_checks.PUBLIC_FILES[:3], "checkpoints"]
     if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
@@ -51,9 +54,12 @@ class _Audit:
                 executed = None
         if executed is not None:
             self.findings += ledger_checks.budget(executed, rederived)
-            self._documents(lines, executed)
+            try:
+                self._documents(lines, executed)
+                self._exports(lines, exports)
+            except (ArithmeticError, TypeError, ValueError) as error:
+                self.findings.append(Finding("ledger_edited", "ledger.jsonl", f"no report can be derived from its facts ({error})"))
             self._checkpoints(lines, executed, checkpoints)
-            self._exports(lines, exports)
         else:
             for name in ("config.json", "report.json"):
                 self._content(name, required=True)
@@ -141,9 +147,6 @@ class _Audit:
 
     def _exports(self, lines: list[ledger_lib.Line], exports: Sequence[pathlib.Path]) -> None:
         inside = [path.parent for path in secrecy_checks.other_files(self.workdir) if path.name == export_checks.WEIGHTS]
-        for folder in exports:
-            if not (folder / export_checks.WEIGHTS).is_file():
-                raise InputError(f"{folder} is no exported model: it has no {export_checks.WEIGHTS}")
         for folder in [*inside, *(folder for folder in exports if folder not in inside)]:
             name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
             self.findings += export_checks.export(folder, name, lines, self._derive)

@@ -70,9 +70,51 @@ def test_every_random_edit_breaks_the_chain(path):
             ledger_lib.read(path)
 
 
-@pytest.mark.parametrize("edit", [lambda x: x[:2] + x[3:], lambda x: x[:3] + x[2:], lambda x: [x[1], x[0], *x[2:]]])
-def test_removed_repeated_and_reordered_lines_are_named(path, edit):
+EDITS = {
+    "removed": (lambda x: x[:2] + x[3:], "ledger_line_removed", 3),
+    "repeated": (lambda x: x[:3] + x[2:], "ledger_line_repeated", 4),
+    "reordered": (lambda x: [x[0], x[2], x[1], *x[3:]], "ledger_lines_reordered", 2),
+    "edited": (lambda x: [*x[:2], x[2].replace("1.0", "1.5"), *x[3:]], "ledger_edited", 3),
+    "whitespace": (lambda x: [*x[:2], x[2].replace(":", ": ", 1), *x[3:]], "ledger_edited", 3),
+    "no record": (lambda x: [*x[:2], "{}\n", *x[3:]], "unparsable", 3),
+    "cut off": (lambda x: [*x[:-1], x[-1][:-5]], "truncated", 6),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_are_named_by_kind_and_line(name, path):
+    edit, kind, line = EDITS[name]
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(edit(lines)))
-    with pytest.raises(InputError, match=r"line \d"):
+    text = "".join(edit(lines))
+    _, problems = ledger_lib.inspect(text)
+    assert (problems[0].kind, problems[0].line) == (kind, line)
+    path.write_text(text)
+    with pytest.raises(InputError, match="line"):
         ledger_lib.read(path)
+
+
+def test_an_untouched_ledger_has_no_problem(path):
+    lines, problems = ledger_lib.inspect(path.read_text())
+    assert problems == [] and len(lines) == 6
+
+
+def test_a_rewritten_chain_lacks_the_macs_of_the_key(tmp_path):
+    key, path = bytes(range(32)), tmp_path / "keyed.jsonl"
+    ledger = Ledger.open(path, key)
+    ledger.append("start", noise_multiplier=1.0)
+    ledger.append_step(0, GROUP)
+    ledger.close()
+    lines, problems = ledger_lib.inspect(path.read_text())
+    assert problems == [] and ledger_lib.wrong_macs(lines, key) == []
+    assert ledger_lib.wrong_macs(lines, bytes(32)) == [1, 2]
+    forged = Ledger.open(tmp_path / "forged.jsonl", bytes(32))
+    forged.append("start", noise_multiplier=9.0)
+    forged.close()
+    assert ledger_lib.wrong_macs(ledger_lib.inspect((tmp_path / "forged.jsonl").read_text())[0], key) == [1]
+
+
+def test_a_ledger_knows_its_earlier_heads(path):
+    ledger = Ledger.open(path)
+    length, head = ledger.length, ledger.head
+    ledger.append("resume", step=4)
+    assert ledger.begins_with(length, head) and not ledger.begins_with(length + 1, head) and not ledger.begins_with(0, head)

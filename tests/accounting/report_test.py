@@ -1,22 +1,38 @@
+import html.parser
 import json
 import math
 
 import pytest
 
-from accounting import report
-from accounting.accountant import EpsilonBracket
+from accounting import executed, page, report, tables
+from accounting.accountant import Accountant, EpsilonBracket
 from accounting.errors import InputError
+from accounting.ledger import CHAIN, KEYED_CHAIN
 from accounting.mechanism import DpSgdMechanism
 
 BRACKET = EpsilonBracket(1.23451, 1.2341, 1.5)
+FACTS = dict(
+    num_units=9000, expected_batch_size=500, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
+    neighbouring_relation="zero_out", sampler="poisson", epsilon=2.0, delta=1e-5, privacy_unit="sequence", sequence_length=128,
+    model="tiny", parameters=246_624, held_out_units=1000, seal=CHAIN, run_id="0123456789abcdef", config_sha256="",
+)  # fmt: skip
 
 
-def build(sigma=1.0, clip=1.0, bracket=BRACKET):
-    mechanism = DpSgdMechanism(9000, 500, 620, sigma, clip, 100, "zero_out")
-    return report.build(
-        mechanism, bracket, target_epsilon=2.0, delta=1e-5, privacy_unit="sequence", sequence_length=128, held_out=1000,
-        deviations=[], finished=True, ledger_head="ab",
-    )  # fmt: skip
+def records(steps=100, later_noise=None, **changes):
+    facts = {**FACTS, **changes}
+    group = {
+        "sampling_probability": facts["expected_batch_size"] / facts["num_units"],
+        "noise_multiplier": facts["noise_multiplier"],
+        "max_batch_size": facts["max_batch_size"],
+    }
+    lines = [{"kind": "step", "step": t, **group} for t in range(steps)]
+    for line in lines[steps // 2 :] if later_noise else ():
+        line["noise_multiplier"] = later_noise
+    return [{"kind": "start", **facts}, *lines, {"kind": "finish", "step": steps}]
+
+
+def build(bracket=BRACKET, **changes):
+    return report.build(executed.of(records(**changes)), bracket, "ab")
 
 
 def test_epsilon_is_rounded_up_never_down():
@@ -33,10 +49,76 @@ def test_statement_names_unit_relation_and_what_is_not_covered():
 
 
 def test_baseline_is_labelled_and_infinity_is_json():
-    content = build(sigma=0.0, clip=math.inf, bracket=EpsilonBracket(math.inf, math.inf, math.inf))
-    assert content["statement"].startswith("NO PRIVACY")
+    content = build(EpsilonBracket(math.inf, math.inf, math.inf), noise_multiplier=0.0, clip_norm="inf")
+    assert content["statement"].startswith("NO PRIVACY") and any("baseline" in line for line in content["deviations"])
     decoded = json.loads(report.dumps(content))
     assert decoded["epsilon"] == decoded["clip_norm"] == "inf"
+
+
+def test_steps_that_differ_from_the_declaration_are_accounted_as_executed():
+    done = executed.of(records(later_noise=0.7))
+    assert [(m.steps, m.noise_multiplier) for m in done.mechanisms] == [(50, 1.0), (50, 0.7)]
+    assert not done.is_as_planned and any("differ from the declared" in line for line in done.deviations)
+    assert Accountant(done.mechanisms).epsilon(1e-5).lower > Accountant(done.planned).epsilon(1e-5).upper
+    assert executed.of(records()).deviations == []
+    assert not executed.of(records(steps=101)).is_as_planned
+
+
+@pytest.mark.parametrize("spoil", [lambda r: r.pop(0), lambda r: r[0].pop("num_units"), lambda r: r[3].pop("noise_multiplier"),
+                                   lambda r: r[0].update(num_units="many"), lambda r: r[0].update(delta=2)])  # fmt: skip
+def test_ledgers_without_sound_facts_are_refused(spoil):
+    spoilt = records()
+    spoil(spoilt)
+    with pytest.raises(InputError):
+        executed.of(spoilt)
+
+
+class _Links(html.parser.HTMLParser):
+    """Collects open tags and whatever would load something from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.external = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if tag in ("script", "link", "img", "iframe") or (name in ("src", "href", "xlink:href") and not value.startswith("#")):
+                self.external.append((tag, name, value))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def rendered(**changes):
+    done = executed.of(records(**changes))
+    accountant = Accountant(done.mechanisms)
+    content = report.build(done, accountant.epsilon(1e-5), "ab" * 32)
+    meaning = tables.meaning(accountant, 1e-5)
+    return content, page.render(done, content, meaning, [(50, 1.0), (100, 1.5)])
+
+
+def test_page_is_self_contained_and_says_everything():
+    content, text = rendered()
+    parser = _Links()
+    parser.feed(text)
+    assert parser.open == [] and parser.external == [] and "url(http" not in text and "@import" not in text
+    assert text.count("<svg") == 2
+    for part in (content["statement"].split(" (")[0], "Statement", "Who may see what", "Parameters", "Epsilon over the steps",
+                 "What an attacker can do", "Owners of several units", "Membership attacks", "Noise-batch ratio", "Floating-point",
+                 "Deviations", "dpgemma audit", "ab" * 32, "has no key"):  # fmt: skip
+        assert part in text, part
+    assert "HMAC under a key" in rendered(seal=KEYED_CHAIN)[1]
+
+
+def test_page_of_a_baseline_promises_nothing():
+    _, text = rendered(noise_multiplier=0.0)
+    assert "NO PRIVACY" in text and "Nothing may be shown" in text and "ε = ∞" in text and "<svg" not in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+import random
+
+import pytest
+
+from tests.training.runs import ENVIRONMENT, flags, run
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs are kept between the many processes of this file."""
+    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
+    ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(" ".join(rng.choice(["fever", "cough", "rest", "Ada", "B12", "ward", "seen", "today"]) for _ in range(2000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(text, cache, tmp_path_factory):
+    """A finished run, never changed by a test: (folder, completed process)."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    done = run(*flags(text, workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done

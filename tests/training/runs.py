@@ -1,0 +1,33 @@
+"""Runs of the real program in processes of their own, for tests."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+COMMAND = [sys.executable, "-m", "dpgemma"]
+
+
+def run(*arguments, timeout=240, **options):
+    return subprocess.run([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, **options)
+
+
+def flags(text, workdir, steps=6, **changes):
+    settings = dict(
+        data=text, workdir=workdir, steps=steps, sequence_length=32, batch_size=12, noise_multiplier=1.0, delta=1e-4, checkpoint_every=2
+    )
+    return ["train", *(f"--{name}={value}" for name, value in {**settings, **changes}.items())]
+
+
+def copy_of(finished, tmp_path):
+    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
