@@ -14,18 +14,19 @@ FORMATS = (".svg", ".png", ".pdf")
 _INK, _ACCENT = "#333333", "#0b5fa5"
 
 
-def epsilon_points(accountant: Accountant, delta: float, points: int = 12) -> list[tuple[int, float]]:
+def epsilon_points(accountant: Accountant, delta: float, points: int = 24) -> list[tuple[int, float]]:
     """(steps, epsilon) at evenly spread steps, the last included; upper bounds."""
     total = accountant.steps
     interval = 4 * accountant.interval_for(delta)
-    steps = sorted({max(1, round(total * i / points)) for i in range(1, points)})
+    steps = sorted({1, *(max(1, round(total * i / points)) for i in range(1, points))})
     whole = accountant.epsilon(delta).upper
     return [(t, min(whole, accountant.upper(delta, t, interval))) for t in steps if t < total] + [(total, whole)]
 
 
 def _draw_epsilon(axes, points: Sequence[tuple[int, float]], target: float | None) -> None:
     steps, epsilons = zip((0, 0.0), *points, strict=True)
-    axes.plot(steps, epsilons, color=_ACCENT)
+    # A staircase: between two points only the later one's epsilon is an upper bound.
+    axes.plot(steps, epsilons, color=_ACCENT, drawstyle="steps-pre")
     if target is not None and np.isfinite(target):
         axes.axhline(target, color=_INK, linestyle="--", linewidth=1)
         axes.annotate("target", (0, target), xytext=(2, -11), textcoords="offset points", color=_INK, fontsize=9)

@@ -216,7 +216,7 @@ TAMPERINGS = {
     "ledger: missing": (lambda w: (w / "ledger.jsonl").unlink(), "missing_file", "ledger.jsonl"),
     "ledger: garbage": (lambda w: (w / "ledger.jsonl").write_bytes(bytes(range(256))), "unparsable", "ledger.jsonl"),
     "ledger: of another run": (other_runs_ledger, "ledger_foreign", "ledger.jsonl"),
-    "ledger: step removed, chain rewritten": (lambda w: rewrite_chain(w, lambda r: [*r[:3], *r[5:]]),
+    "ledger: step removed, chain rewritten": (lambda w: rewrite_chain(w, lambda r: [*r[:2], *r[3:]]),
                                               "ledger_line_removed", "ledger.jsonl"),
     "ledger: steps repeated, chain rewritten": (lambda w: rewrite_chain(w, lambda r: [r[0], r[1], *r[1:]]), "ledger_line_repeated", ""),
     "ledger: loss in a step": (lambda w: rewrite_chain(w, lambda r: [r[0], {**r[1], "loss": 1.0}, *r[2:]]), "raw_values_public", "ledger"),
