@@ -18,7 +18,7 @@ def run(*arguments, timeout=120):
     )
 
 
-@pytest.mark.parametrize("command", ["train", "account", "sample", "export"])
+@pytest.mark.parametrize("command", ["train", "account", "audit", "sample", "export"])
 def test_help_answers_at_once_without_jax(command):
     code = (
         "import sys; from dpgemma import cli; code = cli.main([sys.argv[1], '--help']);"
@@ -101,6 +101,9 @@ def test_bad_input_is_one_sentence(case, text, tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "run").exists()
 
 
+PLAN = ["--noise_multiplier=1", "--steps=10", "--batch_size=50", "--num_units=1000"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -110,6 +113,11 @@ def test_bad_input_is_one_sentence(case, text, tmp_path, monkeypatch, capfd):
         (["account"], "exactly one"), (["account", "--epsilon=8", "--steps=9", "--batch_size=5", "--num_units=99", "--delta=2"], "--delta"),
         (["account", "--epsilon=8", "--steps=10", "--batch_size=500", "--num_units=100"], "at most the 100"),
         (["account", "--noise_multiplier=1", "--steps=10", "--batch_size=0", "--num_units=100"], "--batch_size"),
+        (["account", "--compose=/nowhere"], "no ledger.jsonl"), (["account", "--compose=/nowhere", "--steps=3"], "drop --steps"),
+        (["account", *PLAN, "--plot=/nowhere/x.gif"], "must end in"), (["account", *PLAN, "--trials=0.5"], "at least 1"),
+        (["account", *PLAN, "--sampler=fixed"], "does not hold for fixed sampling under add_or_remove"),
+        (["account", *PLAN, "--batch_multiple=4", "--max_batch_size=90"], "--batch_multiple"),
+        (["audit"], "which run to check"), (["audit", "/nowhere"], "no run directory"),
     ],
 )  # fmt: skip
 def test_other_commands_refuse_bad_input(arguments, message, text, tmp_path, capsys):
@@ -184,6 +192,21 @@ def test_account_solves_for_any_one_quantity(omitted, key, capsys):
     result = json.loads(capsys.readouterr().out)
     nominal = {"noise_multiplier": 0.846, "steps": 162, "expected_batch_size": 514, "num_units": 7810}
     assert result["epsilon"] <= 8 and result[key] == pytest.approx(nominal[key], rel=0.02)
+
+
+def test_account_says_what_a_plan_means(tmp_path, capsys):
+    arguments = ["account", *PLAN, "--neighbouring_relation=zero_out", "--batch_multiple=8", "--trials=5", "--tables"]
+    assert cli.main([*arguments, "--json", f"--plot={tmp_path / 'plan.svg'}"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["max_batch_size"] % 8 == 0 and result["sampler"] == "truncated_poisson"
+    assert [group["units"] for group in result["groups"]] == [1, 2, 3, 7] and result["groups"][0]["epsilon"] == result["epsilon"]
+    assert all(0 < attack["true_positive_rate"] < 1 for attack in result["attacks"])
+    assert 0 < result["membership_advantage"] < 1 and result["gaussian_mu"] > 0
+    assert result["epsilon"] < result["epsilon_best_trial"] < 5 * result["epsilon"]
+    assert (tmp_path / "plan.svg").read_text().count("<svg") == 1
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "units of one owner" in out and "membership advantage" in out and "epsilon_best_trial" in out
 
 
 def test_account_prints_a_table_without_json(capsys):
