@@ -12,7 +12,7 @@ class EpsilonCurve:
     A point is computed when its first step is asked for, so that a long run pays as it goes and a resumed one only for what is left.
     """
 
-    def __init__(self, accountant: Accountant, delta: float, points: int = 24):
+    def __init__(self, accountant: Accountant, delta: float, points: int = 16):
         self._accountant, self._delta = accountant, delta
         self._steps = sorted({math.ceil(accountant.steps * i / points) for i in range(1, points + 1)})
         self._epsilons = {}
