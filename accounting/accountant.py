@@ -5,7 +5,9 @@ other on the same data, are (epsilon, delta)-differentially private for a group 
 numerical error included. Adding and removing units are both computed; each release is replaced by a discrete loss that dominates it
 (accounting.privacy_loss), releases are composed with every error bounded (accounting.composition), and truncation is paid for
 (accounting.truncation). `lower` bounds the same epsilon from below, short of what truncation may have helped.
-Tested by tests/accounting/accountant_test.py::test_bracket_holds_dp_accounting_values and ::test_upper_end_is_above_finer_grids.
+Tested by tests/accounting/oracle_test.py::test_agreement_with_dp_accounting and
+tests/accounting/accountant_test.py::test_upper_end_is_above_finer_grids; for groups by
+::test_groups_agree_with_dp_accountings_mixture_of_gaussians there.
 """
 
 import dataclasses

@@ -6,7 +6,8 @@ with a false-positive rate alpha therefore misses at a rate of at least
     f(alpha) = max over epsilon of max(0, 1 - delta - e^epsilon alpha, e^-epsilon (1 - delta - alpha))
 
 (Wasserman and Zhou 2010; Dong, Roth and Su 2022, arXiv 1905.02383, proposition 2.12). With finitely many epsilons, and upper bounds of
-delta, f is a lower bound of the true trade-off curve, so everything below is on the safe side.
+delta, f is a lower bound of the true trade-off curve, so everything below is on the safe side. Tested by
+tests/accounting/conversions_test.py::test_no_likelihood_ratio_attack_beats_the_tradeoff_curve.
 """
 
 import dataclasses

@@ -9,6 +9,9 @@ from accounting.accountant import Accountant
 class EpsilonCurve:
     """A staircase above epsilon(steps): the upper bound of the next computed point, which is at least that of any step before it.
 
+    Formal guarantee: `at(steps)` is never below the accountant's upper bound after `steps` releases. Tested by
+    tests/accounting/accountant_test.py::test_live_curve_never_shows_less_than_the_bound.
+
     A point is computed when its first step is asked for, so that a long run pays as it goes and a resumed one only for what is left.
     """
 

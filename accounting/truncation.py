@@ -19,7 +19,8 @@ def additive_delta(mechanism: DpSgdMechanism, epsilon: float, steps: int) -> flo
     """(1 + e^epsilon) T Psi, added to delta by truncation at any epsilon, under any neighbouring relation and for any group of units.
 
     Each data set's truncated run differs from its plain Poisson run only where some batch overflows: total variation at most T Psi
-    on either side (Chua et al. 2024, arXiv 2411.04205, section 3). The larger of the neighbours, N units, bounds both.
+    on either side (Chua et al. 2024, arXiv 2411.04205, section 3). The larger of the neighbours, N units, bounds both. Tested by
+    tests/accounting/accountant_test.py::test_pitfall_28_truncation_is_charged_by_the_additive_bound_under_add_or_remove.
     """
     if mechanism.max_batch_size is None:
         return 0.0
@@ -32,6 +33,10 @@ def displacement_delta(mechanism: DpSgdMechanism, steps: int, group_size: int = 
 
     An emptied unit keeps its place in the draw, so the draws of neighbours are the same. While the units outside the group leave room
     for all k of it, nothing is cut and the step is a plain Poisson step; in the rare other case the step is given up for lost.
+
+    Formal guarantee: a truncated run is (epsilon, delta + this)-differentially private for groups of k where its plain Poisson run is
+    (epsilon, delta)-differentially private. Tested by tests/accounting/accountant_test.py::
+    test_displacement_bound_covers_a_brute_force_of_the_truncated_sampler and ::test_pitfall_28_a_capped_group_pays_for_what_truncation_may_reveal.
     """
     if mechanism.max_batch_size is None:
         return 0.0

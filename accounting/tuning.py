@@ -58,7 +58,8 @@ def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution
     Formal guarantee: where K is drawn from `distribution` with mean `trials`, independently of the data, and nothing but the best
     trial's parameters is released, the selection is (epsilon, delta)-differentially private (Papernot and Steinke 2021,
     arXiv 2110.03620, theorems 2 and 6, as dp-accounting computes them). The score by which the best is chosen may depend on the data.
-    A fixed number of trials is not covered: that is the composition of all of them.
+    A fixed number of trials is not covered: that is the composition of all of them. Tested by
+    tests/accounting/tuning_test.py::test_pitfall_25_random_search_costs_what_papernot_and_steinke_prove.
 
     Args:
       trials: expected number of trials; at least 1.
