@@ -36,7 +36,8 @@ def displacement_delta(mechanism: DpSgdMechanism, steps: int, group_size: int = 
 
     Formal guarantee: a truncated run is (epsilon, delta + this)-differentially private for groups of k where its plain Poisson run is
     (epsilon, delta)-differentially private. Tested by tests/accounting/accountant_test.py::
-    test_displacement_bound_covers_a_brute_force_of_the_truncated_sampler and ::test_pitfall_28_a_capped_group_pays_for_what_truncation_may_reveal.
+    test_displacement_bound_covers_a_brute_force_of_the_truncated_sampler and
+    ::test_pitfall_28_a_capped_group_pays_for_what_truncation_may_reveal.
     """
     if mechanism.max_batch_size is None:
         return 0.0
