@@ -11,6 +11,7 @@ from accounting.mechanism import DpSgdMechanism
 _MECHANISM = [field.name for field in dataclasses.fields(DpSgdMechanism)]
 _FACTS = {
     "run_id": str, "config_sha256": str, "seal": str, "privacy_unit": str, "model": str, "sequence_length": int, "parameters": int,
+    "trained_parameters": int, "architecture": dict, "init_sha256": (str, type(None)),
     "held_out_units": (int, type(None)), "delta": (int, float), "epsilon": (int, float),
 }  # fmt: skip
 _GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")

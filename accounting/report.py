@@ -14,7 +14,12 @@ from accounting.executed import Executed
 from accounting.ledger import CHAIN, KEYED_CHAIN
 from accounting.mechanism import ADD_OR_REMOVE, DpSgdMechanism
 
-_UNITS = {"sequence": "one row of {sequence_length} consecutive tokens of the packed training text"}
+WEIGHTS_SUFFIX = ".safetensors"
+
+_UNITS = {
+    "sequence": "one row of {sequence_length} consecutive tokens of the packed training text",
+    "example": "one record of the training data, of which the first {sequence_length} tokens are used",
+}
 _RELATIONS = {
     "zero_out": "the two data sets differ in the content of one unit, which one of them replaces by an empty unit; the number of"
     " units is public",
@@ -89,6 +94,12 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
         if held_out != 0
         else ""
     )
+    origin = (
+        f" Training started from an existing checkpoint (SHA-256 {declared['init_sha256']}): what that one reveals about the data it was"
+        " made from is NOT covered."
+        if declared["init_sha256"] is not None
+        else ""
+    )
     return (
         f"The trained parameters are ({round_up(bracket.upper)}, {executed.delta:g})-differentially private with respect to one unit,"
         f" which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every"
@@ -96,7 +107,7 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
         " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what content one unit took"
         " part. It does not hide facts that many units share: a person who appears in k units is protected less, roughly k times"
         " epsilon and worse. It does not cover the folder private/ (secret keys, raw losses and norms), the progress shown on the"
-        " operator's terminal, the choice of settings by earlier runs on the same data, or the tokenizer." + held
+        " operator's terminal, the choice of settings by earlier runs on the same data, or the tokenizer." + origin + held
     )
 
 
@@ -130,10 +141,17 @@ def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict
         "cross_check": bracket.cross_check,
         "statement": statement(executed, bracket),
         "deviations": executed.deviations,
-        "exports": [event["files"].get("model.safetensors") for event in executed.events if event["kind"] == "export"],
+        "trained_parameters": declared["trained_parameters"],
+        "init_sha256": declared["init_sha256"],
+        "exports": [exported_weights(event) for event in executed.events if event["kind"] == "export"],
         "ledger_seal": declared["seal"],
         "ledger_head": ledger_head,
     }
+
+
+def exported_weights(event: dict) -> dict[str, str]:
+    """SHA-256 of the weight files that an export event names, by file name."""
+    return {name: digest for name, digest in sorted(event["files"].items()) if name.endswith(WEIGHTS_SUFFIX)}
 
 
 def seal_text(declared: dict) -> str:
@@ -185,4 +203,15 @@ def model_card(report: dict, step: int) -> str:
 Deviations:
 
 {deviations}
+"""
+
+
+def plain_card() -> str:
+    """README.md of a model that dpgemma wrote without having trained it."""
+    return """# Model converted with dpgemma
+
+## Privacy
+
+No differentially private training was done here: these are the weights of another directory, in another layout of files. Whatever
+guarantee they came with is stated there, and nothing is added to it.
 """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from accounting import executed as executed_lib
 from accounting import ledger as ledger_lib
+from accounting import report
 from accounting.accountant import Accountant, EpsilonBracket
 from accounting.audit import document_checks, export_checks, ledger_checks, secrecy_checks
 from accounting.audit.findings import AuditResult, Finding
@@ -27,8 +28,8 @@ def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[
       InputError: the folder is no run, or an export is no export.
     """
     for folder in exports:
-        if not (folder / export_checks.WEIGHTS).is_file():
-            raise InputError(f"{folder} is no exported model: it has no {export_checks.WEIGHTS}")
+        if not export_checks.weight_files(folder):
+            raise InputError(f"{folder} is no exported model: it has no *{report.WEIGHTS_SUFFIX}")
     names = [*secrecy_checks.PUBLIC_FILES[:3], "checkpoints"]
     if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
@@ -146,7 +147,7 @@ class _Audit:
             self.findings.append(Finding("missing_file", f"checkpoints/{known[-1]}", "the ledger recorded it last"))
 
     def _exports(self, lines: list[ledger_lib.Line], exports: Sequence[pathlib.Path]) -> None:
-        inside = [path.parent for path in secrecy_checks.other_files(self.workdir) if path.name == export_checks.WEIGHTS]
+        inside = sorted({path.parent for path in secrecy_checks.other_files(self.workdir) if path.suffix == report.WEIGHTS_SUFFIX})
         for folder in [*inside, *(folder for folder in exports if folder not in inside)]:
             name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
             self.findings += export_checks.export(folder, name, lines, self._derive)

@@ -10,8 +10,12 @@ from accounting.audit.document_checks import Derive, same_rounded
 from accounting.audit.findings import Finding
 from accounting.ledger import Line
 
-WEIGHTS = "model.safetensors"
 CARD = "README.md"
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that make a folder an export: weights of a model or of adapters."""
+    return sorted(folder.glob(f"*{report.WEIGHTS_SUFFIX}"))
 
 
 def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
@@ -20,10 +24,11 @@ def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Deriv
     Args:
       name: how findings call it.
     """
-    weights = report.file_digest(folder / WEIGHTS)
-    places = [i for i, line in enumerate(lines) if line.record["kind"] == "export" and line.record["files"].get(WEIGHTS) == weights]
+    weights = {path.name: report.file_digest(path) for path in weight_files(folder)}
+    places = [i for i, line in enumerate(lines) if line.record["kind"] == "export" and report.exported_weights(line.record) == weights]
     if not places:
-        yield Finding("export_unknown", f"{name}/{WEIGHTS}", f"no export event of the ledger has its SHA-256 {weights}")
+        for file, digest in weights.items():
+            yield Finding("export_unknown", f"{name}/{file}", f"no export event of the ledger has its SHA-256 {digest}")
         return
     # The same checkpoint may have been exported more than once, at different heads of the ledger.
     fitting = [i for i in places if _digest(folder / CARD) == lines[i].record["files"].get(CARD)]

@@ -59,6 +59,10 @@ def string(name: str, default: str | None, text: str, fv: flags.FlagValues) -> N
     flags.DEFINE_string(name, default, text, fv)
 
 
+def strings(name: str, text: str, fv: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(name, None, text, fv)
+
+
 def choice(name: str, default: str, choices: tuple[str, ...], text: str, fv: flags.FlagValues) -> None:
     flags.DEFINE_enum(name, default, choices, text, fv)
 

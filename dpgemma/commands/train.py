@@ -37,26 +37,28 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     Raises:
       InputError: anything that the user can mend.
     """
-    from dpgemma.data import dataset, packing, sources
-    from dpgemma.gemma import decoder
+    from dpgemma.data import dataset, units
     from dpgemma.gemma import tokenizer as tokenizer_lib
     from dpgemma.training import loop, mesh, plan, progress, run_directory
+    from dpgemma.training import start as start_lib
 
+    start = start_lib.of(config)
+    config = dataclasses.replace(config, tokenizer=start_lib.tokenizer_of(config), mesh=mesh.resolve(config.mesh))
     tokenizer = tokenizer_lib.load(config.tokenizer)
-    model = plan.model_config(config, tokenizer.vocab_size)
-    config = dataclasses.replace(config, mesh=mesh.resolve(config.mesh))
+    tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
     path = pathlib.Path(workdir or f"runs/{config.digest()[:8]}")
     run = run_directory.open_existing(path)
     keys = run.keys() if run else keys or run_directory.Keys.generate()
 
-    rows = packing.pack(sources.documents(config.data, config.text_field), tokenizer, config.sequence_length)
+    unit, rows = units.rows(config.privacy_unit, config.data, config.text_field, tokenizer, config.sequence_length)
+    config = dataclasses.replace(config, privacy_unit=unit)
     data = dataset.split(rows, keys.holdout, config.holdout_fraction)
     config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
     fingerprint = run_directory.fingerprint(keys, rows)
+    start_event = plan.start_event(config, start, len(data.held_out))
     if run:
-        run.check_resumable(config.as_dict(), fingerprint)
+        run.check_resumable(config.as_dict(), fingerprint, start_event)
     else:
-        start_event = plan.start_event(config, decoder.num_parameters(model), len(data.held_out))
         run = run_directory.create(path, config.as_dict(), keys, fingerprint, start_event)
-    progress.inform(plan.summary(config, path))
-    return loop.Trainer(config, model, tokenizer, data, run)
+    progress.inform(plan.summary(config, start, path))
+    return loop.Trainer(config, start, tokenizer, data, run)

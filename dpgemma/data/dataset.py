@@ -6,13 +6,14 @@ import numpy as np
 
 from accounting.errors import InputError
 from dpgemma.data import holdout
+from dpgemma.data.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows int32 [M, S]; training unit u is row training[u]."""
+    """Training unit u is row training[u]."""
 
-    rows: np.ndarray
+    rows: Rows
     training: np.ndarray
     held_out: np.ndarray
 
@@ -20,25 +21,22 @@ class Dataset:
     def num_units(self) -> int:
         return len(self.training)
 
-    def batch(self, units: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [slots, S] of the drawn units in front and zeros behind, and the mask of what is drawn. Shapes are public constants.
+    def batch(self, units: np.ndarray, slots: int) -> tuple[dict, np.ndarray]:
+        """Rows (arrays [slots, S]) of the drawn units in front and zeros behind, and the mask of the drawn. Shapes are public constants.
 
         Where more units were declared than there are, the numbers beyond the last one stand for units without content.
         """
         units = units[units < self.num_units]
-        batch = np.zeros((slots, self.rows.shape[1]), np.int32)
-        mask = np.arange(slots) < len(units)
-        batch[: len(units)] = self.rows[self.training[units]]
-        return batch, mask
+        return self.rows.take(self.training[units], slots), np.arange(slots) < len(units)
 
 
-def spread(batch: np.ndarray, mask: np.ndarray, devices: int) -> tuple[np.ndarray, np.ndarray]:
+def spread(batch: dict, mask: np.ndarray, devices: int) -> tuple[dict, np.ndarray]:
     """Deals slots out to devices in turn, so that each has its units in front and as many as any other, to within one."""
     deal = lambda x: np.ascontiguousarray(np.swapaxes(x.reshape(-1, devices, *x.shape[1:]), 0, 1)).reshape(x.shape)
-    return deal(batch), deal(mask)
+    return {name: deal(column) for name, column in batch.items()}, deal(mask)
 
 
-def split(rows: np.ndarray, secret: bytes, fraction: float) -> Dataset:
+def split(rows: Rows, secret: bytes, fraction: float) -> Dataset:
     """Assigns every row to training or hold-out by a keyed hash of its number.
 
     Raises:

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from accounting.errors import InputError
+from dpgemma.data.rows import Rows
 
 
-def pack(documents: Iterable[bytes], tokenizer, length: int) -> np.ndarray:
-    """Rows int32 [M, length]: documents, each closed by eos, one after the other; the last row is filled with pad.
+def pack(documents: Iterable[bytes], tokenizer, length: int) -> Rows:
+    """Rows of `length` tokens: documents, each closed by eos, one after the other; the last row is filled with pad. All text is scored.
 
     Raises:
       InputError: no text at all.
@@ -26,5 +27,6 @@ def pack(documents: Iterable[bytes], tokenizer, length: int) -> np.ndarray:
     if not pieces:
         raise InputError("the data are empty: there is no text to train on")
     stream = np.concatenate(pieces)
-    stream = np.pad(stream, (0, -stream.size % length), constant_values=tokenizer.pad)
-    return stream.reshape(-1, length)
+    fill = (0, -stream.size % length)
+    scored = np.pad(np.ones(stream.size, bool), fill)
+    return Rows(np.pad(stream, fill, constant_values=tokenizer.pad).reshape(-1, length), scored.reshape(-1, length))

@@ -1,6 +1,6 @@
 """Where documents come from: the synthetic corpus, text files, JSONL files, and TFDS data sets already on disk.
 
-Every source yields documents as bytes in a fixed order. Nothing is ever downloaded.
+Every source yields records, or the documents in one of their fields as bytes, in a fixed order. Nothing is ever downloaded.
 """
 
 import glob
@@ -17,24 +17,41 @@ _READ_BATCH = 1024
 
 
 def documents(data: str, text_field: str = "text") -> Iterator[bytes]:
-    """The documents that --data names.
-
-    Args:
-      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", a path or glob of text files (one document each) or of .jsonl files (one
-        document per line, in `text_field`).
+    """The documents that --data names: one field of every record.
 
     Raises:
-      InputError: nothing there, or a record without the field.
+      InputError: nothing there, or a record without text in that field.
+    """
+    for number, record in enumerate(records(data, text_field), start=1):
+        text = record.get(text_field)
+        if not isinstance(text, (bytes, str)):
+            raise InputError(
+                f"record {number} of --data={data} has no text in field {text_field!r}: see --text_field, or --privacy_unit=example for"
+                " records with prompt and response or with messages"
+            )
+        yield text if isinstance(text, bytes) else text.encode()
+
+
+def records(data: str, text_field: str = "text") -> Iterator[dict]:
+    """The records that --data names.
+
+    Args:
+      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", a path or glob of text files (one record each, with one field) or of .jsonl files
+        (one record per line).
+      text_field: what the only field is called where the source has no names for fields.
+
+    Raises:
+      InputError: nothing there, or a line that is no JSON object.
     """
     if data == SYNTHETIC:
         from dpgemma.data import synthetic
 
-        yield from _tfds_documents(synthetic.prepared(), "text")
+        yield from ({text_field: record["text"]} for record in _tfds_records(synthetic.prepared()))
     elif data.startswith(TFDS_PREFIX):
-        yield from _tfds_documents(_prepared_builder(data.removeprefix(TFDS_PREFIX)), text_field)
+        yield from _tfds_records(_prepared_builder(data.removeprefix(TFDS_PREFIX)))
     else:
         for path in _files(data):
-            yield from _jsonl_documents(path, text_field) if path.suffix == ".jsonl" else [path.read_bytes()]
+            yield from _jsonl_records(path) if path.suffix == ".jsonl" else [{text_field: path.read_bytes()}]
 
 
 def _files(data: str) -> list[pathlib.Path]:
@@ -44,18 +61,18 @@ def _files(data: str) -> list[pathlib.Path]:
     return paths
 
 
-def _jsonl_documents(path: pathlib.Path, text_field: str) -> Iterator[bytes]:
+def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[text_field]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise InputError(f"{path}, line {number}: no JSON object with a string in {text_field!r}; see --text_field")
-            yield text.encode()
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise InputError(f"{path}, line {number}: no JSON object")
+            yield record
 
 
 def _prepared_builder(name: str):
@@ -74,11 +91,7 @@ def _prepared_builder(name: str):
         ) from None
 
 
-def _tfds_documents(builder, text_field: str) -> Iterator[bytes]:
+def _tfds_records(builder) -> Iterator[dict]:
     source = builder.as_data_source(split="train")
     for first in range(0, len(source), _READ_BATCH):
-        for record in source.__getitems__(range(first, min(first + _READ_BATCH, len(source)))):
-            text = record.get(text_field)
-            if not isinstance(text, (bytes, str)):
-                raise InputError(f"TFDS data set {builder.name!r} has no text in field {text_field!r}; see --text_field")
-            yield text if isinstance(text, bytes) else text.encode()
+        yield from source.__getitems__(range(first, min(first + _READ_BATCH, len(source))))

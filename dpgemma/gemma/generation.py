@@ -1,5 +1,6 @@
-"""Sampling text from a decoder, token by token."""
+"""Sampling text from a decoder, with the keys, values and states of earlier tokens kept."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,36 +10,121 @@ import numpy as np
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
 
+# Tokens of the prompt that are read at a time: scores exist for these only, and every prompt runs the same program.
+PREFILL = 128
 
-@functools.partial(jax.jit, static_argnums=0)
-def _next_logits(config: GemmaConfig, parameters, tokens, length):
-    """Logits [V] that follow the first `length` of tokens [T]; causal, so what comes after does not matter."""
-    hidden = decoder.hidden_states(config, parameters, tokens)
-    return decoder.logits(config, parameters, hidden[length - 1])
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens; None for all.
+      top_p: only the smallest set of likeliest tokens whose probabilities reach p (Holtzman et al. 2019, arXiv 1904.09751).
+      seed: of the choice. Row i of a batch draws from a stream of its own.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
+            raise ValueError("temperature must be at least 0, top_k at least 1 and top_p in (0, 1]")
+
+
+def filtered(logits, sampling: Sampling):
+    """Logits [..., V] after temperature, with those of tokens that may not be drawn at minus infinity."""
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        # A token stays while those before it have not reached p: the first always does.
+        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+        smallest = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return logits
+
+
+def _choose(logits, sampling: Sampling, keys, position):
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(jax.random.fold_in)(keys, position)
+    return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def _read(config: GemmaConfig, parameters, cache, tokens, positions, lengths, dtype):
+    """Reads PREFILL tokens; returns the hidden state of each row's last prompt token (if it is among them) and the cache."""
+    hidden, cache = decoder.extend(config, parameters, cache, tokens, positions, positions < lengths[:, None], dtype=dtype)
+    last = jnp.clip(lengths - 1 - positions[:, 0], 0, tokens.shape[1] - 1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 8))
+def _continue(config: GemmaConfig, sampling: Sampling, parameters, cache, hidden, lengths, limits, stop, new_tokens: int, keys):
+    """Up to `new_tokens` tokens for every row, until all have stopped: ids [B, new_tokens], -1 where there is none."""
+    rows = lengths.shape[0]
+
+    def goes_on(carry):
+        step, *_, done = carry
+        return (step < new_tokens) & ~done.all()
+
+    def add_token(carry):
+        step, cache, hidden, ids, done = carry
+        token = _choose(decoder.logits(config, parameters, hidden), sampling, keys, lengths + step)
+        done = done | (token[:, None] == stop).any(axis=1) | (step >= limits)
+        ids = ids.at[:, step].set(jnp.where(done, -1, token))
+        positions = (lengths + step)[:, None]
+        hidden, cache = decoder.extend(config, parameters, cache, token[:, None], positions, ~done[:, None], dtype=hidden.dtype)
+        return step + 1, cache, hidden[:, 0], ids, done
+
+    ids = jnp.full((rows, new_tokens), -1, jnp.int32)
+    return jax.lax.while_loop(goes_on, add_token, (0, cache, hidden, ids, jnp.zeros(rows, bool)))[3]
 
 
 def generate(
-    config: GemmaConfig, parameters, prompt: np.ndarray, max_new_tokens: int, *, temperature: float, seed: int, stop: int, pad: int
-) -> np.ndarray:
-    """Up to max_new_tokens ids that continue prompt [P], ended by `stop`, which is left out.
+    config: GemmaConfig,
+    parameters: dict,
+    prompts: list[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop: tuple[int, ...],
+    dtype=jnp.float32,
+) -> list[np.ndarray]:
+    """Ids that continue each prompt, ended by one of `stop`, which is left out, or by the model's context.
 
     Args:
-      prompt: ids, beginning with bos; prompt and continuation together must fit the model's context.
-      temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
+      prompts: ids, each beginning with bos; they may differ in length.
+
+    Raises:
+      ValueError: an empty prompt, or one that leaves no room in the model's context.
     """
-    size = len(prompt) + max_new_tokens
-    if size > config.max_length:
-        raise ValueError(f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {config.max_length}")
-    tokens = np.full(size, pad, np.int32)
-    tokens[: len(prompt)] = prompt
-    key = jax.random.key(seed)
-    for length in range(len(prompt), size):
-        logits = _next_logits(config, parameters, jnp.asarray(tokens), length)
-        if temperature == 0:
-            token = int(jnp.argmax(logits))
-        else:
-            token = int(jax.random.categorical(jax.random.fold_in(key, length), logits / temperature))
-        if token == stop:
-            return tokens[len(prompt) : length]
-        tokens[length] = token
-    return tokens[len(prompt) :]
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not lengths.size or lengths.min() < 1 or lengths.max() >= config.max_length:
+        raise ValueError(f"prompts must have between 1 and {config.max_length - 1} tokens, got {lengths.tolist()}")
+    size = int(min(lengths.max() + max_new_tokens, config.max_length))
+    padded = -(-int(lengths.max()) // PREFILL) * PREFILL
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    cache, hidden = decoder.init_cache(config, len(prompts), size, dtype), None
+    for first in range(0, padded, PREFILL):
+        positions = np.broadcast_to(np.arange(first, first + PREFILL, dtype=np.int32), (len(prompts), PREFILL))
+        here, cache = _read(config, parameters, cache, tokens[:, first : first + PREFILL], positions, lengths, dtype)
+        is_last = ((lengths - 1) // PREFILL * PREFILL == first)[:, None]
+        hidden = here if hidden is None else jnp.where(is_last, here, hidden)
+    keys = jax.random.split(jax.random.key(sampling.seed), len(prompts))
+    # A row may go on to the end of the context, and no row further than it was asked to.
+    limits = np.minimum(max_new_tokens, config.max_length - lengths)
+    new_tokens = int(limits.max())
+    ids = np.asarray(
+        _continue(config, sampling, parameters, cache, hidden, lengths, limits, np.array(stop, np.int32), new_tokens, keys)
+    )  # fmt: skip
+    return [row[: np.argmax(row < 0)] if (row < 0).any() else row for row in ids]

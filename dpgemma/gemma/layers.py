@@ -1,29 +1,59 @@
 """The operations where weights meet activations, and the ones without weights around them.
 
 Shape letters: T tokens, D model width, N query heads, K key-value heads, H head width, F feed-forward width, V vocabulary.
-A leading `...` stands for any batch axes. Weights are stored in float32 and cast to the activations' type where they are used.
+A leading `...` stands for any batch axes. Weights are cast to the activations' type where they are used.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpgemma.gemma.config import GemmaConfig, Rope
+from dpgemma.gemma.config import GemmaConfig, Lora, Rope
 
 # Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
 PRECISION = jax.lax.Precision.HIGHEST
 EMBEDDING_SCALE = 0.02
 
 
-class Einsum(nnx.Module):
-    """A weight contracted with its input by an einsum equation `x,w->y`."""
+def _contract(equation: str, x, weight):
+    return jnp.einsum(equation, x, weight.astype(x.dtype), precision=PRECISION)
 
-    def __init__(self, equation: str, shape: tuple[int, ...], fan_in: int, *, gain: float = 1.0, rngs: nnx.Rngs):
+
+class Einsum(nnx.Module):
+    """A linear layer: a weight contracted with its input by an einsum equation `x,w->y`, with an optional bias and an optional adapter.
+
+    The weight's axes are those it shares with the input, then those it adds to the output; so it is a matrix [fan-in, fan-out] with its
+    axes split.
+    """
+
+    def __init__(
+        self, equation: str, shape: tuple[int, ...], *, gain: float = 1.0, bias: bool = False, lora: Lora | None = None, rngs: nnx.Rngs
+    ):
+        inputs, weight = equation.split("->")[0].split(",")
+        outputs = equation.split("->")[1]
+        shared = sum(letter in inputs for letter in weight)
+        fan_in = math.prod(shape[:shared])
         self.equation = equation
         self.w = nnx.Param(jax.random.normal(rngs.params(), shape) * (gain * fan_in**-0.5))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(shape[shared:]))
+        self.lora = lora
+        if lora is not None:
+            between = "".join(letter for letter in inputs if letter not in weight) + "r"
+            self.down_equation = f"{inputs},{weight[:shared]}r->{between}"
+            self.up_equation = f"{between},r{weight[shared:]}->{outputs}"
+            bound = fan_in**-0.5
+            self.lora_a = nnx.Param(jax.random.uniform(rngs.params(), (*shape[:shared], lora.rank), minval=-bound, maxval=bound))
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, *shape[shared:])))
 
     def __call__(self, x):
-        return jnp.einsum(self.equation, x, self.w[...].astype(x.dtype), precision=PRECISION)
+        y = _contract(self.equation, x, self.w[...])
+        if self.lora is not None:
+            low = _contract(self.down_equation, x, self.lora_a[...])
+            y = y + _contract(self.up_equation, low, self.lora_b[...]) * jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
 class RMSNorm(nnx.Module):
@@ -36,20 +66,22 @@ class RMSNorm(nnx.Module):
     def __call__(self, x):
         x_f32 = x.astype(jnp.float32)
         normed = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)
-        return (normed * (1 + self.scale[...])).astype(x.dtype)
+        return (normed * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
 
 class Embedder(nnx.Module):
     """The tied embedding: unscaled rows [V, D], multiplied by sqrt(D) on the input side only."""
 
-    def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        self.bfloat16_scale = config.bfloat16_scale
         # Small, so that a token's own row in the residual stream does not make the first predictions copy it.
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, d_model)) * EMBEDDING_SCALE)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)) * EMBEDDING_SCALE)
 
     def encode(self, tokens, dtype):
-        rows = self.embedding[...][tokens]
-        # The published models round the scale to the parameters' type, which is float32 here.
-        return (rows * jnp.sqrt(jnp.asarray(rows.shape[-1], rows.dtype))).astype(dtype)
+        rows = self.embedding[...][tokens].astype(dtype)
+        # The published models round the scale to the type that they compute in.
+        scale = jnp.asarray(rows.shape[-1] ** 0.5, jnp.bfloat16 if self.bfloat16_scale else dtype)
+        return rows * scale.astype(dtype)
 
 
 def soft_cap(x, cap: float | None):
@@ -57,51 +89,25 @@ def soft_cap(x, cap: float | None):
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rotary_angles(length: int, head_dim: int, rope: Rope):
-    """Angles [T, H/2] of the half-split rotary embedding."""
-    inverse_frequency = rope.theta ** -(jnp.arange(head_dim // 2, dtype=jnp.float32) * 2 / head_dim)
-    return jnp.arange(length, dtype=jnp.float32)[:, None] / rope.linear_factor * inverse_frequency
+def rotary_angles(positions, head_dim: int, rope: Rope):
+    """Angles [..., R/2] at positions [...] of the half-split rotary embedding of the first R = share * H entries of each head."""
+    rotated = int(head_dim * rope.share)
+    inverse_frequency = rope.theta ** -(jnp.arange(rotated // 2, dtype=jnp.float32) * 2 / rotated)
+    return positions.astype(jnp.float32)[..., None] / rope.linear_factor * inverse_frequency
 
 
 def rotate(x_TxNxH, angles):
-    """Rotates the pairs (i, i + H/2) of every head by that position's angles [T, H/2]."""
+    """Rotates the pairs (i, i + R/2) of every head by that position's angles [..., T, R/2]; entries from R on stay as they are."""
+    half = angles.shape[-1]
     x_f32 = x_TxNxH.astype(jnp.float32)
-    first, second = jnp.split(x_f32, 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TxNxH.dtype)
+    first, second, rest = x_f32[..., :half], x_f32[..., half : 2 * half], x_f32[..., 2 * half :]
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x_TxNxH.dtype)
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention with optional query/key norms and score soft-cap; scores and softmax in float32."""
-
-    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
-        c = config
-        self.config = c
-        self.q = Einsum("...td,ndh->...tnh", (c.num_heads, c.d_model, c.head_dim), c.d_model, rngs=rngs)
-        self.k = Einsum("...td,kdh->...tkh", (c.num_kv_heads, c.d_model, c.head_dim), c.d_model, rngs=rngs)
-        self.v = Einsum("...td,kdh->...tkh", (c.num_kv_heads, c.d_model, c.head_dim), c.d_model, rngs=rngs)
-        # Residual branches start small, so that depth does not grow the stream's variance.
-        gain = (2 * c.num_layers) ** -0.5
-        fan_in = c.num_heads * c.head_dim
-        self.out = Einsum("...tnh,nhd->...td", (c.num_heads, c.head_dim, c.d_model), fan_in, gain=gain, rngs=rngs)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
-
-    def __call__(self, x, angles, mask_TxS):
-        c = self.config
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
-        q = q * jnp.asarray(c.query_scalar**-0.5, q.dtype)
-        # Query head n reads key-value head n // (N / K).
-        q = q.reshape(*q.shape[:-2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
-        scores = jnp.einsum("...tkgh,...skh->...kgts", q, k, precision=PRECISION, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask_TxS, soft_cap(scores, c.attention_cap), jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("...kgts,...skh->...tkgh", weights, v, precision=PRECISION)
-        return self.out(mixed.reshape(*mixed.shape[:-3], c.num_heads, c.head_dim))
+def residual_gain(config: GemmaConfig) -> float:
+    """Residual branches start small, so that depth does not grow the stream's variance."""
+    return (2 * config.num_layers) ** -0.5
 
 
 class FeedForward(nnx.Module):
@@ -109,31 +115,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         c = config
-        self.gate = Einsum("...td,df->...tf", (c.d_model, c.d_ff), c.d_model, rngs=rngs)
-        self.up = Einsum("...td,df->...tf", (c.d_model, c.d_ff), c.d_model, rngs=rngs)
-        gain = (2 * c.num_layers) ** -0.5
-        self.down = Einsum("...tf,fd->...td", (c.d_ff, c.d_model), c.d_ff, gain=gain, rngs=rngs)
+        options = lambda name: dict(bias=c.biases, lora=c.adapter(name), rngs=rngs)
+        self.gate = Einsum("...td,df->...tf", (c.d_model, c.d_ff), **options("gate_proj"))
+        self.up = Einsum("...td,df->...tf", (c.d_model, c.d_ff), **options("up_proj"))
+        self.down = Einsum("...tf,fd->...td", (c.d_ff, c.d_model), gain=residual_gain(c), **options("down_proj"))
 
     def __call__(self, x):
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
-
-
-class Block(nnx.Module):
-    """One decoder layer: pre-norm residual attention, then pre-norm residual feed-forward."""
-
-    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
-        norm = lambda: RMSNorm(config.d_model, config.norm_eps)
-        self.post_norms = config.post_norms
-        self.pre_attention_norm = norm()
-        self.attention = Attention(config, rngs=rngs)
-        self.pre_ffw_norm = norm()
-        self.mlp = FeedForward(config, rngs=rngs)
-        if config.post_norms:
-            self.post_attention_norm = norm()
-            self.post_ffw_norm = norm()
-
-    def __call__(self, x, angles, mask_TxS):
-        attended = self.attention(self.pre_attention_norm(x), angles, mask_TxS)
-        x = x + (self.post_attention_norm(attended) if self.post_norms else attended)
-        fed = self.mlp(self.pre_ffw_norm(x))
-        return x + (self.post_ffw_norm(fed) if self.post_norms else fed)

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy against the tied embedding, in vocabulary chunks."""
+"""Next-token cross-entropy against the tied embedding, in vocabulary chunks where all logits would not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from dpgemma.gemma.layers import PRECISION, soft_cap
 
 CHUNK = 8192
+# Up to this many logits (128 MiB in float32) are kept for the backward pass; more are made anew, chunk by chunk.
+MOST_LOGITS = 2**25
 
 
 def _chunk_size(vocab_size: int, target: int) -> int:
@@ -15,20 +17,27 @@ def _chunk_size(vocab_size: int, target: int) -> int:
     return next((c for c in range(target, target // 2, -1) if vocab_size % c == 0), target)
 
 
-def cross_entropy(hidden, embedding_VxD, targets, *, final_cap: float | None = None, chunk: int = CHUNK):
+def cross_entropy(hidden, embedding_VxD, targets, *, final_cap: float | None = None, chunk: int | None = None):
     """Negative log-likelihood [..., T] in nats of targets [..., T] given hidden states [..., T, D].
 
-    Logits exist for `chunk` words of the vocabulary at a time, in the forward and in the backward pass: a running maximum and a
-    rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3).
+    Args:
+      chunk: words of the vocabulary whose logits exist at a time, in the forward and in the backward pass: a running maximum and a
+        rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3). By
+        default all of them where they are few.
     """
     vocab_size, width = embedding_VxD.shape
-    size = _chunk_size(vocab_size, chunk)
-    count = -(-vocab_size // size)
 
     def capped_logits(words, equation):
         words = words.astype(hidden.dtype)
         z = jnp.einsum(equation, hidden, words, precision=PRECISION, preferred_element_type=jnp.float32)
         return soft_cap(z, final_cap)
+
+    if chunk is None and targets.size * vocab_size <= MOST_LOGITS:
+        z = capped_logits(embedding_VxD, "...d,vd->...v")
+        return jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+
+    size = _chunk_size(vocab_size, chunk or CHUNK)
+    count = -(-vocab_size // size)
 
     @jax.checkpoint  # without it the backward pass would keep every chunk's logits
     def accumulate(carry, xs):
@@ -42,8 +51,5 @@ def cross_entropy(hidden, embedding_VxD, targets, *, final_cap: float | None = N
 
     words = jnp.pad(embedding_VxD, ((0, count * size - vocab_size), (0, 0))).reshape(count, size, width)
     start = (jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape))
-    if count == 1:
-        (maximum, total), _ = accumulate(start, (words[0], 0))
-    else:
-        (maximum, total), _ = jax.lax.scan(accumulate, start, (words, jnp.arange(count) * size))
+    (maximum, total), _ = jax.lax.scan(accumulate, start, (words, jnp.arange(count) * size))
     return maximum + jnp.log(total) - capped_logits(embedding_VxD[targets], "...d,...d->...")

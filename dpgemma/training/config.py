@@ -17,7 +17,11 @@ SEALS = {"chain": ledger_lib.CHAIN, "hmac": ledger_lib.KEYED_CHAIN}
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
-PRIVACY_UNITS = ("sequence",)
+# As in gemma.decoder and gemma.attention, which are not imported here: --help must answer at once.
+REMAT_POLICIES = ("none", "block", "dots")
+ATTENTION = ("auto", "dense", "blockwise", "fused")
+AUTO, SEQUENCE, EXAMPLE = "auto", "sequence", "example"
+PRIVACY_UNITS = (AUTO, SEQUENCE, EXAMPLE)
 
 
 def _setting(default, text: str, choices: tuple[str, ...] | None = None):
@@ -28,12 +32,23 @@ def _setting(default, text: str, choices: tuple[str, ...] | None = None):
 class TrainConfig:
     """Settings as given (None: to be resolved) or, after resolution, as used. Defaults are constants, never taken from data."""
 
-    model: str = _setting("tiny", "Preset of the model: tiny or vaultgemma_1b.")
+    model: str | None = _setting(None, "Preset to train from random weights, such as tiny (the default) or vaultgemma_1b.")
+    init_from: str | None = _setting(None, "Hugging Face directory to start from: its architecture, weights and, by default, tokenizer.")
+    lora_rank: int | None = _setting(None, "Rank of low-rank adapters; given, they alone are trained, and --init_from stays as it is.")
+    lora_alpha: float | None = _setting(None, "Scale of the adapters, divided by the rank; omitted, it is the rank.")
+    lora_targets: str = _setting("all", "Linear layers that get adapters: all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,...")
     data: str = _setting("synthetic", "synthetic, a text file or glob, a .jsonl file or glob, or tfds:NAME prepared on disk.")
     text_field: str = _setting("text", "Field of a JSONL or TFDS record that holds the text.")
-    tokenizer: str = _setting("byte", "byte, or the path of a SentencePiece .model file.")
+    tokenizer: str | None = _setting(
+        None, "byte, a SentencePiece .model file, or a Hugging Face directory; by default that of --init_from, else byte."
+    )
     sequence_length: int = _setting(128, "Tokens per row.")
-    privacy_unit: str = _setting("sequence", "What the guarantee protects: sequence (one row).")
+    privacy_unit: str = _setting(
+        AUTO,
+        "What the guarantee protects: sequence (a row of packed text) or example (a record with prompt and response, with messages, or with"
+        " text, in a row of its own); auto looks at the fields of the first record.",
+        PRIVACY_UNITS,
+    )
     holdout_fraction: float = _setting(0.1, "Share of units held out for evaluation; they are not trained on and not covered.")
     neighbouring_relation: str = _setting("zero_out", "Neighbouring data sets.", mechanism_lib.RELATIONS)
     num_units: int | None = _setting(None, "Declared number of training units; needed under add_or_remove, where counting would leak.")
@@ -53,7 +68,15 @@ class TrainConfig:
     weight_decay: float = _setting(0.0, "Decoupled weight decay (adamw).")
     dtype: str = _setting("float32", "Type of activations and matrix products; norms, sums and noise stay float32.", DTYPES)
     remat: str = _setting(
-        "none", "What the backward pass recomputes: none keeps activations, block recomputes each block.", ("none", "block")
+        "none",
+        "What the backward pass recomputes: none keeps activations, block recomputes each block, dots all but products with weights.",
+        REMAT_POLICIES,
+    )
+    attention: str = _setting(
+        AUTO,
+        "How attention is computed: dense keeps all scores, blockwise a tile of them, fused is JAX's own (no soft-caps); auto is dense up"
+        " to 1024 tokens and blockwise beyond.",
+        ATTENTION,
     )
     mesh: str = _setting("auto", "Devices: auto, or data:N. On a CPU, auto makes one device per core, up to 8.")
     seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
@@ -69,10 +92,12 @@ class TrainConfig:
         for name in ("sequence_length", "batch_size", "steps", "microbatch_size", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.privacy_unit not in PRIVACY_UNITS:
-            raise InputError(
-                f"--privacy_unit={self.privacy_unit} is not supported yet: only sequence (one row of --sequence_length tokens) is"
-            )
+        if self.model is not None and self.init_from is not None:
+            raise InputError("--init_from brings its own architecture: drop --model")
+        if self.lora_rank is not None and self.init_from is None:
+            raise InputError("adapters need weights to adapt: give --init_from=FOLDER, or drop --lora_rank")
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise InputError("--lora_alpha has no meaning without --lora_rank: give both or neither")
         if not 0 <= self.holdout_fraction < 1:
             raise InputError(f"--holdout_fraction must be at least 0 and below 1, got {self.holdout_fraction:g}")
         if not 0 < self.delta < 1:

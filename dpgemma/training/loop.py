@@ -14,8 +14,7 @@ from accounting.curve import EpsilonCurve
 from accounting.errors import InputError
 from accounting.ledger import Ledger
 from dpgemma.data.dataset import Dataset, spread
-from dpgemma.gemma import decoder
-from dpgemma.gemma.config import GemmaConfig
+from dpgemma.gemma import lora
 from dpgemma.privacy.noise import noise_keys
 from dpgemma.privacy.poisson import PoissonSampler
 from dpgemma.training import loss as loss_lib
@@ -25,6 +24,7 @@ from dpgemma.training import plan, progress, reporting
 from dpgemma.training.checkpoint import Checkpoints
 from dpgemma.training.config import TrainConfig
 from dpgemma.training.run_directory import RunDirectory
+from dpgemma.training.start import StartingPoint
 from dpgemma.training.step import TrainState, make_train_step
 
 
@@ -48,15 +48,15 @@ def stop_on_signal():
 class Trainer:
     """One run. Its mechanism, built once from the resolved configuration, is all that sampler, step, ledger and report see of it."""
 
-    def __init__(self, config: TrainConfig, model: GemmaConfig, tokenizer, data: Dataset, run: RunDirectory):
-        self.config, self.model, self.tokenizer, self.data, self.run = config, model, tokenizer, data, run
+    def __init__(self, config: TrainConfig, start: StartingPoint, tokenizer, data: Dataset, run: RunDirectory):
+        self.config, self.start, self.tokenizer, self.data, self.run = config, start, tokenizer, data, run
         self.mechanism = plan.mechanism_of(config)
         self.accountant = Accountant(self.mechanism)
         if self.accountant.upper(config.delta) > config.epsilon:
             raise InputError(f"{config.steps} steps would exceed epsilon {config.epsilon:g}: take fewer steps or start another run")
         self.mesh = mesh_lib.make(config.mesh)
         self.optimizer = optimizer_lib.make(config)
-        self.dtype = jnp.dtype(config.dtype)
+        self.computation = dict(bos=tokenizer.bos, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention)
 
     def train(self) -> float | None:
         """Runs to the last step; returns bits per byte on the held-out rows (NaN if there are none), or None if a signal came first."""
@@ -64,35 +64,30 @@ class Trainer:
             with contextlib.closing(self.run.open_ledger()) as ledger:
                 for deviation in executed.of(ledger.records).deviations:
                     progress.warn(deviation)
-                step, state = self._start_or_resume(checkpoints, ledger)
-                step, state = self._take_steps(step, state, checkpoints, ledger)
+                step, state, frozen = self._start_or_resume(checkpoints, ledger)
+                step, state = self._take_steps(step, state, frozen, checkpoints, ledger)
                 if step < self.mechanism.steps:
                     progress.inform(f"stopped at step {step} of {self.mechanism.steps}; the same command goes on from here")
                     return None
-                return self._finish(state, ledger)
+                return self._finish(lora.join(state.parameters, frozen), ledger)
 
-    def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState]:
+    def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState, dict]:
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        init = jax.jit(lambda key: self._initial_state(key), out_shardings=replicated)
-        state = init(jax.random.key(self.config.seed))
+        trainable, frozen = self.start.parameters(self.config.seed, replicated)
+        state = TrainState(trainable, jax.jit(self.optimizer.init, out_shardings=replicated)(trainable))
         if len(ledger.records) == 1:  # the start event alone
-            return 0, state
+            return 0, state, frozen
         step, state = checkpoints.restore(state, ledger, progress.warn) or (0, state)
         if step < self.mechanism.steps:
             ledger.append("resume", step=step)
             progress.inform(f"resuming at step {step} of {self.mechanism.steps}")
-        return step, state
+        return step, state, frozen
 
-    def _initial_state(self, key) -> TrainState:
-        parameters = decoder.init_parameters(self.model, key)
-        return TrainState(parameters, self.optimizer.init(parameters))
-
-    def _take_steps(self, first: int, state: TrainState, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState]:
+    def _take_steps(self, first: int, state: TrainState, frozen: dict, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState]:
         config, mechanism, keys = self.config, self.mechanism, self.run.keys()
         if first == mechanism.steps:
             return first, state
-        tokens = dict(bos=self.tokenizer.bos, pad=self.tokenizer.pad)
-        loss = loss_lib.row_loss(self.model, dtype=self.dtype, remat=config.remat, **tokens)
+        loss = loss_lib.row_loss(self.start.model, **self.computation)
         options = dict(strategy=config.clipping, microbatch_size=config.microbatch_size)
         dp_step = make_train_step(loss, self.optimizer, mechanism, self.mesh, **options)
         sampler = PoissonSampler(mechanism.num_units, mechanism.sampling_probability, mechanism.max_batch_size)
@@ -108,7 +103,7 @@ class Trainer:
                 units = sampler.draw(keys.sampling, t)
                 batch, mask = spread(*self.data.batch(units, mechanism.max_batch_size), self.mesh.size)
                 ledger.append_step(t, mechanism.group)
-                state, stats = jax.block_until_ready(dp_step(state, batch, mask, noise_keys(keys.noise, t)))
+                state, stats = jax.block_until_ready(dp_step(state, frozen, batch, mask, noise_keys(keys.noise, t)))
 
                 done, epsilon = t + 1, curve.at(t + 1)
                 summary = progress.private_summary(stats, len(units))
@@ -123,9 +118,9 @@ class Trainer:
                     return done, state
         return mechanism.steps, state
 
-    def _finish(self, state: TrainState, ledger: Ledger) -> float:
-        rows = self.data.rows[self.data.held_out]
-        bits = loss_lib.bits_per_byte(self.model, state.parameters, rows, self.tokenizer, self.dtype)
+    def _finish(self, parameters: dict, ledger: Ledger) -> float:
+        data = self.data
+        bits = loss_lib.bits_per_byte(self.start.model, parameters, data.rows, data.held_out, self.tokenizer, **self.computation)
         with open(self.run.private / "held_out.jsonl", "a") as file:
             file.write(json.dumps({"step": self.mechanism.steps, "bits_per_byte": bits}) + "\n")
         if not ledger.finished:

@@ -7,27 +7,10 @@ from accounting import calibration, report, truncation
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, DpSgdMechanism
-from dpgemma.gemma.config import PRESETS, GemmaConfig
+from dpgemma.gemma import decoder, lora
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM
 from dpgemma.training.config import SEALS, TrainConfig
-
-
-def model_config(config: TrainConfig, vocab_size: int) -> GemmaConfig:
-    """The preset's decoder.
-
-    Raises:
-      InputError: unknown preset, a row longer than its context, or a tokenizer with more tokens than its embedding has rows.
-    """
-    if config.model not in PRESETS:
-        raise InputError(f"--model={config.model} is no preset: choose one of {', '.join(PRESETS)}")
-    model = PRESETS[config.model]
-    if config.sequence_length > model.max_length:
-        raise InputError(
-            f"--sequence_length={config.sequence_length} exceeds the {model.max_length} tokens of {config.model}'s context: lower it"
-        )
-    if vocab_size > model.vocab_size:
-        raise InputError(f"the tokenizer has {vocab_size} tokens, more than {config.model}'s {model.vocab_size}: choose another of the two")
-    return model
+from dpgemma.training.start import StartingPoint
 
 
 def mechanism_of(config: TrainConfig) -> DpSgdMechanism:
@@ -98,27 +81,28 @@ def _units(config: TrainConfig, counted: int) -> int:
     return counted
 
 
-def start_event(config: TrainConfig, parameters: int, held_out: int) -> dict:
+def start_event(config: TrainConfig, start: StartingPoint, held_out: int) -> dict:
     """The public facts with which a ledger opens; the report is written from these and the steps alone.
 
     Args:
-      parameters: how many the model has.
       held_out: units held out.
     """
     facts = dataclasses.asdict(mechanism_of(config))
     facts.update(epsilon=config.epsilon, delta=config.delta, privacy_unit=config.privacy_unit, sequence_length=config.sequence_length)
-    facts.update(model=config.model, parameters=parameters, seal=SEALS[config.ledger_seal])
+    facts.update(model=start.name, architecture=dataclasses.asdict(start.model), init_sha256=start.sha256)
+    shapes = decoder.parameter_shapes(start.model)
+    trainable, _ = lora.split(start.model, shapes)
+    facts.update(parameters=decoder.count(shapes), trained_parameters=decoder.count(trainable), seal=SEALS[config.ledger_seal])
     # Under add_or_remove a count of units would be a count of the private data.
     facts.update(held_out_units=held_out if config.neighbouring_relation == ZERO_OUT else None)
     return report.encode(facts)
 
 
-def summary(config: TrainConfig, path) -> str:
+def summary(config: TrainConfig, start: StartingPoint, path) -> str:
     """One line for the terminal."""
     m = mechanism_of(config)
     privacy = (
         f"epsilon {config.epsilon:.4g} at delta {config.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
     )
-    return f"{config.model} in {path}: {m.num_units} units, batch {config.batch_size} (at most {m.max_batch_size}), {m.steps} steps, " + (
-        privacy if m.is_private else "NO PRIVACY (baseline)"
-    )
+    size = f"{m.num_units} units, batch {config.batch_size} (at most {m.max_batch_size}), {m.steps} steps"
+    return f"{start.name} in {path}: {size}, {privacy if m.is_private else 'NO PRIVACY (baseline)'}"

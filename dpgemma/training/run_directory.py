@@ -5,6 +5,7 @@ at all. Secret keys are 256 bits from the operating system. They lie in private/
 folder of mode 0700) and nowhere else.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -99,7 +100,7 @@ class RunDirectory:
         except OSError:
             raise InputError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
 
-    def check_resumable(self, config: dict, fingerprint: str) -> None:
+    def check_resumable(self, config: dict, fingerprint: str, start_event: dict) -> None:
         """Refuses to go on with other settings, other data or a ledger that was changed.
 
         Raises:
@@ -116,7 +117,14 @@ class RunDirectory:
             raise InputError(f"{self.data_file} is missing or damaged: the run cannot tell whether the data are its own") from None
         if known != fingerprint:
             raise InputError(f"the data differ from those that {self.path} was started with: give the same data or another --workdir")
-        self.open_ledger().close()
+        with contextlib.closing(self.open_ledger()) as ledger:
+            facts = ledger.records[0]
+        differing = [name for name in start_event if facts.get(name) != start_event[name]]
+        if differing:
+            raise InputError(
+                f"{self.path} started from something else: {', '.join(differing)} differ from its ledger; give the same --init_from or"
+                " another --workdir"
+            )
 
 
 def open_existing(path: pathlib.Path) -> RunDirectory | None:
@@ -175,6 +183,7 @@ def ledger_key(keys: Keys, config: dict) -> bytes | None:
 def fingerprint(keys: Keys, rows) -> str:
     """Keyed hash of the packed data; kept in private/, because an unkeyed one would let anyone test a guess of the data."""
     digest = hashlib.blake2b(key=keys.fingerprint, digest_size=32)
-    digest.update(repr(rows.shape).encode())
-    digest.update(rows.data)
+    for column in (rows.tokens, rows.scored):
+        digest.update(repr(column.shape).encode())
+        digest.update(column.data)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from dpgemma.training.mesh import DATA_AXIS
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint holds: parameters and the optimizer's own state, update counter included."""
+    """Everything that a checkpoint holds: the trained parameters and the optimizer's own state, update counter included."""
 
     parameters: Any
     optimizer_state: Any
@@ -35,30 +35,34 @@ class TrainState:
         return TrainState(optax.apply_updates(self.parameters, updates), optimizer_state)
 
 
-def sharded_clipped_sum(loss, params, batch, mask, mechanism: DpSgdMechanism, mesh, **clipping_options) -> clipping.ClippedSum:
-    """clipped_sum over a batch whose leading axis is spread over the devices, each unit on exactly one of them."""
+def sharded_clipped_sum(loss, trainable, frozen, batch, mask, mechanism: DpSgdMechanism, mesh, **clipping_options) -> clipping.ClippedSum:
+    """clipped_sum over a batch whose leading axis is spread over the devices, each unit on exactly one of them.
+
+    Gradients are taken, and therefore clipped, with respect to `trainable` alone.
+    """
     spread, replicated = PartitionSpec(DATA_AXIS), PartitionSpec()
     out_specs = clipping.ClippedSum(replicated, clipping.PrivateStats(spread, spread), sensitivity=float(mechanism.clip_norm))
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(replicated, spread, spread), out_specs=out_specs, check_vma=False)
-    def on_each_device(params, batch, mask):
-        local = clipping.clipped_sum(loss, params, batch, mask, mechanism.clip_norm, **clipping_options)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(replicated, replicated, spread, spread), out_specs=out_specs, check_vma=False)
+    def on_each_device(trainable, frozen, batch, mask):
+        of_example = lambda trainable, example: loss(trainable, frozen, example)
+        local = clipping.clipped_sum(of_example, trainable, batch, mask, mechanism.clip_norm, **clipping_options)
         return clipping.sum_over_devices(local, DATA_AXIS)
 
-    return on_each_device(params, batch, mask)
+    return on_each_device(trainable, frozen, batch, mask)
 
 
 def make_train_step(loss, optimizer: optax.GradientTransformation, mechanism: DpSgdMechanism, mesh, **clipping_options):
-    """Compiles `step(state, batch, mask, noise_keys) -> (state, PrivateStats)`; the old state's memory is reused.
+    """Compiles `step(state, frozen, batch, mask, noise_keys) -> (state, PrivateStats)`; the old state's memory is reused.
 
     Args:
-      loss: loss(params, example) -> scalar, of one example alone.
+      loss: loss(trainable, frozen, example) -> scalar, of one example alone; `frozen` are public parameters that stay as they are.
       mechanism: clip norm, noise multiplier and the public divisor come from here and from nowhere else.
       clipping_options: strategy and microbatch_size of clipping.clipped_sum.
     """
 
-    def dp_train_step(state: TrainState, batch, mask, noise_keys):
-        clipped = sharded_clipped_sum(loss, state.parameters, batch, mask, mechanism, mesh, **clipping_options)
+    def dp_train_step(state: TrainState, frozen, batch, mask, noise_keys):
+        clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, mechanism, mesh, **clipping_options)
         noised = noise.add_gaussian_noise(clipped, mechanism.noise_multiplier, noise_keys)
         mean = noise.divide(noised, mechanism.expected_batch_size)
         return state.apply(optimizer, mean), clipped.stats
@@ -67,6 +71,6 @@ def make_train_step(loss, optimizer: optax.GradientTransformation, mechanism: Dp
     return jax.jit(
         dp_train_step,
         donate_argnums=0,
-        in_shardings=(replicated, spread, spread, replicated),
+        in_shardings=(replicated, replicated, spread, spread, replicated),
         out_shardings=(replicated, replicated),
     )

@@ -1,36 +1,96 @@
-"""A run's latest model, for commands that use it without training it."""
+"""A model to use without training it: a run's latest checkpoint, or a Hugging Face directory."""
 
 import dataclasses
+import json
 import pathlib
 
 from accounting.errors import InputError
+from dpgemma.gemma import hf_config, lora, weights
 from dpgemma.gemma import tokenizer as tokenizer_lib
-from dpgemma.gemma.config import PRESETS, GemmaConfig
-from dpgemma.training import checkpoint
+from dpgemma.gemma.config import GemmaConfig
+from dpgemma.gemma.tokenizer import END_OF_TURN, Tokenizer
+from dpgemma.training import checkpoint, start
 from dpgemma.training.run_directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    run: RunDirectory
-    step: int
+class Model:
+    """Attributes:
+    config: the decoder, adapters included.
+    parameters: its whole tree, or the adapters alone where the rest was not asked for.
+    base: the directory that it starts from, or None.
+    """
+
     config: GemmaConfig
     parameters: dict
-    tokenizer: object
+    tokenizer: Tokenizer
+    base: pathlib.Path | None
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        end_of_turn = self.tokenizer.token_id(END_OF_TURN)
+        return (self.tokenizer.eos,) if end_of_turn is None else (self.tokenizer.eos, end_of_turn)
 
 
-def load(workdir: str | None) -> TrainedModel:
+@dataclasses.dataclass(frozen=True)
+class TrainedModel(Model):
+    """A run's model.
+
+    Attributes:
+      step: of its checkpoint.
+    """
+
+    run: RunDirectory
+    step: int
+
+
+def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> TrainedModel:
     """The latest checkpoint of a run.
 
+    Args:
+      base: where the directory lies that the run started from, if it has moved.
+      with_base: whether frozen parameters are wanted beside trained adapters.
+
     Raises:
-      InputError: no --workdir, no run, or no readable checkpoint.
+      InputError: no run, no readable checkpoint, or no such base as the run started from.
     """
-    if not workdir:
-        raise InputError("say which run to take the model from: --workdir=FOLDER")
     run = RunDirectory(pathlib.Path(workdir))
-    settings = run.config()
-    model = settings.get("model")
-    if model not in PRESETS:
-        raise InputError(f"{run.config_file} names no known model ({model!r})")
+    settings, facts = run.config(), _start_event(run)
+    config = GemmaConfig.from_dict(facts["architecture"])
     step, parameters, _ = checkpoint.latest_parameters(run.checkpoints)
-    return TrainedModel(run, step, PRESETS[model], parameters, tokenizer_lib.load(settings["tokenizer"]))
+    origin = base or settings["init_from"]
+    directory = pathlib.Path(origin) if origin else None
+    if config.lora is not None and with_base:
+        _check_base(directory, facts["init_sha256"])
+        parameters = lora.join(parameters, weights.load(config, directory))
+    tokenizer = tokenizer_lib.load(base if base and settings["tokenizer"] == settings["init_from"] else settings["tokenizer"])
+    return TrainedModel(config, parameters, tokenizer, directory, run, step)
+
+
+def load_directory(directory: str, tokenizer: str | None = None) -> Model:
+    """The model of a Hugging Face directory, weights in the type of the file.
+
+    Raises:
+      InputError: no such directory, or one that this program cannot read.
+    """
+    path = pathlib.Path(directory)
+    config = hf_config.read(path)
+    return Model(config, weights.load(config, path), tokenizer_lib.load(tokenizer or directory), path)
+
+
+def _start_event(run: RunDirectory) -> dict:
+    """The facts with which the run's ledger opens."""
+    try:
+        with open(run.ledger_file) as file:
+            facts = json.loads(file.readline())
+        return {name: facts[name] for name in ("architecture", "init_sha256")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{run.ledger_file} does not begin with a start event: run dpgemma audit") from None
+
+
+def _check_base(directory: pathlib.Path, sha256: str) -> None:
+    if not directory.is_dir():
+        raise InputError(f"the model that this run started from is not at {directory} any more: say where with --init_from=FOLDER")
+    if start.directory_digest(directory) != sha256:
+        raise InputError(f"{directory} is not the model that this run started from: its SHA-256 differs; give another --init_from")

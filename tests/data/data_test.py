@@ -6,9 +6,14 @@ from scipy import stats
 
 from accounting.errors import InputError
 from dpgemma.data import dataset, holdout, packing, sources
+from dpgemma.data.rows import Rows
 from dpgemma.gemma.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
+
+
+def rows_of(tokens):
+    return Rows(tokens, np.ones(tokens.shape, bool))
 
 
 def test_pitfall_19_every_token_lies_in_exactly_one_row():
@@ -16,8 +21,9 @@ def test_pitfall_19_every_token_lies_in_exactly_one_row():
     documents = [b"alpha", b"", b"a much longer document than one row", b"z"]
     rows = packing.pack(documents, TOKENIZER, 8)
     stream = [t for d in documents if d for t in [*TOKENIZER.encode(d), TOKENIZER.eos]]
-    assert rows.shape[1] == 8 and rows.dtype == np.int32
-    flat = rows.ravel()
+    assert rows.tokens.shape[1] == 8 and rows.tokens.dtype == np.int32
+    flat = rows.tokens.ravel()
+    np.testing.assert_array_equal(rows.scored.ravel(), np.arange(len(flat)) < len(stream))
     assert flat[: len(stream)].tolist() == stream
     assert (flat[len(stream) :] == TOKENIZER.pad).all() and len(flat) - len(stream) < 8
 
@@ -34,7 +40,7 @@ def test_pitfall_3_assignment_ignores_content():
     rows = np.arange(4000, dtype=np.int32).reshape(-1, 4)
     other = rows.copy()
     other[17] = 0
-    a, b = dataset.split(rows, key, 0.1), dataset.split(other, key, 0.1)
+    a, b = dataset.split(rows_of(rows), key, 0.1), dataset.split(rows_of(other), key, 0.1)
     np.testing.assert_array_equal(a.training, b.training)
     assert sorted([*a.training, *a.held_out]) == list(range(1000))
 
@@ -49,21 +55,22 @@ def test_holdout_is_random_at_its_fraction_and_keyed():
 
 
 def test_batches_have_constant_shapes_and_are_dealt_evenly():
-    data = dataset.split(np.arange(400, dtype=np.int32).reshape(-1, 4), b"k" * 32, 0.0)
+    data = dataset.split(rows_of(np.arange(400, dtype=np.int32).reshape(-1, 4)), b"k" * 32, 0.0)
     for drawn in (0, 1, 5, 8):
         units = np.arange(drawn) * 3
         batch, mask = data.batch(units, 8)
-        assert batch.shape == (8, 4) and mask.sum() == drawn
-        np.testing.assert_array_equal(batch[:drawn], data.rows[units])
+        assert batch["tokens"].shape == batch["scored"].shape == (8, 4) and mask.sum() == drawn
+        np.testing.assert_array_equal(batch["tokens"][:drawn], data.rows.tokens[units])
+        np.testing.assert_array_equal(batch["scored"].all(axis=1), mask)
         dealt, dealt_mask = dataset.spread(batch, mask, 2)
         halves = dealt_mask.reshape(2, 4)
         assert abs(int(halves[0].sum()) - int(halves[1].sum())) <= 1
         assert all((np.diff(half.astype(int)) <= 0).all() for half in halves)  # units in front on every device
-        assert {tuple(r) for r in dealt[dealt_mask]} == {tuple(r) for r in batch[mask]}
+        assert {tuple(r) for r in dealt["tokens"][dealt_mask]} == {tuple(r) for r in batch["tokens"][mask]}
 
 
 def test_declared_units_beyond_the_data_are_empty():
-    data = dataset.split(np.ones((10, 4), np.int32), b"k" * 32, 0.0)
+    data = dataset.split(rows_of(np.ones((10, 4), np.int32)), b"k" * 32, 0.0)
     _, mask = data.batch(np.array([2, 9, 10, 57]), 6)
     assert mask.sum() == 2
 
@@ -75,7 +82,7 @@ def test_sources_read_text_globs_and_jsonl(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"note": "é"}) + "\n\n" + json.dumps({"note": "x"}) + "\n")
     assert list(sources.documents(str(path), "note")) == ["é".encode(), b"x"]
-    with pytest.raises(InputError, match=r"line 1.*'text'"):
+    with pytest.raises(InputError, match=r"record 1 .*'text'"):
         list(sources.documents(str(path)))
 
 

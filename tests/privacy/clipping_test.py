@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpgemma.gemma import decoder
-from dpgemma.gemma.config import PRESETS
+from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy import clipping
 from dpgemma.training import loss as loss_lib
 
@@ -37,8 +37,9 @@ def gemma_problem(rows=8, dtype=jnp.float32, length=12):
     rng = np.random.default_rng(3)
     params = decoder.init_parameters(MODEL, jax.random.key(1))
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
-    batch = jnp.asarray(rng.integers(4, 40, (rows, length)), jnp.int32)
-    return loss_lib.row_loss(MODEL, bos=2, pad=0, dtype=dtype), params, batch
+    tokens = jnp.asarray(rng.integers(4, 40, (rows, length)), jnp.int32)
+    loss = loss_lib.row_loss(MODEL, bos=2, dtype=dtype)
+    return lambda params, row: loss(params, {}, row), params, {"tokens": tokens, "scored": jnp.ones(tokens.shape, bool)}
 
 
 @functools.lru_cache
@@ -88,7 +89,7 @@ def test_equals_the_definition_on_gemma(strategy, size, clip_norm):
 def test_equals_a_plain_vmap(size):
     loss, params, batch = gemma_problem()
     gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
-    norms = jnp.sqrt(sum(jnp.sum(g.reshape(len(batch), -1) ** 2, axis=1) for g in jax.tree.leaves(gradients)))
+    norms = jnp.sqrt(sum(jnp.sum(g.reshape(8, -1) ** 2, axis=1) for g in jax.tree.leaves(gradients)))
     expected = jax.tree.map(lambda g: jnp.tensordot(jnp.minimum(1, 0.5 / norms), g, 1), gradients)
     got = clipped_sum(loss, params, batch, jnp.ones(8, bool), 0.5, strategy="vmap", microbatch_size=size)
     assert relative_error(got.total, expected) < 1e-5
@@ -191,7 +192,7 @@ def test_pitfall_18_examples_do_not_influence_each_other():
     loss, params, batch = gemma_problem(rows=4)
     only = jnp.arange(4) == 1
     before = clipped_sum(loss, params, batch, only, 1.0).total
-    after = clipped_sum(loss, params, batch.at[0].set(5).at[3].set(7), only, 1.0).total
+    after = clipped_sum(loss, params, {**batch, "tokens": batch["tokens"].at[0].set(5).at[3].set(7)}, only, 1.0).total
     np.testing.assert_array_equal(flat(before), flat(after))
 
 

@@ -272,7 +272,7 @@ def test_sample_and_export(finished, tmp_path):
     import transformers
 
     from dpgemma.gemma import decoder
-    from dpgemma.gemma.config import PRESETS
+    from dpgemma.gemma.presets import PRESETS
 
     workdir = copy_of(finished, tmp_path)
     arguments = ["sample", f"--workdir={workdir}", "--prompt=Ada ", "--max_new_tokens=20"]

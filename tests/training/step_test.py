@@ -9,23 +9,26 @@ import pytest
 
 from accounting.mechanism import DpSgdMechanism
 from dpgemma.gemma import decoder
-from dpgemma.gemma.config import PRESETS
+from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy import noise
 from dpgemma.training import loss as loss_lib
 from dpgemma.training import mesh as mesh_lib
 from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum
 
 MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
-LOSS = loss_lib.row_loss(MODEL, bos=2, pad=0, dtype=jnp.float32)
-GRADIENT = jax.jit(jax.grad(LOSS))
+LOSS = loss_lib.row_loss(MODEL, bos=2, dtype=jnp.float32)
+GRADIENT = jax.jit(jax.grad(lambda params, row: LOSS(params, {}, row)))
 MECHANISM = DpSgdMechanism(100, 6, 8, 0.8, 0.5, 10)
 KEYS = noise.noise_keys(bytes(32), 3)
 
 
 def problem():
     params = decoder.init_parameters(MODEL, jax.random.key(0))
-    batch = np.random.default_rng(0).integers(4, 40, (8, 10)).astype(np.int32)
-    return params, batch
+    return params, rows_of(np.random.default_rng(0).integers(4, 40, (8, 10)).astype(np.int32))
+
+
+def rows_of(tokens):
+    return {"tokens": tokens, "scored": np.ones(tokens.shape, bool)}
 
 
 def flat(tree):
@@ -44,7 +47,7 @@ def take_step(devices, mechanism=MECHANISM, mask=None, **options):
     mask = np.ones(8, bool) if mask is None else mask
     optimizer, step = compiled(devices, mechanism, tuple(options.items()))
     start = flat(params)
-    state, stats = step(TrainState(params, optimizer.init(params)), batch, mask, KEYS)
+    state, stats = step(TrainState(params, optimizer.init(params)), {}, batch, mask, KEYS)
     return start, flat(state.parameters), stats
 
 
@@ -52,8 +55,8 @@ def expected_update(mask):
     """Clip, sum, noise, divide by the public 6: written out."""
     params, batch = problem()
     total = 0
-    for row in batch[mask]:
-        g = flat(GRADIENT(params, row))
+    for i in np.flatnonzero(mask):
+        g = flat(GRADIENT(params, {name: column[i] for name, column in batch.items()}))
         total = total + g * min(1, 0.5 / np.linalg.norm(g))
     draws = [noise.standard_normal(KEYS, i, leaf.shape) for i, leaf in enumerate(jax.tree.leaves(params))]
     return (total + 0.8 * 0.5 * flat(draws)) / 6
@@ -95,7 +98,7 @@ def test_two_devices_sum_what_one_sums():
     params, batch = problem()
     sums = [
         flat(
-            jax.jit(lambda p, b, m, n=n: sharded_clipped_sum(LOSS, p, b, m, MECHANISM, mesh_lib.make(f"data:{n}")))(
+            jax.jit(lambda p, b, m, n=n: sharded_clipped_sum(LOSS, p, {}, b, m, MECHANISM, mesh_lib.make(f"data:{n}")))(
                 params, batch, np.ones(8, bool)
             ).total
         )
@@ -108,7 +111,7 @@ def test_baseline_takes_the_same_path_without_noise_and_clipping():
     mechanism = DpSgdMechanism(100, 8, 8, 0.0, float("inf"), 10)
     start, end, _ = take_step(2, mechanism)
     params, batch = problem()
-    mean = jax.grad(lambda p: jax.vmap(LOSS, (None, 0))(p, batch).mean())(params)
+    mean = jax.grad(lambda p: jax.vmap(LOSS, (None, None, 0))(p, {}, batch).mean())(params)
     np.testing.assert_allclose(start - end, flat(mean), atol=1e-6)
 
 
@@ -126,5 +129,6 @@ def test_pitfall_23_the_compiled_step_holds_no_private_constant():
     optimizer = optax.sgd(1.0)
     step = make_train_step(LOSS, optimizer, MECHANISM, mesh_lib.make("data:1"))
     state = TrainState(params, optimizer.init(params))
-    texts = {step.lower(state, b, m, KEYS).as_text() for b, m in [(batch, np.ones(8, bool)), (batch * 0 + 7, np.arange(8) < 2)]}
+    other = rows_of(batch["tokens"] * 0 + 7)
+    texts = {step.lower(state, {}, b, m, KEYS).as_text() for b, m in [(batch, np.ones(8, bool)), (other, np.arange(8) < 2)]}
     assert len(texts) == 1

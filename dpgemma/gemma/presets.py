@@ -1,0 +1,75 @@
+"""The published models and our small ones, as data."""
+
+from dpgemma.gemma.config import FULL, RECURRENT, SLIDING, GemmaConfig, Rope
+
+
+def _pattern(period: tuple[str, ...], layers: int) -> tuple[str, ...]:
+    return (period * layers)[:layers]
+
+
+def _gemma1(layers: int, d_model: int, heads: int, kv_heads: int, d_ff: int) -> GemmaConfig:
+    return GemmaConfig(
+        vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=256, d_ff=d_ff, max_length=8192,
+        layer_types=(FULL,) * layers, window=8192, query_scalar=256, model_type="gemma",
+    )  # fmt: skip
+
+
+def _gemma2(layers: int, d_model: int, heads: int, kv_heads: int, head_dim: int, d_ff: int, query_scalar: int) -> GemmaConfig:
+    return GemmaConfig(
+        vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, max_length=8192,
+        layer_types=_pattern((SLIDING, FULL), layers), window=4096, query_scalar=query_scalar, post_norms=True, attention_cap=50.0,
+        final_cap=30.0, model_type="gemma2",
+    )  # fmt: skip
+
+
+def _gemma3(
+    layers: int, d_model: int, heads: int, kv_heads: int, head_dim: int, d_ff: int, query_scalar: int, *, large: bool
+) -> GemmaConfig:
+    """`large`: from 4B on, with the vocabulary of the multimodal files, a longer window and context, and scaled global positions."""
+    return GemmaConfig(
+        vocab_size=262_208 if large else 262_144, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff,
+        max_length=131_072 if large else 32_768, layer_types=_pattern((SLIDING,) * 5 + (FULL,), layers), window=1024 if large else 512,
+        query_scalar=query_scalar, qk_norm=True, post_norms=True, rope_full=Rope(1e6, 8.0 if large else 1.0), rope_sliding=Rope(1e4),
+        model_type="gemma3_text",
+    )  # fmt: skip
+
+
+def _recurrent(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
+    rope = Rope(share=0.5)
+    return GemmaConfig(
+        vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=1, head_dim=256, d_ff=d_ff, max_length=8192,
+        layer_types=_pattern((RECURRENT, RECURRENT, SLIDING), layers), window=2048, query_scalar=256, final_cap=30.0, rope_full=rope,
+        rope_sliding=rope, biases=True, bfloat16_scale=True, lru_width=d_model, model_type="recurrent_gemma",
+    )  # fmt: skip
+
+
+PRESETS = {
+    # VaultGemma's block at a size that trains in minutes on two cores; the vocabulary is the byte tokenizer's.
+    "tiny": GemmaConfig(
+        vocab_size=260, d_model=96, num_heads=4, num_kv_heads=4, head_dim=24, d_ff=256, max_length=256, layer_types=(FULL,) * 2,
+        window=128, query_scalar=24,
+    ),
+    "vaultgemma_1b": GemmaConfig(
+        vocab_size=256_000, d_model=1152, num_heads=4, num_kv_heads=4, head_dim=256, d_ff=6912, max_length=1024,
+        layer_types=(FULL,) * 26, window=512, query_scalar=256,
+    ),
+    "gemma_2b": _gemma1(18, 2048, 8, 1, 16_384),
+    "gemma_7b": _gemma1(28, 3072, 16, 16, 24_576),
+    "gemma2_2b": _gemma2(26, 2304, 8, 4, 256, 9216, 256),
+    "gemma2_9b": _gemma2(42, 3584, 16, 8, 256, 14_336, 256),
+    "gemma2_27b": _gemma2(46, 4608, 32, 16, 128, 36_864, 144),
+    "gemma3_270m": _gemma3(18, 640, 4, 1, 256, 2048, 256, large=False),
+    "gemma3_1b": _gemma3(26, 1152, 4, 1, 256, 6912, 256, large=False),
+    "gemma3_4b": _gemma3(34, 2560, 8, 4, 256, 10_240, 256, large=True),
+    "gemma3_12b": _gemma3(48, 3840, 16, 8, 256, 15_360, 256, large=True),
+    "gemma3_27b": _gemma3(62, 5376, 32, 16, 128, 21_504, 168, large=True),
+    "recurrentgemma_2b": _recurrent(26, 2560, 10, 7680),
+    "recurrentgemma_9b": _recurrent(38, 4096, 16, 12_288),
+}  # fmt: skip
+# The same text decoders under another name.
+PRESETS |= {
+    "codegemma_2b": PRESETS["gemma_2b"],
+    "codegemma_7b": PRESETS["gemma_7b"],
+    "medgemma_4b": PRESETS["gemma3_4b"],
+    "medgemma_27b": PRESETS["gemma3_27b"],
+}

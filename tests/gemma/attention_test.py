@@ -1,0 +1,74 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpgemma.gemma import attention
+from dpgemma.gemma.config import FULL, SLIDING
+from tests.gemma.decoder_test import PLAIN
+
+
+def problem(length, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(2, length, 2, 3, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 2, 3, 8)]
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@functools.lru_cache
+def value_and_gradients(config, implementation):
+    def run(q, k, v, cotangent, is_sliding):
+        out, pull = jax.vjp(lambda q, k, v: attention.causal(q, k, v, config, is_sliding, implementation), q, k, v)
+        return out, *pull(cotangent)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("is_sliding", [False, True])
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("length, window", [(7, 3), (256, 100), (300, 1), (700, 257), (513, 600)])
+def test_blockwise_equals_dense(length, window, cap, is_sliding):
+    config = dataclasses.replace(PLAIN, layer_types=(FULL, SLIDING), window=window, attention_cap=cap, max_length=1024)
+    inputs = problem(length)
+    expected = value_and_gradients(config, "dense")(*inputs, is_sliding)
+    got = value_and_gradients(config, "blockwise")(*inputs, is_sliding)
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=5e-6 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("layer_types", [(FULL,), (SLIDING,), (FULL, SLIDING)])
+def test_fused_equals_dense(layer_types):
+    config = dataclasses.replace(PLAIN, layer_types=layer_types, window=9)
+    for is_sliding in [kind == SLIDING for kind in layer_types]:
+        for a, b in zip(*(value_and_gradients(config, kind)(*problem(40), is_sliding) for kind in ("fused", "dense")), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_fused_refuses_what_it_cannot_express():
+    config = dataclasses.replace(PLAIN, attention_cap=2.0)
+    with pytest.raises(ValueError, match="soft-caps"):
+        attention.causal(*problem(8)[:3], config, False, "fused")
+
+
+def test_blockwise_works_per_example():
+    config = dataclasses.replace(PLAIN, window=50)
+    q, k, v, d = problem(300)
+    gradient = lambda kind: jax.jit(
+        jax.vmap(jax.grad(lambda q, k, v, d: (attention.causal(q, k, v, config, True, kind) * d).sum(), argnums=(0, 1, 2)))
+    )
+    for a, b in zip(gradient("blockwise")(q, k, v, d), gradient("dense")(q, k, v, d), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind, quadratic", [("dense", True), ("blockwise", False)])
+def test_memory_at_full_context(kind, quadratic):
+    # Doubling the length doubles the memory of tiles, and quadruples that of all scores.
+    def temporary(length):
+        q, k, v, d = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(length))
+        return value_and_gradients(PLAIN, kind).lower(q, k, v, d, False).compile().memory_analysis().temp_size_in_bytes
+
+    growth = temporary(4096) / temporary(2048)
+    assert (growth > 3.5) if quadratic else (growth < 2.2)
