@@ -206,20 +206,23 @@ def load(config: GemmaConfig, directory: pathlib.Path, sharding=None, dtype=None
 
     Args:
       config: as `hf_config.read` gives it.
-      sharding: of every array; by default the first device.
+      sharding: of every array, or a function of a parameter's path that gives its own; by default the first device.
       dtype: of every array; by default the file's.
 
     Raises:
       InputError: names the missing, superfluous or misshapen tensors.
     """
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding_of = sharding if callable(sharding) else lambda path: sharding
     plain = dataclasses.replace(config, lora=None)
     shapes = {path: leaf.shape for path, leaf in leaves(decoder.parameter_shapes(plain)).items()}
     parameters = {}
     with Checkpoint(directory) as checkpoint:
         _check(plain, checkpoint, shapes)
         for weight in table(plain):
-            parameters[weight.path] = _load_one(plain, checkpoint, weight, shapes[weight.path], sharding, dtype)
+            parameters[weight.path] = _load_one(
+                plain, checkpoint, weight, shapes[weight.path], sharding_of(weight.path) or first_device, dtype
+            )
     return tree_of(parameters)
 
 
