@@ -43,7 +43,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     from dpgemma.training import start as start_lib
 
     start = start_lib.of(config)
-    config = dataclasses.replace(config, tokenizer=start_lib.tokenizer_of(config), mesh=mesh.resolve(config.mesh))
+    config = dataclasses.replace(config, model=start.name, tokenizer=start_lib.tokenizer_of(config), mesh=mesh.resolve(config.mesh))
     tokenizer = tokenizer_lib.load(config.tokenizer)
     tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
     path = pathlib.Path(workdir or f"runs/{config.digest()[:8]}")

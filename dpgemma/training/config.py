@@ -92,8 +92,6 @@ class TrainConfig:
         for name in ("sequence_length", "batch_size", "steps", "microbatch_size", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.model is not None and self.init_from is not None:
-            raise InputError("--init_from brings its own architecture: drop --model")
         if self.lora_rank is not None and self.init_from is None:
             raise InputError("adapters need weights to adapt: give --init_from=FOLDER, or drop --lora_rank")
         if self.lora_rank is None and self.lora_alpha is not None:

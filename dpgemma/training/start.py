@@ -60,6 +60,8 @@ def of(config: TrainConfig) -> StartingPoint:
             raise InputError(f"--model={name} is no preset: choose one of {', '.join(PRESETS)}, or give --init_from=FOLDER")
         point = StartingPoint(name, PRESETS[name])
     else:
+        if config.model is not None:
+            raise InputError("--init_from brings its own architecture: drop --model")
         directory = pathlib.Path(config.init_from)
         model = hf_config.read(directory)
         if config.lora_rank is not None:

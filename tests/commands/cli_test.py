@@ -37,7 +37,7 @@ def test_help_answers_at_once_without_jax(command):
 def test_train_help_shows_the_public_defaults(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for line in ("--model (default tiny)", "--sequence_length (default 128)", "--batch_size (default 512)", "--steps (default 160)",
+    for line in ("such as tiny (the default)", "--sequence_length (default 128)", "--batch_size (default 512)", "--steps (default 160)",
                  "--epsilon (default 8.0)", "--delta (default 1e-05)", "--neighbouring_relation (default zero_out)"):  # fmt: skip
         assert line in text
 
@@ -73,7 +73,7 @@ BAD_TRAINING = {
     "negative epsilon": (["--epsilon=-1"], "--epsilon"),
     "tiny clip norm": (["--clip_norm=1e-9"], "at least 1e-06"),
     "zero clip norm": (["--clip_norm=0"], "clip"),
-    "other unit": (["--privacy_unit=user"], "not supported yet"),
+    "other unit": (["--privacy_unit=user"], "auto|sequence|example"),
     "undeclared units": (["--neighbouring_relation=add_or_remove"], "--num_units"),
     "too few declared": (["--neighbouring_relation=add_or_remove", "--num_units=9"], "more training units than"),
     "mesh": (["--mesh=data:many"], "--mesh"),
