@@ -13,11 +13,13 @@ def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = Non
     The ledger learns the files' hashes before they are replaced: a crash in between leaves older files that it knows too.
 
     Args:
-      accountant: that of the run's mechanism, if one is at hand.
+      accountant: that of the run's mechanism, if one is at hand; used where it is that of what was executed, to the step. An audit knows
+        nothing else, and the last digit of a bracket depends on the number of steps that it was made for.
     """
     executed = executed_lib.of(ledger.records)
-    if accountant is None or not executed.is_as_planned:
-        accountant = Accountant(executed.mechanisms or (executed.planned,))
+    mechanisms = executed.mechanisms or (executed.planned,)
+    if accountant is None or accountant.mechanisms != mechanisms:
+        accountant = Accountant(mechanisms)
     content = report.build(executed, accountant.epsilon(executed.delta, executed.steps), ledger.head)
     if _is_current(run, ledger, with_page):
         return content

@@ -1,0 +1,68 @@
+import json
+
+import numpy as np
+import pytest
+
+from accounting.errors import InputError
+from dpgemma.data import examples, units
+from dpgemma.gemma.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+RECORDS = [
+    {"prompt": "Question: ", "response": "answer"},
+    {"prompt": "", "response": "all of it"},
+    {"prompt": "a prompt that is longer than the row", "response": "never seen"},
+    {"text": "plain text"},
+    {"prompt": b"bytes", "response": b"too"},
+]
+
+
+def to_rows(records, length=20):
+    return examples.to_rows(records, TOKENIZER, length, "text")
+
+
+def test_a_response_and_its_end_are_scored():
+    rows = to_rows(RECORDS)
+    assert rows.tokens.shape == rows.scored.shape == (5, 20) and rows.tokens.dtype == np.int32
+    scored = [TOKENIZER.decode(tokens[is_scored]) for tokens, is_scored in zip(rows.tokens, rows.scored, strict=True)]
+    assert scored == [b"answer", b"all of it", b"", b"plain text", b"too"]
+    whole = [TOKENIZER.decode(tokens) for tokens in rows.tokens]
+    assert whole == [b"Question: answer", b"all of it", b"a prompt that is lon", b"plain text", b"bytestoo"]
+    ends = [(tokens[is_scored] == TOKENIZER.eos).sum() for tokens, is_scored in zip(rows.tokens, rows.scored, strict=True)]
+    assert ends == [1, 1, 0, 1, 1]
+    assert not (rows.scored & (rows.tokens == TOKENIZER.pad)).any()
+
+
+def test_pitfall_19_a_record_is_one_row_and_touches_no_other():
+    # pitfall 19: whatever one record becomes, and however long it is, the other rows stay as they are.
+    before = to_rows(RECORDS)
+    for record in ({"text": ""}, {"prompt": "x" * 1000, "response": "y"}, {"text": "z" * 1000}):
+        after = to_rows([*RECORDS[:2], record, *RECORDS[3:]])
+        others = [0, 1, 3, 4]
+        assert len(after) == len(before)
+        np.testing.assert_array_equal(after.tokens[others], before.tokens[others])
+        np.testing.assert_array_equal(after.scored[others], before.scored[others])
+
+
+@pytest.mark.parametrize("record", [{}, {"prompt": "x"}, {"prompt": 3, "response": "x"}, {"other": "x"}, {"messages": []}])
+def test_a_record_without_its_fields_is_named(record):
+    with pytest.raises(InputError, match="record 2 of the data"):
+        to_rows([RECORDS[0], record])
+    with pytest.raises(InputError, match="empty"):
+        to_rows([])
+
+
+def test_auto_takes_the_unit_from_the_fields(tmp_path):
+    def unit(records, privacy_unit="auto", text_field="text"):
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(map(json.dumps, records)))
+        return units.rows(privacy_unit, str(path), text_field, TOKENIZER, 8)
+
+    texts = [{"text": "some"}, {"text": "more"}]
+    assert unit(RECORDS[:4])[0] == "example" and len(unit(RECORDS[:4])[1]) == 4
+    kind, rows = unit(texts)
+    assert kind == "sequence" and len(rows) == 2  # ten tokens in rows of eight
+    kind, rows = unit(texts, "example")
+    assert kind == "example" and rows.scored.sum(axis=1).tolist() == [5, 5]
+    with pytest.raises(InputError, match="--privacy_unit=example"):
+        unit(RECORDS[:2], "sequence")
