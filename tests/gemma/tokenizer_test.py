@@ -108,7 +108,8 @@ def test_turns_are_the_published_templates(directories, messages):
 
 
 @pytest.mark.parametrize("messages", [
-    [], "hello", [{"role": "user"}], [{"role": "user", "content": 3}], [{"role": "tool", "content": "x"}], [{"role": "system", "content": "x"}],
+    [], "hello", [{"role": "user"}], [{"role": "user", "content": 3}], [{"role": "tool", "content": "x"}],
+    [{"role": "system", "content": "x"}],
 ])  # fmt: skip
 def test_messages_that_are_none_are_refused(directories, messages):
     with pytest.raises(InputError, match="message"):

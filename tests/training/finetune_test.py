@@ -1,0 +1,203 @@
+"""From a published kind of checkpoint to a privately fine-tuned one that others load: the walk of the README, on a tiny model."""
+
+import json
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from tests.gemma import tokenizer_files
+from tests.gemma.families import COMMON
+from tests.gemma.hf_models import fill, load_torch
+from tests.training.runs import run
+
+PROMPTS = ["the patient 3 came back", "she was tired and"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Gemma 3 directory with weights, tokenizer and configuration, as transformers writes it."""
+    path = tokenizer_files.write(tmp_path_factory.mktemp("base") / "model")
+    settings = {**COMMON, "vocab_size": 400, "query_pre_attn_scalar": 16, "sliding_window": 16, "max_position_embeddings": 128}
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    config = transformers.Gemma3TextConfig(**settings, rope_parameters=rope)
+    fill(transformers.Gemma3ForCausalLM(config)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "notes.jsonl"
+    lines = tokenizer_files.TEXT
+    path.write_text("\n".join(json.dumps({"prompt": line[:20], "response": line[20:]}) for line in lines))
+    return path
+
+
+def train(base, data, workdir, *more):
+    command = ["train", f"--init_from={base}", f"--data={data}", "--lora_rank=8", "--epsilon=3", "--delta=1e-5", f"--workdir={workdir}"]
+    return run(*command, "--batch_size=32", "--steps=4", "--sequence_length=48", *more)
+
+
+@pytest.fixture(scope="module")
+def trained(base, data, cache, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "adapters"
+    done = train(base, data, workdir)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("held-out ")
+    return workdir
+
+
+def greedy(directory, prompt, model=None):
+    """What transformers' generate writes after the prompt."""
+    model, tokenizer = model or load_torch(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=12, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_the_report_says_what_was_protected(trained):
+    report = json.loads((trained / "report.json").read_text())
+    assert report["privacy_unit"] == "example" and report["epsilon"] <= 3
+    assert "one record of the training data, of which the first 48 tokens" in report["statement"]
+    assert report["init_sha256"] in report["statement"] and "existing checkpoint" in report["statement"]
+    # Rank 8 beside seven matrices in each of four layers: 32 -> 64, 32, 32; 64 -> 32; 32 -> 48 twice; 48 -> 32.
+    assert report["trained_parameters"] == 4 * 8 * ((32 + 64) + 2 * (32 + 32) + (64 + 32) + 2 * (32 + 48) + (48 + 32))
+
+
+def test_from_a_directory_to_transformers_generate(base, trained, tmp_path):
+    # Adapters alone, in PEFT's format.
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    done = run("export", f"--workdir={workdir}", f"--out={tmp_path / 'adapters'}")
+    assert done.returncode == 0, done.stderr
+    adapters = peft.PeftModel.from_pretrained(load_torch(base), tmp_path / "adapters").eval()
+    # The whole model.
+    done = run("export", f"--workdir={workdir}", f"--out={tmp_path / 'merged'}", "--merge")
+    assert done.returncode == 0, done.stderr
+    merged = load_torch(tmp_path / "merged")
+    ids = torch.tensor(np.random.default_rng(0).integers(8, 390, (2, 40)))
+    with torch.no_grad():
+        a, b, untrained = (model(ids).logits.numpy() for model in (adapters, merged, load_torch(base)))
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
+    assert np.abs(a - untrained).max() > 1e-3
+    # Both write what the run's own model writes.
+    ours = run("sample", f"--workdir={workdir}", *(f"--prompt={p}" for p in PROMPTS), "--temperature=0", "--max_new_tokens=12")
+    assert ours.returncode == 0, ours.stderr
+    for model in (merged, adapters):
+        theirs = [p + greedy(tmp_path / "merged", p, model) for p in PROMPTS]
+        assert ours.stdout.splitlines() == theirs
+    directly = run("sample", f"--init_from={tmp_path / 'merged'}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
+    assert directly.stdout.splitlines() == ours.stdout.splitlines()[:1]
+    # The cards carry the report, the ledger knows every file, and an audit of the whole agrees.
+    for name in ("adapters", "merged"):
+        assert "differentially private with respect to one unit" in (tmp_path / name / "README.md").read_text()
+    done = run("audit", workdir, f"--export={tmp_path / 'adapters'}", f"--export={tmp_path / 'merged'}")
+    assert done.returncode == 0, done.stdout
+    weights = tmp_path / "adapters" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    done = run("audit", workdir, f"--export={tmp_path / 'adapters'}")
+    assert done.returncode == 1 and "export_unknown in" in done.stdout
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(base, data, trained, tmp_path):
+    # The base is read again; the adapters go on from the checkpoint.
+    from tests.training.run_test import final_parameters
+
+    def adapters(workdir):
+        return final_parameters(workdir)[1]
+
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    done = train(base, data, workdir)
+    assert done.returncode == 0, done.stderr
+    assert json.dumps(jax_to_lists(adapters(workdir))) == json.dumps(jax_to_lists(adapters(trained)))
+
+
+def jax_to_lists(tree):
+    return {k: jax_to_lists(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree).tolist()
+
+
+def test_full_fine_tuning_exports_the_whole_model(base, data, cache, tmp_path):
+    workdir = tmp_path / "run"
+    command = ["train", f"--init_from={base}", f"--data={data}", "--epsilon=3", f"--workdir={workdir}", "--batch_size=32", "--steps=2"]
+    done = run(*command, "--sequence_length=48")
+    assert done.returncode == 0, done.stderr
+    for dtype, bits in (("as_stored", 32), ("bfloat16", 16)):
+        done = run("export", f"--workdir={workdir}", f"--out={tmp_path / dtype}", f"--dtype={dtype}")
+        assert done.returncode == 0, done.stderr
+        assert {tensor.dtype.itemsize * 8 for tensor in load_file(tmp_path / dtype / "model.safetensors").values()} == {bits}
+    ours = run("sample", f"--workdir={workdir}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
+    assert ours.stdout.splitlines() == [PROMPTS[0] + greedy(tmp_path / "as_stored", PROMPTS[0])]
+    assert {"tokenizer.model", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in (tmp_path / "as_stored").iterdir()}
+    assert json.loads((workdir / "report.json").read_text())["trained_parameters"] == sum(
+        tensor.size for tensor in load_file(base / "model.safetensors").values()
+    )
+
+
+def test_chat_data_and_chat_prompts(base, cache, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "who came back?"}, {"role": "assistant", "content": "the patient"}]
+    path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(200)))
+    done = train(base, path, tmp_path / "run", "--steps=2")
+    assert done.returncode == 0, done.stderr
+    done = run("sample", f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=who came back?", "--max_new_tokens=8", "--top_k=3")
+    assert done.returncode == 0 and "who came back?" not in done.stdout
+
+
+REFUSALS = {
+    "no directory": (["--init_from=/nowhere"], "no Hugging Face directory"),
+    "preset too": (["--init_from={base}", "--model=tiny"], "drop --model"),
+    "adapters of nothing": (["--lora_rank=4"], "--init_from"),
+    "scale of nothing": (["--init_from={base}", "--lora_alpha=4"], "--lora_rank"),
+    "unknown layer": (["--init_from={base}", "--lora_rank=4", "--lora_targets=w_proj"], "q_proj,k_proj"),
+    "rank zero": (["--init_from={base}", "--lora_rank=0"], "at least 1"),
+    "rows too long": (["--init_from={base}", "--sequence_length=500"], "exceeds the 128 tokens"),
+    "no tokenizer": (["--init_from={bare}", "--sequence_length=32"], "neither tokenizer.json nor tokenizer.model"),
+    "tokenizer too large": (["--init_from={bare}", "--sequence_length=32", "--tokenizer={base}"], "more than the model's 97"),
+    "other unit": (["--init_from={base}", "--privacy_unit=sequence"], "--privacy_unit=example"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_one_sentence(name, base, data, tmp_path, capsys):
+    from dpgemma import cli
+    from tests.gemma.hf_models import directory
+
+    arguments, message = REFUSALS[name]
+    places = dict(base=base, bare=directory("gemma2"))
+    flags = ["train", f"--data={data}", f"--workdir={tmp_path / 'run'}", *(a.format(**places) for a in arguments)]
+    assert cli.main(flags) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err.splitlines()[-1] and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_changed_or_moved_is_noticed(base, trained, data, tmp_path):
+    moved = shutil.copytree(base, tmp_path / "moved")
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    sample = lambda *more: run("sample", f"--workdir={workdir}", "--prompt=the", "--max_new_tokens=3", "--temperature=0", *more)
+    expected = sample()
+    # Where the base has gone, its new place is asked for, and only the very same one is taken.
+    config_text = json.dumps({**config, "init_from": str(tmp_path / "gone"), "tokenizer": str(tmp_path / "gone")})
+    (workdir / "config.json").write_text(config_text)
+    done = sample()
+    assert done.returncode == 2 and "say where with --init_from" in done.stderr
+    assert sample(f"--init_from={moved}").stdout == expected.stdout
+    path = moved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    done = sample(f"--init_from={moved}")
+    assert done.returncode == 2 and "SHA-256 differs" in done.stderr
+    # A resumed run refuses a changed base as well.
+    workdir = shutil.copytree(trained, tmp_path / "again")
+    text = (base / "config.json").read_text()
+    try:
+        (base / "config.json").write_text(text + "\n")
+        done = train(base, data, workdir)
+    finally:
+        (base / "config.json").write_text(text)
+    assert done.returncode == 2 and "init_sha256" in done.stderr
