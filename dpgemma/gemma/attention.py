@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpgemma.gemma.config import FULL, SLIDING, GemmaConfig
-from dpgemma.gemma.layers import PRECISION, Einsum, RMSNorm, residual_gain, rotate, soft_cap
+from dpgemma.gemma.layers import PRECISION, Linear, RMSNorm, residual_gain, rotate, soft_cap
 
 ATTENTION = ("auto", "dense", "blockwise", "fused")
 BLOCK = 256
@@ -31,16 +31,12 @@ class Attention(nnx.Module):
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         c = config
         self.config = c
-        project = lambda name, letter, heads: Einsum(
-            f"...td,d{letter}h->...t{letter}h", (c.d_model, heads, c.head_dim), lora=c.adapter(name), rngs=rngs
-        )
-        self.q = project("q_proj", "n", c.num_heads)
-        self.k = project("k_proj", "k", c.num_kv_heads)
-        self.v = project("v_proj", "k", c.num_kv_heads)
-        self.out = Einsum(
-            "...tnh,nhd->...td", (c.num_heads, c.head_dim, c.d_model), gain=residual_gain(c), bias=c.biases,
-            lora=c.adapter("o_proj"), rngs=rngs,
-        )  # fmt: skip
+        project = lambda name, heads: Linear((c.d_model, heads, c.head_dim), lora=c.adapter(name), rngs=rngs)
+        self.q = project("q_proj", c.num_heads)
+        self.k = project("k_proj", c.num_kv_heads)
+        self.v = project("v_proj", c.num_kv_heads)
+        shape = (c.num_heads, c.head_dim, c.d_model)
+        self.out = Linear(shape, inputs=2, gain=residual_gain(c), bias=c.biases, lora=c.adapter("o_proj"), rngs=rngs)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpgemma.gemma.config import GemmaConfig
-from dpgemma.gemma.layers import PRECISION, Einsum, residual_gain
+from dpgemma.gemma.layers import PRECISION, Linear, residual_gain
 
 _SHARPNESS = 8.0
 _LARGEST_SQRT_DERIVATIVE = 1000.0
@@ -96,9 +96,9 @@ class Recurrent(nnx.Module):
         c = config
         self.taps, self.width = c.conv_width, c.lru_width
         options = lambda name: dict(bias=True, lora=c.adapter(name), rngs=rngs)
-        self.linear_x = Einsum("...td,dw->...tw", (c.d_model, c.lru_width), **options("linear_x"))
-        self.linear_y = Einsum("...td,dw->...tw", (c.d_model, c.lru_width), **options("linear_y"))
-        self.linear_out = Einsum("...tw,wd->...td", (c.lru_width, c.d_model), gain=residual_gain(c), **options("linear_out"))
+        self.linear_x = Linear((c.d_model, c.lru_width), **options("linear_x"))
+        self.linear_y = Linear((c.d_model, c.lru_width), **options("linear_y"))
+        self.linear_out = Linear((c.lru_width, c.d_model), gain=residual_gain(c), **options("linear_out"))
         self.conv = CausalConvolution(c.lru_width, c.conv_width, rngs=rngs)
         self.rg_lru = RgLru(c, rngs=rngs)
 

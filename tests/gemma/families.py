@@ -1,8 +1,12 @@
 """Tiny models of every family: their settings as transformers spells them, and weights that are a function of their names."""
 
+import functools
 import zlib
 
+import jax
 import numpy as np
+
+from dpgemma.gemma import decoder
 
 COMMON = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -41,3 +45,9 @@ def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The weight of this name: of order one where it multiplies, small beside the 1 of a norm."""
     scale = 0.3 if len(shape) == 1 else 0.5 * shape[-1] ** -0.5
     return (scale * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="attention")
+def our_logits(config, params, ids=IDS, attention="auto"):
+    """dpgemma's logits, compiled once per configuration. Not for tests that change the code under way."""
+    return decoder.logits(config, params, decoder.hidden_states(config, params, ids, attention=attention))

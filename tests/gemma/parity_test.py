@@ -8,12 +8,12 @@ import torch
 
 from dpgemma.gemma import attention, decoder, layers, loss, recurrent, weights
 from dpgemma.gemma.config import Rope
-from tests.gemma.families import FAMILIES, IDS
+from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import imported, torch_logits, torch_model
 
 
-def our_logits(config, params, ids=IDS, **options):
-    return decoder.logits(config, params, decoder.hidden_states(config, params, ids, **options))
+def uncompiled_logits(config, params, **options):
+    return decoder.logits(config, params, decoder.hidden_states(config, params, IDS, **options))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -54,7 +54,7 @@ def test_bfloat16_is_as_close_to_transformers_as_its_rounding(name):
     half = type(theirs)(theirs.config).to(torch.bfloat16).eval()
     half.load_state_dict(theirs.state_dict())
     rounded = torch_logits_bfloat16(half)
-    ours = our_logits(config, params, dtype=jnp.bfloat16)
+    ours = uncompiled_logits(config, params, dtype=jnp.bfloat16)
     noise = np.abs(rounded - exact).mean()
     assert np.abs(ours - exact).mean() < 2 * noise and np.abs(ours - rounded).mean() < 2 * noise
 
@@ -147,7 +147,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation, name", [(m, name) for m, (_, names) in MUTATIONS.items() for name in names])
 def test_every_mutation_would_be_noticed(mutation, name, monkeypatch):
     config, params = MUTATIONS[mutation][0](*imported(name), monkeypatch)
-    difference = np.abs(our_logits(config, params) - torch_logits(torch_model(name))).max()
+    difference = np.abs(uncompiled_logits(config, params) - torch_logits(torch_model(name))).max()
     assert difference > 3e-5  # and the tests above allow 2e-5
 
 

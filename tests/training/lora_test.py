@@ -20,7 +20,7 @@ from dpgemma.privacy import noise
 from dpgemma.training import loss as loss_lib
 from dpgemma.training import mesh
 from dpgemma.training.step import TrainState, make_train_step
-from tests.gemma.families import FAMILIES, IDS
+from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import directory, imported, torch_logits
 
 KEYS = noise.noise_keys(bytes(32), 0)
@@ -91,7 +91,7 @@ def test_peft_loads_the_adapters_and_agrees(name, targets, tmp_path):
         targets = "q_proj,k_proj,linear_x,linear_y,linear_out,gate_proj"
     config, trainable, frozen = adapted(name, targets)
     lora.save_peft(config, trainable, tmp_path, str(directory(name)))
-    ours = decoder.logits(config, *(lambda p: (p, decoder.hidden_states(config, p, IDS)))(lora.join(trainable, frozen)))
+    ours = our_logits(config, lora.join(trainable, frozen))
     base = transformers.AutoModelForCausalLM.from_pretrained(directory(name), attn_implementation="eager")
     plain = torch_logits(base.eval())
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
@@ -105,11 +105,11 @@ def test_peft_loads_the_adapters_and_agrees(name, targets, tmp_path):
 def test_folding_gives_the_same_function(name):
     config, trainable, frozen = adapted(name)
     parameters = lora.join(trainable, frozen)
-    expected = decoder.logits(config, parameters, decoder.hidden_states(config, parameters, IDS))
+    expected = our_logits(config, parameters)
     folded = jax.tree.map(jnp.asarray, lora.fold(config, parameters))
     plain = dataclasses.replace(config, lora=None)
     assert jax.tree.structure(folded) == jax.tree.structure(decoder.parameter_shapes(plain))
-    np.testing.assert_allclose(decoder.logits(plain, folded, decoder.hidden_states(plain, folded, IDS)), expected, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(our_logits(plain, folded), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rank, alpha, targets, message", [
