@@ -53,8 +53,13 @@ def noise_keys(secret: bytes, step: int) -> np.ndarray:
 
 def standard_normal(key_data, leaf_index: int, shape: tuple[int, ...]):
     """float32 standard normals for one leaf: (n_1 + n_2 + n_3 + n_4) / 2 from four independent keys."""
-    keys = [jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), leaf_index) for data in key_data]
-    return sum(jax.random.normal(key, shape, jnp.float32) for key in keys) * DRAWS**-0.5
+
+    def add_draw(total, data):
+        key = jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), leaf_index)
+        return total + jax.random.normal(key, shape, jnp.float32), None
+
+    # A loop, so that a program with many leaves holds the generator once for each and not four times.
+    return jax.lax.scan(add_draw, jnp.zeros(shape), jnp.asarray(key_data))[0] * DRAWS**-0.5
 
 
 def add_gaussian_noise(clipped: ClippedSum, noise_multiplier: float, key_data) -> NoisedSum:

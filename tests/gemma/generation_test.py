@@ -87,7 +87,7 @@ def test_text_ends_with_the_context():
 
 
 def test_rows_of_a_batch_do_not_depend_on_each_other():
-    config, params = imported("recurrent_gemma")
+    config, params = imported("gemma_mha")
     alone = generation.generate(config, params, PROMPTS[:1], 12, Sampling(seed=5), stop=())
     batch = generation.generate(config, params, [PROMPTS[0], PROMPTS[2]], 12, Sampling(seed=5), stop=())
     other = generation.generate(config, params, [PROMPTS[0], PROMPTS[1]], 12, Sampling(seed=5), stop=())
