@@ -144,11 +144,20 @@ def _tables(meaning: Meaning) -> list[str]:
     ]
 
 
+def _model_size(declared: dict) -> str:
+    """How many, how many of them were trained, and where they started."""
+    everything, trained = declared["parameters"], declared["trained_parameters"]
+    text = _number(everything) if trained == everything else f"{_number(everything)}, {_number(trained)} of them trained"
+    return text if declared["init_sha256"] is None else f"{text}; from a checkpoint with SHA-256 {declared['init_sha256']}"
+
+
 def _compute(executed: Executed) -> list[tuple[str, str]]:
     declared, m = executed.declared, executed.planned
     tokens = m.expected_batch_size * declared["sequence_length"] * executed.steps
-    rows = [("Model", declared["model"]), ("Parameters", _number(declared["parameters"])), ("Tokens, expected", f"{tokens:.4g}")]
-    flops = f"{6 * declared['parameters'] * tokens:.3g} (6 for each parameter and token, clipping not counted)"
+    rows = [("Model", declared["model"]), ("Parameters", _model_size(declared)), ("Tokens, expected", f"{tokens:.4g}")]
+    trained = declared["trained_parameters"]
+    flops = (6 * trained + 4 * (declared["parameters"] - trained)) * tokens
+    flops = f"{flops:.3g} (6 for each trained parameter and token, 4 for a frozen one; clipping not counted)"
     return [*rows, ("Floating-point operations", flops)]
 
 

@@ -16,7 +16,6 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "init_from", None, "Hugging Face directory to write anew; with --workdir, where the model lies that the run started from.", fv
     )  # fmt: skip
-    command_flags.string("tokenizer", None, "Tokenizer for a directory that has none, as for train.", fv)
     command_flags.string("out", None, "Folder to write; must not exist or be empty.", fv)
     command_flags.switch("merge", "Adds a run's adapters into the weights and writes a whole model.", fv)
     command_flags.choice("dtype", _AS_STORED, (_AS_STORED, "float32", "bfloat16"), "Type of the written weights; merged are float32.", fv)
@@ -38,7 +37,7 @@ def run(fv: flags.FlagValues) -> int:
     if not fv.workdir:
         if fv.merge:
             raise InputError("--merge merges the adapters of a run: give its --workdir, or drop --merge")
-        exporting.export_directory(trained.load_directory(fv.init_from, fv.tokenizer), out, dtype)
+        exporting.export_directory(trained.load_directory(fv.init_from, with_tokenizer=False), out, dtype)
         print(f"wrote {out}")
         return 0
     model = trained.load(fv.workdir, fv.init_from, with_base=fv.merge)

@@ -72,6 +72,13 @@ def read(directory: pathlib.Path) -> GemmaConfig:
         raise InputError(f"{path}: {error}") from None
 
 
+def special_ids(directory: pathlib.Path) -> dict:
+    """What a directory's config.json, or the text part of it, says of bos, eos and pad; eos may be a list."""
+    content = json.loads((directory / "config.json").read_text())
+    content = {**content, **content.get("text_config", {})}
+    return {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if content.get(name) is not None}
+
+
 def from_hf_config(content: dict) -> GemmaConfig:
     """The decoder of a config.json; the text part of a multimodal one.
 

@@ -2,7 +2,7 @@
 
 Formal guarantee: `split` sorts every parameter into exactly one of two trees, and where a model has adapters the trainable one holds
 their matrices and nothing else. The trainer differentiates, clips and noises that tree alone, so frozen weights are a function of the
-public checkpoint. Tested by tests/training/lora_test.py::test_exactly_the_adapters_are_clipped_and_noised.
+public checkpoint. Tested by tests/training/lora_test.py::test_pitfall_20_exactly_the_adapters_are_clipped_and_noised.
 """
 
 import json

@@ -14,7 +14,7 @@ from accounting import report
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from dpgemma.gemma import hf_config, lora, weights
-from dpgemma.gemma.tokenizer import FILES, MODEL_FILE, Tokenizer
+from dpgemma.gemma.tokenizer import FILES, MODEL_FILE
 from dpgemma.training import reporting, run_directory
 from dpgemma.training.trained import Model, TrainedModel
 
@@ -60,7 +60,7 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
             else:
                 parameters = lora.fold(model.config, model.parameters) if model.config.lora is not None else model.parameters
                 _write_model(model, parameters, temporary, dtype)
-            _write_tokenizer(model.tokenizer, temporary)
+            _write_tokenizer(model.tokenizer.files(), temporary)
             (temporary / _CARD).write_text(report.model_card(report.encode(content), model.step))
             # The ledger knows an export before it exists, and every file of it by its hash.
             files = {path.name: report.file_digest(path) for path in sorted(temporary.iterdir())}
@@ -73,12 +73,14 @@ def export_directory(model: Model, out: pathlib.Path, dtype=None) -> None:
     """Writes the model of a Hugging Face directory anew: the text decoder alone, in one spelling, with the tokenizer files there are."""
     with folder(out) as temporary:
         _write_model(model, model.parameters, temporary, dtype)
-        _write_tokenizer(model.tokenizer, temporary)
+        _write_tokenizer([model.base / name for name in FILES if (model.base / name).is_file()], temporary)
         (temporary / _CARD).write_text(report.plain_card())
 
 
 def _write_model(model: Model, parameters: dict, directory: pathlib.Path, dtype) -> None:
-    ids = {f"{name}_token_id": getattr(model.tokenizer, name) for name in ("bos", "eos", "pad")}
+    ids = hf_config.special_ids(model.base) if model.base is not None and model.base.is_dir() else {}
+    if model.tokenizer is not None:
+        ids = {f"{name}_token_id": getattr(model.tokenizer, name) for name in ("bos", "eos", "pad")} | ids
     weights.save(model.config, parameters, directory, dtype)
     content = hf_config.to_hf_config(model.config, ids, np.dtype(dtype or parameters["embedder"]["embedding"].dtype).name)
     (directory / "config.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -89,8 +91,7 @@ def _write_model(model: Model, parameters: dict, directory: pathlib.Path, dtype)
         (directory / _GENERATION).write_text(json.dumps(ids, indent=1) + "\n")
 
 
-def _write_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
-    files = tokenizer.files()
+def _write_tokenizer(files: list[pathlib.Path], directory: pathlib.Path) -> None:
     for path in files:
         shutil.copyfile(path, directory / (path.name if path.name in FILES else MODEL_FILE))
     if files and not (directory / _TOKENIZER_CONFIG).exists():

@@ -18,12 +18,13 @@ class Model:
     """Attributes:
     config: the decoder, adapters included.
     parameters: its whole tree, or the adapters alone where the rest was not asked for.
+    tokenizer: None where it was not asked for.
     base: the directory that it starts from, or None.
     """
 
     config: GemmaConfig
     parameters: dict
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     base: pathlib.Path | None
 
     @property
@@ -68,15 +69,19 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     return TrainedModel(config, parameters, tokenizer, directory, run, step)
 
 
-def load_directory(directory: str, tokenizer: str | None = None) -> Model:
+def load_directory(directory: str, tokenizer: str | None = None, *, with_tokenizer: bool = True) -> Model:
     """The model of a Hugging Face directory, weights in the type of the file.
+
+    Args:
+      tokenizer: where the directory has none, as --tokenizer names it.
 
     Raises:
       InputError: no such directory, or one that this program cannot read.
     """
     path = pathlib.Path(directory)
     config = hf_config.read(path)
-    return Model(config, weights.load(config, path), tokenizer_lib.load(tokenizer or directory), path)
+    loaded = tokenizer_lib.load(tokenizer or directory) if with_tokenizer else None
+    return Model(config, weights.load(config, path), loaded, path)
 
 
 def _start_event(run: RunDirectory) -> dict:

@@ -44,8 +44,7 @@ def in_bfloat16(source, target):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip_is_bit_identical_and_loads_in_transformers(name, dtype, tmp_path):
     source = directory(name) if dtype == "float32" else in_bfloat16(directory(name), tmp_path / "half")
-    # The byte tokenizer has more tokens than these models; writing them anew does not mind.
-    assert cli.main(["export", f"--init_from={source}", "--tokenizer=byte", f"--out={tmp_path / 'out'}"]) == 0
+    assert cli.main(["export", f"--init_from={source}", f"--out={tmp_path / 'out'}"]) == 0
     before, after = files(source), files(tmp_path / "out")
     assert set(before) == set(after)
     for tensor in before:

@@ -42,7 +42,7 @@ def norm(tree):
 
 
 @pytest.mark.parametrize("name, targets", [("gemma2", "q_proj,v_proj"), ("recurrent_gemma", "all")])
-def test_exactly_the_adapters_are_clipped_and_noised(name, targets):
+def test_pitfall_20_exactly_the_adapters_are_clipped_and_noised(name, targets):
     config, trainable, frozen = adapted(name, targets)
     tokens = np.concatenate([IDS, IDS[::-1]])
     batch, mask = {"tokens": tokens, "scored": np.ones(tokens.shape, bool)}, np.array([True, True, True, False])
