@@ -21,7 +21,9 @@ PROMPTS = ["the patient 3 came back", "she was tired and"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A Gemma 3 directory with weights, tokenizer and configuration, as transformers writes it."""
-    path = tokenizer_files.write(tmp_path_factory.mktemp("base") / "model")
+    path = tmp_path_factory.mktemp("base") / "model"
+    transformers.AutoTokenizer.from_pretrained(tokenizer_files.write(path)).save_pretrained(path)
+    (path / "tokenizer.model").unlink()
     settings = {**COMMON, "vocab_size": 400, "query_pre_attn_scalar": 16, "sliding_window": 16, "max_position_embeddings": 128}
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     config = transformers.Gemma3TextConfig(**settings, rope_parameters=rope)
@@ -132,7 +134,7 @@ def test_full_fine_tuning_exports_the_whole_model(base, data, cache, tmp_path):
         assert {tensor.dtype.itemsize * 8 for tensor in load_file(tmp_path / dtype / "model.safetensors").values()} == {bits}
     ours = run("sample", f"--workdir={workdir}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
     assert ours.stdout.splitlines() == [PROMPTS[0] + greedy(tmp_path / "as_stored", PROMPTS[0])]
-    assert {"tokenizer.model", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in (tmp_path / "as_stored").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in (tmp_path / "as_stored").iterdir()}
     assert json.loads((workdir / "report.json").read_text())["trained_parameters"] == sum(
         tensor.size for tensor in load_file(base / "model.safetensors").values()
     )
