@@ -26,7 +26,7 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError("say where to write: --out=FOLDER")
     if not (fv.workdir or fv.init_from):
         raise InputError("say which model to write: --workdir=FOLDER of a run, or --init_from=FOLDER in Hugging Face format")
-    out = pathlib.Path(fv.out)
+    out = pathlib.Path(fv.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: choose another --out")
     from ml_dtypes import bfloat16
@@ -38,11 +38,13 @@ def run(fv: flags.FlagValues) -> int:
         if fv.merge:
             raise InputError("--merge merges the adapters of a run: give its --workdir, or drop --merge")
         exporting.export_directory(trained.load_directory(fv.init_from, with_tokenizer=False), out, dtype)
-        print(f"wrote {out}")
+        print(f"wrote {fv.out}")
         return 0
     model = trained.load(fv.workdir, fv.init_from, with_base=fv.merge)
     if fv.merge and model.config.lora is None:
         raise InputError(f"{fv.workdir} trained no adapters: drop --merge")
+    if dtype is not None and model.config.lora is not None and not fv.merge:
+        raise InputError("adapters are written in float32: drop --dtype, or add --merge")
     exporting.export_run(model, out, merge=fv.merge, dtype=dtype)
-    print(f"wrote {out} (step {model.step})")
+    print(f"wrote {fv.out} (step {model.step})")
     return 0

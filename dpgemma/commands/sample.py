@@ -35,6 +35,7 @@ def run(fv: flags.FlagValues) -> int:
     import numpy as np
 
     from dpgemma.gemma import chat, generation
+    from dpgemma.gemma import tokenizer as tokenizer_lib
     from dpgemma.training import trained
 
     try:
@@ -43,8 +44,9 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError(str(error)) from None
     model = trained.load(fv.workdir, fv.init_from) if fv.workdir else trained.load_directory(fv.init_from, fv.tokenizer)
     texts = fv.prompt or [""]
-    encode = (lambda text: chat.prompt(model.tokenizer, text)) if fv.chat else lambda text: model.tokenizer.encode(text.encode())
+    encode = (lambda text: chat.prompt(model.tokenizer, text)) if fv.chat else lambda text: model.tokenizer.encode(tokenizer_lib.utf8(text))
     prompts = [np.concatenate([[model.tokenizer.bos], encode(text)]).astype(np.int32) for text in texts]
+    tokenizer_lib.check_ids(np.concatenate(prompts), model.config.vocab_size)
     longest = max(map(len, prompts))
     if longest + fv.max_new_tokens > model.config.max_length:
         raise InputError(
@@ -56,5 +58,5 @@ def run(fv: flags.FlagValues) -> int:
     )
     for text, answer in zip(texts, answers, strict=True):
         written = model.tokenizer.decode(answer)
-        sys.stdout.write((written if fv.chat else text.encode() + written).decode("utf-8", errors="replace") + "\n")
+        sys.stdout.write((written if fv.chat else tokenizer_lib.utf8(text) + written).decode("utf-8", errors="replace") + "\n")
     return 0

@@ -50,8 +50,10 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     run = run_directory.open_existing(path)
     keys = run.keys() if run else keys or run_directory.Keys.generate()
 
-    unit, rows = units.rows(config.privacy_unit, config.data, config.text_field, tokenizer, config.sequence_length)
+    unit, rows = units.rows(config.privacy_unit, config.data, config.text_field, tokenizer, config.sequence_length, start.model.vocab_size)
     config = dataclasses.replace(config, privacy_unit=unit)
+    if not rows.scored.any(axis=1).all():
+        progress.warn("some records have nothing to learn within --sequence_length: their prompts fill it; raise it or shorten them")
     data = dataset.split(rows, keys.holdout, config.holdout_fraction)
     config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
     fingerprint = run_directory.fingerprint(keys, rows)

@@ -11,7 +11,7 @@ import numpy as np
 from accounting.errors import InputError
 from dpgemma.data.rows import Rows
 from dpgemma.gemma import chat
-from dpgemma.gemma.tokenizer import Tokenizer
+from dpgemma.gemma.tokenizer import Tokenizer, utf8
 
 PROMPT, RESPONSE, MESSAGES = "prompt", "response", "messages"
 
@@ -28,7 +28,7 @@ def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_fie
     one with text on all of it.
 
     Raises:
-      InputError: no records, or one without the fields; names it by its number.
+      InputError: no records, none with anything to learn, or one without the fields; names it by its number.
     """
     tokens, scored = [], []
     for number, record in enumerate(records, start=1):
@@ -42,7 +42,10 @@ def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_fie
         scored.append(np.pad(is_scored, padding))
     if not tokens:
         raise InputError("the data are empty: there is no record to train on")
-    return Rows(np.stack(tokens), np.stack(scored))
+    rows = Rows(np.stack(tokens), np.stack(scored))
+    if not rows.scored.any():
+        raise InputError(f"every prompt fills the {length} tokens of a row, so there is nothing to learn: raise --sequence_length")
+    return rows
 
 
 def _example(record: dict, tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +62,7 @@ def _example(record: dict, tokenizer: Tokenizer, text_field: str) -> tuple[np.nd
 def _text(record: dict, field: str) -> bytes:
     value = record.get(field)
     if isinstance(value, str):
-        return value.encode()
+        return utf8(value)
     if not isinstance(value, bytes):
         raise InputError(f"no text in its field {field!r}; an example has {PROMPT} and {RESPONSE}, {MESSAGES}, or --text_field")
     return value

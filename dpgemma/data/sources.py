@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator
 
 from accounting.errors import InputError
+from dpgemma.gemma.tokenizer import utf8
 
 SYNTHETIC = "synthetic"
 TFDS_PREFIX = "tfds:"
@@ -29,7 +30,7 @@ def documents(data: str, text_field: str = "text") -> Iterator[bytes]:
                 f"record {number} of --data={data} has no text in field {text_field!r}: see --text_field, or --privacy_unit=example for"
                 " records with prompt and response or with messages"
             )
-        yield text if isinstance(text, bytes) else text.encode()
+        yield text if isinstance(text, bytes) else utf8(text)
 
 
 def records(data: str, text_field: str = "text") -> Iterator[dict]:
@@ -68,7 +69,7 @@ def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise InputError(f"{path}, line {number}: no JSON object")

@@ -2,12 +2,12 @@
 
 from dpgemma.data import examples, packing, sources
 from dpgemma.data.rows import Rows
-from dpgemma.gemma.tokenizer import Tokenizer
+from dpgemma.gemma.tokenizer import Tokenizer, check_ids
 
 AUTO, SEQUENCE, EXAMPLE = "auto", "sequence", "example"
 
 
-def rows(privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, length: int) -> tuple[str, Rows]:
+def rows(privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, length: int, vocab_size: int) -> tuple[str, Rows]:
     """The privacy unit and its rows.
 
     Args:
@@ -15,11 +15,14 @@ def rows(privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, le
         record has the fields of an example. The choice is one of format and never depends on what the fields hold.
 
     Raises:
-      InputError: no data, or records without the fields.
+      InputError: no data, records without the fields, or tokens that the model's embedding of `vocab_size` rows does not have.
     """
     if privacy_unit == AUTO:
         first = next(iter(sources.records(data, text_field)), {})
         privacy_unit = EXAMPLE if examples.is_example(first) else SEQUENCE
     if privacy_unit == EXAMPLE:
-        return EXAMPLE, examples.to_rows(sources.records(data, text_field), tokenizer, length, text_field)
-    return SEQUENCE, packing.pack(sources.documents(data, text_field), tokenizer, length)
+        made = examples.to_rows(sources.records(data, text_field), tokenizer, length, text_field)
+    else:
+        made = packing.pack(sources.documents(data, text_field), tokenizer, length)
+    check_ids(made.tokens, vocab_size)
+    return privacy_unit, made

@@ -7,7 +7,7 @@ user turn's text, as in the chat template of the published models.
 import numpy as np
 
 from accounting.errors import InputError
-from dpgemma.gemma.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
+from dpgemma.gemma.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer, utf8
 
 MODEL = "model"
 _ROLES = {"user": "user", "assistant": MODEL, MODEL: MODEL}
@@ -35,7 +35,7 @@ def turns(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.nd
         is_answer = role == MODEL
         add(start, False)
         add(tokenizer.encode(f"{role}\n".encode()), False)
-        add(tokenizer.encode(content.strip().encode()), is_answer)
+        add(tokenizer.encode(utf8(content.strip())), is_answer)
         add(end, is_answer)
         add(newline, False)
     return np.concatenate(ids), np.concatenate(scored)
@@ -68,4 +68,6 @@ def _with_system(messages: list[dict]) -> list[tuple[str, str]]:
     if unknown or not messages:
         raise InputError(f"messages need the roles user and assistant (system first), got {', '.join(unknown) or 'none of them'}")
     pairs = [(_ROLES[m["role"]], m["content"]) for m in messages]
+    if system and pairs[0][0] == MODEL:
+        raise InputError("a user's message must follow the system's: its text stands before that one's")
     return [(pairs[0][0], system + pairs[0][1].strip()), *pairs[1:]]

@@ -30,7 +30,7 @@ class Lora:
     Attributes:
       rank: columns of A.
       alpha: scale of the adapter, divided by the rank.
-      targets: names of the linear layers that get one, as in `lora.TARGETS`.
+      targets: names of the linear layers that get one, as in `lora.ATTENTION_TARGETS` and `lora.RECURRENT_TARGETS`.
     """
 
     rank: int
@@ -91,9 +91,12 @@ class GemmaConfig:
         if self.model_type not in MODEL_TYPES:
             raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {self.model_type!r}")
         sizes = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length", "window", "query_scalar")
-        small = [name for name in sizes if not getattr(self, name) > 0]
-        if small:
-            raise ValueError(f"{', '.join(small)} must be positive")
+        whole = [name for name in (*sizes[:-1], "conv_width") if type(getattr(self, name)) is not int or getattr(self, name) < 1]
+        if whole:
+            raise ValueError(f"{', '.join(whole)} must be a positive whole number")
+        positive = [self.query_scalar, self.norm_eps, *(cap for cap in (self.attention_cap, self.final_cap) if cap is not None)]
+        if not all(type(value) in (int, float) and 0 < value < float("inf") for value in positive):
+            raise ValueError("query_scalar, norm_eps and soft-caps must be positive numbers")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.rope_full.share != self.rope_sliding.share or self.head_dim * self.rope_full.share % 2:

@@ -31,8 +31,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
-            raise ValueError("temperature must be at least 0, top_k at least 1 and top_p in (0, 1]")
+        if (
+            not self.temperature >= 0
+            or not 0 < self.top_p <= 1
+            or (self.top_k is not None and self.top_k < 1)
+            or not 0 <= self.seed < 2**32
+        ):
+            raise ValueError("temperature must be at least 0, top_k at least 1, top_p in (0, 1] and seed in [0, 2^32)")
 
 
 def filtered(logits, sampling: Sampling):

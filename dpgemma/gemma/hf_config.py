@@ -62,20 +62,29 @@ def read(directory: pathlib.Path) -> GemmaConfig:
     path = directory / "config.json"
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{directory} is no Hugging Face directory: it has no config.json") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is no JSON: download it again") from None
     try:
         return from_hf_config(content)
-    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}: add it") from None
+    except (InputError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{path} holds a value of the wrong kind ({error}): download it again") from None
+
+
+def is_multimodal(directory: pathlib.Path) -> bool:
+    """Whether a directory holds more than a text decoder."""
+    return json.loads((directory / "config.json").read_text()).get("model_type") == _MULTIMODAL
 
 
 def special_ids(directory: pathlib.Path) -> dict:
     """What a directory's config.json, or the text part of it, says of bos, eos and pad; eos may be a list."""
     content = json.loads((directory / "config.json").read_text())
-    content = {**content, **content.get("text_config", {})}
+    content = {**content, **(content.get("text_config") or {})}
     return {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if content.get(name) is not None}
 
 
@@ -153,7 +162,7 @@ def _layer_types(model_type: str, content: dict) -> tuple[str, ...] | None:
     layers = content["num_hidden_layers"]
     if model_type == "recurrent_gemma":
         kinds = {"recurrent": RECURRENT, "attention": SLIDING}
-        period = tuple(kinds[name] for name in content.get("block_types") or content["_block_types"])
+        period = tuple(kinds[name] for name in content.get("block_types") or content.get("_block_types") or content["block_types"])
     elif content.get("layer_types"):
         if len(content["layer_types"]) != layers:
             raise InputError(f"layer_types names {len(content['layer_types'])} layers, num_hidden_layers {layers}")

@@ -19,7 +19,7 @@ _SPECIALS = 4
 
 class Tokenizer(Protocol):
     """Attributes:
-    vocab_size: ids are below it.
+    vocab_size: ids of ordinary text are below it; added tokens, which no text model uses, may lie above.
     pad, eos, bos: special ids.
     """
 
@@ -110,14 +110,14 @@ class JsonTokenizer:
             raise InputError(f"{self._path} is no tokenizer ({str(error).splitlines()[0]}): download it again") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
         settings = _json(directory / "tokenizer_config.json")
         self.pad, self.eos, self.bos = (self._special(settings, name) for name in ("pad", "eos", "bos"))
 
     def _special(self, settings: dict, name: str) -> int:
         token = settings.get(f"{name}_token") or f"<{name}>"
-        token = token["content"] if isinstance(token, dict) else token
-        found = self._tokenizer.token_to_id(token)
+        token = token.get("content") if isinstance(token, dict) else token
+        found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
         if found is None:
             raise InputError(f"{self._path} has no {name} token ({token}): name it in tokenizer_config.json")
         return found
@@ -138,11 +138,14 @@ class JsonTokenizer:
 
 def _json(path: pathlib.Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise InputError(f"{path} is no JSON: download it again") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object: download it again")
+    return content
 
 
 def _siblings(path: pathlib.Path) -> list[pathlib.Path]:
@@ -155,6 +158,17 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
     """Raises InputError where a tokenizer has more tokens than an embedding has rows."""
     if tokenizer.vocab_size > rows:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {rows}: choose another of the two")
+
+
+def check_ids(ids: np.ndarray, rows: int) -> None:
+    """Raises InputError for ids beyond an embedding: text that holds a token which the tokenizer knows and the model does not."""
+    if ids.size and ids.max() >= rows:
+        raise InputError(f"the text holds tokens beyond the {rows} that the model knows: remove them, or choose another tokenizer")
+
+
+def utf8(text: str) -> bytes:
+    """Bytes of a text; what is no character (half of a surrogate pair) becomes a question mark."""
+    return text.encode("utf-8", errors="replace")
 
 
 def load(spec: str) -> Tokenizer:

@@ -132,7 +132,7 @@ def from_file(array: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.n
 
 def fan_in(config: GemmaConfig, weight: Weight, shape: tuple[int, ...]) -> int:
     """Rows of a linear layer's matrix: the axes that it contracts. Attention's output contracts two (heads and their width)."""
-    contracted = 2 if weight.path[1:3] == ("mixer", "out") and weight.path[-1] != "lora_b" else 1
+    contracted = 2 if weight.path[1:3] == ("mixer", "out") else 1
     return math.prod(shape[:contracted])
 
 
@@ -190,7 +190,7 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
             raise InputError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a directory with safetensors weights")
         return [directory / SINGLE_FILE]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index} is damaged: download it again") from None
     missing = [name for name in names if not (directory / name).is_file()]

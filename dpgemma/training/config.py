@@ -94,8 +94,10 @@ class TrainConfig:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.lora_rank is not None and self.init_from is None:
             raise InputError("adapters need weights to adapt: give --init_from=FOLDER, or drop --lora_rank")
-        if self.lora_rank is None and self.lora_alpha is not None:
-            raise InputError("--lora_alpha has no meaning without --lora_rank: give both or neither")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets != "all"):
+            raise InputError("--lora_alpha and --lora_targets have no meaning without --lora_rank: give it, or neither of them")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed must be at least 0 and below 2^32, got {self.seed}")
         if not 0 <= self.holdout_fraction < 1:
             raise InputError(f"--holdout_fraction must be at least 0 and below 1, got {self.holdout_fraction:g}")
         if not 0 < self.delta < 1:

@@ -14,7 +14,7 @@ from accounting import report
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from dpgemma.gemma import hf_config, lora, weights
-from dpgemma.gemma.tokenizer import FILES, MODEL_FILE
+from dpgemma.gemma.tokenizer import FILES, MODEL_FILE, Tokenizer
 from dpgemma.training import reporting, run_directory
 from dpgemma.training.trained import Model, TrainedModel
 
@@ -43,23 +43,26 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
     Adapters are written alone, in PEFT's format, unless they are merged into the weights that they belong to.
 
     Raises:
-      InputError: the ledger is behind the checkpoint.
+      InputError: the checkpoint belongs to another ledger.
     """
     run = run_directory.open_existing(model.run.path)
     with contextlib.closing(run.open_ledger()) as ledger:
         done = executed_lib.of(ledger.records)
-        if done.steps < model.step:
+        if done.steps < model.step or not ledger.begins_with(model.ledger_lines, model.ledger_head):
             raise InputError(
-                f"the ledger has {done.steps} steps, but the checkpoint {model.step}: the ledger was cut or exchanged; run dpgemma audit"
+                f"checkpoint {model.step} belongs to another ledger than the one with {done.steps} steps: one of them was cut or exchanged;"
+                " run dpgemma audit"
             )
         accountant = Accountant(done.mechanisms or (done.planned,))
         content = report.build(done, accountant.epsilon(done.delta, done.steps), ledger.head)
         with folder(out) as temporary:
             if model.config.lora is not None and not merge:
-                lora.save_peft(model.config, model.parameters, temporary, str(model.base))
+                multimodal = model.base.is_dir() and hf_config.is_multimodal(model.base)
+                lora.save_peft(model.config, model.parameters, temporary, str(model.base), multimodal=multimodal)
+            elif model.config.lora is not None:
+                _write_model(model, lora.fold(model.config, model.parameters), temporary, dtype or "float32")
             else:
-                parameters = lora.fold(model.config, model.parameters) if model.config.lora is not None else model.parameters
-                _write_model(model, parameters, temporary, dtype)
+                _write_model(model, model.parameters, temporary, dtype)
             _write_tokenizer(model.tokenizer.files(), temporary)
             (temporary / _CARD).write_text(report.model_card(report.encode(content), model.step))
             # The ledger knows an export before it exists, and every file of it by its hash.
@@ -78,17 +81,26 @@ def export_directory(model: Model, out: pathlib.Path, dtype=None) -> None:
 
 
 def _write_model(model: Model, parameters: dict, directory: pathlib.Path, dtype) -> None:
-    ids = hf_config.special_ids(model.base) if model.base is not None and model.base.is_dir() else {}
-    if model.tokenizer is not None:
-        ids = {f"{name}_token_id": getattr(model.tokenizer, name) for name in ("bos", "eos", "pad")} | ids
+    known = hf_config.special_ids(model.base) if model.base is not None and model.base.is_dir() else {}
+    ids = known if model.tokenizer is None else _special_ids(model.tokenizer, known)
     weights.save(model.config, parameters, directory, dtype)
     content = hf_config.to_hf_config(model.config, ids, np.dtype(dtype or parameters["embedder"]["embedding"].dtype).name)
     (directory / "config.json").write_text(json.dumps(content, indent=1) + "\n")
-    known = model.base / _GENERATION if model.base else None
-    if known is not None and known.is_file():
-        shutil.copyfile(known, directory / _GENERATION)
+    generation = model.base / _GENERATION if known else None
+    if generation is not None and ids == known and generation.is_file():
+        shutil.copyfile(generation, directory / _GENERATION)
     else:
         (directory / _GENERATION).write_text(json.dumps(ids, indent=1) + "\n")
+
+
+def _special_ids(tokenizer: Tokenizer, known: dict) -> dict:
+    """The ids that the model was trained with; the base's own lists of them stay where they agree."""
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        own, stated = getattr(tokenizer, name), known.get(f"{name}_token_id")
+        agrees = own in stated if isinstance(stated, list) else own == stated
+        ids[f"{name}_token_id"] = stated if agrees else own
+    return ids
 
 
 def _write_tokenizer(files: list[pathlib.Path], directory: pathlib.Path) -> None:

@@ -64,6 +64,7 @@ def of(config: TrainConfig) -> StartingPoint:
             raise InputError("--init_from brings its own architecture: drop --model")
         directory = pathlib.Path(config.init_from)
         model = hf_config.read(directory)
+        hf_config.to_hf_config(model, {})  # what could not be exported is refused before it is trained
         if config.lora_rank is not None:
             alpha = config.lora_alpha if config.lora_alpha is not None else config.lora_rank
             model = dataclasses.replace(model, lora=lora.adapters(model, config.lora_rank, alpha, config.lora_targets))

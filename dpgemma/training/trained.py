@@ -40,10 +40,13 @@ class TrainedModel(Model):
 
     Attributes:
       step: of its checkpoint.
+      ledger_lines, ledger_head: the ledger's place that the checkpoint is bound to.
     """
 
     run: RunDirectory
     step: int
+    ledger_lines: int
+    ledger_head: str
 
 
 def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> TrainedModel:
@@ -59,14 +62,18 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     run = RunDirectory(pathlib.Path(workdir))
     settings, facts = run.config(), _start_event(run)
     config = GemmaConfig.from_dict(facts["architecture"])
-    step, parameters, _ = checkpoint.latest_parameters(run.checkpoints)
+    step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)
+    if base and facts["init_sha256"] is None:
+        raise InputError(f"{workdir} started from random weights: drop --init_from")
     origin = base or settings["init_from"]
     directory = pathlib.Path(origin) if origin else None
-    if config.lora is not None and with_base:
+    needs_base = config.lora is not None and with_base
+    if base or needs_base or (directory is not None and settings["tokenizer"] == settings["init_from"]):
         _check_base(directory, facts["init_sha256"])
+    if needs_base:
         parameters = lora.join(parameters, weights.load(config, directory))
     tokenizer = tokenizer_lib.load(base if base and settings["tokenizer"] == settings["init_from"] else settings["tokenizer"])
-    return TrainedModel(config, parameters, tokenizer, directory, run, step)
+    return TrainedModel(config, parameters, tokenizer, directory, run, step, meta["ledger_lines"], meta["ledger_head"])
 
 
 def load_directory(directory: str, tokenizer: str | None = None, *, with_tokenizer: bool = True) -> Model:
@@ -81,6 +88,8 @@ def load_directory(directory: str, tokenizer: str | None = None, *, with_tokeniz
     path = pathlib.Path(directory)
     config = hf_config.read(path)
     loaded = tokenizer_lib.load(tokenizer or directory) if with_tokenizer else None
+    if loaded is not None:
+        tokenizer_lib.check_vocabulary(loaded, config.vocab_size)
     return Model(config, weights.load(config, path), loaded, path)
 
 

@@ -52,11 +52,21 @@ def test_a_record_without_its_fields_is_named(record):
         to_rows([])
 
 
+def test_rows_with_nothing_to_learn_are_refused_together():
+    with pytest.raises(InputError, match="nothing to learn: raise --sequence_length"):
+        to_rows([RECORDS[2], RECORDS[2]])
+
+
+def test_halves_of_surrogate_pairs_are_no_crash():
+    rows = to_rows([{"prompt": "a \ud83d b", "response": "\ud83d"}, {"text": "\ud83d"}])
+    assert TOKENIZER.decode(rows.tokens[0]) == b"a ? b?" and TOKENIZER.decode(rows.tokens[1]) == b"?"
+
+
 def test_auto_takes_the_unit_from_the_fields(tmp_path):
-    def unit(records, privacy_unit="auto", text_field="text"):
+    def unit(records, privacy_unit="auto", text_field="text", vocab_size=260):
         path = tmp_path / "data.jsonl"
         path.write_text("\n".join(map(json.dumps, records)))
-        return units.rows(privacy_unit, str(path), text_field, TOKENIZER, 8)
+        return units.rows(privacy_unit, str(path), text_field, TOKENIZER, 8, vocab_size)
 
     texts = [{"text": "some"}, {"text": "more"}]
     assert unit(RECORDS[:4])[0] == "example" and len(unit(RECORDS[:4])[1]) == 4
@@ -64,5 +74,7 @@ def test_auto_takes_the_unit_from_the_fields(tmp_path):
     assert kind == "sequence" and len(rows) == 2  # ten tokens in rows of eight
     kind, rows = unit(texts, "example")
     assert kind == "example" and rows.scored.sum(axis=1).tolist() == [5, 5]
+    with pytest.raises(InputError, match="tokens beyond the 100 that the model knows"):
+        unit(texts, vocab_size=100)
     with pytest.raises(InputError, match="--privacy_unit=example"):
         unit(RECORDS[:2], "sequence")

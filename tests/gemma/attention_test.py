@@ -47,6 +47,20 @@ def test_fused_equals_dense(layer_types):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer_types", [(FULL,), (SLIDING,), (FULL, SLIDING)])
+def test_fused_on_a_gpu_in_bfloat16(layer_types):
+    config = dataclasses.replace(PLAIN, layer_types=layer_types, window=9, head_dim=64)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 128, 2, *g, 64)), jnp.bfloat16) for g in ((3,), (), ()))
+    for is_sliding in [kind == SLIDING for kind in layer_types]:
+        gradient = lambda kind, s=is_sliding: jax.jit(
+            jax.vmap(jax.grad(lambda q, k, v: attention.causal(q, k, v, config, s, kind).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+        )
+        for a, b in zip(gradient("fused")(q, k, v), gradient("dense")(q, k, v), strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.05)
+
+
 def test_fused_refuses_what_it_cannot_express():
     config = dataclasses.replace(PLAIN, attention_cap=2.0)
     with pytest.raises(ValueError, match="soft-caps"):

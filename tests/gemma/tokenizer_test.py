@@ -69,6 +69,29 @@ def test_a_bad_file_is_one_sentence(tmp_path, content):
         tokenizer.load(str(path))
 
 
+def test_added_tokens_beyond_the_embedding_are_no_obstacle(directories, tmp_path):
+    # Text-only models share a tokenizer.json that has one token more than they have rows.
+    theirs = transformers.AutoTokenizer.from_pretrained(directories[1])
+    size = len(theirs)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    theirs.save_pretrained(tmp_path)
+    ours = tokenizer.load(str(tmp_path))
+    tokenizer.check_vocabulary(ours, size)
+    tokenizer.check_ids(ours.encode(b"the patient"), size)
+    with pytest.raises(InputError, match=f"beyond the {size} that"):
+        tokenizer.check_ids(ours.encode(b"the <image_soft_token>"), size)
+    with pytest.raises(InputError, match="choose another"):
+        tokenizer.check_vocabulary(ours, size - 1)
+
+
+@pytest.mark.parametrize("settings", ["[]", '{"bos_token": 3}', '{"bos_token": {"x": 1}}', "{"])
+def test_bad_settings_are_one_sentence(directories, tmp_path, settings):
+    (tmp_path / "tokenizer.json").write_text((directories[1] / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(InputError, match=r"bos token|no JSON object"):
+        tokenizer.load(str(tmp_path))
+
+
 def test_a_bad_directory_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         tokenizer.load(str(tmp_path))
@@ -110,6 +133,7 @@ def test_turns_are_the_published_templates(directories, messages):
 @pytest.mark.parametrize("messages", [
     [], "hello", [{"role": "user"}], [{"role": "user", "content": 3}], [{"role": "tool", "content": "x"}],
     [{"role": "system", "content": "x"}],
+    [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}],
 ])  # fmt: skip
 def test_messages_that_are_none_are_refused(directories, messages):
     with pytest.raises(InputError, match="message"):

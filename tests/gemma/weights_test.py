@@ -15,7 +15,7 @@ from dpgemma.gemma import decoder, hf_config, weights
 from dpgemma.gemma.presets import PRESETS
 from tests.gemma import families
 from tests.gemma.families import FAMILIES, IDS, our_logits
-from tests.gemma.hf_models import directory, fill, imported, torch_logits, torch_model
+from tests.gemma.hf_models import directory, imported, multimodal_model, torch_logits, torch_model
 
 
 def files(path):
@@ -80,13 +80,7 @@ def test_shards_and_their_index(tmp_path):
 
 def test_a_text_tower_is_found_inside_a_multimodal_file(tmp_path):
     text = {**FAMILIES["gemma3"][1], "model_type": "gemma3_text"}
-    vision = dict(
-        model_type="siglip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16,
-        patch_size=8, vision_use_head=False,
-    )  # fmt: skip
-    both = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = fill(transformers.Gemma3ForConditionalGeneration(both).to(torch.float32))
-    model.config._attn_implementation = "eager"
+    model = multimodal_model(text)
     model.save_pretrained(tmp_path)
     assert any(name.startswith("language_model.model.") for name in files(tmp_path))
     config = hf_config.read(tmp_path)
@@ -228,13 +222,34 @@ def test_old_spellings_mean_the_same(name):
     ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers 4"),
     ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
     ({"num_key_value_heads": 3}, "multiple"),
-    ({"hidden_size": "wide"}, "config.json"),
+    ({"hidden_size": "wide"}, "d_model must be a positive whole number"),
+    ({"hidden_size": 32.0}, "d_model must be a positive whole number"),
+    ({"rms_norm_eps": "1e-6"}, "norm_eps"),
+    ({"final_logit_softcapping": [30]}, "soft-caps must be positive numbers"),
+    ({"attn_logit_softcapping": 0.0}, "soft-caps must be positive numbers"),
+    ({"num_hidden_layers": None, "layer_types": None}, "wrong kind"),
+    ({"num_hidden_layers": 10**30, "layer_types": None}, "wrong kind"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, None),
 ])  # fmt: skip
 def test_other_architectures_are_refused(changes, message, tmp_path):
     content = json.loads((directory("gemma2") / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(content))
+    if message is None:  # it can be read, but no file of this family could be written
+        assert cli.main(["train", f"--init_from={tmp_path}", "--sequence_length=8", f"--workdir={tmp_path / 'run'}"]) == 2
+        assert not (tmp_path / "run").exists()
+        return
     with pytest.raises(InputError, match=message):
         hf_config.read(tmp_path)
+
+
+def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
+    content = json.loads((directory("recurrent_gemma") / "config.json").read_text())
+    del content["block_types"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="lacks 'block_types'"):
+        hf_config.read(tmp_path)
+    with pytest.raises(InputError, match="no Hugging Face directory"):
+        hf_config.read(tmp_path / "config.json")
 
 
 def test_a_decoder_that_no_file_can_express_is_not_written():

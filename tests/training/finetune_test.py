@@ -8,7 +8,8 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from ml_dtypes import bfloat16
+from safetensors.numpy import load_file, save_file
 
 from tests.gemma import tokenizer_files
 from tests.gemma.families import COMMON
@@ -160,6 +161,9 @@ REFUSALS = {
     "rows too long": (["--init_from={base}", "--sequence_length=500"], "exceeds the 128 tokens"),
     "no tokenizer": (["--init_from={bare}", "--sequence_length=32"], "neither tokenizer.json nor tokenizer.model"),
     "tokenizer too large": (["--init_from={bare}", "--sequence_length=32", "--tokenizer={base}"], "more than the model's 97"),
+    "targets of nothing": (["--init_from={base}", "--lora_targets=q_proj"], "--lora_rank"),
+    "seed": (["--seed=100000000000000000000"], "below 2^32"),
+    "nothing to learn": (["--init_from={base}", "--sequence_length=3"], "nothing to learn"),
     "other unit": (["--init_from={base}", "--privacy_unit=sequence"], "--privacy_unit=example"),
 }
 
@@ -178,6 +182,31 @@ def test_bad_input_is_one_sentence(name, base, data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_merged_weights_are_float32_throughout(base, data, cache, tmp_path):
+    # Published bases are bfloat16: a merged model that kept this type would round the adapters away.
+    half = shutil.copytree(base, tmp_path / "half")
+    tensors = {name: tensor.astype(bfloat16) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    workdir = tmp_path / "run"
+    done = train(half, data, workdir, "--steps=1")
+    assert done.returncode == 0, done.stderr
+    done = run("export", f"--workdir={workdir}", "--merge", f"--out={tmp_path / 'merged'}")
+    assert done.returncode == 0, done.stderr
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {np.dtype("float32")}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+    assert run("export", f"--workdir={workdir}", "--dtype=bfloat16", f"--out={tmp_path / 'x'}").returncode == 2
+
+
+def test_a_foreign_checkpoint_gets_no_privacy_card(base, data, trained, cache, tmp_path):
+    workdir, other = shutil.copytree(trained, tmp_path / "run"), tmp_path / "other"
+    done = train(base, data, other)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    shutil.copytree(other / "checkpoints" / "4", workdir / "checkpoints" / "4")
+    done = run("export", f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and "another ledger" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_base_that_changed_or_moved_is_noticed(base, trained, data, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     workdir = shutil.copytree(trained, tmp_path / "run")
@@ -193,6 +222,8 @@ def test_a_base_that_changed_or_moved_is_noticed(base, trained, data, tmp_path):
     path = moved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     done = sample(f"--init_from={moved}")
+    assert done.returncode == 2 and "SHA-256 differs" in done.stderr
+    done = run("export", f"--workdir={workdir}", f"--init_from={moved}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and "SHA-256 differs" in done.stderr
     # A resumed run refuses a changed base as well.
     workdir = shutil.copytree(trained, tmp_path / "again")

@@ -14,14 +14,14 @@ import transformers
 
 from accounting.errors import InputError
 from accounting.mechanism import DpSgdMechanism
-from dpgemma.gemma import decoder, lora, weights
+from dpgemma.gemma import decoder, hf_config, lora, weights
 from dpgemma.gemma.config import Lora
 from dpgemma.privacy import noise
 from dpgemma.training import loss as loss_lib
 from dpgemma.training import mesh
 from dpgemma.training.step import TrainState, make_train_step
 from tests.gemma.families import FAMILIES, IDS, our_logits
-from tests.gemma.hf_models import directory, imported, torch_logits
+from tests.gemma.hf_models import directory, imported, multimodal_model, torch_logits
 
 KEYS = noise.noise_keys(bytes(32), 0)
 MECHANISM = DpSgdMechanism(100, 4, 4, 0.8, 0.5, 10)
@@ -99,6 +99,24 @@ def test_peft_loads_the_adapters_and_agrees(name, targets, tmp_path):
     assert len(loaded) == sum(len(leaf) for leaf in jax.tree.leaves(trainable))
     np.testing.assert_allclose(torch_logits(model), ours, atol=2e-5, rtol=0)
     assert np.abs(plain - ours).max() > 0.02
+
+
+def test_peft_loads_adapters_of_a_text_tower(tmp_path):
+    # In memory the tower lies deeper than in the file, and the vision tower has layers of the same names.
+    model = multimodal_model({**FAMILIES["gemma3"][1], "model_type": "gemma3_text"})
+    model.save_pretrained(tmp_path / "base")
+    assert hf_config.is_multimodal(tmp_path / "base")
+    config = hf_config.read(tmp_path / "base")
+    config = dataclasses.replace(config, lora=lora.adapters(config, 3, 6.0, "all"))
+    trainable, _ = lora.split(config, decoder.init_parameters(config, jax.random.key(0)))
+    trainable = jax.tree.map(lambda leaf: leaf + 0.1 * np.random.default_rng(2).standard_normal(leaf.shape), trainable)
+    ours = our_logits(config, lora.join(trainable, weights.load(config, tmp_path / "base")))
+    lora.save_peft(config, trainable, tmp_path, str(tmp_path / "base"), multimodal=True)
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    assert not any("vision" in name for name, _ in loaded.named_parameters() if "lora_" in name)
+    with torch.no_grad():
+        theirs = loaded(input_ids=torch.tensor(IDS, dtype=torch.long), use_cache=False).logits.numpy()
+    np.testing.assert_allclose(theirs, ours, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gemma", "gemma3", "recurrent_gemma"])
