@@ -103,9 +103,9 @@ def test_remat_policies_keep_less_for_the_backward_pass():
 
 def test_bfloat16_compute_keeps_float32_gradients():
     params = random_parameters(PLAIN)
-    rough = decoder.hidden_states(PLAIN, params, IDS, dtype=jnp.bfloat16)
-    assert rough.dtype == jnp.bfloat16
-    gradient = jax.grad(lambda p: decoder.hidden_states(PLAIN, p, IDS, dtype=jnp.bfloat16).astype(jnp.float32).sum())(params)
+    hidden = lambda p: decoder.hidden_states(PLAIN, p, IDS, dtype=jnp.bfloat16)
+    assert jax.eval_shape(hidden, params).dtype == jnp.bfloat16
+    gradient = jax.eval_shape(jax.grad(lambda p: hidden(p).astype(jnp.float32).sum()), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
 
 

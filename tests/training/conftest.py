@@ -1,5 +1,6 @@
 import random
 
+import jax
 import pytest
 
 from tests.training.runs import ENVIRONMENT, flags, run
@@ -7,9 +8,12 @@ from tests.training.runs import ENVIRONMENT, flags, run
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Compiled programs are kept between the many processes of this file."""
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
+    """Compiled programs are kept between the many processes of these tests, and for the runs within this one."""
+    folder = str(tmp_path_factory.mktemp("xla"))
+    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = folder
     ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="session")

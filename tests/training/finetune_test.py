@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tests.gemma import tokenizer_files
 from tests.gemma.families import COMMON
 from tests.gemma.hf_models import fill, load_torch
-from tests.training.runs import run
+from tests.training.runs import call, run
 
 PROMPTS = ["the patient 3 came back", "she was tired and"]
 
@@ -40,15 +40,15 @@ def data(tmp_path_factory):
     return path
 
 
-def train(base, data, workdir, *more):
+def train(base, data, workdir, *more, through=call):
     command = ["train", f"--init_from={base}", f"--data={data}", "--lora_rank=8", "--epsilon=3", "--delta=1e-5", f"--workdir={workdir}"]
-    return run(*command, "--batch_size=32", "--steps=4", "--sequence_length=48", *more)
+    return through(*command, "--batch_size=32", "--steps=4", "--sequence_length=48", *more)
 
 
 @pytest.fixture(scope="module")
 def trained(base, data, cache, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "adapters"
-    done = train(base, data, workdir)
+    done = train(base, data, workdir, through=run)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("held-out ")
     return workdir
@@ -76,11 +76,11 @@ def test_the_report_says_what_was_protected(trained):
 def test_from_a_directory_to_transformers_generate(base, trained, tmp_path):
     # Adapters alone, in PEFT's format.
     workdir = shutil.copytree(trained, tmp_path / "run")
-    done = run("export", f"--workdir={workdir}", f"--out={tmp_path / 'adapters'}")
+    done = call("export", f"--workdir={workdir}", f"--out={tmp_path / 'adapters'}")
     assert done.returncode == 0, done.stderr
     adapters = peft.PeftModel.from_pretrained(load_torch(base), tmp_path / "adapters").eval()
     # The whole model.
-    done = run("export", f"--workdir={workdir}", f"--out={tmp_path / 'merged'}", "--merge")
+    done = call("export", f"--workdir={workdir}", f"--out={tmp_path / 'merged'}", "--merge")
     assert done.returncode == 0, done.stderr
     merged = load_torch(tmp_path / "merged")
     ids = torch.tensor(np.random.default_rng(0).integers(8, 390, (2, 40)))
@@ -89,21 +89,21 @@ def test_from_a_directory_to_transformers_generate(base, trained, tmp_path):
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
     assert np.abs(a - untrained).max() > 1e-3
     # Both write what the run's own model writes.
-    ours = run("sample", f"--workdir={workdir}", *(f"--prompt={p}" for p in PROMPTS), "--temperature=0", "--max_new_tokens=12")
+    ours = call("sample", f"--workdir={workdir}", *(f"--prompt={p}" for p in PROMPTS), "--temperature=0", "--max_new_tokens=12")
     assert ours.returncode == 0, ours.stderr
     for model in (merged, adapters):
         theirs = [p + greedy(tmp_path / "merged", p, model) for p in PROMPTS]
         assert ours.stdout.splitlines() == theirs
-    directly = run("sample", f"--init_from={tmp_path / 'merged'}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
+    directly = call("sample", f"--init_from={tmp_path / 'merged'}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
     assert directly.stdout.splitlines() == ours.stdout.splitlines()[:1]
     # The cards carry the report, the ledger knows every file, and an audit of the whole agrees.
     for name in ("adapters", "merged"):
         assert "differentially private with respect to one unit" in (tmp_path / name / "README.md").read_text()
-    done = run("audit", workdir, f"--export={tmp_path / 'adapters'}", f"--export={tmp_path / 'merged'}")
+    done = call("audit", workdir, f"--export={tmp_path / 'adapters'}", f"--export={tmp_path / 'merged'}")
     assert done.returncode == 0, done.stdout
     weights = tmp_path / "adapters" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    done = run("audit", workdir, f"--export={tmp_path / 'adapters'}")
+    done = call("audit", workdir, f"--export={tmp_path / 'adapters'}")
     assert done.returncode == 1 and "export_unknown in" in done.stdout
 
 
@@ -127,13 +127,13 @@ def jax_to_lists(tree):
 def test_full_fine_tuning_exports_the_whole_model(base, data, cache, tmp_path):
     workdir = tmp_path / "run"
     command = ["train", f"--init_from={base}", f"--data={data}", "--epsilon=3", f"--workdir={workdir}", "--batch_size=32", "--steps=2"]
-    done = run(*command, "--sequence_length=48")
+    done = call(*command, "--sequence_length=48")
     assert done.returncode == 0, done.stderr
     for dtype, bits in (("as_stored", 32), ("bfloat16", 16)):
-        done = run("export", f"--workdir={workdir}", f"--out={tmp_path / dtype}", f"--dtype={dtype}")
+        done = call("export", f"--workdir={workdir}", f"--out={tmp_path / dtype}", f"--dtype={dtype}")
         assert done.returncode == 0, done.stderr
         assert {tensor.dtype.itemsize * 8 for tensor in load_file(tmp_path / dtype / "model.safetensors").values()} == {bits}
-    ours = run("sample", f"--workdir={workdir}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
+    ours = call("sample", f"--workdir={workdir}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
     assert ours.stdout.splitlines() == [PROMPTS[0] + greedy(tmp_path / "as_stored", PROMPTS[0])]
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in (tmp_path / "as_stored").iterdir()}
     assert json.loads((workdir / "report.json").read_text())["trained_parameters"] == sum(
@@ -145,9 +145,9 @@ def test_chat_data_and_chat_prompts(base, cache, tmp_path):
     path = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "who came back?"}, {"role": "assistant", "content": "the patient"}]
     path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(200)))
-    done = train(base, path, tmp_path / "run", "--steps=2")
+    done = train(base, path, tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    done = run("sample", f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=who came back?", "--max_new_tokens=8", "--top_k=3")
+    done = call("sample", f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=who came back?", "--max_new_tokens=8", "--top_k=3")
     assert done.returncode == 0 and "who came back?" not in done.stdout
 
 
@@ -188,13 +188,13 @@ def test_merged_weights_are_float32_throughout(base, data, cache, tmp_path):
     tensors = {name: tensor.astype(bfloat16) for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
     workdir = tmp_path / "run"
-    done = train(half, data, workdir, "--steps=1")
+    done = train(half, data, workdir)
     assert done.returncode == 0, done.stderr
-    done = run("export", f"--workdir={workdir}", "--merge", f"--out={tmp_path / 'merged'}")
+    done = call("export", f"--workdir={workdir}", "--merge", f"--out={tmp_path / 'merged'}")
     assert done.returncode == 0, done.stderr
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {np.dtype("float32")}
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
-    assert run("export", f"--workdir={workdir}", "--dtype=bfloat16", f"--out={tmp_path / 'x'}").returncode == 2
+    assert call("export", f"--workdir={workdir}", "--dtype=bfloat16", f"--out={tmp_path / 'x'}").returncode == 2
 
 
 def test_a_foreign_checkpoint_gets_no_privacy_card(base, data, trained, cache, tmp_path):
@@ -203,7 +203,7 @@ def test_a_foreign_checkpoint_gets_no_privacy_card(base, data, trained, cache, t
     assert done.returncode == 0, done.stderr
     shutil.rmtree(workdir / "checkpoints" / "4")
     shutil.copytree(other / "checkpoints" / "4", workdir / "checkpoints" / "4")
-    done = run("export", f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
+    done = call("export", f"--workdir={workdir}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and "another ledger" in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -211,7 +211,7 @@ def test_a_base_that_changed_or_moved_is_noticed(base, trained, data, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     workdir = shutil.copytree(trained, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())
-    sample = lambda *more: run("sample", f"--workdir={workdir}", "--prompt=the", "--max_new_tokens=3", "--temperature=0", *more)
+    sample = lambda *more: call("sample", f"--workdir={workdir}", "--prompt=the", "--max_new_tokens=3", "--temperature=0", *more)
     expected = sample()
     # Where the base has gone, its new place is asked for, and only the very same one is taken.
     config_text = json.dumps({**config, "init_from": str(tmp_path / "gone"), "tokenizer": str(tmp_path / "gone")})
@@ -223,7 +223,7 @@ def test_a_base_that_changed_or_moved_is_noticed(base, trained, data, tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     done = sample(f"--init_from={moved}")
     assert done.returncode == 2 and "SHA-256 differs" in done.stderr
-    done = run("export", f"--workdir={workdir}", f"--init_from={moved}", f"--out={tmp_path / 'out'}")
+    done = call("export", f"--workdir={workdir}", f"--init_from={moved}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and "SHA-256 differs" in done.stderr
     # A resumed run refuses a changed base as well.
     workdir = shutil.copytree(trained, tmp_path / "again")

@@ -1,5 +1,7 @@
 """Runs of the real program in processes of their own, for tests."""
 
+import contextlib
+import io
 import os
 import pathlib
 import shutil
@@ -7,12 +9,22 @@ import subprocess
 import sys
 import time
 
+from dpgemma import cli
+
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 COMMAND = [sys.executable, "-m", "dpgemma"]
 
 
 def run(*arguments, timeout=240, **options):
     return subprocess.run([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, **options)
+
+
+def call(*arguments):
+    """The same within this process, where what was imported and compiled before need not be again."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def flags(text, workdir, steps=6, **changes):
