@@ -1,6 +1,5 @@
 """Weights of Hugging Face directories: one table of names for both directions, read and written tensor by tensor."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -9,16 +8,14 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from accounting.errors import InputError
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.decoder import ATTENTION_BLOCKS, RECURRENT_BLOCKS
+from dpgemma.gemma.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9
 
 AS_IS = "as is"
@@ -26,9 +23,6 @@ LINEAR = "linear"  # a matrix [fan-in, fan-out] with its axes split, stored as [
 CHANNELS = "channels"  # [C, K] stored as [C, 1, K]
 
 EMBEDDING = "model.embed_tokens.weight"
-# Text towers inside multimodal files, and what lies beside them.
-_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
-_OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _HEAD = "lm_head.weight"
 
 
@@ -136,69 +130,6 @@ def fan_in(config: GemmaConfig, weight: Weight, shape: tuple[int, ...]) -> int:
     return math.prod(shape[:contracted])
 
 
-class Checkpoint:
-    """The tensors of a directory's safetensors files under canonical names; use as a context manager.
-
-    Raises:
-      InputError: no weights there, or files that are damaged or incomplete.
-    """
-
-    def __init__(self, directory: pathlib.Path):
-        self._directory = directory
-        self._stack = contextlib.ExitStack()
-        self._places: dict[str, tuple] = {}
-        for path in weight_files(directory):
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="np"))
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} cannot be read ({error}): download it again") from None
-            for key in file.keys():  # noqa: SIM118, it is no dict
-                if key.startswith(_OTHER_TOWERS):
-                    continue
-                prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
-                self._places[_PREFIXES.get(prefix, "") + key.removeprefix(prefix)] = (file, key)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._stack.close()
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        file, key = self._places[name]
-        return tuple(file.get_slice(key).get_shape())
-
-    def dtype(self, name: str) -> np.dtype:
-        file, key = self._places[name]
-        return file.get_slice(key)[:0].dtype
-
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """One tensor, or some of its rows."""
-        file, key = self._places[name]
-        return file.get_tensor(key) if rows == slice(None) else file.get_slice(key)[rows]
-
-
-def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a directory, by its index if there is one."""
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        if not (directory / SINGLE_FILE).is_file():
-            raise InputError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a directory with safetensors weights")
-        return [directory / SINGLE_FILE]
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index} is damaged: download it again") from None
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise InputError(f"{directory} lacks {', '.join(missing)}, which its index names: download them")
-    return [directory / name for name in names]
-
-
 def load(config: GemmaConfig, directory: pathlib.Path, sharding=None, dtype=None) -> dict:
     """The parameter tree of a directory, adapters left out.
 
@@ -217,7 +148,7 @@ def load(config: GemmaConfig, directory: pathlib.Path, sharding=None, dtype=None
     plain = dataclasses.replace(config, lora=None)
     shapes = {path: leaf.shape for path, leaf in leaves(decoder.parameter_shapes(plain)).items()}
     parameters = {}
-    with Checkpoint(directory) as checkpoint:
+    with TensorFiles(directory) as checkpoint:
         _check(plain, checkpoint, shapes)
         for weight in table(plain):
             parameters[weight.path] = _load_one(
@@ -231,7 +162,7 @@ def _names(config: GemmaConfig, weight: Weight) -> list[str]:
     return [weight.name.format(i) for i in layers_of(config, weight)] or [weight.name]
 
 
-def _check(config: GemmaConfig, checkpoint: Checkpoint, shapes: dict) -> None:
+def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict) -> None:
     expected = {name: weight for weight in table(config) for name in _names(config, weight)}
     missing, extra = sorted(set(expected) - checkpoint.names), sorted(checkpoint.names - set(expected) - {_HEAD})
     if missing or extra:
@@ -250,7 +181,7 @@ def _check(config: GemmaConfig, checkpoint: Checkpoint, shapes: dict) -> None:
         raise InputError(f"{_HEAD} differs from the embedding: Gemma decoders tie the two, so this is another model")
 
 
-def _load_one(config: GemmaConfig, checkpoint: Checkpoint, weight: Weight, shape: tuple[int, ...], sharding, dtype):
+def _load_one(config: GemmaConfig, checkpoint: TensorFiles, weight: Weight, shape: tuple[int, ...], sharding, dtype):
     names = _names(config, weight)
     dtype = dtype or checkpoint.dtype(names[0])
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from accounting import report
 from accounting.errors import InputError
-from dpgemma.gemma import decoder, hf_config, lora, weights
+from dpgemma.gemma import decoder, hf_config, lora, tensor_files, weights
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.gemma.tokenizer import BYTE
@@ -85,6 +85,6 @@ def tokenizer_of(config: TrainConfig) -> str:
 
 def directory_digest(directory: pathlib.Path) -> str:
     """SHA-256 over the SHA-256 of a directory's configuration and weights, by file name."""
-    files = [directory / "config.json", *weights.weight_files(directory)]
+    files = [directory / "config.json", *tensor_files.weight_files(directory)]
     lines = [f"{path.name} {report.file_digest(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dpgemma.gemma import decoder, hf_config, weights
+from dpgemma.gemma import decoder, hf_config, tensor_files, weights
 from tests.gemma import families
 from tests.gemma.families import FAMILIES, our_logits
 
@@ -32,7 +32,7 @@ def test_logits_equal_the_stored_ones(name, tmp_path):
         there = weights.file_shape(shape, weight, weights.fan_in(config, weight, shape))
         for tensor in [weight.name.format(i) for i in layers] or [weight.name]:
             tensors[tensor] = families.tensor(tensor, there)
-    save_file(tensors, tmp_path / weights.SINGLE_FILE)
+    save_file(tensors, tmp_path / tensor_files.SINGLE_FILE)
     got = our_logits(config, weights.load(config, tmp_path))[:, -3:]
     np.testing.assert_allclose(got, stored()[name], atol=2e-5, rtol=0)
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from accounting.errors import InputError
 from dpgemma import cli
-from dpgemma.gemma import decoder, hf_config, weights
+from dpgemma.gemma import decoder, hf_config, tensor_files, weights
 from dpgemma.gemma.presets import PRESETS
 from tests.gemma import families
 from tests.gemma.families import FAMILIES, IDS, our_logits
@@ -65,7 +65,7 @@ def test_shards_and_their_index(tmp_path):
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all((tmp_path / name).stat().st_size < 70_000 for name in shards)
-    index = json.loads((tmp_path / weights.INDEX_FILE).read_text())
+    index = json.loads((tmp_path / tensor_files.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in files(tmp_path).values())
     again = weights.load(config, tmp_path)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):

@@ -9,7 +9,7 @@ import pytest
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
-from dpgemma.gemma import decoder, hf_config, weights
+from dpgemma.gemma import decoder, hf_config, tensor_files, weights
 from dpgemma.gemma.presets import PRESETS
 from tests.training.runs import ENVIRONMENT
 
@@ -69,7 +69,7 @@ def directory(tmp_path_factory):
             if sum(a.nbytes for a in shard.values()) > SHARD:
                 flush()
     flush()
-    (path / weights.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (path / tensor_files.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     content = hf_config.to_hf_config(MODEL, {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}, "bfloat16")
     (path / "config.json").write_text(json.dumps(content))
     return path
