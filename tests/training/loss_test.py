@@ -1,0 +1,53 @@
+"""What the trainer differentiates: the mean over one row's scored tokens, and nothing else of that row or any other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpgemma.gemma import decoder
+from dpgemma.training import loss as loss_lib
+from tests.gemma.decoder_test import CAPPED, random_parameters
+
+BOS = 2
+LOSS = jax.jit(loss_lib.row_loss(CAPPED, bos=BOS, dtype=jnp.float32))
+PARAMETERS = random_parameters(CAPPED)
+
+
+def row(seed=0, scored=slice(6, 11), length=14):
+    tokens = np.random.default_rng(seed).integers(3, 90, length).astype(np.int32)
+    return {"tokens": tokens, "scored": np.isin(np.arange(length), np.arange(length)[scored])}
+
+
+def test_the_loss_is_the_mean_over_scored_tokens():
+    example = row()
+    inputs = np.concatenate([[BOS], example["tokens"][:-1]])
+    logits = decoder.logits(CAPPED, PARAMETERS, decoder.hidden_states(CAPPED, PARAMETERS, inputs))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, example["tokens"])
+    np.testing.assert_allclose(LOSS(PARAMETERS, {}, example), losses[6:11].mean(), rtol=1e-5)
+
+
+def test_pitfall_18_neither_the_number_nor_the_content_of_unscored_tokens_behind_matters():
+    # pitfall 18: what is not scored is no part of the loss, and its number does not rescale it.
+    example, longer = row(), row(length=14)
+    longer["tokens"][11:] = 77
+    np.testing.assert_array_equal(LOSS(PARAMETERS, {}, example), LOSS(PARAMETERS, {}, longer))
+    padded = {name: np.pad(column, (0, 6)) for name, column in example.items()}
+    np.testing.assert_allclose(LOSS(PARAMETERS, {}, padded), LOSS(PARAMETERS, {}, example), rtol=1e-5)
+
+
+def test_a_row_with_nothing_scored_has_no_gradient():
+    value, gradient = jax.value_and_grad(LOSS)(PARAMETERS, {}, row(scored=slice(0, 0)))
+    assert value == 0 and all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_bits_per_byte_count_scored_text_only():
+    from dpgemma.data.rows import Rows
+    from dpgemma.gemma.tokenizer import ByteTokenizer
+
+    examples = [row(seed) for seed in range(3)]
+    rows = Rows(*(np.stack([example[name] for example in examples]) for name in ("tokens", "scored")))
+    bits = loss_lib.bits_per_byte(CAPPED, PARAMETERS, rows, np.array([0, 2]), ByteTokenizer(), bos=BOS, dtype=jnp.float32)
+    nats = sum(5 * float(LOSS(PARAMETERS, {}, examples[i])) for i in (0, 2))
+    size = sum(int((example["tokens"][6:11] >= 4).sum()) for example in (examples[0], examples[2]))
+    np.testing.assert_allclose(bits, nats / np.log(2) / size, rtol=1e-5)
