@@ -19,7 +19,10 @@ def define_flags(fv: flags.FlagValues) -> None:
 def run(fv: flags.FlagValues) -> int:
     config = TrainConfig(**{field.name: fv[field.name].value for field in dataclasses.fields(TrainConfig)})
     trainer = prepare(config, fv.workdir, epsilon_given=bool(fv["epsilon"].present))
-    bits = trainer.train()
+    try:
+        bits = trainer.train()
+    finally:
+        trainer.run.unlock()
     if bits is not None and len(trainer.data.held_out):
         print(f"held-out {bits:.4f} bits/byte")
     return 0

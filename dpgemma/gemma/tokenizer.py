@@ -127,7 +127,7 @@ class JsonTokenizer:
 
     def decode(self, ids) -> bytes:
         specials = {self.pad, self.eos, self.bos}
-        return self._tokenizer.decode([int(i) for i in ids if int(i) not in specials], skip_special_tokens=False).encode()
+        return self._tokenizer.decode([int(i) for i in ids if int(i) not in specials], skip_special_tokens=True).encode()
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)

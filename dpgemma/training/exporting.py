@@ -46,7 +46,9 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
       InputError: the checkpoint belongs to another ledger.
     """
     run = run_directory.open_existing(model.run.path)
-    with contextlib.closing(run.open_ledger()) as ledger:
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.unlock)
+        ledger = stack.enter_context(contextlib.closing(run.open_ledger()))
         done = executed_lib.of(ledger.records)
         if done.steps < model.step or not ledger.begins_with(model.ledger_lines, model.ledger_head):
             raise InputError(

@@ -100,6 +100,12 @@ class RunDirectory:
         except OSError:
             raise InputError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
 
+    def unlock(self) -> None:
+        """Lets others have the run before this process ends."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def check_resumable(self, config: dict, fingerprint: str, start_event: dict) -> None:
         """Refuses to go on with other settings, other data or a ledger that was changed.
 

@@ -60,19 +60,22 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
       InputError: no run, no readable checkpoint, or no such base as the run started from.
     """
     run = RunDirectory(pathlib.Path(workdir))
-    settings, facts = run.config(), _start_event(run)
-    config = GemmaConfig.from_dict(facts["architecture"])
+    settings = run.config()
+    config, sha256 = _start(run)
     step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)
-    if base and facts["init_sha256"] is None:
+    if base and sha256 is None:
         raise InputError(f"{workdir} started from random weights: drop --init_from")
     origin = base or settings["init_from"]
     directory = pathlib.Path(origin) if origin else None
     needs_base = config.lora is not None and with_base
-    if base or needs_base or (directory is not None and settings["tokenizer"] == settings["init_from"]):
-        _check_base(directory, facts["init_sha256"])
+    brings_tokenizer = directory is not None and settings["tokenizer"] == settings["init_from"]
+    if (base or needs_base or brings_tokenizer) and not directory.is_dir():
+        raise InputError(f"the model that this run started from is not at {directory} any more: say where with --init_from=FOLDER")
+    if (base or needs_base) and start.directory_digest(directory) != sha256:
+        raise InputError(f"{directory} is not the model that this run started from: its SHA-256 differs; give another --init_from")
     if needs_base:
         parameters = lora.join(parameters, weights.load(config, directory))
-    tokenizer = tokenizer_lib.load(base if base and settings["tokenizer"] == settings["init_from"] else settings["tokenizer"])
+    tokenizer = tokenizer_lib.load(str(directory) if brings_tokenizer else settings["tokenizer"])
     return TrainedModel(config, parameters, tokenizer, directory, run, step, meta["ledger_lines"], meta["ledger_head"])
 
 
@@ -93,18 +96,11 @@ def load_directory(directory: str, tokenizer: str | None = None, *, with_tokeniz
     return Model(config, weights.load(config, path), loaded, path)
 
 
-def _start_event(run: RunDirectory) -> dict:
-    """The facts with which the run's ledger opens."""
+def _start(run: RunDirectory) -> tuple[GemmaConfig, str | None]:
+    """The architecture with which the run's ledger opens, and the SHA-256 of the directory that it started from."""
     try:
         with open(run.ledger_file) as file:
             facts = json.loads(file.readline())
-        return {name: facts[name] for name in ("architecture", "init_sha256")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{run.ledger_file} does not begin with a start event: run dpgemma audit") from None
-
-
-def _check_base(directory: pathlib.Path, sha256: str) -> None:
-    if not directory.is_dir():
-        raise InputError(f"the model that this run started from is not at {directory} any more: say where with --init_from=FOLDER")
-    if start.directory_digest(directory) != sha256:
-        raise InputError(f"{directory} is not the model that this run started from: its SHA-256 differs; give another --init_from")
+        return GemmaConfig.from_dict(facts["architecture"]), facts["init_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{run.ledger_file} does not begin with a sound start event: run dpgemma audit") from None
