@@ -165,9 +165,7 @@ def _angles(config: GemmaConfig, positions):
     return jnp.stack([rotary_angles(positions, config.head_dim, rope) for rope in (config.rope_full, config.rope_sliding)])
 
 
-def hidden_states(
-    config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.float32, remat: str = "none", attention: str = "auto"
-):  # fmt: skip
+def hidden_states(config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.float32, remat: str = "none", attention: str = "auto"):
     """Final-norm outputs [..., T, D] of tokens [..., T].
 
     Args:

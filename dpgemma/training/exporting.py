@@ -42,6 +42,9 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
 
     Adapters are written alone, in PEFT's format, unless they are merged into the weights that they belong to.
 
+    Formal guarantee: the card's epsilon is that of a ledger to which the written parameters' checkpoint is bound. Tested by
+    tests/training/finetune_test.py::test_a_foreign_checkpoint_gets_no_privacy_card.
+
     Raises:
       InputError: the checkpoint belongs to another ledger.
     """

@@ -31,7 +31,12 @@ def token_losses(config: GemmaConfig, parameters, row: dict, *, bos: int, **opti
 
 
 def row_loss(config: GemmaConfig, **options):
-    """loss(trainable, frozen, row): mean over the scored tokens of this row; zero where there are none. No other row has a part in it."""
+    """loss(trainable, frozen, row): mean over the scored tokens of this row; zero where there are none.
+
+    Formal guarantee: it is a function of one row and the parameters; no other row, and no token behind the last scored one, has a part
+    in it. Tested by tests/training/loss_test.py::
+    test_pitfall_18_neither_the_number_nor_the_content_of_unscored_tokens_behind_matters.
+    """
 
     def loss(trainable, frozen, row):
         losses = token_losses(config, lora.join(trainable, frozen), row, **options)

@@ -1,5 +1,7 @@
 """The settings repeat choices of modules that --help must not import: they are the same."""
 
+import dataclasses
+
 from dpgemma.data import units
 from dpgemma.gemma import attention, decoder
 from dpgemma.privacy import clipping
@@ -10,5 +12,5 @@ def test_choices_are_those_of_the_modules():
     assert config.REMAT_POLICIES == decoder.REMAT_POLICIES
     assert config.ATTENTION == attention.ATTENTION
     assert (units.AUTO, units.SEQUENCE, units.EXAMPLE) == config.PRIVACY_UNITS
-    choices = next(field for field in config.dataclasses.fields(config.TrainConfig) if field.name == "clipping").metadata["choices"]
+    choices = next(field for field in dataclasses.fields(config.TrainConfig) if field.name == "clipping").metadata["choices"]
     assert choices == clipping.STRATEGIES
