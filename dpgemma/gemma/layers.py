@@ -1,4 +1,6 @@
-"""The operations where weights meet activations, and the ones without weights around them.
+"""The layers where weights meet activations, and the operations without weights around them.
+
+Weights are touched by `privacy.operations` only, which knows how each enters the norm of a gradient.
 
 Shape letters: T tokens, D model width, N query heads, K key-value heads, H head width, F feed-forward width, V vocabulary.
 A leading `...` stands for any batch axes. Weights are cast to the activations' type where they are used.
@@ -11,21 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpgemma.gemma.config import GemmaConfig, Lora, Rope
+from dpgemma.privacy import operations
+from dpgemma.privacy.operations import PRECISION
 
-# Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
-PRECISION = jax.lax.Precision.HIGHEST
 EMBEDDING_SCALE = 0.02
-
-
-def _matmul(x, weight, inputs: int):
-    """x [..., in...] times weight [in..., out...], of which the first `inputs` axes are contracted; the result is [..., out...].
-
-    As one product of two matrices: with several free axes XLA's CPU backend takes up to twice as long for the gradients.
-    """
-    fan_in = math.prod(weight.shape[:inputs])
-    rows = x.reshape(-1, fan_in)
-    y = jnp.matmul(rows, weight.astype(x.dtype).reshape(fan_in, -1), precision=PRECISION)
-    return y.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
 
 
 class Linear(nnx.Module):
@@ -50,11 +41,11 @@ class Linear(nnx.Module):
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, *shape[inputs:])))
 
     def __call__(self, x):
-        y = _matmul(x, self.w[...], self.inputs)
+        y = operations.linear(x, self.w[...], self.inputs)
         if self.lora is not None:
-            low = _matmul(x, self.lora_a[...], self.inputs)
-            y = y + _matmul(low, self.lora_b[...], 1) * jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+            low = operations.linear(x, self.lora_a[...], self.inputs)
+            y = y + operations.linear(low, self.lora_b[...]) * jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
+        return y + operations.vector(self.bias[...]).astype(x.dtype) if hasattr(self, "bias") else y
 
 
 class RMSNorm(nnx.Module):
@@ -67,7 +58,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x):
         x_f32 = x.astype(jnp.float32)
         normed = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)
-        return (normed * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return (normed * (1 + operations.vector(self.scale[...]).astype(jnp.float32))).astype(x.dtype)
 
 
 class Embedder(nnx.Module):
@@ -79,7 +70,7 @@ class Embedder(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)) * EMBEDDING_SCALE)
 
     def encode(self, tokens, dtype):
-        rows = self.embedding[...][tokens].astype(dtype)
+        rows = operations.embedding(tokens, self.embedding[...], dtype)
         # The published models round the scale to the type that they compute in.
         scale = jnp.asarray(rows.shape[-1] ** 0.5, jnp.bfloat16 if self.bfloat16_scale else dtype)
         return rows * scale.astype(dtype)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.layers import PRECISION, Linear, residual_gain
+from dpgemma.privacy import operations
 
 _SHARPNESS = 8.0
 _LARGEST_SQRT_DERIVATIVE = 1000.0
@@ -36,10 +37,10 @@ class CausalConvolution(nnx.Module):
 
     def __call__(self, x, before):
         """Args: x [..., T, W]; before [..., C - 1, W], the inputs before the first."""
-        w, length = self.w[...].astype(x.dtype), x.shape[-2]
+        w, length = operations.vector(self.w[...]).astype(x.dtype), x.shape[-2]
         joined = jnp.concatenate([before.astype(x.dtype), x], axis=-2)
         taps = range(w.shape[1])
-        return sum(joined[..., k : k + length, :] * w[:, k] for k in taps) + self.bias[...].astype(x.dtype)
+        return sum(joined[..., k : k + length, :] * w[:, k] for k in taps) + operations.vector(self.bias[...]).astype(x.dtype)
 
 
 class BlockDiagonal(nnx.Module):
@@ -51,7 +52,7 @@ class BlockDiagonal(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((blocks, size)))
 
     def __call__(self, x):
-        w, bias = self.w[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        w, bias = operations.vector(self.w[...]).astype(x.dtype), operations.vector(self.bias[...]).astype(x.dtype)
         blocks = x.reshape(*x.shape[:-1], *bias.shape)
         y = jnp.einsum("...tbi,bij->...tbj", blocks, w, precision=PRECISION) + bias
         return y.reshape(x.shape)
@@ -80,7 +81,7 @@ class RgLru(nnx.Module):
         x_f32 = x.astype(jnp.float32)
         gate_i = jax.nn.sigmoid(self.input_gate(x).astype(jnp.float32))
         gate_r = jax.nn.sigmoid(self.recurrent_gate(x).astype(jnp.float32))
-        log_a = -_SHARPNESS * gate_r * jax.nn.softplus(self.recurrent_param[...].astype(jnp.float32))
+        log_a = -_SHARPNESS * gate_r * jax.nn.softplus(operations.vector(self.recurrent_param[...]).astype(jnp.float32))
         is_first, valid = (positions == 0)[..., None], valid[..., None]
         multiplier = jnp.where(is_first, 1.0, _bounded_sqrt(1 - jnp.exp(2 * log_a)))
         a = jnp.where(valid, jnp.where(is_first, 0.0, jnp.exp(log_a)), 1.0)

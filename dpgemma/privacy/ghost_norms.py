@@ -1,0 +1,192 @@
+"""Norms and weighted sums of per-example gradients out of what a single backward pass leaves, without the gradients themselves.
+
+Of every product y = x W the backward pass keeps the input x and the output's cotangent g of each example (the book-keeping of Bu et al.
+2023, arXiv 2210.00038): the gradient's squared norm |x' g|^2 follows from them in one of two ways, and so does the sum over the examples
+of factor * x' g. Norm and sum are made from the very same arrays, which is what makes the sum's bound provable in bfloat16: in a second
+backward pass everything would be rounded anew.
+
+Formal guarantee: `weighted_sum` of one example, with a factor of at most C / `Norms.bound`, has L2 norm at most C. What a lower type rounds
+of the scaled operand is bounded for every input; what float32 sums of n terms lose is taken as 2 sqrt(n) unit roundoffs (Higham and
+Mary 2019, doi 10.1137/18M1226312, theorem 2.4: the chance of more is negligible where roundings are not adversarial).
+Tested by tests/privacy/ghost_norms_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dpgemma.privacy import operations
+from dpgemma.privacy.operations import EMBEDDING, HEAD, LINEAR, PRECISION, VECTOR
+from dpgemma.privacy.tracking import UntrackedUse, Use
+
+# Time of a floating-point operation of each way to a product's norm, relative to that of an ordinary product: "instantiate" forms the
+# gradient of one example and squares it, "gram" multiplies the T x T inner products of inputs and of cotangents. Measured on CPU by
+# experiments/benchmarks/norm_rules.py, taken from the compiler's cycles on TPU.
+COSTS = {"cpu": {"instantiate": 1.0, "gram": 1.0}, "tpu": {"instantiate": 1.26, "gram": 1.0}}
+
+_ROUNDOFF = 2.0**-24
+_dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """Of every example [B]: the squared norm, and two bounds on what rounding may hide.
+
+    Attributes:
+      square: squared norm of the gradient, as computed.
+      slack: by how much the exact square may be larger.
+      radius_square: square of the distance by which a weighted gradient may miss the exact one, for a factor of 1.
+    """
+
+    square: jax.Array
+    slack: jax.Array
+    radius_square: jax.Array
+
+    def __add__(self, other: "Norms") -> "Norms":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def norm(self) -> jax.Array:
+        return jnp.sqrt(jnp.maximum(self.square, 0.0))
+
+    @property
+    def bound(self) -> jax.Array:
+        """At least the norm of what is released per unit of the factor."""
+        return jnp.sqrt(jnp.maximum(self.square, 0.0) + self.slack) + jnp.sqrt(self.radius_square)
+
+
+def _sum_error(*terms: int) -> float:
+    """Relative error of nested float32 sums with so many terms."""
+    return 2 * _ROUNDOFF * sum(math.sqrt(n) for n in terms)
+
+
+def _unit_roundoff(dtype) -> float:
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def norm_rule(rows: int, fan_in: int, fan_out: int, platform: str) -> str:
+    """The cheaper way to the norm of a product's gradient, from static shapes: "instantiate" or "gram"."""
+    costs = COSTS.get(platform, {"instantiate": 1.0, "gram": 1.0})
+    instantiate = 2.0 * rows * fan_in * fan_out * costs["instantiate"]
+    gram = 2.0 * rows * rows * (fan_in + fan_out) * costs["gram"]
+    return "gram" if gram < instantiate else "instantiate"
+
+
+def _square_sum(x):
+    """Sum of squares over all axes, one axis after the other: no sum is longer than an axis."""
+    x = jnp.square(x.astype(jnp.float32))
+    while x.ndim:
+        x = x.sum(axis=-1)
+    return x
+
+
+def _lengths(x_TxP):
+    return jnp.sqrt(jnp.square(x_TxP.astype(jnp.float32)).sum(axis=-1))
+
+
+def _instantiated(x_TxP, g_KxTxQ) -> tuple[jax.Array, jax.Array]:
+    of_chunk = lambda g_TxQ: _square_sum(_dot("tp,tq->pq", x_TxP, g_TxQ))
+    square = of_chunk(g_KxTxQ[0]) if len(g_KxTxQ) == 1 else jax.lax.map(of_chunk, g_KxTxQ).sum()
+    return square, square * _sum_error(x_TxP.shape[1], *g_KxTxQ.shape)
+
+
+def _gram(x_TxP, g_KxTxQ) -> tuple[jax.Array, jax.Array]:
+    length = x_TxP.shape[0]
+    of_chunk = lambda total, g_TxQ: (total + _dot("tq,sq->ts", g_TxQ, g_TxQ), None)
+    gram_TxT, _ = jax.lax.scan(of_chunk, jnp.zeros((length, length)), g_KxTxQ)
+    square = (_dot("tp,sp->ts", x_TxP, x_TxP) * gram_TxT).sum(axis=-1).sum()
+    terms = jnp.sum(jnp.square(_lengths(x_TxP)) * jnp.diagonal(gram_TxT))
+    return square, jnp.maximum(terms, square) * _sum_error(x_TxP.shape[1], g_KxTxQ.shape[0] * g_KxTxQ.shape[2], 4 * length)
+
+
+def _product_norms(x_TxP, g_KxTxQ, platform: str) -> Norms:
+    """Of the gradient x' g of one example, where the columns of g come in K chunks."""
+    chunks, length, size = g_KxTxQ.shape
+    rule = norm_rule(length, x_TxP.shape[1], chunks * size, platform)
+    square, slack = {"instantiate": _instantiated, "gram": _gram}[rule](x_TxP, g_KxTxQ)
+    # x is scaled and rounded once more, entry by entry; the sums over tokens are rounded both here and in weighted_sum.
+    missed = _unit_roundoff(x_TxP.dtype) + 2 * _sum_error(length)
+    g_lengths = jnp.sqrt(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1).sum(axis=0))
+    radius = missed * jnp.sum(_lengths(x_TxP) * g_lengths)
+    return Norms(square, slack, jnp.square(radius))
+
+
+def _vector_norms(gradient) -> Norms:
+    square = _square_sum(gradient)
+    return Norms(square, square * (_sum_error(*gradient.shape) + 8 * _ROUNDOFF), jnp.zeros(()))
+
+
+def _row_norms(ids_T, g_TxD) -> Norms:
+    """Of the gradient that adds g_t to the row of word id_t: rows of a word that occurs c times are summed, and counted c times."""
+    same_TxT = (ids_T[:, None] == ids_T[None, :]).astype(jnp.float32)
+    rows_TxD = _dot("ts,sd->td", same_TxT, g_TxD.astype(jnp.float32))
+    square = jnp.sum(jnp.square(rows_TxD).sum(axis=-1) / same_TxT.sum(axis=-1))
+    radius = 2 * _sum_error(len(ids_T)) * jnp.sum(_lengths(g_TxD))
+    return Norms(square, square * _sum_error(*g_TxD.shape), jnp.square(radius))
+
+
+def _tied_norms(rows: dict, head: dict, platform: str) -> Norms:
+    """Of an embedding that is looked up at the input and multiplies the head: two gradients that meet in the rows of input words."""
+    ids_T, g_TxD, h_TxD, delta_KxTxC = rows["ids"].astype(jnp.int32), rows["g"], head["h"], head["delta"]
+    one, two = _row_norms(rows["ids"], g_TxD), _product_norms(h_TxD, delta_KxTxC, platform)
+    chunk = delta_KxTxC.shape[2]
+    delta_SxT = delta_KxTxC[ids_T // chunk, :, ids_T % chunk]  # what the head says, at every t, of the word at the input s
+    rows_SxD = _dot("st,td->sd", delta_SxT, h_TxD)
+    cross = jnp.sum((g_TxD.astype(jnp.float32) * rows_SxD).sum(axis=-1))
+    slack = jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD)) * _sum_error(*g_TxD.shape)
+    # Both miss the exact gradient in the same entries, so their distances add.
+    radius = jnp.sqrt(one.radius_square) + jnp.sqrt(two.radius_square)
+    return Norms(one.square + two.square + 2 * cross, one.slack + two.slack + 2 * slack, jnp.square(radius))
+
+
+def example_norms(taps: dict, platform: str) -> Norms:
+    """Norms of one parameter's gradient by one example, in one layer.
+
+    Args:
+      taps: for the rules by which the parameter is used, what the backward pass kept.
+    """
+    match sorted(taps):
+        case [operations.VECTOR]:
+            return _vector_norms(**taps[VECTOR])
+        case [operations.LINEAR]:
+            return _product_norms(taps[LINEAR]["x"], taps[LINEAR]["g"][None], platform)
+        case [operations.EMBEDDING]:
+            return _row_norms(taps[EMBEDDING]["ids"], taps[EMBEDDING]["g"])
+        case [operations.HEAD]:
+            return _product_norms(taps[HEAD]["h"], taps[HEAD]["delta"], platform)
+        case [operations.EMBEDDING, operations.HEAD]:
+            return _tied_norms(taps[EMBEDDING], taps[HEAD], platform)
+    raise UntrackedUse(f"no rule gives the norm of a parameter that is used by {' and '.join(sorted(taps))}")
+
+
+def weighted_sum(use: Use, taps: dict, factors_B, keep_B):
+    """Sum over the examples of factor * gradient [*use.shape] in float32, for one use of a parameter in one layer.
+
+    Args:
+      taps: what the backward pass kept, with a leading axis of B examples.
+      factors_B: float32.
+      keep_B: bool; an example that is not kept contributes exact zeros, whatever it holds.
+    """
+    axes = lambda x: (len(x), *[1] * (x.ndim - 1))
+    kept = lambda x: jnp.where(keep_B.reshape(axes(x)), x, 0)
+    scaled = lambda x: (kept(x).astype(jnp.float32) * factors_B.reshape(axes(x))).astype(x.dtype)
+    match use.rule:
+        case operations.VECTOR:
+            gradient = taps["gradient"].astype(jnp.float32)
+            return (kept(gradient) * factors_B.reshape(axes(gradient))).sum(axis=0)
+        case operations.LINEAR:
+            return _dot("np,nq->pq", _rows(scaled(taps["x"])), _rows(kept(taps["g"]))).reshape(use.shape)
+        case operations.EMBEDDING:
+            rows_NxD = _rows(scaled(taps["g"].astype(jnp.float32)))
+            return jnp.zeros(use.shape).at[taps["ids"].astype(jnp.int32).reshape(-1)].add(rows_NxD)
+        case operations.HEAD:
+            words_KxCxD = _dot("bktc,btd->kcd", kept(taps["delta"]), scaled(taps["h"]))
+            return words_KxCxD.reshape(-1, use.shape[1])[: use.shape[0]]
+
+
+def _rows(x_BxTxP):
+    return x_BxTxP.reshape(-1, x_BxTxP.shape[-1])

@@ -1,0 +1,155 @@
+"""The operations through which parameters reach a loss. Each has a rule of the same name in `ghost_norms`.
+
+Given plain arrays, each is its own definition and nothing else. Given a `Tracked` box, it computes the same and leaves in the
+cotangents of the box's taps what the rule needs of one example: nothing of this crosses examples, so it can be mapped over them.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dpgemma.privacy.tracking import Tracked, Use, record
+
+VECTOR, LINEAR, EMBEDDING, HEAD = "vector", "linear", "embedding", "head"
+# Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+def vector(w):
+    """A parameter that is small beside the activations (scale, bias, taps of a convolution, blocks of a gate), for any use whatever.
+
+    Tracked, every example gets a copy of its own, whose gradient is that example's: exact for whatever is done with it.
+    """
+    if not isinstance(w, Tracked):
+        return w
+    if w.uses is not None:
+        return record(w, Use(VECTOR, w.shape, {"gradient": jax.ShapeDtypeStruct(w.shape, w.dtype)}), w)
+    return jax.lax.stop_gradient(w.value) + w.taps[VECTOR]["gradient"]
+
+
+def linear(x, w, inputs: int = 1):
+    """x [..., in...] times w [in..., out...], of which the first `inputs` axes are contracted; the result is [..., out...].
+
+    As one product of two matrices: with several free axes XLA's CPU backend takes up to twice as long for the gradients.
+    """
+    fan_in, fan_out = math.prod(w.shape[:inputs]), math.prod(w.shape[inputs:])
+    shape = (*x.shape[: x.ndim - inputs], *w.shape[inputs:])
+    if not isinstance(w, Tracked):
+        return _product(x.reshape(-1, fan_in), w.reshape(fan_in, fan_out)).reshape(shape)
+    if w.uses is not None:
+        rows = x.size // fan_in
+        taps = {"x": jax.ShapeDtypeStruct((rows, fan_in), x.dtype), "g": jax.ShapeDtypeStruct((rows, fan_out), x.dtype)}
+        return record(w, Use(LINEAR, w.shape, taps, inputs), jax.ShapeDtypeStruct(shape, x.dtype))
+    y = _tracked_product(x.reshape(-1, fan_in), w.value.reshape(fan_in, fan_out), w.taps[LINEAR])
+    return y.reshape(shape)
+
+
+def _product(x_NxP, w_PxQ):
+    return jnp.matmul(x_NxP, w_PxQ.astype(x_NxP.dtype), precision=PRECISION)
+
+
+@jax.custom_vjp
+def _tracked_product(x_NxP, w_PxQ, taps):
+    return _product(x_NxP, w_PxQ)
+
+
+def _tracked_product_forward(x_NxP, w_PxQ, taps):
+    return _product(x_NxP, w_PxQ), (x_NxP, w_PxQ)
+
+
+def _tracked_product_backward(residuals, g_NxQ):
+    x_NxP, w_PxQ = residuals
+    return _product(g_NxQ, w_PxQ.T), None, {"x": x_NxP, "g": g_NxQ}
+
+
+_tracked_product.defvjp(_tracked_product_forward, _tracked_product_backward)
+
+
+def embedding(tokens, words_VxD, dtype):
+    """Rows [..., D] of the words [V, D], cast to dtype."""
+    if not isinstance(words_VxD, Tracked):
+        return words_VxD[tokens].astype(dtype)
+    shape = (*tokens.shape, words_VxD.shape[1])
+    if words_VxD.uses is not None:
+        taps = {"ids": jax.ShapeDtypeStruct((tokens.size,), jnp.float32), "g": jax.ShapeDtypeStruct((tokens.size, shape[-1]), dtype)}
+        return record(words_VxD, Use(EMBEDDING, words_VxD.shape, taps), jax.ShapeDtypeStruct(shape, dtype))
+    return _tracked_rows(tokens.reshape(-1), words_VxD.value, words_VxD.taps[EMBEDDING]).reshape(shape)
+
+
+@jax.custom_vjp
+def _tracked_rows(tokens_N, words_VxD, taps):
+    return words_VxD[tokens_N].astype(taps["g"].dtype)
+
+
+def _tracked_rows_forward(tokens_N, words_VxD, taps):
+    return _tracked_rows(tokens_N, words_VxD, taps), tokens_N
+
+
+def _tracked_rows_backward(tokens_N, g_NxD):
+    # A cotangent is of floating type; float32 holds every token's number exactly.
+    return None, None, {"ids": tokens_N.astype(jnp.float32), "g": g_NxD}
+
+
+_tracked_rows.defvjp(_tracked_rows_forward, _tracked_rows_backward)
+
+
+def head(core, hidden_NxD, words_VxD, targets_N):
+    """Losses [N] in float32 of a head that multiplies hidden states by words [V, D], some words at a time.
+
+    Args:
+      core: hashable, with
+        chunk: C, how many words at a time;
+        forward(hidden, words, targets) -> (losses [N], residuals);
+        backward(residuals, d_losses [N], use) -> (gradient [N, D] by the hidden states, what `use` made of delta [N, C], the gradient
+          by one chunk's logits in the type of the hidden states, stacked over the K = ceil(V / C) chunks).
+    """
+    if not isinstance(words_VxD, Tracked):
+        return _head(core, hidden_NxD, words_VxD, targets_N)
+    if words_VxD.uses is not None:
+        chunks = -(-words_VxD.shape[0] // core.chunk)
+        delta = jax.ShapeDtypeStruct((chunks, hidden_NxD.shape[0], core.chunk), hidden_NxD.dtype)
+        taps = {"h": jax.ShapeDtypeStruct(hidden_NxD.shape, hidden_NxD.dtype), "delta": delta}
+        return record(words_VxD, Use(HEAD, words_VxD.shape, taps), jax.ShapeDtypeStruct(targets_N.shape, jnp.float32))
+    return _tracked_head(core, hidden_NxD, words_VxD.value, targets_N, words_VxD.taps[HEAD])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head(core, hidden_NxD, words_VxD, targets_N):
+    return core.forward(hidden_NxD, words_VxD, targets_N)[0]
+
+
+def _head_forward(core, hidden_NxD, words_VxD, targets_N):
+    losses, residuals = core.forward(hidden_NxD, words_VxD, targets_N)
+    return losses, (hidden_NxD, words_VxD, residuals)
+
+
+def _head_backward(core, residuals, d_losses_N):
+    hidden_NxD, words_VxD, residuals = residuals
+    product = functools.partial(jnp.einsum, "nc,nd->cd", precision=PRECISION, preferred_element_type=jnp.float32)
+    use = lambda delta_NxC: product(delta_NxC, hidden_NxD).astype(words_VxD.dtype)
+    d_hidden, d_words_KxCxD = core.backward(residuals, d_losses_N, use)
+    return d_hidden, d_words_KxCxD.reshape(-1, words_VxD.shape[1])[: words_VxD.shape[0]], None
+
+
+_head.defvjp(_head_forward, _head_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tracked_head(core, hidden_NxD, words_VxD, targets_N, taps):
+    return core.forward(hidden_NxD, words_VxD, targets_N)[0]
+
+
+def _tracked_head_forward(core, hidden_NxD, words_VxD, targets_N, taps):
+    losses, residuals = core.forward(hidden_NxD, words_VxD, targets_N)
+    return losses, (hidden_NxD, residuals)
+
+
+def _tracked_head_backward(core, residuals, d_losses_N):
+    hidden_NxD, residuals = residuals
+    d_hidden, delta_KxNxC = core.backward(residuals, d_losses_N, lambda delta_NxC: delta_NxC)
+    return d_hidden, None, None, {"h": hidden_NxD, "delta": delta_KxNxC}
+
+
+_tracked_head.defvjp(_tracked_head_forward, _tracked_head_backward)
