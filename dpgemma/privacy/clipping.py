@@ -1,28 +1,37 @@
-"""Sums of per-example gradients, each clipped to an L2 norm.
+"""Sums of per-example gradients, each scaled to a bounded L2 norm.
 
 Formal guarantee: for any two batches that differ in one unit, present or absent, whatever its content (NaN, inf and overflow
-included), the two exact sums of what `clipped_sum` adds differ by at most `clip_norm` in L2; the contribution of a single unit,
-as the float32 array that is released, has L2 norm at most `clip_norm`, in any compute type. Padding contributes exact zeros.
-Adding the contributions rounds like any float32 sum.
+included), the two exact sums of what `clipped_sum` adds differ by at most `sensitivity` in L2; the contribution of a single unit has
+norm at most `sensitivity` in any compute type, rounding included (for strategies that never hold one unit's gradient: as ghost_norms
+states it). Padding contributes exact zeros. Adding the contributions rounds like any float32 sum.
 Tested by tests/privacy/clipping_test.py::test_pitfall_2_neighbour_difference_is_bounded and
 ::test_pitfall_12_released_norm_never_exceeds_clip_norm.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-STRATEGIES = ("example_scan", "vmap")
+from dpgemma.privacy import ghost, measured, norms
+
+# How gradients are computed: one example at a time; from the operands of one kept backward pass; the same, every operation of every
+# layer bounded by itself; all at once, as the definition says.
+EXAMPLE_SCAN, GHOST, PER_LAYER, VMAP = "example_scan", "ghost", "per_layer", "vmap"
+STRATEGIES = (EXAMPLE_SCAN, GHOST, PER_LAYER, VMAP)
+
+# How a gradient is scaled: to norm C at most; the same, divided by C; to norm 1 nearly, whatever it was.
+CLIP, NORMALISE, AUTOMATIC = "clip", "normalise", "automatic"
+SCALINGS = (CLIP, NORMALISE, AUTOMATIC)
+# Bu et al. 2023, "Automatic clipping" (arXiv 2206.07136), section 4: what keeps small gradients small.
+STABILISER = 0.01
 
 # Squares of float32 numbers below 1e-19 vanish. With a clip norm of at least this, what vanishes is below one part in 1e12 of it.
 SMALLEST_CLIP_NORM = 1e-6
-
-_RADIX = 8
-_UNIT_ROUNDOFF = 2.0**-24
 
 
 @jax.tree_util.register_dataclass
@@ -37,63 +46,93 @@ class PrivateStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClippedSum:
-    """A float32 sum of clipped gradients that carries its own L2 sensitivity. The only thing that noise may be added to."""
+    """A float32 sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to."""
 
     total: Any
     stats: PrivateStats
     sensitivity: float = dataclasses.field(metadata={"static": True})
 
 
-def _fold(x):
-    """Sums a vector eight to one: ceil(n / 8) sums of eight terms."""
-    x = jnp.pad(x, (0, -x.size % _RADIX))
-    return x.reshape(_RADIX, -1).sum(axis=0)
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """The factor of a gradient, from a bound on its norm.
 
-
-def _fold_levels(tree) -> int:
-    """How many folds `l2_norm` makes: one per leaf, then as many as the joined partial sums need."""
-    joined = sum(math.ceil(leaf.size / _RADIX) for leaf in jax.tree.leaves(tree))
-    levels = 1
-    while joined > 1:
-        joined, levels = math.ceil(joined / _RADIX), levels + 1
-    return levels
-
-
-def l2_norm(tree) -> jax.Array:
-    """The L2 norm over all leaves of a float32 tree; inf or NaN where any square is.
-
-    The order of additions is fixed, so the rounding error is known: an ordinary reduction may add a million numbers in sequence,
-    and its float32 result can then be too small by more than any constant margin.
+    Attributes:
+      kind: one of SCALINGS.
+      clip_norm: C; no number of its own under AUTOMATIC. May be traced except under CLIP, whose sensitivity it is.
+      stabiliser: gamma of AUTOMATIC.
     """
-    partial = jnp.concatenate([_fold(jnp.square(leaf.astype(jnp.float32).reshape(-1))) for leaf in jax.tree.leaves(tree)])
-    while partial.size > 1:
-        partial = _fold(partial)
-    return jnp.sqrt(partial[0])
+
+    kind: str
+    clip_norm: Any
+    stabiliser: float = STABILISER
+
+    def __post_init__(self):
+        if self.kind not in SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.kind!r}")
+        if not self.stabiliser > 0:
+            raise ValueError(f"the stabiliser of automatic clipping must be positive, got {self.stabiliser:g}")
+        if not isinstance(self.clip_norm, jax.core.Tracer) and not self.clip_norm >= SMALLEST_CLIP_NORM:
+            raise ValueError(f"clip_norm must be at least {SMALLEST_CLIP_NORM:g}, got {self.clip_norm:g}")
+
+    @property
+    def sensitivity(self) -> float:
+        return float(self.clip_norm) if self.kind == CLIP else 1.0
+
+    def factor(self, norm, margin: float, share=1.0):
+        """What the gradient is multiplied by, so that its norm is at most `share` of the sensitivity.
+
+        Args:
+          norm: a bound on the norm of each gradient, up to the relative rounding error `margin`.
+        """
+        if self.kind == AUTOMATIC:
+            return share * (1 - margin) / (norm + self.stabiliser)
+        factor = jnp.minimum(1.0, share * self.clip_norm * (1 - margin) / norm)
+        return factor if self.kind == CLIP else factor / self.clip_norm * (1 - 4 * norms.UNIT_ROUNDOFF)
 
 
-def clip_margin(tree) -> float:
-    """By how much the clip factor is lowered, relatively, so that rounding can never carry a clipped gradient above the norm.
+def _held(gradient_of_example):
+    """One microbatch by gradients that are held, each with its norm."""
 
-    With u = 2^-24 and L folds, the computed sum of squares is at least (1 - (1 + 7 L) u) times the true one (each fold adds seven
-    times), so the norm is low by at most half of that; square root, division, the rounded bound and the final product add one u
-    each on hardware that rounds correctly and a few on hardware that does not.
-    """
-    return (4 * _fold_levels(tree) + 16) * _UNIT_ROUNDOFF
+    def microbatch(loss, params, examples, keep, scaling: Scaling):
+        of_example = lambda example: gradient_of_example(loss, params, example)
+        if keep.shape == (1,):
+            one = of_example(jax.tree.map(lambda x: x[0], examples))
+            losses, gradients, lengths = jax.tree.map(lambda x: x[None], one)
+        else:
+            losses, gradients, lengths = jax.vmap(of_example)(examples)
+        factors, keep = scaling.factor(lengths, norms.margin(params)), keep & jnp.isfinite(lengths)
+
+        def weighted(leaf):
+            axes = (len(leaf), *[1] * (leaf.ndim - 1))
+            # A select, not a product with zero: 0 * inf is NaN.
+            return jnp.where(keep.reshape(axes), leaf.astype(jnp.float32) * factors.reshape(axes), 0.0).sum(axis=0)
+
+        return jax.tree.map(weighted, gradients), lengths, losses
+
+    return microbatch
 
 
-def clip(gradient, keep, clip_norm: float):
-    """Scales one gradient tree to at most `clip_norm`; all zeros if its norm is not finite or `keep` is false.
+def _ghost(loss, params, examples, keep, scaling: Scaling):
+    """One microbatch from the operands of one backward pass."""
+    kept = ghost.backward(loss, params, examples)
+    lengths = kept.norms()
+    factors = scaling.factor(lengths.bound, norms.margin(params))
+    return kept.weighted_sums(factors, keep & jnp.isfinite(lengths.bound)), lengths.norm, kept.losses
 
-    Returns:
-      The clipped float32 tree and the norm before clipping, which may be inf or NaN.
-    """
-    # Without the barrier a compiler may compute the gradient twice, for the norm and for the product, and round it differently.
-    gradient = jax.lax.optimization_barrier(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient))
-    norm = l2_norm(gradient)
-    factor = jnp.minimum(1.0, clip_norm * (1 - clip_margin(gradient)) / norm)
-    keep = keep & jnp.isfinite(norm)
-    # A select, not a product with zero: 0 * inf is NaN.
-    return jax.tree.map(lambda leaf: jnp.where(keep, leaf * factor, 0.0), gradient), norm
+
+def _per_layer(loss, params, examples, keep, scaling: Scaling, thresholds):
+    """The same, every group by itself."""
+    kept = ghost.backward(loss, params, examples)
+    shares = kept.shares(thresholds)
+    groups = kept.group_norms()
+    # An example that is not finite in one group is dropped in all.
+    finite = [jnp.isfinite(n.bound).all(axis=0) for rules in groups for n in rules.values()]
+    factors = [
+        {rule: scaling.factor(n.bound, norms.margin(params), share[rule][:, None]) for rule, n in rules.items()}
+        for rules, share in zip(groups, shares, strict=True)
+    ]
+    return kept.weighted_sums(factors, functools.reduce(operator.and_, finite, keep)), kept.norms().norm, kept.losses
 
 
 def clipped_sum(
@@ -103,60 +142,63 @@ def clipped_sum(
     mask: jax.Array,
     clip_norm: float,
     *,
-    strategy: str = "example_scan",
+    strategy: str = EXAMPLE_SCAN,
     microbatch_size: int = 1,
+    scaling: str = CLIP,
+    stabiliser: float = STABILISER,
+    thresholds: str | Mapping[str, Any] = ghost.UNIFORM,
 ) -> ClippedSum:
-    """Sum over the examples with mask set of clip(grad(loss)(params, example)), in float32.
+    """Sum over the examples with mask set of factor * grad(loss)(params, example), in float32.
 
     Trailing padding is not computed at all: the loop ends after the last microbatch that holds an example.
 
     Args:
-      loss: scalar loss of one example; must not depend on any other example.
+      loss: scalar loss of one example (a unit of several rows is one example: the norm is that of its gradient); must not depend on any
+        other example.
       params: tree of parameters; exactly these are differentiated.
       batch: tree of arrays with a leading axis of B examples.
       mask: bool [B]; false marks padding, whose content is ignored.
-      clip_norm: L2 bound per example; inf turns clipping off (non-finite gradients are dropped all the same).
-      strategy: "example_scan" takes one plain gradient at a time; "vmap" takes `microbatch_size` of them at once.
+      clip_norm: C, the L2 bound per example; inf turns clipping off (non-finite gradients are dropped all the same).
+      strategy: "example_scan" holds the gradients of a small microbatch; "vmap" does so as the definition says, for tests;
+        "ghost" never holds one; "per_layer" bounds every operation of every layer by itself, so that the bounds' sum of squares is C^2.
+      microbatch_size: examples at a time.
+      scaling: "clip" to C, "normalise" (the same divided by C: sensitivity 1), or "automatic" (divided by norm + stabiliser: sensitivity 1).
+      thresholds: of "per_layer": "uniform", by "dimension" (in proportion to the square root of a group's size), or for the name of every
+        parameter an array of its layers' shares, which are scaled to the norm that they have together.
 
     Returns:
       ClippedSum, with per-example losses and norms for private use.
 
     Raises:
-      ValueError: unknown strategy, a clip norm that is not at least SMALLEST_CLIP_NORM, or B not a multiple of microbatch_size.
+      ValueError: unknown strategy or scaling, a clip norm that is not at least SMALLEST_CLIP_NORM, or B not a multiple of microbatch_size.
+      tracking.UntrackedUse: "ghost" or "per_layer" where a parameter is used by anything but privacy.operations.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"clipping must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if not clip_norm >= SMALLEST_CLIP_NORM:
-        raise ValueError(f"clip_norm must be at least {SMALLEST_CLIP_NORM:g}, got {clip_norm:g}")
-    size = 1 if strategy == "example_scan" else microbatch_size
-    batch_size = mask.shape[0]
+    rule = Scaling(scaling, clip_norm, stabiliser)
+    size, batch_size = microbatch_size, mask.shape[0]
     if batch_size % size:
         raise ValueError(f"a batch of {batch_size} slots does not divide into microbatches of {size}")
-
-    def clipped_gradient(example, keep):
-        value, gradient = jax.value_and_grad(loss)(params, example)
-        clipped, norm = clip(gradient, keep, clip_norm)
-        return clipped, jnp.where(keep, norm, 0.0), jnp.where(keep, value.astype(jnp.float32), 0.0)
-
-    def microbatch_sum(examples, keep):
-        if size == 1:
-            clipped, norm, value = clipped_gradient(jax.tree.map(lambda x: x[0], examples), keep[0])
-            return clipped, norm[None], value[None]
-        clipped, norms, values = jax.vmap(clipped_gradient)(examples, keep)
-        return jax.tree.map(lambda leaf: leaf.sum(axis=0), clipped), norms, values
+    method = {
+        EXAMPLE_SCAN: _held(measured.gradient),
+        GHOST: _ghost,
+        PER_LAYER: functools.partial(_per_layer, thresholds=thresholds),
+        VMAP: _held(measured.plain_gradient),
+    }[strategy]
 
     def add_microbatch(i, carry):
-        total, norms, losses = carry
+        total, lengths, losses = carry
         window = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size)
-        clipped, norm, value = microbatch_sum(jax.tree.map(window, batch), window(mask))
-        write = lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, i * size, 0)
-        return jax.tree.map(jnp.add, total, clipped), write(norms, norm), write(losses, value)
+        keep = window(mask)
+        one, length, value = method(loss, params, jax.tree.map(window, batch), keep, rule)
+        write = lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, jnp.where(keep, x.astype(jnp.float32), 0.0), i * size, 0)
+        return jax.tree.map(jnp.add, total, one), write(lengths, length), write(losses, value)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     used = jnp.max(jnp.where(mask, jnp.arange(batch_size) // size + 1, 0), initial=0)
     start = (zeros, jnp.zeros(batch_size), jnp.zeros(batch_size))
-    total, norms, losses = jax.lax.fori_loop(0, used, add_microbatch, start)
-    return ClippedSum(total, PrivateStats(norms, losses), sensitivity=float(clip_norm))
+    total, lengths, losses = jax.lax.fori_loop(0, used, add_microbatch, start)
+    return ClippedSum(total, PrivateStats(lengths, losses), sensitivity=rule.sensitivity)
 
 
 def sum_over_devices(clipped: ClippedSum, axis_name: str) -> ClippedSum:

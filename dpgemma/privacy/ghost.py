@@ -1,13 +1,19 @@
 """One backward pass over a microbatch whose result is kept as operands of products, not as gradients."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpgemma.privacy import ghost_norms, tracking
+
+# How `shares` divides one norm among groups: equally, or in proportion to the square root of a group's size.
+UNIFORM, BY_DIMENSION = "uniform", "dimension"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,42 +44,89 @@ class Parameter:
         """Where B lies in each of them."""
         return {rule: dict.fromkeys(use.taps, self.layers) for rule, use in self.uses.items()}
 
+    @property
+    def num_layers(self) -> int:
+        return math.prod(self.shape[: self.layers])
+
     def by_layer(self, taps: dict) -> dict:
         """The taps with one leading axis of layers in place of any number: [L, B, ...]."""
-        return jax.tree.map(lambda x: x.reshape(math.prod(x.shape[: self.layers]), *x.shape[self.layers :]), taps)
+        return jax.tree.map(lambda x: x.reshape(self.num_layers, *x.shape[self.layers :]), taps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """What one backward pass left: for every parameter, operands by layer and example."""
 
+    names: list[str]
     parameters: list[Parameter]
     taps: list[dict]
     losses: jax.Array
     structure: Any
 
-    def norms(self) -> list[ghost_norms.Norms | None]:
-        """Of every parameter, [L, B]; None for parameters that the loss does not use."""
-        platform = jax.default_backend()
-        of_layer = jax.vmap(lambda taps: ghost_norms.example_norms(taps, platform))
-        return [jax.lax.map(of_layer, taps) if p.uses else None for p, taps in zip(self.parameters, self.taps, strict=True)]
+    def norms(self) -> ghost_norms.Norms:
+        """Of the whole gradient, [B]."""
+        of_parameter = [self._norms(taps) for taps in self.taps if taps]
+        return functools.reduce(ghost_norms.Norms.__add__, [jax.tree.map(lambda x: x.sum(axis=0), n) for n in of_parameter])
 
-    def weighted_sums(self, factors: list, keep_B):
+    def group_norms(self) -> list[dict]:
+        """For every parameter and each rule by which it is used, of each layer by itself, [L, B]."""
+        return [{rule: self._norms({rule: taps[rule]}) for rule in taps} for taps in self.taps]
+
+    @staticmethod
+    def _norms(taps: dict) -> ghost_norms.Norms:
+        platform = jax.default_backend()
+        return jax.lax.map(jax.vmap(lambda taps: ghost_norms.example_norms(taps, platform)), taps)
+
+    def shares(self, thresholds: str | Mapping[str, Any]) -> list[dict]:
+        """For every parameter and each rule by which it is used, [L] shares of one norm that bound all groups together.
+
+        Args:
+          thresholds: as clipping.clipped_sum takes them.
+
+        Raises:
+          ValueError: an unknown word; or a name, a number of layers or a share that does not fit.
+        """
+        weights = [
+            {rule: _weight(thresholds, name, p) for rule in p.uses} for name, p in zip(self.names, self.parameters, strict=True)
+        ]
+        # Groups of one parameter overlap, so their bounds add before they are squared.
+        together = math.sqrt(sum(float(np.square(sum(groups.values())).sum()) for groups in weights if groups))
+        return [{rule: jnp.asarray(w / together, jnp.float32) for rule, w in groups.items()} for groups in weights]
+
+    def weighted_sums(self, factors, keep_B):
         """The tree of sums over the examples of factor * gradient, in float32.
 
         Args:
-          factors: of every parameter, for each of its rules an array [L, B].
+          factors: [B]; or for every parameter and each of its rules [L, B].
           keep_B: bool; examples that are not kept contribute exact zeros.
         """
+        if not isinstance(factors, list):
+            factors = [{rule: jnp.broadcast_to(factors, (p.num_layers, *factors.shape)) for rule in p.uses} for p in self.parameters]
         sums = [self._weighted_sum(*item, keep_B) for item in zip(self.parameters, self.taps, factors, strict=True)]
         return self.structure.unflatten(sums)
 
-    def _weighted_sum(self, parameter: Parameter, taps: dict, factors: dict, keep_B):
-        total = jnp.zeros(parameter.shape, jnp.float32)
+    @staticmethod
+    def _weighted_sum(parameter: Parameter, taps: dict, factors: dict, keep_B):
+        sums = []
         for rule, use in parameter.uses.items():
             of_layer = lambda taps, factors, use=use: ghost_norms.weighted_sum(use, taps, factors, keep_B)
-            total = total + jax.vmap(of_layer)(taps[rule], factors[rule]).reshape(parameter.shape)
-        return total
+            sums.append(jax.vmap(of_layer)(taps[rule], factors[rule]).reshape(parameter.shape))
+        return sum(sums) if sums else jnp.zeros(parameter.shape)
+
+
+def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
+    """The relative bound of one group in each layer, [L]."""
+    if thresholds == UNIFORM:
+        return np.ones(parameter.num_layers)
+    if thresholds == BY_DIMENSION:
+        return np.full(parameter.num_layers, math.sqrt(math.prod(parameter.shape[parameter.layers :])))
+    if isinstance(thresholds, str) or name not in thresholds:
+        given = thresholds if isinstance(thresholds, str) else "thresholds"
+        raise ValueError(f"{given} has no share for parameter {name}: use {UNIFORM}, {BY_DIMENSION} or a share for every name")
+    weight = np.broadcast_to(np.asarray(thresholds[name], float), (parameter.num_layers,))
+    if not (np.isfinite(weight) & (weight > 0)).all():
+        raise ValueError(f"the shares of parameter {name} must be positive and finite, got {thresholds[name]}")
+    return weight
 
 
 def backward(loss, params, examples) -> Kept:
@@ -89,7 +142,8 @@ def backward(loss, params, examples) -> Kept:
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     uses = tracking.audit(loss, params, example)
     leaves, structure = jax.tree.flatten(params)
-    parameters = [Parameter.of(leaf, uses.get(name, {})) for leaf, name in zip(leaves, tracking.leaf_names(params), strict=True)]
+    names = tracking.leaf_names(params)
+    parameters = [Parameter.of(leaf, uses.get(name, {})) for leaf, name in zip(leaves, names, strict=True)]
     batch = jax.tree.leaves(examples)[0].shape[0]
 
     def losses(taps):
@@ -99,4 +153,4 @@ def backward(loss, params, examples) -> Kept:
     values, pull_back = jax.vjp(losses, [p.taps(batch) for p in parameters])
     # Without the barrier a compiler may make an operand twice, for the norm and for the sum, and round it differently.
     taps, values = jax.lax.optimization_barrier((pull_back(jnp.ones_like(values))[0], values))
-    return Kept(parameters, [p.by_layer(t) for p, t in zip(parameters, taps, strict=True)], values, structure)
+    return Kept(names, parameters, [p.by_layer(t) for p, t in zip(parameters, taps, strict=True)], values, structure)

@@ -1,7 +1,9 @@
 """The operations through which parameters reach a loss. Each has a rule of the same name in `ghost_norms`.
 
 Given plain arrays, each is its own definition and nothing else. Given a `Tracked` box, it computes the same and leaves in the
-cotangents of the box's taps what the rule needs of one example: nothing of this crosses examples, so it can be mapped over them.
+cotangents of the box's taps what the rule needs of one example: nothing of this crosses examples, so it can be mapped over them. Of a
+box that does not keep operands, it leaves the gradient's sum of squares instead, taken where the gradient is made; only the rows that
+an embedding looks up are kept in any case, because a gradient of all words, zero but for them, would be a waste.
 """
 
 import functools
@@ -10,9 +12,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dpgemma.privacy import norms
 from dpgemma.privacy.tracking import Tracked, Use, record
 
 VECTOR, LINEAR, EMBEDDING, HEAD = "vector", "linear", "embedding", "head"
+SQUARE = "square"
 # Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -26,6 +30,8 @@ def vector(w):
         return w
     if w.uses is not None:
         return record(w, Use(VECTOR, w.shape, {"gradient": jax.ShapeDtypeStruct(w.shape, w.dtype)}), w)
+    if not w.keep:
+        return _measured(w.value, w.taps[SQUARE])
     return jax.lax.stop_gradient(w.value) + w.taps[VECTOR]["gradient"]
 
 
@@ -36,6 +42,8 @@ def linear(x, w, inputs: int = 1):
     """
     fan_in, fan_out = math.prod(w.shape[:inputs]), math.prod(w.shape[inputs:])
     shape = (*x.shape[: x.ndim - inputs], *w.shape[inputs:])
+    if isinstance(w, Tracked) and w.uses is None and not w.keep:
+        w = _measured(w.value, w.taps[SQUARE])
     if not isinstance(w, Tracked):
         return _product(x.reshape(-1, fan_in), w.reshape(fan_in, fan_out)).reshape(shape)
     if w.uses is not None:
@@ -65,6 +73,23 @@ def _tracked_product_backward(residuals, g_NxQ):
 
 
 _tracked_product.defvjp(_tracked_product_forward, _tracked_product_backward)
+
+
+@jax.custom_vjp
+def _measured(w, tap):
+    return w
+
+
+def _measured_backward(_, gradient):
+    rounded = gradient.astype(jnp.float32)
+    if gradient.dtype != jnp.float32:
+        # A cast may be left out by a compiler, so that it would square other numbers than those that it stores; this may not.
+        kind = jnp.finfo(gradient.dtype)
+        rounded = jax.lax.reduce_precision(rounded, kind.nexp, kind.nmant)
+    return rounded.astype(gradient.dtype), norms.square_sum([rounded])
+
+
+_measured.defvjp(lambda w, tap: (w, None), _measured_backward)
 
 
 def embedding(tokens, words_VxD, dtype):
@@ -105,6 +130,8 @@ def head(core, hidden_NxD, words_VxD, targets_N):
         backward(residuals, d_losses [N], use) -> (gradient [N, D] by the hidden states, what `use` made of delta [N, C], the gradient
           by one chunk's logits in the type of the hidden states, stacked over the K = ceil(V / C) chunks).
     """
+    if isinstance(words_VxD, Tracked) and words_VxD.uses is None and not words_VxD.keep:
+        words_VxD = words_VxD.value
     if not isinstance(words_VxD, Tracked):
         return _head(core, hidden_NxD, words_VxD, targets_N)
     if words_VxD.uses is not None:

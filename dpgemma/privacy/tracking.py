@@ -25,7 +25,7 @@ class UntrackedUse(TypeError):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value", "taps"], meta_fields=["name", "uses"]
+    jax.tree_util.register_dataclass, data_fields=["value", "taps"], meta_fields=["name", "keep", "uses"]
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked:
@@ -33,14 +33,16 @@ class Tracked:
 
     Attributes:
       value: the array. Slices along leading (layer) axes are taken by tree.map, which also slices the taps.
-      taps: for each use, arrays of zeros whose cotangents carry what the rule needs out of the backward pass.
+      taps: arrays of zeros whose cotangents carry what norms need out of the backward pass.
       name: of the parameter, for messages.
+      keep: whether the operations keep their operands, instead of forming gradients.
       uses: the list that an audit fills; None outside of audits.
     """
 
     value: Any
     taps: dict
     name: str
+    keep: bool = True
     uses: "Uses | None" = None
 
     @property
@@ -58,6 +60,11 @@ class Tracked:
     def __getitem__(self, key):
         # flax reads a parameter as `param[...]`.
         return self if key is Ellipsis else self.__jax_array__()
+
+    def __getattr__(self, name):
+        if not name.startswith("_") and hasattr(jax.Array, name):
+            self.__jax_array__()
+        raise AttributeError(name)
 
     def __jax_array__(self):
         raise UntrackedUse(
@@ -83,6 +90,17 @@ class Use:
     inputs: int = 0
 
 
+def _refuse(box: Tracked, *_):
+    box.__jax_array__()
+
+
+for _name in ("add", "sub", "mul", "matmul", "truediv", "pow"):
+    for _prefix in ("__", "__r"):
+        setattr(Tracked, f"{_prefix}{_name}__", _refuse)
+for _name in ("neg", "abs", "iter", "len"):
+    setattr(Tracked, f"__{_name}__", _refuse)
+
+
 class Uses(dict):
     """For each parameter's name, its uses by rule. Compared by identity, as static data of a pytree has to be."""
 
@@ -105,11 +123,11 @@ def leaf_names(tree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def boxes(params, taps: list[dict], uses: Uses | None = None):
+def boxes(params, taps: list[dict], *, keep: bool = True, uses: Uses | None = None):
     """The tree of parameters with every leaf boxed; `taps` in the order of the leaves."""
     leaves, structure = jax.tree.flatten(params)
     named = zip(leaves, taps, leaf_names(params), strict=True)
-    return structure.unflatten([Tracked(leaf, tap, name, uses) for leaf, tap, name in named])
+    return structure.unflatten([Tracked(leaf, tap, name, keep, uses) for leaf, tap, name in named])
 
 
 def audit(loss, params, example) -> Uses:
@@ -127,7 +145,7 @@ def audit(loss, params, example) -> Uses:
     uses = Uses()
 
     def traced(values, tokens, example):
-        return loss(boxes(values, [{"token": token} for token in jax.tree.leaves(tokens)], uses), example)
+        return loss(boxes(values, [{"token": token} for token in jax.tree.leaves(tokens)], uses=uses), example)
 
     jaxpr = jax.make_jaxpr(traced)(params, params, example).jaxpr
     names = leaf_names(params)
