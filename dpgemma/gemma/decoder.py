@@ -107,6 +107,7 @@ def _bind(config: GemmaConfig, part: str, parameters: dict):
 
 
 def _layer(stack: dict, number: int) -> dict:
+    """One layer of a stack. To be called within what is recomputed: slices made outside of it would be kept for the backward pass."""
     return jax.tree.map(lambda leaf: leaf[number], stack)
 
 
@@ -115,7 +116,7 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
 
     Args:
       layers: for each stack, a tree of arrays with a leading axis of its layers.
-      apply_layer: (stack, x, layer) -> (x, extra).
+      apply_layer: (stack, number, x, layers) -> (x, extra), which takes that number of the layers.
 
     Returns:
       The last x and, for each stack, the extras stacked along a leading axis.
@@ -129,7 +130,7 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
         extras = {stack: [] for stack in kinds}
         for stack in kinds:
             number = len(extras[stack])
-            x, extra = apply_layer(stack, x, _layer(group[stack], number))
+            x, extra = apply_layer(stack, number, x, group[stack])
             extras[stack].append(extra)
         return x, {stack: jax.tree.map(lambda *leaves: jnp.stack(leaves), *items) for stack, items in extras.items()}
 
@@ -186,7 +187,8 @@ def hidden_states(config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.fl
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     angles = _angles(config, jnp.arange(length))
 
-    def apply_layer(stack, x, layer):
+    def apply_layer(stack, number, x, layers):
+        layer = _layer(layers, number)
         is_sliding = layer["is_sliding"]
 
         def mix(mixer, y):
@@ -198,7 +200,7 @@ def hidden_states(config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.fl
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy, static_argnums=0)
+        apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=policy, static_argnums=(0, 1))
     x = _bind(config, "embedder", parameters["embedder"]).encode(tokens, dtype)
     x, _ = _scan_layers(config, _layers(config, parameters), x, apply_layer)
     return _bind(config, "final_norm", parameters["final_norm"])(x)
@@ -231,7 +233,8 @@ def extend(config: GemmaConfig, parameters: dict, cache: dict, tokens, positions
     size = cache[ATTENTION_BLOCKS][0].shape[2]
     slots = jnp.where(valid, positions, size)  # beyond the cache: not written
 
-    def apply_layer(stack, x, layer):
+    def apply_layer(stack, number, x, layers):
+        layer = _layer(layers, number)
         is_sliding = layer["is_sliding"]
 
         def mix(mixer, y):

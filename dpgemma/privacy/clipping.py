@@ -33,6 +33,8 @@ STABILISER = 0.01
 # Squares of float32 numbers below 1e-19 vanish. With a clip norm of at least this, what vanishes is below one part in 1e12 of it.
 SMALLEST_CLIP_NORM = 1e-6
 
+_FEW = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +106,10 @@ def _held(gradient_of_example):
         factors, keep = scaling.factor(lengths, norms.margin(params)), keep & jnp.isfinite(lengths)
 
         def weighted(leaf):
-            axes = (len(leaf), *[1] * (leaf.ndim - 1))
             # A select, not a product with zero: 0 * inf is NaN.
-            return jnp.where(keep.reshape(axes), leaf.astype(jnp.float32) * factors.reshape(axes), 0.0).sum(axis=0)
+            term = lambda i: jnp.where(keep[i], leaf[i].astype(jnp.float32) * factors[i], 0.0)
+            # Few terms are added one by one, which fuses into a single pass over the total.
+            return sum(map(term, range(len(leaf)))) if len(leaf) <= _FEW else jax.vmap(term)(jnp.arange(len(leaf))).sum(axis=0)
 
         return jax.tree.map(weighted, gradients), lengths, losses
 

@@ -171,6 +171,8 @@ def weighted_sum(use: Use, taps: dict, factors_B, keep_B):
       factors_B: float32.
       keep_B: bool; an example that is not kept contributes exact zeros, whatever it holds.
     """
+    # Selects, not products with zero: 0 * inf is NaN, and the factor of a bad example may be NaN itself.
+    factors_B = jnp.where(keep_B, factors_B, 0.0)
     axes = lambda x: (len(x), *[1] * (x.ndim - 1))
     kept = lambda x: jnp.where(keep_B.reshape(axes(x)), x, 0)
     scaled = lambda x: (kept(x).astype(jnp.float32) * factors_B.reshape(axes(x))).astype(x.dtype)

@@ -1,11 +1,16 @@
 """The gradient of one example together with its norm, which is taken piece by piece where the pieces are made."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from dpgemma.privacy import norms, tracking
 from dpgemma.privacy.ghost import Parameter
-from dpgemma.privacy.operations import EMBEDDING, LINEAR, SQUARE, VECTOR
+from dpgemma.privacy.operations import EMBEDDING, LINEAR, SQUARES, VECTOR
+
+# Rules whose parameters have their gradient measured where it is made.
+_MEASURED = (VECTOR, LINEAR)
 
 
 def gradient(loss, params, example):
@@ -31,11 +36,11 @@ def gradient(loss, params, example):
         rows = tap.get(EMBEDDING)
         if rows:
             leaf = leaf.at[rows["ids"].astype(jnp.int32)].add(rows["g"].astype(leaf.dtype))
-        if SQUARE in tap:
-            squares.append(tap[SQUARE].reshape(-1))
+        if SQUARES in tap:
+            squares.append(norms.column_sums(tap[SQUARES]))
         else:
             leaf = jax.lax.optimization_barrier(leaf)
-            squares.append(norms.square_sum([leaf]).reshape(1))
+            squares.append(norms.column_squares(leaf))
         gradients.append(leaf)
     return value, structure.unflatten(gradients), jnp.sqrt(norms.total(squares))
 
@@ -43,7 +48,8 @@ def gradient(loss, params, example):
 def _taps(parameter: Parameter) -> dict:
     if EMBEDDING in parameter.uses:
         return {EMBEDDING: {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in parameter.uses[EMBEDDING].taps.items()}}
-    return {SQUARE: jnp.zeros(parameter.shape[: parameter.layers])} if parameter.uses.keys() & {VECTOR, LINEAR} else {}
+    columns = [math.prod(use.shape[use.inputs :] if use.inputs else use.shape[-1:]) for use in parameter.uses.values() if use.rule in _MEASURED]
+    return {SQUARES: jnp.zeros((*parameter.shape[: parameter.layers], columns[0]))} if columns else {}
 
 
 def plain_gradient(loss, params, example):

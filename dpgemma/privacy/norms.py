@@ -1,7 +1,7 @@
 """L2 norms in float32 whose rounding error is known.
 
 The order of additions is fixed: an ordinary reduction may add a million numbers in sequence, and its float32 result can then be too
-small by more than any constant margin.
+small by more than any constant margin. Sums run over leading axes, in runs of whole tiles, so that no number has to change its place.
 """
 
 import math
@@ -10,36 +10,56 @@ import jax
 import jax.numpy as jnp
 
 UNIT_ROUNDOFF = 2.0**-24
-_FIRST_RADIX, _RADIX = 32, 8
+_RADIX, _LONGEST, _TILE = 8, 64, 8
 
 
-def _first_fold(x):
-    """Squares an array and sums up to 32 neighbours along its longest axis but the last, where no element has to be moved for it."""
-    square = jnp.square(x.astype(jnp.float32))
-    if x.ndim < 2:
-        return square.reshape(-1)
-    axis = max(range(x.ndim - 1), key=lambda i: x.shape[i])
-    size = next(n for n in range(_FIRST_RADIX, 0, -1) if x.shape[axis] % n == 0)
-    return square.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :]).sum(axis=axis + 1).reshape(-1)
+def _split(length: int) -> int:
+    """How many terms of an axis are added at a time: at most 64, a divisor if there is one, leaving whole tiles if it can."""
+    divisors = [n for n in range(2, min(length, _LONGEST) + 1) if length % n == 0]
+    whole = [n for n in divisors if length // n % _TILE == 0]
+    return max(whole or divisors, default=_LONGEST)
 
 
-def _fold(x):
-    """Sums a vector eight to one: ceil(n / 8) sums of eight terms."""
-    x = jnp.pad(x, (0, -x.size % _RADIX))
-    return x.reshape(_RADIX, -1).sum(axis=0)
+def column_squares(x) -> jax.Array:
+    """The sums of the squares of a float array over all axes but the last, in float32: [last axis]."""
+    return column_sums(jnp.square(x.astype(jnp.float32)))
 
 
-def square_sum(leaves: list) -> jax.Array:
-    """The sum of the squares of all numbers in a list of arrays; inf or NaN where any square is."""
-    return total([_fold(_first_fold(leaf)) for leaf in leaves])
+def column_sums(x) -> jax.Array:
+    """The sums of a float32 array over all axes but the last."""
+    while x.ndim > 1:
+        length = x.shape[0]
+        if length == 1:
+            x = x[0]
+            continue
+        terms = _split(length)
+        x = jnp.pad(x, [(0, -length % terms)] + [(0, 0)] * (x.ndim - 1))
+        x = x.reshape(terms, -1, *x.shape[1:]).sum(axis=0)
+    return x.reshape(-1)
+
+
+def _additions(shape: tuple[int, ...]) -> int:
+    """The most additions that any term passes through in column_squares."""
+    total = 0
+    for length in shape[:-1]:
+        while length > 1:
+            terms = _split(length)
+            total, length = total + terms - 1, -(-length // terms)
+    return total
 
 
 def total(partial: list) -> jax.Array:
     """The sum of all numbers in a list of vectors."""
     partial = jnp.concatenate(partial)
     while partial.size > 1:
-        partial = _fold(partial)
+        # Eight to one: ceil(n / 8) sums of eight terms.
+        partial = jnp.pad(partial, (0, -partial.size % _RADIX)).reshape(_RADIX, -1).sum(axis=0)
     return partial[0]
+
+
+def square_sum(leaves: list) -> jax.Array:
+    """The sum of the squares of all numbers in a list of arrays; inf or NaN where any square is."""
+    return total([column_squares(leaf) for leaf in leaves])
 
 
 def l2_norm(tree) -> jax.Array:
@@ -50,11 +70,13 @@ def l2_norm(tree) -> jax.Array:
 def margin(tree) -> float:
     """By how much a clip factor is lowered, relatively, so that rounding can never carry a clipped gradient above the norm.
 
-    With u = 2^-24 and a sum of squares in L folds of eight after one of 32, or in two stages of them, it is at least
-    (1 - (1 + 31 + 7 L) u) times the true one, so the norm is low by at most half of that; square root, division, the rounded bound and
-    the final product add one u each on hardware that rounds correctly and a few on hardware that does not.
+    Where no term passes through more than n additions, with u = 2^-24, the computed sum of squares is at least (1 - (1 + n) u) times the
+    true one, so the norm is low by at most half of that; square root, division, the rounded bound and the final product add one u each
+    on hardware that rounds correctly and a few on hardware that does not.
     """
-    size = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    # Folds that do not divide, and sums within layers before those across them, make no more than four folds beyond the logarithm.
-    folds = math.ceil(math.log(max(size, _RADIX), _RADIX)) + 4
-    return (4 * folds + 32) * UNIT_ROUNDOFF
+    leaves = [leaf.shape or (1,) for leaf in jax.tree.leaves(tree)]
+    # Column sums may be kept layer by layer, so that what `total` adds is longer than the last axes alone.
+    longest = sum(shape[-1] * shape[0] for shape in leaves)
+    folds = math.ceil(math.log(max(longest, _RADIX), _RADIX))
+    additions = max(map(_additions, leaves), default=0) + (_RADIX - 1) * folds
+    return (additions / 2 + 16) * UNIT_ROUNDOFF

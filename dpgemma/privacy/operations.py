@@ -16,7 +16,7 @@ from dpgemma.privacy import norms
 from dpgemma.privacy.tracking import Tracked, Use, record
 
 VECTOR, LINEAR, EMBEDDING, HEAD = "vector", "linear", "embedding", "head"
-SQUARE = "square"
+SQUARES = "squares"
 # Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -31,7 +31,7 @@ def vector(w):
     if w.uses is not None:
         return record(w, Use(VECTOR, w.shape, {"gradient": jax.ShapeDtypeStruct(w.shape, w.dtype)}), w)
     if not w.keep:
-        return _measured(w.value, w.taps[SQUARE])
+        return _measured(w.value, w.taps[SQUARES])
     return jax.lax.stop_gradient(w.value) + w.taps[VECTOR]["gradient"]
 
 
@@ -42,16 +42,16 @@ def linear(x, w, inputs: int = 1):
     """
     fan_in, fan_out = math.prod(w.shape[:inputs]), math.prod(w.shape[inputs:])
     shape = (*x.shape[: x.ndim - inputs], *w.shape[inputs:])
-    if isinstance(w, Tracked) and w.uses is None and not w.keep:
-        w = _measured(w.value, w.taps[SQUARE])
     if not isinstance(w, Tracked):
         return _product(x.reshape(-1, fan_in), w.reshape(fan_in, fan_out)).reshape(shape)
     if w.uses is not None:
         rows = x.size // fan_in
         taps = {"x": jax.ShapeDtypeStruct((rows, fan_in), x.dtype), "g": jax.ShapeDtypeStruct((rows, fan_out), x.dtype)}
         return record(w, Use(LINEAR, w.shape, taps, inputs), jax.ShapeDtypeStruct(shape, x.dtype))
-    y = _tracked_product(x.reshape(-1, fan_in), w.value.reshape(fan_in, fan_out), w.taps[LINEAR])
-    return y.reshape(shape)
+    matrix = w.value.reshape(fan_in, fan_out)
+    if not w.keep:
+        return _product(x.reshape(-1, fan_in), _measured(matrix, w.taps[SQUARES])).reshape(shape)
+    return _tracked_product(x.reshape(-1, fan_in), matrix, w.taps[LINEAR]).reshape(shape)
 
 
 def _product(x_NxP, w_PxQ):
@@ -86,7 +86,7 @@ def _measured_backward(_, gradient):
         # A cast may be left out by a compiler, so that it would square other numbers than those that it stores; this may not.
         kind = jnp.finfo(gradient.dtype)
         rounded = jax.lax.reduce_precision(rounded, kind.nexp, kind.nmant)
-    return rounded.astype(gradient.dtype), norms.square_sum([rounded])
+    return rounded.astype(gradient.dtype), norms.column_squares(rounded)
 
 
 _measured.defvjp(lambda w, tap: (w, None), _measured_backward)

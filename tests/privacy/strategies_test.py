@@ -1,0 +1,259 @@
+"""Every way of clipping against the definition, for every architecture."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpgemma.gemma import decoder, hf_config, lora
+from dpgemma.gemma import loss as gemma_loss
+from dpgemma.privacy import clipping, ghost_norms, operations
+from dpgemma.training import loss as loss_lib
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "gemma/golden/logits.npz")
+CONFIGS = {name: hf_config.from_hf_config(content) for name, content in json.loads(str(GOLDEN["configs"])).items()}
+# The smallest set that has every operation: the others differ from these in shapes and constants.
+QUICK = ("vaultgemma_capped", "gemma3", "recurrent_gemma")
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+WAYS = {
+    "vmap": dict(strategy="vmap", microbatch_size=4),
+    "ghost": dict(strategy="ghost", microbatch_size=2),
+    "example_scan": dict(strategy="example_scan"),
+    "example_scan_2": dict(strategy="example_scan", microbatch_size=2),
+}
+CLIP_NORM = 0.05
+
+
+def parameters_of(config):
+    rng = np.random.default_rng(0)
+    values = decoder.parameter_shapes(config)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32), values)
+
+
+def batch_of(vocab_size, shape=(4, 10)):
+    """Few words, so that they repeat and meet each other in the tied embedding; some tokens are not scored."""
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(4, min(12, vocab_size), shape), jnp.int32)
+    scored = jnp.asarray(rng.random(shape) < 0.8)
+    return {"row": {"tokens": tokens, "scored": scored}, "factor": jnp.ones(shape[0])}
+
+
+@functools.cache
+def compiled(name, adapters=False):
+    """(trainable parameters, function from (parameters, batch, mask) to the result of every way, compiled together)."""
+    config = CONFIGS[name]
+    if adapters:
+        config = dataclasses.replace(config, lora=lora.adapters(config, 3, 6.0, "all"))
+    trainable, frozen = lora.split(config, parameters_of(config))
+    row_loss = loss_lib.row_loss(config, bos=2)
+    loss = lambda p, example: row_loss(p, frozen, example["row"]) * example["factor"]
+
+    @jax.jit
+    def every_way(params, batch, mask):
+        return {way: clipping.clipped_sum(loss, params, batch, mask, CLIP_NORM, **options) for way, options in WAYS.items()}
+
+    return config, trainable, every_way
+
+
+def relative(got, expected):
+    distance = sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
+    return (distance / sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(expected))) ** 0.5
+
+
+def check(results, mask):
+    reference = results["vmap"]
+    for got in results.values():
+        assert relative(got.total, reference.total) < 1e-5
+        finite = mask & np.isfinite(reference.stats.norms)
+        np.testing.assert_allclose(got.stats.norms[finite], reference.stats.norms[finite], rtol=1e-5)
+        np.testing.assert_array_equal(np.isfinite(got.stats.norms), np.isfinite(reference.stats.norms))
+        np.testing.assert_allclose(got.stats.losses, reference.stats.losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_way_equals_the_definition(name, adapters):
+    config, params, every_way = compiled(name, adapters)
+    batch, everyone = batch_of(config.vocab_size), np.ones(4, bool)
+    results = every_way(params, batch, everyone)
+    check(results, everyone)
+    assert (results["vmap"].stats.norms > CLIP_NORM).any(), "nothing was clipped"
+    padded = np.array([True, False, True, False])
+    check(every_way(params, batch, padded), padded)
+    # 1e38 overflows in some entries of the gradient, and not in others.
+    for poison in (np.nan, np.inf, 1e38, 0.0):
+        poisoned = batch | {"factor": batch["factor"].at[2].set(poison)}
+        results = every_way(params, poisoned, everyone)
+        check(results, everyone)
+        if poison != 0.0:
+            without = every_way(params, batch, np.array([True, True, False, True]))
+            for way in results:
+                assert relative(results[way].total, without[way].total) == 0.0, "a bad example is dropped, and nothing else changes"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_units_of_several_rows(name):
+    config, params, _ = compiled(name)
+    row_loss = loss_lib.row_loss(config, bos=2)
+    rows_apart = lambda p, unit: jnp.mean(jax.vmap(lambda row: row_loss(p, {}, row))(unit["row"]))
+    rows_at_once = lambda p, unit: row_loss(p, {}, unit["row"])
+    batch = batch_of(config.vocab_size, (4, 3, 5))
+    batch["row"]["scored"] = jnp.ones((4, 3, 5), bool)
+    run = jax.jit(
+        lambda p, b: {way: clipping.clipped_sum(rows_at_once, p, b, jnp.ones(4, bool), CLIP_NORM, **WAYS[way]) for way in ("ghost", "vmap")}
+        | {"apart": clipping.clipped_sum(rows_apart, p, b, jnp.ones(4, bool), CLIP_NORM, strategy="vmap", microbatch_size=4)}
+    )
+    check(run(params, batch), np.ones(4, bool))
+
+
+def untied_loss(config):
+    """The loss by ({"in": E, "out": E, "rest": ...}), so that autodiff tells the two gradients of the embedding apart."""
+
+    def loss(params, row):
+        tokens = row["tokens"]
+        whole = params["rest"] | {"embedder": {"embedding": params["in"]}}
+        hidden = decoder.hidden_states(config, whole, jnp.concatenate([jnp.array([2], jnp.int32), tokens[:-1]]))
+        losses = gemma_loss.cross_entropy(hidden, params["out"], tokens, final_cap=config.final_cap)
+        return jnp.where(row["scored"], losses, 0.0).sum() / row["scored"].sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("thresholds", ["uniform", "dimension", "given"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_per_layer_equals_its_definition(name, thresholds):
+    config, params, _ = compiled(name)
+    row_loss, batch = loss_lib.row_loss(config, bos=2), batch_of(config.vocab_size)
+    rest = {k: v for k, v in params.items() if k != "embedder"}
+    split = {"in": params["embedder"]["embedding"], "out": params["embedder"]["embedding"], "rest": rest}
+    gradients = jax.jit(jax.vmap(jax.grad(untied_loss(config)), (None, 0)))(split, batch["row"])
+    gradients = jax.tree.map(lambda g: np.asarray(g, np.float64), gradients)
+
+    layered = lambda path: any("blocks" in str(key) for key in path)
+    rng, given_shares = np.random.default_rng(5), {}
+    weights, norms, sums = [], np.zeros((4,)), {}
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    for path, leaf in leaves:
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        name_of = "embedder/embedding" if key in ("in", "out") else key.removeprefix("rest/")
+        groups = leaf.shape[1] if layered(path) else 1
+        size = leaf[0].size / groups
+        weight = {"uniform": 1.0, "dimension": size**0.5, "given": given_shares.setdefault(name_of, rng.random(groups) + 0.1)}[thresholds]
+        weights.append((key, leaf.reshape(4, groups, -1), np.broadcast_to(weight, groups)))
+    total = sum((w**2).sum() for key, _, w in weights if key not in ("in", "out"))
+    total += sum(w for key, _, w in weights if key in ("in", "out"))[0] ** 2
+    for key, leaf, weight in weights:
+        bound = CLIP_NORM * weight / total**0.5
+        length = np.linalg.norm(leaf, axis=-1)
+        sums[key] = (np.minimum(1.0, bound / length)[..., None] * leaf).sum(axis=0)
+    expected = {k.removeprefix("rest/"): v for k, v in sums.items() if k not in ("in", "out")}
+    expected["embedder/embedding"] = sums["in"] + sums["out"]
+
+    got = jax.jit(
+        lambda p, b: clipping.clipped_sum(
+            lambda p, e: row_loss(p, {}, e["row"]), p, b, jnp.ones(4, bool), CLIP_NORM, strategy="per_layer", microbatch_size=4,
+            thresholds=given_shares if thresholds == "given" else thresholds,
+        )
+    )(params, batch)  # fmt: skip
+    norms = np.sqrt(sum((np.asarray(g, np.float64).reshape(4, -1) ** 2).sum(axis=1) for g in jax.tree.leaves(jax.jit(jax.vmap(jax.grad(lambda p, e: row_loss(p, {}, e)), (None, 0)))(params, batch["row"]))))  # fmt: skip
+    np.testing.assert_allclose(got.stats.norms, norms, rtol=1e-5)
+    assert got.sensitivity == CLIP_NORM
+    for path, leaf in jax.tree_util.tree_leaves_with_path(got.total):
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        wanted = expected[key].reshape(leaf.shape)
+        assert np.linalg.norm(leaf - wanted) < 1e-5 * np.linalg.norm(wanted), key
+
+
+def mixed_loss(shapes):
+    """A loss with one of each operation, over any shapes."""
+
+    def loss(params, example):
+        x = operations.embedding(example["tokens"], params["words"], jnp.float32)
+        x = x * (1 + operations.vector(params["scale"]))
+        x = jnp.tanh(operations.linear(x, params["w"]))
+        x = operations.linear(x, params["back"], inputs=2) + operations.vector(params["bias"])
+        return gemma_loss.cross_entropy(x, params["words"], example["targets"], final_cap=shapes["cap"], chunk=shapes["chunk"]).mean()
+
+    return loss
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_pitfall_12_any_shapes_with_repeated_tokens(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    vocab, width, heads, head, length, batch = draw(2, 40), draw(1, 24), draw(1, 3), draw(1, 8), draw(1, 33), draw(1, 5)
+    shapes = {"cap": data.draw(st.sampled_from([None, 2.0])), "chunk": draw(1, vocab)}
+    rng = np.random.default_rng(draw(0, 2**31))
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {
+        "words": array(vocab, width), "scale": array(width), "w": array(width, heads, head), "back": array(heads, head, width),
+        "bias": array(width),
+    }  # fmt: skip
+    ids = lambda: jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+    examples = {"tokens": ids(), "targets": ids()}
+    loss, mask, norm = mixed_loss(shapes), jnp.asarray(rng.random(batch) < 0.8), float(10 ** rng.uniform(-2, 1))
+    run = jax.jit(
+        lambda p, e, m: [
+            clipping.clipped_sum(loss, p, e, m, norm, strategy=way, microbatch_size=batch) for way in ("vmap", "ghost", "example_scan")
+        ]
+    )
+    reference, *others = run(params, examples, mask)
+    for got in others:
+        np.testing.assert_allclose(got.stats.norms, reference.stats.norms, rtol=1e-5)
+        if mask.any():
+            assert relative(got.total, reference.total) < 1e-5
+
+
+# One wrong rule per operation; each must be seen by the comparison above.
+WRONG = {
+    "vector_norm": ("_vector_norms", lambda right: lambda gradient: right(gradient[:1])),
+    "product_norm": ("_product_norms", lambda right: lambda x, g, platform: right(x[:-1], g[:, :-1], platform)),
+    "row_norm_without_repeats": ("_row_norms", lambda right: lambda ids, g: right(jnp.arange(len(ids)), g)),
+    "tied_norm_without_the_cross_term": (
+        "_tied_norms",
+        lambda right: lambda rows, head, platform: (
+            ghost_norms._row_norms(rows["ids"], rows["g"]) + ghost_norms._product_norms(head["h"], head["delta"], platform)
+        ),
+    ),
+    "weighted_sum_of_rows": (
+        "weighted_sum",
+        lambda right: lambda use, taps, f, keep: right(use, taps, f, keep) * (0.99 if use.rule == "embedding" else 1),
+    ),
+    "weighted_sum_of_products": (
+        "weighted_sum",
+        lambda right: lambda use, taps, f, keep: right(use, taps, f, keep) * (0.99 if use.rule == "linear" else 1),
+    ),
+    "weighted_sum_of_vectors": (
+        "weighted_sum",
+        lambda right: lambda use, taps, f, keep: right(use, taps, f, keep) * (0.99 if use.rule == "vector" else 1),
+    ),
+    "weighted_sum_of_the_head": (
+        "weighted_sum",
+        lambda right: lambda use, taps, f, keep: right(use, taps, f, keep) * (0.99 if use.rule == "head" else 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_rule_fails_the_comparison(name, monkeypatch):
+    attribute, wrong = WRONG[name]
+    monkeypatch.setattr(ghost_norms, attribute, wrong(getattr(ghost_norms, attribute)))
+    test_shapes = {"cap": 2.0, "chunk": 5}
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {"words": array(12, 6), "scale": array(6), "w": array(6, 2, 3), "back": array(2, 3, 6), "bias": array(6)}
+    ids = lambda: jnp.asarray(rng.integers(0, 12, (4, 9)), jnp.int32)
+    examples = {"tokens": ids(), "targets": ids()}
+    run = lambda way: clipping.clipped_sum(
+        mixed_loss(test_shapes), params, examples, jnp.ones(4, bool), 0.1, strategy=way, microbatch_size=4
+    )
+    reference, got = run("vmap"), run("ghost")
+    same_norms = np.allclose(got.stats.norms, reference.stats.norms, rtol=1e-5)
+    assert not (same_norms and relative(got.total, reference.total) < 1e-5)
