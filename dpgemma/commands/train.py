@@ -42,7 +42,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     """
     from dpgemma.data import dataset, units
     from dpgemma.gemma import tokenizer as tokenizer_lib
-    from dpgemma.training import loop, mesh, plan, progress, run_directory
+    from dpgemma.training import clipping_choice, loop, mesh, plan, progress, run_directory
     from dpgemma.training import start as start_lib
 
     start = start_lib.of(config)
@@ -58,6 +58,8 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     if not rows.scored.any(axis=1).all():
         progress.warn("some records have nothing to learn within --sequence_length: their prompts fill it; raise it or shorten them")
     data = dataset.split(rows, keys.holdout, config.holdout_fraction)
+    # Chosen once: a run that goes on computes as it began.
+    config = clipping_choice.as_before(config, run.config()) if run else clipping_choice.resolve(config, start.model, tokenizer.bos)
     config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
     fingerprint = run_directory.fingerprint(keys, rows)
     start_event = plan.start_event(config, start, len(data.held_out))

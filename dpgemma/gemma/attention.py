@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpgemma.gemma.config import FULL, SLIDING, GemmaConfig
-from dpgemma.gemma.layers import PRECISION, Linear, RMSNorm, residual_gain, rotate, soft_cap
+from dpgemma.gemma.layers import Linear, RMSNorm, residual_gain, rotate, soft_cap
+from dpgemma.privacy.operations import PRECISION
 
 ATTENTION = ("auto", "dense", "blockwise", "fused")
 BLOCK = 256

@@ -13,8 +13,9 @@ from flax import nnx
 
 from dpgemma.gemma.attention import ATTENTION, Attention
 from dpgemma.gemma.config import RECURRENT, SLIDING, GemmaConfig
-from dpgemma.gemma.layers import PRECISION, Embedder, FeedForward, RMSNorm, rotary_angles, soft_cap
+from dpgemma.gemma.layers import Embedder, FeedForward, RMSNorm, rotary_angles, soft_cap
 from dpgemma.gemma.recurrent import Recurrent
+from dpgemma.privacy.operations import PRECISION
 
 REMAT_POLICIES = ("none", "block", "dots")
 ATTENTION_BLOCKS, RECURRENT_BLOCKS = "blocks", "recurrent_blocks"

@@ -14,7 +14,6 @@ from flax import nnx
 
 from dpgemma.gemma.config import GemmaConfig, Lora, Rope
 from dpgemma.privacy import operations
-from dpgemma.privacy.operations import PRECISION
 
 EMBEDDING_SCALE = 0.02
 

@@ -6,8 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpgemma.gemma.layers import PRECISION, soft_cap
+from dpgemma.gemma.layers import soft_cap
 from dpgemma.privacy import operations
+from dpgemma.privacy.operations import PRECISION
 
 CHUNK = 8192
 # Up to this many logits (128 MiB in float32) are kept for the backward pass; more are made anew, chunk by chunk.

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpgemma.gemma.config import GemmaConfig
-from dpgemma.gemma.layers import PRECISION, Linear, residual_gain
+from dpgemma.gemma.layers import Linear, residual_gain
 from dpgemma.privacy import operations
+from dpgemma.privacy.operations import PRECISION
 
 _SHARPNESS = 8.0
 _LARGEST_SQRT_DERIVATIVE = 1000.0

@@ -48,11 +48,21 @@ class PrivateStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClippedSum:
-    """A float32 sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to."""
+    """A float32 sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to.
+
+    Attributes:
+      count: where it was asked for, the sum over the units of +1/2 for a norm of at most C and -1/2 for a larger one: sensitivity 1/2.
+    """
 
     total: Any
     stats: PrivateStats
     sensitivity: float = dataclasses.field(metadata={"static": True})
+    count: jax.Array | None = None
+
+
+def sensitivity(scaling: str, clip_norm) -> float:
+    """The most that one unit changes a sum of gradients scaled in this way."""
+    return float(clip_norm) if scaling == CLIP else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +84,17 @@ class Scaling:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.kind!r}")
         if not self.stabiliser > 0:
             raise ValueError(f"the stabiliser of automatic clipping must be positive, got {self.stabiliser:g}")
-        if not isinstance(self.clip_norm, jax.core.Tracer) and not self.clip_norm >= SMALLEST_CLIP_NORM:
+        if isinstance(self.clip_norm, jax.core.Tracer):
+            if self.kind == CLIP:
+                raise ValueError("a clip norm that is computed has no known sensitivity: use scaling=normalise")
+        elif not self.clip_norm >= SMALLEST_CLIP_NORM:
             raise ValueError(f"clip_norm must be at least {SMALLEST_CLIP_NORM:g}, got {self.clip_norm:g}")
+        elif self.kind != CLIP and not self.clip_norm < float("inf"):
+            raise ValueError(f"scaling {self.kind} needs a finite clip_norm")
 
     @property
     def sensitivity(self) -> float:
-        return float(self.clip_norm) if self.kind == CLIP else 1.0
+        return sensitivity(self.kind, self.clip_norm)
 
     def factor(self, norm, margin: float, share=1.0):
         """What the gradient is multiplied by, so that its norm is at most `share` of the sensitivity.
@@ -116,17 +131,17 @@ def _held(gradient_of_example):
     return microbatch
 
 
-def _ghost(loss, params, examples, keep, scaling: Scaling):
+def _ghost(loss, params, examples, keep, scaling: Scaling, gathered=None):
     """One microbatch from the operands of one backward pass."""
-    kept = ghost.backward(loss, params, examples)
+    kept = ghost.backward(loss, params, examples, gathered)
     lengths = kept.norms()
     factors = scaling.factor(lengths.bound, norms.margin(params))
     return kept.weighted_sums(factors, keep & jnp.isfinite(lengths.bound)), lengths.norm, kept.losses
 
 
-def _per_layer(loss, params, examples, keep, scaling: Scaling, thresholds):
+def _per_layer(loss, params, examples, keep, scaling: Scaling, thresholds, gathered=None):
     """The same, every group by itself."""
-    kept = ghost.backward(loss, params, examples)
+    kept = ghost.backward(loss, params, examples, gathered)
     shares = kept.shares(thresholds)
     groups = kept.group_norms()
     # An example that is not finite in one group is dropped in all.
@@ -150,6 +165,8 @@ def clipped_sum(
     scaling: str = CLIP,
     stabiliser: float = STABILISER,
     thresholds: str | Mapping[str, Any] = ghost.UNIFORM,
+    counted: bool = False,
+    gathered: list | None = None,
 ) -> ClippedSum:
     """Sum over the examples with mask set of factor * grad(loss)(params, example), in float32.
 
@@ -163,11 +180,14 @@ def clipped_sum(
       mask: bool [B]; false marks padding, whose content is ignored.
       clip_norm: C, the L2 bound per example; inf turns clipping off (non-finite gradients are dropped all the same).
       strategy: "example_scan" holds the gradients of a small microbatch; "vmap" does so as the definition says, for tests;
-        "ghost" never holds one; "per_layer" bounds every operation of every layer by itself, so that the bounds' sum of squares is C^2.
+        "ghost" never holds one; "per_layer" bounds every operation of every layer by itself, all bounds together making C.
       microbatch_size: examples at a time.
-      scaling: "clip" to C, "normalise" (the same divided by C: sensitivity 1), or "automatic" (divided by norm + stabiliser: sensitivity 1).
+      scaling: "clip" to C, "normalise" (the same divided by C: sensitivity 1) or "automatic" (divided by norm + stabiliser: the same).
       thresholds: of "per_layer": "uniform", by "dimension" (in proportion to the square root of a group's size), or for the name of every
         parameter an array of its layers' shares, which are scaled to the norm that they have together.
+      counted: whether to count the units whose norm is at most C, for `adaptive`.
+      gathered: inside shard_map, for every leaf of params the tracking.Gathered axis of which this device holds a shard, or None; "ghost"
+        and "per_layer" only. The sums of such leaves are shards of the sum over all devices; those of the others, of this one.
 
     Returns:
       ClippedSum, with per-example losses and norms for private use.
@@ -178,14 +198,16 @@ def clipped_sum(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"clipping must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if gathered is not None and strategy not in (GHOST, PER_LAYER):
+        raise ValueError(f"{strategy} holds whole gradients, which sharded parameters are meant to avoid: use {GHOST} or {PER_LAYER}")
     rule = Scaling(scaling, clip_norm, stabiliser)
     size, batch_size = microbatch_size, mask.shape[0]
     if batch_size % size:
         raise ValueError(f"a batch of {batch_size} slots does not divide into microbatches of {size}")
     method = {
         EXAMPLE_SCAN: _held(measured.gradient),
-        GHOST: _ghost,
-        PER_LAYER: functools.partial(_per_layer, thresholds=thresholds),
+        GHOST: functools.partial(_ghost, gathered=gathered),
+        PER_LAYER: functools.partial(_per_layer, thresholds=thresholds, gathered=gathered),
         VMAP: _held(measured.plain_gradient),
     }[strategy]
 
@@ -198,12 +220,27 @@ def clipped_sum(
         return jax.tree.map(jnp.add, total, one), write(lengths, length), write(losses, value)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    used = jnp.max(jnp.where(mask, jnp.arange(batch_size) // size + 1, 0), initial=0)
     start = (zeros, jnp.zeros(batch_size), jnp.zeros(batch_size))
-    total, lengths, losses = jax.lax.fori_loop(0, used, add_microbatch, start)
-    return ClippedSum(total, PrivateStats(lengths, losses), sensitivity=rule.sensitivity)
+    if size == batch_size:  # no loop, whose windows a compiler could not keep sharded
+        total, lengths, losses = add_microbatch(0, start)
+    else:
+        used = jnp.max(jnp.where(mask, jnp.arange(batch_size) // size + 1, 0), initial=0)
+        for axis_name in {shard.axis_name for shard in gathered or [] if shard}:
+            used = jax.lax.pmax(used, axis_name)  # devices that gather from each other go through the loop together
+        total, lengths, losses = jax.lax.fori_loop(0, used, add_microbatch, start)
+    count = None
+    if counted:
+        halves = jnp.where(lengths <= clip_norm, 0.5, -0.5)
+        count = jnp.where(mask & jnp.isfinite(lengths), halves, 0.0).sum()
+    return ClippedSum(total, PrivateStats(lengths, losses), sensitivity=rule.sensitivity, count=count)
 
 
-def sum_over_devices(clipped: ClippedSum, axis_name: str) -> ClippedSum:
-    """Adds the sums of devices that hold disjoint units (inside shard_map). One unit lies on one device: same sensitivity."""
-    return dataclasses.replace(clipped, total=jax.lax.psum(clipped.total, axis_name))
+def sum_over_devices(clipped: ClippedSum, axis_name: str, gathered: list | None = None) -> ClippedSum:
+    """Adds the sums of devices that hold disjoint units (inside shard_map). One unit lies on one device: same sensitivity.
+
+    Args:
+      gathered: as clipped_sum was given it; what is a shard of such a sum already stays as it is.
+    """
+    leaves, structure = jax.tree.flatten(clipped.total)
+    sums = [leaf if shard else jax.lax.psum(leaf, axis_name) for leaf, shard in zip(leaves, gathered or [None] * len(leaves), strict=True)]
+    return dataclasses.replace(clipped, total=structure.unflatten(sums), count=jax.lax.psum(clipped.count, axis_name))

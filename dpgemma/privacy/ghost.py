@@ -21,19 +21,21 @@ class Parameter:
     """How one leaf of the parameters is used.
 
     Attributes:
-      shape: of the leaf: layer axes, then those that an operation sees.
+      shape: of the leaf on this device: layer axes, then those that an operation sees.
       layers: how many leading axes are layer axes.
       uses: by rule.
+      gathered: the axis that is spread over devices, if one is.
     """
 
     shape: tuple[int, ...]
     layers: int
     uses: dict[str, tracking.Use]
+    gathered: tracking.Gathered | None = None
 
     @classmethod
-    def of(cls, leaf, uses: dict[str, tracking.Use]) -> "Parameter":
+    def of(cls, leaf, uses: dict[str, tracking.Use], gathered=None) -> "Parameter":
         layers = leaf.ndim - len(next(iter(uses.values())).shape) if uses else 0
-        return cls(leaf.shape, layers, uses)
+        return cls(leaf.shape, layers, uses, gathered)
 
     def taps(self, batch: int) -> dict:
         """Zeros for every array that the rules need: [*layer axes, B, ...]."""
@@ -86,9 +88,7 @@ class Kept:
         Raises:
           ValueError: an unknown word; or a name, a number of layers or a share that does not fit.
         """
-        weights = [
-            {rule: _weight(thresholds, name, p) for rule in p.uses} for name, p in zip(self.names, self.parameters, strict=True)
-        ]
+        weights = [{rule: _weight(thresholds, name, p) for rule in p.uses} for name, p in zip(self.names, self.parameters, strict=True)]
         # Groups of one parameter overlap, so their bounds add before they are squared.
         together = math.sqrt(sum(float(np.square(sum(groups.values())).sum()) for groups in weights if groups))
         return [{rule: jnp.asarray(w / together, jnp.float32) for rule, w in groups.items()} for groups in weights]
@@ -107,11 +107,17 @@ class Kept:
 
     @staticmethod
     def _weighted_sum(parameter: Parameter, taps: dict, factors: dict, keep_B):
-        sums = []
-        for rule, use in parameter.uses.items():
-            of_layer = lambda taps, factors, use=use: ghost_norms.weighted_sum(use, taps, factors, keep_B)
-            sums.append(jax.vmap(of_layer)(taps[rule], factors[rule]).reshape(parameter.shape))
-        return sum(sums) if sums else jnp.zeros(parameter.shape)
+        def of_layer(layer):
+            taps, factors = layer
+            uses = parameter.uses.items()
+            whole = sum(ghost_norms.weighted_sum(use, taps[rule], factors[rule], keep_B) for rule, use in uses)
+            return parameter.gathered.sum_and_scatter(whole) if parameter.gathered else whole
+
+        if not parameter.uses:
+            return jnp.zeros(parameter.shape)
+        # Whole arrays of all layers are what sharding has to avoid.
+        by_layer = functools.partial(jax.lax.map, of_layer) if parameter.gathered else jax.vmap(of_layer)
+        return by_layer((taps, factors)).reshape(parameter.shape)
 
 
 def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
@@ -129,25 +135,28 @@ def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
     return weight
 
 
-def backward(loss, params, examples) -> Kept:
+def backward(loss, params, examples, gathered: list | None = None) -> Kept:
     """Runs the loss of every example forward and backward once.
 
     Args:
       loss: loss(params, example) -> scalar; parameters are opened by privacy.operations only.
       examples: tree of arrays with a leading axis of B examples.
+      gathered: for every leaf of the parameters, the axis that is spread over devices, or None.
 
     Raises:
       tracking.UntrackedUse: a parameter is used in a way that has no norm rule.
     """
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
-    uses = tracking.audit(loss, params, example)
     leaves, structure = jax.tree.flatten(params)
+    gathered = gathered or [None] * len(leaves)
+    whole = [jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, gathered, strict=True)]
+    uses = tracking.audit(loss, structure.unflatten(whole), example)
     names = tracking.leaf_names(params)
-    parameters = [Parameter.of(leaf, uses.get(name, {})) for leaf, name in zip(leaves, names, strict=True)]
+    parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, gathered, strict=True)]
     batch = jax.tree.leaves(examples)[0].shape[0]
 
     def losses(taps):
-        of_example = lambda taps, example: loss(tracking.boxes(params, taps), example)
+        of_example = lambda taps, example: loss(tracking.boxes(params, taps, gathered=gathered), example)
         return jax.vmap(of_example, in_axes=([p.axes() for p in parameters], 0))(taps, examples)
 
     values, pull_back = jax.vjp(losses, [p.taps(batch) for p in parameters])

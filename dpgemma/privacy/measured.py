@@ -32,7 +32,7 @@ def gradient(loss, params, example):
 
     value, (gradient, taps) = jax.value_and_grad(of_boxes, (0, 1))(params, [_taps(p) for p in parameters])
     squares, gradients = [], []
-    for leaf, tap, parameter in zip(jax.tree.leaves(gradient), taps, parameters, strict=True):
+    for leaf, tap in zip(jax.tree.leaves(gradient), taps, strict=True):
         rows = tap.get(EMBEDDING)
         if rows:
             leaf = leaf.at[rows["ids"].astype(jnp.int32)].add(rows["g"].astype(leaf.dtype))
@@ -48,7 +48,9 @@ def gradient(loss, params, example):
 def _taps(parameter: Parameter) -> dict:
     if EMBEDDING in parameter.uses:
         return {EMBEDDING: {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in parameter.uses[EMBEDDING].taps.items()}}
-    columns = [math.prod(use.shape[use.inputs :] if use.inputs else use.shape[-1:]) for use in parameter.uses.values() if use.rule in _MEASURED]
+    columns = [
+        math.prod(use.shape[use.inputs :] if use.inputs else use.shape[-1:]) for use in parameter.uses.values() if use.rule in _MEASURED
+    ]
     return {SQUARES: jnp.zeros((*parameter.shape[: parameter.layers], columns[0]))} if columns else {}
 
 

@@ -25,9 +25,10 @@ DRAWS = 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoisedSum:
-    """A clipped sum after noise: safe to release as far as the accountant's epsilon says."""
+    """A clipped sum after noise: safe to release as far as the accountant's epsilon says. `count` as in ClippedSum, noised."""
 
     total: Any
+    count: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -62,23 +63,31 @@ def standard_normal(key_data, leaf_index: int, shape: tuple[int, ...]):
     return jax.lax.scan(add_draw, jnp.zeros(shape), jnp.asarray(key_data))[0] * DRAWS**-0.5
 
 
-def add_gaussian_noise(clipped: ClippedSum, noise_multiplier: float, key_data) -> NoisedSum:
+def add_gaussian_noise(clipped: ClippedSum, noise_multiplier: float, key_data, count_noise: float | None = None) -> NoisedSum:
     """Adds N(0, (noise_multiplier * sensitivity)^2) to every coordinate; nothing where noise_multiplier is zero (no privacy).
+
+    Args:
+      count_noise: standard deviation of the noise on a sum's count; must be given for a sum that has one.
 
     Raises:
       TypeError: the argument is no ClippedSum: its sensitivity would be unknown.
-      ValueError: noise was asked for a sum of unbounded sensitivity.
+      ValueError: noise was asked for a sum of unbounded sensitivity, or none for a count.
     """
     if not isinstance(clipped, ClippedSum):
         raise TypeError(f"noise goes on a ClippedSum, got {type(clipped).__name__}")
+    if (clipped.count is None) != (count_noise is None):
+        raise ValueError("a sum with a count needs count_noise, and only such a sum")
     if noise_multiplier == 0:
-        return NoisedSum(clipped.total)
+        return NoisedSum(clipped.total, clipped.count)
+    if count_noise is not None and not 0 < count_noise < float("inf"):
+        raise ValueError(f"count_noise must be positive and finite, got {count_noise:g}")
     scale = noise_multiplier * clipped.sensitivity
     if not 0 < scale < float("inf"):
         raise ValueError(f"noise multiplier {noise_multiplier:g} and sensitivity {clipped.sensitivity:g} give no finite noise")
     leaves, structure = jax.tree.flatten(clipped.total)
     noised = [leaf + scale * standard_normal(key_data, i, leaf.shape) for i, leaf in enumerate(leaves)]
-    return NoisedSum(jax.tree.unflatten(structure, noised))
+    count = None if clipped.count is None else clipped.count + count_noise * standard_normal(key_data, len(leaves), ())
+    return NoisedSum(jax.tree.unflatten(structure, noised), count)
 
 
 def divide(noised: NoisedSum, expected_batch_size: float) -> NoisedMean:
@@ -86,3 +95,8 @@ def divide(noised: NoisedSum, expected_batch_size: float) -> NoisedMean:
     if not isinstance(noised, NoisedSum):
         raise TypeError(f"only a NoisedSum may be divided, got {type(noised).__name__}")
     return NoisedMean(jax.tree.map(lambda leaf: leaf / expected_batch_size, noised.total))
+
+
+def scale(mean: NoisedMean, factor) -> NoisedMean:
+    """A mean times a number that was released before."""
+    return NoisedMean(jax.tree.map(lambda leaf: leaf * factor, mean.mean))

@@ -31,8 +31,8 @@ def vector(w):
     if w.uses is not None:
         return record(w, Use(VECTOR, w.shape, {"gradient": jax.ShapeDtypeStruct(w.shape, w.dtype)}), w)
     if not w.keep:
-        return _measured(w.value, w.taps[SQUARES])
-    return jax.lax.stop_gradient(w.value) + w.taps[VECTOR]["gradient"]
+        return _measured(w.open(), w.taps.get(SQUARES))
+    return jax.lax.stop_gradient(w.open()) + w.taps[VECTOR]["gradient"]
 
 
 def linear(x, w, inputs: int = 1):
@@ -48,9 +48,9 @@ def linear(x, w, inputs: int = 1):
         rows = x.size // fan_in
         taps = {"x": jax.ShapeDtypeStruct((rows, fan_in), x.dtype), "g": jax.ShapeDtypeStruct((rows, fan_out), x.dtype)}
         return record(w, Use(LINEAR, w.shape, taps, inputs), jax.ShapeDtypeStruct(shape, x.dtype))
-    matrix = w.value.reshape(fan_in, fan_out)
+    matrix = w.open().reshape(fan_in, fan_out)
     if not w.keep:
-        return _product(x.reshape(-1, fan_in), _measured(matrix, w.taps[SQUARES])).reshape(shape)
+        return _product(x.reshape(-1, fan_in), _measured(matrix, w.taps.get(SQUARES))).reshape(shape)
     return _tracked_product(x.reshape(-1, fan_in), matrix, w.taps[LINEAR]).reshape(shape)
 
 
@@ -75,12 +75,17 @@ def _tracked_product_backward(residuals, g_NxQ):
 _tracked_product.defvjp(_tracked_product_forward, _tracked_product_backward)
 
 
-@jax.custom_vjp
 def _measured(w, tap):
+    """The parameter itself; where there is a tap, with the column sums of its gradient's squares in the tap's cotangent."""
+    return w if tap is None else _with_squares(w, tap)
+
+
+@jax.custom_vjp
+def _with_squares(w, tap):
     return w
 
 
-def _measured_backward(_, gradient):
+def _with_squares_backward(_, gradient):
     rounded = gradient.astype(jnp.float32)
     if gradient.dtype != jnp.float32:
         # A cast may be left out by a compiler, so that it would square other numbers than those that it stores; this may not.
@@ -89,7 +94,7 @@ def _measured_backward(_, gradient):
     return rounded.astype(gradient.dtype), norms.column_squares(rounded)
 
 
-_measured.defvjp(lambda w, tap: (w, None), _measured_backward)
+_with_squares.defvjp(lambda w, tap: (w, None), _with_squares_backward)
 
 
 def embedding(tokens, words_VxD, dtype):
@@ -100,7 +105,9 @@ def embedding(tokens, words_VxD, dtype):
     if words_VxD.uses is not None:
         taps = {"ids": jax.ShapeDtypeStruct((tokens.size,), jnp.float32), "g": jax.ShapeDtypeStruct((tokens.size, shape[-1]), dtype)}
         return record(words_VxD, Use(EMBEDDING, words_VxD.shape, taps), jax.ShapeDtypeStruct(shape, dtype))
-    return _tracked_rows(tokens.reshape(-1), words_VxD.value, words_VxD.taps[EMBEDDING]).reshape(shape)
+    if EMBEDDING not in words_VxD.taps:
+        return words_VxD.open()[tokens].astype(dtype)
+    return _tracked_rows(tokens.reshape(-1), words_VxD.open(), words_VxD.taps[EMBEDDING]).reshape(shape)
 
 
 @jax.custom_vjp
@@ -131,7 +138,7 @@ def head(core, hidden_NxD, words_VxD, targets_N):
           by one chunk's logits in the type of the hidden states, stacked over the K = ceil(V / C) chunks).
     """
     if isinstance(words_VxD, Tracked) and words_VxD.uses is None and not words_VxD.keep:
-        words_VxD = words_VxD.value
+        words_VxD = words_VxD.open()
     if not isinstance(words_VxD, Tracked):
         return _head(core, hidden_NxD, words_VxD, targets_N)
     if words_VxD.uses is not None:
@@ -139,7 +146,7 @@ def head(core, hidden_NxD, words_VxD, targets_N):
         delta = jax.ShapeDtypeStruct((chunks, hidden_NxD.shape[0], core.chunk), hidden_NxD.dtype)
         taps = {"h": jax.ShapeDtypeStruct(hidden_NxD.shape, hidden_NxD.dtype), "delta": delta}
         return record(words_VxD, Use(HEAD, words_VxD.shape, taps), jax.ShapeDtypeStruct(targets_N.shape, jnp.float32))
-    return _tracked_head(core, hidden_NxD, words_VxD.value, targets_N, words_VxD.taps[HEAD])
+    return _tracked_head(core, hidden_NxD, words_VxD.open(), targets_N, words_VxD.taps[HEAD])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,13 +20,30 @@ from jax.interpreters import partial_eval
 _MARK = "dpgemma-use:"
 
 
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """An axis, counted from the end, that is spread over the devices along a mesh axis (inside shard_map)."""
+
+    axis_name: str
+    axis: int
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        axis = len(shape) + self.axis
+        return (*shape[:axis], shape[axis] * jax.lax.axis_size(self.axis_name), *shape[axis + 1 :])
+
+    def gather(self, shard):
+        return jax.lax.all_gather(shard, self.axis_name, axis=shard.ndim + self.axis, tiled=True)
+
+    def sum_and_scatter(self, whole):
+        """This device's shard of the sum of every device's array."""
+        return jax.lax.psum_scatter(whole, self.axis_name, scatter_dimension=whole.ndim + self.axis, tiled=True)
+
+
 class UntrackedUse(TypeError):
     """A parameter reaches the loss by a way that no norm rule covers."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value", "taps"], meta_fields=["name", "keep", "uses"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "taps"], meta_fields=["name", "keep", "gathered", "uses"])
 @dataclasses.dataclass(frozen=True)
 class Tracked:
     """A parameter as the loss sees it: its shape is known, its value is for operations with a norm rule only.
@@ -36,6 +53,7 @@ class Tracked:
       taps: arrays of zeros whose cotangents carry what norms need out of the backward pass.
       name: of the parameter, for messages.
       keep: whether the operations keep their operands, instead of forming gradients.
+      gathered: where the value is a shard, which axis it is one of; operations gather it over the devices where they use it.
       uses: the list that an audit fills; None outside of audits.
     """
 
@@ -43,11 +61,16 @@ class Tracked:
     taps: dict
     name: str
     keep: bool = True
+    gathered: "Gathered | None" = None
     uses: "Uses | None" = None
 
     @property
     def shape(self):
-        return self.value.shape
+        return self.gathered.whole(self.value.shape) if self.gathered else self.value.shape
+
+    def open(self):
+        """The whole array, for operations with a norm rule."""
+        return self.gathered.gather(self.value) if self.gathered else self.value
 
     @property
     def ndim(self):
@@ -123,11 +146,11 @@ def leaf_names(tree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def boxes(params, taps: list[dict], *, keep: bool = True, uses: Uses | None = None):
-    """The tree of parameters with every leaf boxed; `taps` in the order of the leaves."""
+def boxes(params, taps: list[dict], *, keep: bool = True, gathered: list | None = None, uses: Uses | None = None):
+    """The tree of parameters with every leaf boxed; `taps` and `gathered` in the order of the leaves."""
     leaves, structure = jax.tree.flatten(params)
-    named = zip(leaves, taps, leaf_names(params), strict=True)
-    return structure.unflatten([Tracked(leaf, tap, name, keep, uses) for leaf, tap, name in named])
+    named = zip(leaves, taps, leaf_names(params), gathered or [None] * len(leaves), strict=True)
+    return structure.unflatten([Tracked(leaf, tap, name, keep, shard, uses) for leaf, tap, name, shard in named])
 
 
 def audit(loss, params, example) -> Uses:
@@ -188,7 +211,11 @@ def _walk(jaxpr, origins: dict, where: tuple):
             given = (None,) * (len(sub.invars) - len(operands)) + operands[max(len(operands) - len(sub.invars), 0) :]
             if primitive == "scan":
                 first = eqn.params["num_consts"] + eqn.params["num_carry"]
-                given = given[: eqn.params["num_consts"]] + (None,) * eqn.params["num_carry"] + tuple(("slice", place, o) for o in given[first:])
+                given = (
+                    given[: eqn.params["num_consts"]]
+                    + (None,) * eqn.params["num_carry"]
+                    + tuple(("slice", place, o) for o in given[first:])
+                )
             known = {var: o for var, o in zip(sub.invars, given, strict=True) if o is not None}
             for mark, o in _walk(sub, known, place):
                 yield mark, o

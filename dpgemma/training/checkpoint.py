@@ -45,7 +45,7 @@ class Checkpoints:
         ledger.sync()
         count = optimizer.update_count(state.optimizer_state)
         meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
-        state_dict = {"parameters": state.parameters, "optimizer_state": state.optimizer_state}
+        state_dict = state.as_dict()
         # The storage layers raise a failed write once here and print it again from their own threads, some as the program ends.
         hooks = sys.excepthook, sys.unraisablehook
         sys.excepthook = sys.unraisablehook = lambda *_: None
@@ -70,7 +70,7 @@ class Checkpoints:
         Raises:
           InputError: a checkpoint that this ledger does not know.
         """
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"parameters": like.parameters, "optimizer_state": like.optimizer_state})
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like.as_dict())
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._manager.restore(

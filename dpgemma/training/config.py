@@ -20,6 +20,9 @@ DTYPES = ("float32", "bfloat16")
 # As in gemma.decoder and gemma.attention, which are not imported here: --help must answer at once.
 REMAT_POLICIES = ("none", "block", "dots")
 ATTENTION = ("auto", "dense", "blockwise", "fused")
+# As in privacy.clipping.
+CLIPPING = ("auto", "example_scan", "ghost", "per_layer", "vmap")
+CLIP_SCALINGS = ("clip", "normalise", "automatic")
 AUTO, SEQUENCE, EXAMPLE = "auto", "sequence", "example"
 PRIVACY_UNITS = (AUTO, SEQUENCE, EXAMPLE)
 
@@ -59,8 +62,24 @@ class TrainConfig:
     batch_size: int = _setting(512, "EXPECTED Poisson batch, in units.")
     max_batch_size: int | None = _setting(None, "Truncation cap of a batch; omitted, it is planned to cost 0.1 % of delta.")
     steps: int = _setting(160, "Number of updates.")
-    clipping: str = _setting("example_scan", "How clipped gradients are computed.", ("example_scan", "vmap"))
-    microbatch_size: int = _setting(1, "Units per device that --clipping=vmap takes at once.")
+    clipping: str = _setting(
+        AUTO,
+        "How clipped gradients are computed: example_scan holds the gradients of few units at a time, ghost none, vmap is the definition;"
+        " per_layer bounds every operation of every layer by itself. auto tries the first two on rows of noise, and keeps the faster one.",
+        CLIPPING,
+    )
+    microbatch_size: int | None = _setting(None, "Units per device that are computed at once; omitted, it is chosen with --clipping.")
+    clip_scaling: str = _setting(
+        "clip",
+        "clip: to --clip_norm at most; normalise: the same, divided by it; automatic: every gradient divided by its norm (AUTO-S).",
+        CLIP_SCALINGS,
+    )
+    clip_thresholds: str = _setting(
+        "uniform", "How per_layer divides --clip_norm: equally, or by dimension (its square root).", ("uniform", "dimension")
+    )
+    clip_quantile: float | None = _setting(
+        None, "Share of units whose gradients shall not be clipped; given, the clip norm starts at --clip_norm and adapts, under noise."
+    )
     optimizer: str = _setting("adamw", "Optimizer.", OPTIMIZERS)
     learning_rate: float = _setting(8e-3, "Peak learning rate.")
     warmup_steps: int = _setting(10, "Updates of linear warm-up.")
@@ -90,7 +109,7 @@ class TrainConfig:
             if choices and value not in choices:
                 raise InputError(f"--{field.name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("sequence_length", "batch_size", "steps", "microbatch_size", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.lora_rank is not None and self.init_from is None:
             raise InputError("adapters need weights to adapt: give --init_from=FOLDER, or drop --lora_rank")
@@ -108,6 +127,16 @@ class TrainConfig:
             raise InputError(f"--learning_rate must be positive and finite, got {self.learning_rate:g}")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise InputError("--warmup_steps and --weight_decay must not be negative")
+        if self.clip_thresholds != "uniform" and self.clipping != "per_layer":
+            raise InputError("--clip_thresholds divides the norm among layers: give --clipping=per_layer, or drop it")
+        if self.clip_scaling == "automatic" and (self.clip_norm != 1 or self.clip_quantile is not None):
+            raise InputError("--clip_scaling=automatic has no clip norm: drop --clip_norm and --clip_quantile")
+        if self.clip_scaling != "clip" and math.isinf(self.clip_norm):
+            raise InputError(f"--clip_scaling={self.clip_scaling} needs a finite --clip_norm")
+        if self.clip_quantile is not None and not 0 < self.clip_quantile < 1:
+            raise InputError(f"--clip_quantile must lie between 0 and 1, got {self.clip_quantile:g}")
+        if self.clip_quantile is not None and (math.isinf(self.clip_norm) or self.clipping == "per_layer"):
+            raise InputError("--clip_quantile adapts one finite clip norm of the whole gradient: drop it, --clip_norm=inf or per_layer")
         if math.isinf(self.clip_norm) and self.epsilon is not None and math.isfinite(self.epsilon):
             raise InputError(
                 "--clip_norm=inf bounds nobody's influence, so no finite epsilon holds: give a finite --clip_norm, or --epsilon=inf"

@@ -17,10 +17,10 @@ from dpgemma.data.dataset import Dataset, spread
 from dpgemma.gemma import lora
 from dpgemma.privacy.noise import noise_keys
 from dpgemma.privacy.poisson import PoissonSampler
+from dpgemma.training import clipping_choice, plan, progress, reporting
 from dpgemma.training import loss as loss_lib
 from dpgemma.training import mesh as mesh_lib
 from dpgemma.training import optimizer as optimizer_lib
-from dpgemma.training import plan, progress, reporting
 from dpgemma.training.checkpoint import Checkpoints
 from dpgemma.training.config import TrainConfig
 from dpgemma.training.run_directory import RunDirectory
@@ -74,7 +74,8 @@ class Trainer:
     def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState, dict]:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         trainable, frozen = self.start.parameters(self.config.seed, replicated)
-        state = TrainState(trainable, jax.jit(self.optimizer.init, out_shardings=replicated)(trainable))
+        clip_norm = None if self.config.clip_quantile is None else jax.device_put(jnp.float32(self.config.clip_norm), replicated)
+        state = TrainState(trainable, jax.jit(self.optimizer.init, out_shardings=replicated)(trainable), clip_norm)
         if len(ledger.records) == 1:  # the start event alone
             return 0, state, frozen
         step, state = checkpoints.restore(state, ledger, progress.warn) or (0, state)
@@ -88,8 +89,8 @@ class Trainer:
         if first == mechanism.steps:
             return first, state
         loss = loss_lib.row_loss(self.start.model, **self.computation)
-        options = dict(strategy=config.clipping, microbatch_size=config.microbatch_size)
-        dp_step = make_train_step(loss, self.optimizer, mechanism, self.mesh, **options)
+        options = clipping_choice.options(config)
+        dp_step = make_train_step(loss, self.optimizer, mechanism, self.mesh, plan.adaptive_clipping(config), **options)
         sampler = PoissonSampler(mechanism.num_units, mechanism.sampling_probability, mechanism.max_batch_size)
         curve = EpsilonCurve(self.accountant, config.delta)
         rate = optimizer_lib.learning_rate(config)

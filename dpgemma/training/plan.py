@@ -8,6 +8,7 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, DpSgdMechanism
 from dpgemma.gemma import decoder, lora
+from dpgemma.privacy.adaptive import AdaptiveClipping
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM
 from dpgemma.training.config import SEALS, TrainConfig
 from dpgemma.training.start import StartingPoint
@@ -26,10 +27,25 @@ def mechanism_of(config: TrainConfig) -> DpSgdMechanism:
     )
 
 
+def adaptive_clipping(config: TrainConfig) -> AdaptiveClipping | None:
+    """How the clip norm of a resolved configuration moves.
+
+    Raises:
+      InputError: the noise leaves nothing for the count of clipped units.
+    """
+    if config.clip_quantile is None:
+        return None
+    try:
+        return AdaptiveClipping(config.clip_quantile, config.noise_multiplier, config.batch_size)
+    except ValueError as error:
+        raise InputError(f"--clip_quantile cannot be followed: {error}; raise --batch_size, or drop it") from None
+
+
 def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_given: bool) -> TrainConfig:
     """The configuration with units, cap, noise, target and steps filled in.
 
     Args:
+      config: with clipping and microbatch_size chosen.
       counted_units: training units that the data hold.
       devices: N of the mesh; the cap is a multiple of it.
       epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target would be passed.
@@ -42,7 +58,7 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
         raise InputError(f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data")
     if config.clip_norm < SMALLEST_CLIP_NORM:
         raise InputError(f"--clip_norm={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}")
-    multiple = devices * (config.microbatch_size if config.clipping == "vmap" else 1)
+    multiple = devices * config.microbatch_size
     # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the smaller it is.
     planned_for = math.inf if config.noise_multiplier is not None and not epsilon_given else config.epsilon
     cap = config.max_batch_size
@@ -52,7 +68,8 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
         raise InputError(f"--max_batch_size={cap} is below the expected batch of {config.batch_size}: raise it or omit it")
     elif cap % multiple:
         raise InputError(
-            f"--max_batch_size={cap} must be a multiple of {multiple} for {devices} devices: use {-(-cap // multiple) * multiple}"
+            f"--max_batch_size={cap} must be a multiple of {multiple} ({devices} devices, {config.microbatch_size} units at a time):"
+            f" use {-(-cap // multiple) * multiple}"
         )
     resolved = dataclasses.replace(config, num_units=num_units, max_batch_size=cap, noise_multiplier=config.noise_multiplier or 0.0)
     mechanism = mechanism_of(resolved)

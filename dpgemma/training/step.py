@@ -16,60 +16,95 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from accounting.mechanism import DpSgdMechanism
 from dpgemma.privacy import clipping, noise
+from dpgemma.privacy.adaptive import AdaptiveClipping
 from dpgemma.training.mesh import DATA_AXIS
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint holds: the trained parameters and the optimizer's own state, update counter included."""
+    """Everything that a checkpoint holds: the trained parameters, the optimizer's own state, update counter included, and the clip norm
+    where it adapts."""
 
     parameters: Any
     optimizer_state: Any
+    clip_norm: Any = None
+
+    def as_dict(self) -> dict:
+        """What there is of it, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
 
     def apply(self, optimizer: optax.GradientTransformation, gradient: noise.NoisedMean) -> "TrainState":
         """Takes one update. Raises TypeError for any gradient that is not a NoisedMean."""
         if not isinstance(gradient, noise.NoisedMean):
             raise TypeError(f"the optimizer takes a NoisedMean, got {type(gradient).__name__}")
         updates, optimizer_state = optimizer.update(gradient.mean, self.optimizer_state, self.parameters)
-        return TrainState(optax.apply_updates(self.parameters, updates), optimizer_state)
+        return dataclasses.replace(self, parameters=optax.apply_updates(self.parameters, updates), optimizer_state=optimizer_state)
 
 
-def sharded_clipped_sum(loss, trainable, frozen, batch, mask, mechanism: DpSgdMechanism, mesh, **clipping_options) -> clipping.ClippedSum:
+def sharded_clipped_sum(loss, trainable, frozen, batch, mask, clip_norm, mesh, **clipping_options) -> clipping.ClippedSum:
     """clipped_sum over a batch whose leading axis is spread over the devices, each unit on exactly one of them.
 
     Gradients are taken, and therefore clipped, with respect to `trainable` alone.
     """
     spread, replicated = PartitionSpec(DATA_AXIS), PartitionSpec()
-    out_specs = clipping.ClippedSum(replicated, clipping.PrivateStats(spread, spread), sensitivity=float(mechanism.clip_norm))
+    scaling = clipping_options.get("scaling", clipping.CLIP)
+    out_specs = clipping.ClippedSum(
+        total=replicated,
+        stats=clipping.PrivateStats(spread, spread),
+        sensitivity=clipping.sensitivity(scaling, clip_norm),
+        count=replicated if clipping_options.get("counted") else None,
+    )
+    # A clip norm that adapts is an array like the others; a constant one must stay a number, because the sensitivity is made of it.
+    adapts = isinstance(clip_norm, jax.Array)
+    inputs = (trainable, frozen, batch, mask, *([clip_norm] if adapts else []))
+    in_specs = (replicated, replicated, spread, spread, *([replicated] if adapts else []))
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(replicated, replicated, spread, spread), out_specs=out_specs, check_vma=False)
-    def on_each_device(trainable, frozen, batch, mask):
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    def on_each_device(trainable, frozen, batch, mask, clip_norm=clip_norm):
         of_example = lambda trainable, example: loss(trainable, frozen, example)
-        local = clipping.clipped_sum(of_example, trainable, batch, mask, mechanism.clip_norm, **clipping_options)
+        local = clipping.clipped_sum(of_example, trainable, batch, mask, clip_norm, **clipping_options)
         return clipping.sum_over_devices(local, DATA_AXIS)
 
-    return on_each_device(trainable, frozen, batch, mask)
+    return on_each_device(*inputs)
 
 
-def make_train_step(loss, optimizer: optax.GradientTransformation, mechanism: DpSgdMechanism, mesh, **clipping_options):
+def make_train_step(
+    loss,
+    optimizer: optax.GradientTransformation,
+    mechanism: DpSgdMechanism,
+    mesh,
+    adaptive: AdaptiveClipping | None = None,
+    **clipping_options,
+):
     """Compiles `step(state, frozen, batch, mask, noise_keys) -> (state, PrivateStats)`; the old state's memory is reused.
 
     Args:
       loss: loss(trainable, frozen, example) -> scalar, of one example alone; `frozen` are public parameters that stay as they are.
       mechanism: clip norm, noise multiplier and the public divisor come from here and from nowhere else.
-      clipping_options: strategy and microbatch_size of clipping.clipped_sum.
+      adaptive: how the clip norm moves, from the mechanism's on; None where it stays.
+      clipping_options: strategy, microbatch_size, scaling and thresholds of clipping.clipped_sum.
     """
 
     def dp_train_step(state: TrainState, frozen, batch, mask, noise_keys):
-        clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, mechanism, mesh, **clipping_options)
+        clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, mechanism.clip_norm, mesh, **clipping_options)
         noised = noise.add_gaussian_noise(clipped, mechanism.noise_multiplier, noise_keys)
         mean = noise.divide(noised, mechanism.expected_batch_size)
         return state.apply(optimizer, mean), clipped.stats
 
+    def adaptive_train_step(state: TrainState, frozen, batch, mask, noise_keys):
+        options = clipping_options | {"scaling": clipping.NORMALISE, "counted": True}
+        clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, state.clip_norm, mesh, **options)
+        noised = noise.add_gaussian_noise(clipped, adaptive.gradient_noise_multiplier, noise_keys, adaptive.count_noise)
+        mean = noise.divide(noised, mechanism.expected_batch_size)
+        if clipping_options.get("scaling", clipping.CLIP) == clipping.CLIP:
+            mean = noise.scale(mean, state.clip_norm)  # the gradients were divided by it, so that their sensitivity is a constant
+        state = dataclasses.replace(state, clip_norm=adaptive.update(state.clip_norm, noised.count))
+        return state.apply(optimizer, mean), clipped.stats
+
     replicated, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     return jax.jit(
-        dp_train_step,
+        adaptive_train_step if adaptive else dp_train_step,
         donate_argnums=0,
         in_shardings=(replicated, replicated, spread, spread, replicated),
         out_shardings=(replicated, replicated),

@@ -107,8 +107,10 @@ def test_units_of_several_rows(name):
     batch = batch_of(config.vocab_size, (4, 3, 5))
     batch["row"]["scored"] = jnp.ones((4, 3, 5), bool)
     run = jax.jit(
-        lambda p, b: {way: clipping.clipped_sum(rows_at_once, p, b, jnp.ones(4, bool), CLIP_NORM, **WAYS[way]) for way in ("ghost", "vmap")}
-        | {"apart": clipping.clipped_sum(rows_apart, p, b, jnp.ones(4, bool), CLIP_NORM, strategy="vmap", microbatch_size=4)}
+        lambda p, b: (
+            {way: clipping.clipped_sum(rows_at_once, p, b, jnp.ones(4, bool), CLIP_NORM, **WAYS[way]) for way in ("ghost", "vmap")}
+            | {"apart": clipping.clipped_sum(rows_apart, p, b, jnp.ones(4, bool), CLIP_NORM, strategy="vmap", microbatch_size=4)}
+        )
     )
     check(run(params, batch), np.ones(4, bool))
 
@@ -138,9 +140,8 @@ def test_per_layer_equals_its_definition(name, thresholds):
 
     layered = lambda path: any("blocks" in str(key) for key in path)
     rng, given_shares = np.random.default_rng(5), {}
-    weights, norms, sums = [], np.zeros((4,)), {}
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    for path, leaf in leaves:
+    weights, sums = [], {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         key = jax.tree_util.keystr(path, simple=True, separator="/")
         name_of = "embedder/embedding" if key in ("in", "out") else key.removeprefix("rest/")
         groups = leaf.shape[1] if layered(path) else 1
@@ -162,7 +163,8 @@ def test_per_layer_equals_its_definition(name, thresholds):
             thresholds=given_shares if thresholds == "given" else thresholds,
         )
     )(params, batch)  # fmt: skip
-    norms = np.sqrt(sum((np.asarray(g, np.float64).reshape(4, -1) ** 2).sum(axis=1) for g in jax.tree.leaves(jax.jit(jax.vmap(jax.grad(lambda p, e: row_loss(p, {}, e)), (None, 0)))(params, batch["row"]))))  # fmt: skip
+    whole = jax.jit(jax.vmap(jax.grad(lambda p, e: row_loss(p, {}, e)), (None, 0)))(params, batch["row"])
+    norms = np.sqrt(sum((np.asarray(g, np.float64).reshape(4, -1) ** 2).sum(axis=1) for g in jax.tree.leaves(whole)))
     np.testing.assert_allclose(got.stats.norms, norms, rtol=1e-5)
     assert got.sensitivity == CLIP_NORM
     for path, leaf in jax.tree_util.tree_leaves_with_path(got.total):

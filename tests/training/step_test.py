@@ -106,7 +106,7 @@ def test_two_devices_sum_what_one_sums():
     params, batch = problem()
     sums = [
         flat(
-            jax.jit(lambda p, b, m, n=n: sharded_clipped_sum(LOSS, p, {}, b, m, MECHANISM, mesh_lib.make(f"data:{n}")))(
+            jax.jit(lambda p, b, m, n=n: sharded_clipped_sum(LOSS, p, {}, b, m, MECHANISM.clip_norm, mesh_lib.make(f"data:{n}")))(
                 params, batch, np.ones(8, bool)
             ).total
         )

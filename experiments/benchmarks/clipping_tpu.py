@@ -1,0 +1,199 @@
+"""Cycles and memory of per-example clipping on a TPU v6e, by its compiler, with no TPU at hand.
+
+Every program accumulates the gradients of 64 sequences per chip: ours, the ordinary gradient and jax_privacy's clipped_grad, each at
+several microbatch sizes, for bfloat16 parameters and a float32 accumulator. Cycles are the compiler's own static estimates (see
+tpu_cycles: plausible to some 20 % between programs with a similar mix of operations; absolute times must not be derived from them).
+Prints a table to standard error and one JSON object.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+
+# The compiler needs no TPU; without these it asks the network and a lock file for one.
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
+
+import jax
+import jax.numpy as jnp
+import jax_privacy.clipping
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpgemma.gemma import decoder
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.privacy import clipping, tracking
+from dpgemma.training import loss
+from experiments.benchmarks import tpu_cycles
+
+SEQUENCES = 64
+CHIP, CHIPS = "v6e:2x2x1", "v6e:4x4x1"
+REPLICATED = ("non_private:2", "non_private:4", "non_private:8", "example_scan:1", "example_scan:2", "ghost:1", "ghost:2")
+PEERS = ("jax_privacy:1", "jax_privacy:2", "jax_privacy:4")
+SHARDED = ("non_private_sharded:1", "non_private_sharded:2", "non_private_sharded:4", "ghost_sharded:1", "ghost_sharded:2")
+
+
+def check_for_libtpu() -> None:
+    """Exits with 2 and one sentence where programs cannot be compiled for TPU."""
+    if importlib.util.find_spec("libtpu") is None:
+        print("clipping_tpu: compiling for TPU needs the libtpu package: pip install 'dpgemma[tpu]'", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Compiler:
+    """Compiles gradient programs of one model for a TPU topology."""
+
+    def __init__(self, model: str, length: int):
+        self.config, self.length = PRESETS[model], length
+        self.shapes = decoder.parameter_shapes(self.config)
+        self.options = dict(bos=2, dtype=jnp.bfloat16, remat="block")
+        row_loss = loss.row_loss(self.config, **self.options)
+        self.row_loss = lambda params, row: row_loss(params, {}, row)
+        # The rules choose by the platform that they run on, which here is not the one that they are compiled for.
+        jax.default_backend = lambda: "tpu"
+
+    def compile(self, program: str):
+        """(compiled, rounds of its loop, sequences per chip in each) of "name:sequences at once per chip"."""
+        name, _, size = program.partition(":")
+        sharded = name.endswith("_sharded")
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS if sharded else CHIP).devices
+        mesh = Mesh(np.array(devices if sharded else devices[:1]), ("chips",))
+        at_once, rounds = int(size) * mesh.size, SEQUENCES // int(size)
+        axes = [_spread_axis(leaf.shape, mesh.size) if sharded else None for leaf in jax.tree.leaves(self.shapes)]
+        structure = jax.tree.structure(self.shapes)
+        specs = structure.unflatten([_spec(leaf, axis) for leaf, axis in zip(jax.tree.leaves(self.shapes), axes, strict=True)])
+        gathered = [None if axis is None else tracking.Gathered("chips", axis) for axis in axes]
+        place = lambda leaf, spec, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, spec))
+        tree = lambda dtype: jax.tree.map(functools.partial(place, dtype=dtype), self.shapes, specs)
+        rows = PartitionSpec(None, "chips")
+        row = jax.ShapeDtypeStruct((rounds, at_once, self.length), bool)
+        batch = {"tokens": place(row, rows, jnp.int32), "scored": place(row, rows, jnp.bool_)}
+        gradient = getattr(self, name.removesuffix("_sharded"))
+
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, specs, rows), out_specs=(specs, PartitionSpec(None)), check_vma=False)
+        def step(params, total, batch):
+            def add(total, rows):
+                one, private = gradient(params, rows, gathered)
+                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, one), private
+
+            return jax.lax.scan(add, total, batch)
+
+        lowered = jax.jit(step, donate_argnums=1).lower(tree(jnp.bfloat16), tree(jnp.float32), batch)
+        return lowered.compile(), rounds
+
+    def non_private(self, params, rows, gathered):
+        def total(params):
+            boxes = tracking.boxes(params, [{}] * len(gathered), keep=False, gathered=gathered)
+            losses = loss.token_losses(self.config, boxes, rows, **self.options)
+            return (losses.sum(axis=1) / rows["scored"].sum(axis=1)).sum()
+
+        value, gradient = jax.value_and_grad(total)(params)
+        return gradient, value
+
+    def _clipped(self, params, rows, gathered, strategy):
+        size = len(rows["tokens"])
+        sharded = {"gathered": gathered} if any(gathered) else {}
+        options = dict(strategy=strategy, microbatch_size=size) | sharded
+        clipped = clipping.clipped_sum(self.row_loss, params, rows, jnp.ones(size, bool), 1.0, **options)
+        return clipped.total, clipped.stats.norms.sum()
+
+    def example_scan(self, *inputs):
+        return self._clipped(*inputs, "example_scan")
+
+    def ghost(self, *inputs):
+        return self._clipped(*inputs, "ghost")
+
+    def per_layer(self, *inputs):
+        return self._clipped(*inputs, "per_layer")
+
+    def jax_privacy(self, params, rows, gathered):
+        # Its own loop over microbatches would surround the same program: it is spared that.
+        clip = jax_privacy.clipping.clipped_grad(self.row_loss, l2_clip_norm=1.0, batch_argnums=1, keep_batch_dim=False)
+        return clip(params, rows), jnp.zeros(())
+
+
+def _spread_axis(shape: tuple[int, ...], chips: int) -> int | None:
+    """The longest axis that divides over the chips, counted from the end; None for small arrays. Layer axes are short and never chosen."""
+    axes = [i for i, n in enumerate(shape) if n % chips == 0 and n >= 8 * chips] if math.prod(shape) > 2**20 else []
+    return max(axes, key=lambda i: shape[i]) - len(shape) if axes else None
+
+
+def _spec(leaf, axis: int | None) -> PartitionSpec:
+    return PartitionSpec(*("chips" if axis is not None and i == leaf.ndim + axis else None for i in range(leaf.ndim)))
+
+
+def measure(compiler: Compiler, program: str, keep: str | None) -> dict:
+    """Figures of one program per sequence and chip."""
+    start = time.perf_counter()
+    compiled, rounds = compiler.compile(program)
+    seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
+    if keep:
+        with open(os.path.join(keep, program.replace(":", "_") + ".hlo"), "w") as file:
+            file.write(text)
+    cycles = tpu_cycles.of(text, rounds)
+    name, _, size = program.partition(":")
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "name": f"jax_privacy_mb{size}" if name == "jax_privacy" else name,
+        "sequences_at_once": int(size),
+        "cycles_per_sequence": cycles.corrected / SEQUENCES,
+        "cycles_per_sequence_raw": cycles.raw / SEQUENCES,
+        "hbm_bytes": held,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": seconds,
+    }
+
+
+def compare(rows: list[dict]) -> None:
+    """Adds ratios to the fastest non-private program with the same sharding."""
+    for sharded in (False, True):
+        group = [row for row in rows if row["name"].endswith("_sharded") == sharded]
+        bases = [row for row in group if row["name"].startswith("non_private")]
+        if not bases:
+            continue
+        for ratio, key in (("time_ratio", "cycles_per_sequence"), ("time_ratio_raw", "cycles_per_sequence_raw")):
+            best = min(row[key] for row in bases)
+            for row in group:
+                row[ratio] = row[key] / best
+        fastest = min(bases, key=lambda row: row["cycles_per_sequence"])
+        for row in group:
+            row["memory_ratio"] = row["hbm_bytes"] / fastest["hbm_bytes"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vaultgemma_1b")
+    parser.add_argument("--sequence_length", type=int, default=1024)
+    parser.add_argument(
+        "--programs", nargs="*", default=[*REPLICATED, *PEERS, *SHARDED], help="NAME:SEQUENCES_AT_ONCE, some of the default"
+    )
+    parser.add_argument("--keep", help="folder for the optimised programs' texts")
+    parser.add_argument("--json", action="store_true", help="JSON is printed in any case; accepted for uniformity")
+    arguments = parser.parse_args()
+    check_for_libtpu()
+    compiler, rows = Compiler(arguments.model, arguments.sequence_length), []
+    for program in arguments.programs:
+        rows.append(row := measure(compiler, program, arguments.keep))
+        mega = f"{row['cycles_per_sequence'] / 1e6:.1f} ({row['cycles_per_sequence_raw'] / 1e6:.1f} raw) Mcycles a sequence"
+        print(f"{program:24s} {mega}, {row['hbm_bytes'] / 2**30:.2f} GiB, compiled in {row['compile_seconds']:.0f} s", file=sys.stderr)
+    compare(rows)
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-privacy")}
+    content = {
+        "model": arguments.model,
+        "sequence_length": arguments.sequence_length,
+        "rows": rows,
+        "baseline": "non_private at its best number of sequences at once, by cycles with zero-fills corrected; _raw without correction",
+        "versions": versions,
+        "hardware": "TPU v6e, compiler estimates on a host without one; sharded: parameters over 16 chips",
+    }
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+
+from dpgemma.privacy import adaptive, clipping, noise
+from dpgemma.privacy.adaptive import AdaptiveClipping
+
+
+def test_both_releases_together_are_the_mechanism_that_is_charged():
+    """Composed by dp-accounting as two Gaussians, the releases cost what one of the whole noise multiplier does."""
+    rule = AdaptiveClipping(0.5, 1.1, 200)
+    both = PLDAccountant()
+    both.compose(dp_event.GaussianDpEvent(rule.gradient_noise_multiplier), 10)
+    both.compose(dp_event.GaussianDpEvent(rule.count_noise / adaptive.COUNT_SENSITIVITY), 10)
+    one = PLDAccountant()
+    one.compose(dp_event.GaussianDpEvent(1.1), 10)
+    assert both.get_epsilon(1e-6) == pytest.approx(one.get_epsilon(1e-6), rel=1e-3)
+    assert adaptive.whole_noise_multiplier(rule.gradient_noise_multiplier, rule.count_noise) == pytest.approx(1.1, rel=1e-12)
+    assert rule.gradient_noise_multiplier > 1.1
+
+
+def test_gradients_and_count_are_noised_by_the_amounts_that_are_charged():
+    """100,000 coordinates and 4,000 counts: a standard deviation that is off by 3 % (7 %) is ten standard errors away."""
+    rule = AdaptiveClipping(0.5, 1.1, 40)
+    sums = clipping.ClippedSum(jnp.zeros(100_000), clipping.PrivateStats(jnp.zeros(1), jnp.zeros(1)), 1.0, count=jnp.float32(0))
+    noised = noise.add_gaussian_noise(sums, rule.gradient_noise_multiplier, noise.noise_keys(b"k" * 16, 0), rule.count_noise)
+    assert float(jnp.std(noised.total)) == pytest.approx(rule.gradient_noise_multiplier, rel=0.03)
+    draw = jax.jit(lambda keys: noise.add_gaussian_noise(
+        clipping.ClippedSum({}, sums.stats, 1.0, count=jnp.float32(0)), rule.gradient_noise_multiplier, keys, rule.count_noise
+    ).count)  # fmt: skip
+    counts = [float(draw(noise.noise_keys(b"k" * 16, t))) for t in range(4000)]
+    assert np.std(counts) == pytest.approx(rule.count_noise, rel=0.11)
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
+def test_the_clip_norm_finds_the_quantile(quantile):
+    norms = np.random.default_rng(0).lognormal(1.0, 0.7, 1000)
+    rule = AdaptiveClipping(quantile, 0.0, 1000)
+    clip_norm = jnp.float32(0.01)
+    for _ in range(400):
+        clip_norm = rule.update(clip_norm, np.where(norms <= clip_norm, 0.5, -0.5).sum())
+    assert float(clip_norm) == pytest.approx(np.quantile(norms, quantile), rel=0.02)
+
+
+def test_a_unit_moves_the_count_by_a_half_and_a_bad_one_by_nothing():
+    loss = lambda w, x: jnp.vdot(w, x)
+    examples = jnp.array([[0.5], [2.0], [np.nan], [np.inf], [0.1]])
+    count = lambda mask: float(
+        clipping.clipped_sum(loss, jnp.zeros(1), examples, jnp.array(mask), 1.0, scaling="normalise", counted=True).count
+    )
+    assert count([1, 0, 0, 0, 0]) == 0.5 and count([0, 1, 0, 0, 0]) == -0.5
+    assert count([0, 0, 1, 0, 0]) == count([0, 0, 0, 1, 0]) == count([0] * 5) == 0.0
+    assert count([1] * 5) == 0.5
+
+
+def test_a_traced_clip_norm_has_no_sensitivity_unless_it_is_divided_out():
+    run = lambda scaling: jax.jit(
+        lambda c: (
+            clipping.clipped_sum(lambda w, x: jnp.vdot(w, x), jnp.zeros(1), jnp.ones((2, 1)), jnp.ones(2, bool), c, scaling=scaling).total
+        )
+    )(jnp.float32(0.5))
+    assert run("normalise")[0] == pytest.approx(2.0, rel=1e-5)
+    with pytest.raises(ValueError, match="no known sensitivity"):
+        run("clip")
+
+
+def test_a_count_is_never_released_without_noise_of_its_own():
+    sums = clipping.ClippedSum(jnp.zeros(3), clipping.PrivateStats(jnp.zeros(1), jnp.zeros(1)), 1.0, count=jnp.float32(7))
+    with pytest.raises(ValueError, match="count_noise"):
+        noise.add_gaussian_noise(sums, 1.0, noise.noise_keys(b"k" * 16, 0))
+    with pytest.raises(ValueError, match="count_noise"):
+        noise.add_gaussian_noise(sums, 1.0, noise.noise_keys(b"k" * 16, 0), 0.0)
+
+
+def test_noise_that_leaves_nothing_for_the_gradients_is_refused():
+    with pytest.raises(ValueError, match="leaves nothing"):
+        AdaptiveClipping(0.5, 3.0, 20)
+    with pytest.raises(ValueError, match="quantile"):
+        AdaptiveClipping(1.0, 1.0, 2000)
