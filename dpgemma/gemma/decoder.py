@@ -107,9 +107,12 @@ def _bind(config: GemmaConfig, part: str, parameters: dict):
     return nnx.merge(graph, state, *rest)
 
 
-def _layer(stack: dict, number: int) -> dict:
-    """One layer of a stack. To be called within what is recomputed: slices made outside of it would be kept for the backward pass."""
-    return jax.tree.map(lambda leaf: leaf[number], stack)
+def _layer(stack: dict, number: int | None) -> dict:
+    """That layer of a stack, or the stack itself where it is one layer (None).
+
+    To be called within what is recomputed: slices made outside of it would be kept for the backward pass.
+    """
+    return stack if number is None else jax.tree.map(lambda leaf: leaf[number], stack)
 
 
 def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
@@ -117,7 +120,7 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
 
     Args:
       layers: for each stack, a tree of arrays with a leading axis of its layers.
-      apply_layer: (stack, number, x, layers) -> (x, extra), which takes that number of the layers.
+      apply_layer: (stack, number, x, layers) -> (x, extra), which takes that number of the layers by `_layer`.
 
     Returns:
       The last x and, for each stack, the extras stacked along a leading axis.
@@ -127,20 +130,22 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
     repetitions = len(stacks) // period
     inside = {stack: stacks[:period].count(stack) for stack in layers}
 
-    def apply_period(x, group, kinds):
+    def apply_period(x, group, kinds, alone=()):
         extras = {stack: [] for stack in kinds}
         for stack in kinds:
-            number = len(extras[stack])
+            number = None if stack in alone else len(extras[stack])
             x, extra = apply_layer(stack, number, x, group[stack])
             extras[stack].append(extra)
         return x, {stack: jax.tree.map(lambda *leaves: jnp.stack(leaves), *items) for stack, items in extras.items()}
 
     def regular(leaf, count):
         used = leaf if leaf.shape[0] == repetitions * count else leaf[: repetitions * count]
-        return used.reshape(repetitions, count, *leaf.shape[1:])
+        # Without need of another axis, none: XLA copies what is reshaped before it goes into a loop.
+        return used if count == 1 else used.reshape(repetitions, count, *leaf.shape[1:])
 
+    alone = [stack for stack in layers if inside[stack] == 1]
     groups = {stack: jax.tree.map(lambda leaf, n=inside[stack]: regular(leaf, n), layers[stack]) for stack in layers}
-    x, extras = jax.lax.scan(lambda x, group: apply_period(x, group, stacks[:period]), x, groups)
+    x, extras = jax.lax.scan(lambda x, group: apply_period(x, group, stacks[:period], alone), x, groups)
     extras = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), extras)
     rest = stacks[repetitions * period :]
     if rest:
