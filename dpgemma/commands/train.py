@@ -61,6 +61,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     # Chosen once: a run that goes on computes as it began.
     config = clipping_choice.as_before(config, run.config()) if run else clipping_choice.resolve(config, start.model, tokenizer.bos)
     config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
+    plan.adaptive_clipping(config)  # refuses what cannot be, before anything is written
     fingerprint = run_directory.fingerprint(keys, rows)
     start_event = plan.start_event(config, start, len(data.held_out))
     if run:

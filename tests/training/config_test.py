@@ -4,7 +4,7 @@ import dataclasses
 
 from dpgemma.data import units
 from dpgemma.gemma import attention, decoder
-from dpgemma.privacy import clipping
+from dpgemma.privacy import clipping, ghost
 from dpgemma.training import config
 
 
@@ -12,5 +12,7 @@ def test_choices_are_those_of_the_modules():
     assert config.REMAT_POLICIES == decoder.REMAT_POLICIES
     assert config.ATTENTION == attention.ATTENTION
     assert (units.AUTO, units.SEQUENCE, units.EXAMPLE) == config.PRIVACY_UNITS
-    choices = next(field for field in dataclasses.fields(config.TrainConfig) if field.name == "clipping").metadata["choices"]
-    assert choices == clipping.STRATEGIES
+    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(config.TrainConfig)}
+    assert choices["clipping"] == (config.AUTO, *clipping.STRATEGIES)
+    assert choices["clip_scaling"] == clipping.SCALINGS
+    assert choices["clip_thresholds"] == (ghost.UNIFORM, ghost.BY_DIMENSION)

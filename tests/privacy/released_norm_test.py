@@ -1,0 +1,65 @@
+"""What one example adds never exceeds the clip norm, in any type and by any strategy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpgemma.gemma import decoder
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.privacy import clipping
+from dpgemma.training import loss as loss_lib
+
+MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
+CLIP_NORM = 0.25
+CASES = 500
+
+
+def released_norms(dtype, **options):
+    """Norms in float64 of what 500 random examples, each with parameters of its own, would add alone."""
+    loss = loss_lib.row_loss(MODEL, bos=2, dtype=dtype)
+    shapes = decoder.parameter_shapes(MODEL)
+
+    @jax.jit
+    def alone(key):
+        keys = iter(jax.random.split(key, 4 + len(jax.tree.leaves(shapes))))
+        spread = 10 ** jax.random.uniform(next(keys), minval=-1.5, maxval=0.5)
+        params = jax.tree.map(lambda leaf: spread * jax.random.normal(next(keys), leaf.shape), shapes)
+        tokens = jax.random.randint(next(keys), (2, 12), 4, 4 + jax.random.randint(next(keys), (), 1, 36))
+        batch = {"tokens": tokens, "scored": jnp.ones(tokens.shape, bool)}
+        # Large losses, so that nearly every gradient is clipped, most of them by far.
+        factor = 10 ** jax.random.uniform(next(keys), minval=0.0, maxval=6.0)
+        scaled = lambda p, row: loss(p, {}, row) * factor
+        got = clipping.clipped_sum(scaled, params, batch, jnp.array([True, False]), CLIP_NORM, **options)
+        return got.total, got.stats.norms[0]
+
+    norms, before = [], []
+    for case in range(CASES):
+        total, norm = alone(jax.random.key(case))
+        norms.append(np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(total))))
+        before.append(float(norm))
+    return np.array(norms), np.array(before)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options, least",
+    [
+        (dict(strategy="example_scan"), 1 - 1e-5),
+        (dict(strategy="vmap", microbatch_size=2), 1 - 1e-5),
+        (dict(strategy="ghost", microbatch_size=2), 0.97),
+        (dict(strategy="per_layer", microbatch_size=2), 0.2),
+    ],
+    ids=lambda value: value["strategy"] if isinstance(value, dict) else "",
+)
+def test_pitfall_12_released_norm_never_exceeds_clip_norm(dtype, options, least):
+    released, before = released_norms(dtype, **options)
+    finite = np.isfinite(before)
+    assert finite.sum() > 0.9 * CASES
+    assert (before[finite] > 10 * CLIP_NORM).mean() > 0.5, "heavily clipped"
+    assert released.max() <= CLIP_NORM
+    heavily = finite & (before > 1.1 * CLIP_NORM)
+    # The margin is no more than the proof needs: what is released stays close to the clip norm.
+    assert released[heavily].min() >= least * CLIP_NORM

@@ -1,0 +1,130 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from accounting.errors import InputError
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.training import checkpoint, clipping_choice
+from dpgemma.training.clipping_choice import Trial
+from dpgemma.training.config import TrainConfig
+from tests.training import runs
+
+MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=300)
+LONG = TrainConfig(mesh="data:1", steps=10**9, sequence_length=16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dpgemma" / "clipping.json"
+
+
+def trials(*seconds):
+    return [
+        Trial(*way, second, 2**20) if second else Trial(*way, temporary_bytes=2**40, refused="needs 1024.0 GiB of 1.0")
+        for way, second in zip(clipping_choice.CANDIDATES, seconds, strict=False)
+    ]
+
+
+def test_the_fastest_that_fits_is_taken_and_remembered(monkeypatch, cache, capfd):
+    calls = []
+    monkeypatch.setattr(clipping_choice, "measure", lambda *_: calls.append(1) or trials(0.3, 0.2, None, 0.1, 0.4))
+    chosen = clipping_choice.resolve(LONG, MODEL, 2)
+    assert (chosen.clipping, chosen.microbatch_size) == clipping_choice.CANDIDATES[3]
+    log = capfd.readouterr().err
+    assert "ghost by 2: 100 ms a unit, 1 MiB" in log and "needs 1024.0 GiB of 1.0" in log
+    assert clipping_choice.resolve(LONG, MODEL, 2) == chosen and calls == [1]
+    assert "as in an earlier trial" in capfd.readouterr().err
+    # Another shape is another question; a damaged cache is none.
+    clipping_choice.resolve(dataclasses.replace(LONG, sequence_length=32), MODEL, 2)
+    assert len(json.loads(cache.read_text())) == 2 and calls == [1, 1]
+    cache.write_text("{")
+    assert clipping_choice.resolve(LONG, MODEL, 2) == chosen and len(calls) == 3
+
+
+def test_what_is_given_is_kept():
+    given = dataclasses.replace(LONG, clipping="ghost")
+    assert clipping_choice.resolve(given, MODEL, 2) == dataclasses.replace(given, microbatch_size=1)
+    only = clipping_choice.resolve(dataclasses.replace(LONG, microbatch_size=3), MODEL, 2)
+    assert (only.clipping, only.microbatch_size) == ("example_scan", 3)
+
+
+def test_where_nothing_fits_the_leanest_is_tried_all_the_same(monkeypatch):
+    monkeypatch.setattr(clipping_choice, "measure", lambda *_: trials(None, None, None, None, None))
+    chosen = clipping_choice.resolve(LONG, MODEL, 2)
+    assert (chosen.clipping, chosen.microbatch_size) == ("example_scan", 1)
+
+
+def test_a_short_run_needs_no_trial(monkeypatch):
+    monkeypatch.setattr(clipping_choice, "measure", lambda *_: pytest.fail("measured"))
+    assert clipping_choice.resolve(TrainConfig(mesh="data:1"), MODEL, 2).clipping == "example_scan"
+
+
+def test_real_trials_are_timed_and_held_against_the_memory(monkeypatch):
+    ways = (("example_scan", 1), ("ghost", 2))
+    measured = clipping_choice.measure(LONG, MODEL, 2, ways)
+    assert [(t.strategy, t.microbatch_size) for t in measured] == list(ways)
+    assert all(t.refused is None and 0 < t.seconds < 10 and t.temporary_bytes > 0 for t in measured)
+    monkeypatch.setattr(clipping_choice, "memory_limit", lambda mesh: 1000.0)
+    assert all("needs" in t.refused for t in clipping_choice.measure(LONG, MODEL, 2, ways[:1]))
+
+
+def test_a_trial_looks_at_no_data(monkeypatch):
+    """It gets the settings, the model and the first token, and nothing else, so it cannot."""
+    seen = []
+    monkeypatch.setattr(clipping_choice, "_trial", lambda way, loss, trainable, frozen, batch, *_: seen.append(batch))
+    clipping_choice.measure(LONG, MODEL, 2, (("ghost", 2),))
+    expected = np.random.default_rng(0).integers(0, MODEL.vocab_size, seen[0]["tokens"].shape)
+    np.testing.assert_array_equal(seen[0]["tokens"], expected)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(clip_thresholds="dimension"), "--clipping=per_layer"),
+        (dict(clip_scaling="automatic", clip_norm=2.0), "no clip norm"),
+        (dict(clip_scaling="automatic", clip_quantile=0.5), "no clip norm"),
+        (dict(clip_scaling="normalise", clip_norm=np.inf, epsilon=np.inf), "finite --clip_norm"),
+        (dict(clip_quantile=1.5), "between 0 and 1"),
+        (dict(clip_quantile=0.5, clipping="per_layer"), "--clip_quantile"),
+        (dict(microbatch_size=0), "at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**flags)
+
+
+def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
+    done = runs.call(*runs.flags(text, tmp_path / "run", noise_multiplier=8.0, clip_quantile=0.5))
+    assert done.returncode == 2 and "--clip_quantile cannot be followed" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(clipping="ghost", microbatch_size=2),
+        dict(clipping="per_layer", clip_thresholds="dimension", clip_scaling="automatic"),
+        dict(clip_quantile=0.5, clip_norm=0.01, batch_size=24),
+    ],
+    ids=["ghost", "per_layer_automatic", "adaptive"],
+)
+def test_runs_of_other_kinds_resume_bit_for_bit(options, text, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = runs.flags(text, workdir, steps=4, learning_rate=1e-3, **{"noise_multiplier": 0.6} | options)
+    assert runs.call(*arguments).returncode == 0
+    report, config = (json.loads((workdir / f"{name}.json").read_text()) for name in ("report", "config"))
+    assert report["deviations"] == [] and config["clipping"] == options.get("clipping", "example_scan")
+    before = checkpoint.latest_parameters(workdir / "checkpoints")[1]
+    for path in (workdir / "checkpoints/4").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    again = runs.call(*arguments)
+    assert again.returncode == 0 and "resuming at step 2" in again.stderr
+    after = checkpoint.latest_parameters(workdir / "checkpoints")[1]
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
