@@ -76,6 +76,19 @@ def mechanism_text(mechanism: DpSgdMechanism) -> str:
     )
 
 
+def clipping_text(declared: dict) -> str:
+    """What is to be said of gradients that are not plainly clipped to a constant norm; empty where they are."""
+    quantile = declared.get("clip_quantile")
+    if quantile is not None:
+        return (
+            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the units' norms, by counts whose own"
+            " noise is part of the noise multiplier."
+        )
+    if declared.get("clip_scaling") == "automatic":
+        return " Instead of being clipped, gradients were divided by their norm, which makes that norm their largest."
+    return ""
+
+
 def statement(executed: Executed, bracket: EpsilonBracket) -> str:
     """One paragraph: what is protected, how far, against whom, and what is not."""
     m, declared = executed.planned, executed.declared
@@ -104,7 +117,8 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
         f"The trained parameters are ({round_up(bracket.upper)}, {executed.delta:g})-differentially private with respect to one unit,"
         f" which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every"
         f" checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
-        " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what content one unit took"
+        + clipping_text(declared)
+        + " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what content one unit took"
         " part. It does not hide facts that many units share: a person who appears in k units is protected less, roughly k times"
         " epsilon and worse. It does not cover the folder private/ (secret keys, raw losses and norms), the progress shown on the"
         " operator's terminal, the choice of settings by earlier runs on the same data, or the tokenizer." + origin + held
@@ -135,6 +149,8 @@ def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict
         "noise_multiplier": m.noise_multiplier,
         "noise_batch_ratio": m.noise_batch_ratio,
         "clip_norm": m.clip_norm,
+        "clip_scaling": declared.get("clip_scaling", "clip"),
+        "clip_quantile": declared.get("clip_quantile"),
         "steps": executed.steps,
         "finished": executed.finished,
         "accountant": "pld",

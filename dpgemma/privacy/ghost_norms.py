@@ -28,6 +28,8 @@ from dpgemma.privacy.tracking import UntrackedUse, Use
 COSTS = {"cpu": {"instantiate": 1.0, "gram": 1.0}, "tpu": {"instantiate": 1.26, "gram": 1.0}}
 
 _ROUNDOFF = 2.0**-24
+# The largest number whose square is below the smallest normal float32.
+_FLUSHED = 2.0**-63
 _dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
@@ -110,8 +112,12 @@ def _product_norms(x_TxP, g_KxTxQ, platform: str) -> Norms:
     square, slack = {"instantiate": _instantiated, "gram": _gram}[rule](x_TxP, g_KxTxQ)
     # x is scaled and rounded once more, entry by entry; the sums over tokens are rounded both here and in weighted_sum.
     missed = _unit_roundoff(x_TxP.dtype) + 2 * _sum_error(length)
+    x_lengths = _lengths(x_TxP)
     g_lengths = jnp.sqrt(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1).sum(axis=0))
-    radius = missed * jnp.sum(_lengths(x_TxP) * g_lengths)
+    # Squares below the smallest float32 vanish, however large the numbers that they are multiplied with.
+    x_whole, g_whole = jnp.linalg.norm(x_lengths), jnp.linalg.norm(g_lengths)
+    flushed = _FLUSHED * (math.sqrt(g_KxTxQ.size) * x_whole + math.sqrt(x_TxP.size) * g_whole)
+    radius = missed * jnp.sum(x_lengths * g_lengths) + flushed
     return Norms(square, slack, jnp.square(radius))
 
 

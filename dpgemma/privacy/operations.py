@@ -31,7 +31,8 @@ def vector(w):
     if w.uses is not None:
         return record(w, Use(VECTOR, w.shape, {"gradient": jax.ShapeDtypeStruct(w.shape, w.dtype)}), w)
     if not w.keep:
-        return _measured(w.open(), w.taps.get(SQUARES))
+        # With the barrier, which holds in the backward pass too, a gradient that is a mere sum is not made twice.
+        return jax.lax.optimization_barrier(_measured(w.open(), w.taps.get(SQUARES)))
     return jax.lax.stop_gradient(w.open()) + w.taps[VECTOR]["gradient"]
 
 

@@ -106,6 +106,7 @@ def start_event(config: TrainConfig, start: StartingPoint, held_out: int) -> dic
     """
     facts = dataclasses.asdict(mechanism_of(config))
     facts.update(epsilon=config.epsilon, delta=config.delta, privacy_unit=config.privacy_unit, sequence_length=config.sequence_length)
+    facts.update(clip_scaling=config.clip_scaling, clip_quantile=config.clip_quantile)
     facts.update(model=start.name, architecture=dataclasses.asdict(start.model), init_sha256=start.sha256)
     shapes = decoder.parameter_shapes(start.model)
     trainable, _ = lora.split(start.model, shapes)

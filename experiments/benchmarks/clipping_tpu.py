@@ -39,10 +39,10 @@ PEERS = ("jax_privacy:1", "jax_privacy:2", "jax_privacy:4")
 SHARDED = ("non_private_sharded:1", "non_private_sharded:2", "non_private_sharded:4", "ghost_sharded:1", "ghost_sharded:2")
 
 
-def check_for_libtpu() -> None:
+def check_for_libtpu(command: str) -> None:
     """Exits with 2 and one sentence where programs cannot be compiled for TPU."""
     if importlib.util.find_spec("libtpu") is None:
-        print("clipping_tpu: compiling for TPU needs the libtpu package: pip install 'dpgemma[tpu]'", file=sys.stderr)
+        print(f"{command}: compiling for TPU needs the libtpu package: pip install 'dpgemma[tpu]'", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--keep", help="folder for the optimised programs' texts")
     parser.add_argument("--json", action="store_true", help="JSON is printed in any case; accepted for uniformity")
     arguments = parser.parse_args()
-    check_for_libtpu()
+    check_for_libtpu("clipping_tpu")
     compiler, rows = Compiler(arguments.model, arguments.sequence_length), []
     for program in arguments.programs:
         rows.append(row := measure(compiler, program, arguments.keep))

@@ -78,7 +78,7 @@ def steps(config: GemmaConfig, length: int, batch: int) -> dict:
 
         def step(tokens):
             model.zero_grad()
-            logits = model(tokens[:, :-1])
+            logits = model(tokens[:, :-1].contiguous())
             nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
 
         return step
@@ -90,7 +90,7 @@ def steps(config: GemmaConfig, length: int, batch: int) -> dict:
 
         def step(tokens):
             optimizer.zero_grad()
-            logits = model(tokens[:, :-1])
+            logits = model(tokens[:, :-1].contiguous())
             losses = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
             losses.view(len(tokens), -1).mean(dim=1).mean().backward()
             optimizer.step()
@@ -105,7 +105,7 @@ def steps(config: GemmaConfig, length: int, batch: int) -> dict:
 
         def step(tokens):
             optimizer.zero_grad()
-            logits = model(tokens[:, :-1])
+            logits = model(tokens[:, :-1].contiguous())
             criterion(logits.flatten(0, 1), tokens[:, 1:].flatten(), shape=logits.shape).backward()
             optimizer.step()
 

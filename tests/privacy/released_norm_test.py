@@ -9,7 +9,7 @@ import pytest
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.privacy import clipping
+from dpgemma.privacy import clipping, operations
 from dpgemma.training import loss as loss_lib
 
 MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
@@ -63,3 +63,16 @@ def test_pitfall_12_released_norm_never_exceeds_clip_norm(dtype, options, least)
     heavily = finite & (before > 1.1 * CLIP_NORM)
     # The margin is no more than the proof needs: what is released stays close to the clip norm.
     assert released[heavily].min() >= least * CLIP_NORM
+
+
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("strategy", ["example_scan", "ghost", "per_layer"])
+def test_pitfall_12_numbers_whose_squares_vanish_or_overflow_are_bounded_too(strategy, size):
+    """A cotangent of 1e-23 has no square in float32, and an input of 1e18 makes it a gradient of 1e-5 all the same."""
+    for x, g in ((1e18, 1e-23), (1e-23, 1e18), (1e12, 1e-14), (1e19, 1e19), (1e-30, 1e-5)):
+        loss = lambda w, example, g=g: operations.linear(example, w).sum() * jnp.float32(g)
+        got = clipping.clipped_sum(loss, jnp.ones((4, 5)), jnp.full((1, size, 4), x), jnp.ones(1, bool), 1e-6, strategy=strategy)
+        released = np.linalg.norm(np.asarray(got.total, np.float64))
+        assert released <= 1e-6, (x, g)
+        if 1e-6 < x * g * size < 1e15:
+            assert released > 1e-7, (x, g)

@@ -108,7 +108,7 @@ def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
     "options",
     [
         dict(clipping="ghost", microbatch_size=2),
-        dict(clipping="per_layer", clip_thresholds="dimension", clip_scaling="automatic"),
+        pytest.param(dict(clipping="per_layer", clip_thresholds="dimension", clip_scaling="automatic"), marks=pytest.mark.slow),
         dict(clip_quantile=0.5, clip_norm=0.01, batch_size=24),
     ],
     ids=["ghost", "per_layer_automatic", "adaptive"],
@@ -119,6 +119,9 @@ def test_runs_of_other_kinds_resume_bit_for_bit(options, text, tmp_path):
     assert runs.call(*arguments).returncode == 0
     report, config = (json.loads((workdir / f"{name}.json").read_text()) for name in ("report", "config"))
     assert report["deviations"] == [] and config["clipping"] == options.get("clipping", "example_scan")
+    assert ("followed the 0.5 quantile" in report["statement"]) == ("clip_quantile" in options)
+    assert ("divided by their norm" in report["statement"]) == ("clip_scaling" in options)
+    assert runs.call("audit", workdir).returncode == 0
     before = checkpoint.latest_parameters(workdir / "checkpoints")[1]
     for path in (workdir / "checkpoints/4").rglob("*"):
         if path.is_file():

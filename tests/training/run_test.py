@@ -103,9 +103,10 @@ def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
     assert (workdir / "ledger.jsonl").read_text() == (finished[0] / "ledger.jsonl").read_text()
 
 
-def test_sigkill_at_random_moments_leaves_no_trace(text, cache, tmp_path):
-    """20 kills, start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
-    steps, rng = 120, random.Random(7)
+@pytest.mark.parametrize("kills, steps", [(6, 40), pytest.param(20, 120, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, cache, tmp_path):
+    """Start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
+    rng = random.Random(7)
     settings = dict(steps=steps, checkpoint_every=3)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     # One set of keys and one start for both: the second folder is a copy of the first, taken before its first step.
@@ -120,7 +121,7 @@ def test_sigkill_at_random_moments_leaves_no_trace(text, cache, tmp_path):
 
     assert run(*flags(text, undisturbed, **settings)).returncode == 0
     during_save = 0
-    for kill in range(20):
+    for kill in range(kills):
         stale, lines = half_written(killed), len((killed / "ledger.jsonl").read_text().splitlines())
         process = subprocess.Popen([*COMMAND, *map(str, flags(text, killed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3)
         if kill % 4 == 0:
@@ -131,7 +132,7 @@ def test_sigkill_at_random_moments_leaves_no_trace(text, cache, tmp_path):
             more = lines + rng.randint(1, 4)
             wait_for(lambda more=more: len((killed / "ledger.jsonl").read_text().splitlines()) >= more, process)
             time.sleep(rng.uniform(0, 0.05))
-        assert process.poll() is None, "the run ended before its 20 kills: give it more steps"
+        assert process.poll() is None, "the run ended before its kills: give it more steps"
         process.kill()
         process.wait()
         during_save += bool(half_written(killed) - stale)
