@@ -58,6 +58,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     if not rows.scored.any(axis=1).all():
         progress.warn("some records have nothing to learn within --sequence_length: their prompts fill it; raise it or shorten them")
     data = dataset.split(rows, keys.holdout, config.holdout_fraction)
+    plan.check(config, data.num_units)
     # Chosen once: a run that goes on computes as it began.
     config = clipping_choice.as_before(config, run.config()) if run else clipping_choice.resolve(config, start.model, tokenizer.bos)
     config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)

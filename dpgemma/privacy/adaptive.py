@@ -7,14 +7,16 @@ Tested by tests/privacy/adaptive_test.py::test_both_releases_together_are_the_me
 """
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
+
+from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM
 
 COUNT_SENSITIVITY = 0.5
 # The published choices (section 2.1 and 3.2 of the paper): the step on a logarithmic scale, and noise of a twentieth of the batch.
 LEARNING_RATE = 0.2
 COUNT_NOISE = 1 / 20
+LARGEST_CLIP_NORM = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +57,6 @@ class AdaptiveClipping:
         return (self.noise_multiplier**-2 - (COUNT_SENSITIVITY / self.count_noise) ** 2) ** -0.5
 
     def update(self, clip_norm, count):
-        """The next clip norm from the noised count of halves."""
+        """The next clip norm from the noised count of halves; it stays where float32 squares do."""
         share = jnp.clip(count / self.expected_batch_size + 0.5, 0.0, 1.0)
-        return clip_norm * jnp.exp(-self.learning_rate * (share - self.quantile))
-
-
-def whole_noise_multiplier(gradient_noise_multiplier: float, count_noise: float) -> float:
-    """The noise multiplier of one Gaussian mechanism that both releases together are."""
-    return 1 / math.hypot(1 / gradient_noise_multiplier, COUNT_SENSITIVITY / count_noise)
+        return jnp.clip(clip_norm * jnp.exp(-self.learning_rate * (share - self.quantile)), SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM)

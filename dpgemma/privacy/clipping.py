@@ -242,5 +242,7 @@ def sum_over_devices(clipped: ClippedSum, axis_name: str, gathered: list | None 
       gathered: as clipped_sum was given it; what is a shard of such a sum already stays as it is.
     """
     leaves, structure = jax.tree.flatten(clipped.total)
-    sums = [leaf if shard else jax.lax.psum(leaf, axis_name) for leaf, shard in zip(leaves, gathered or [None] * len(leaves), strict=True)]
+    shards = gathered or [None] * len(leaves)
+    summed = [shard is not None and shard.axis_name == axis_name for shard in shards]
+    sums = [leaf if done else jax.lax.psum(leaf, axis_name) for leaf, done in zip(leaves, summed, strict=True)]
     return dataclasses.replace(clipped, total=structure.unflatten(sums), count=jax.lax.psum(clipped.count, axis_name))

@@ -35,6 +35,8 @@ class Parameter:
     @classmethod
     def of(cls, leaf, uses: dict[str, tracking.Use], gathered=None) -> "Parameter":
         layers = leaf.ndim - len(next(iter(uses.values())).shape) if uses else 0
+        if gathered and not layers - leaf.ndim <= gathered.axis < 0:
+            raise ValueError(f"axis {gathered.axis} of a parameter {leaf.shape} with {layers} layer axes cannot be spread over devices")
         return cls(leaf.shape, layers, uses, gathered)
 
     def taps(self, batch: int) -> dict:
@@ -67,8 +69,8 @@ class Kept:
 
     def norms(self) -> ghost_norms.Norms:
         """Of the whole gradient, [B]."""
-        of_parameter = [self._norms(taps) for taps in self.taps if taps]
-        return functools.reduce(ghost_norms.Norms.__add__, [jax.tree.map(lambda x: x.sum(axis=0), n) for n in of_parameter])
+        of_parameter = [jax.tree.map(lambda x: x.sum(axis=0), self._norms(taps)) for taps in self.taps if taps]
+        return functools.reduce(ghost_norms.Norms.__add__, of_parameter, ghost_norms.Norms(*[jnp.zeros(self.losses.shape)] * 3))
 
     def group_norms(self) -> list[dict]:
         """For every parameter and each rule by which it is used, of each layer by itself, [L, B]."""
@@ -125,7 +127,7 @@ def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
     if thresholds == UNIFORM:
         return np.ones(parameter.num_layers)
     if thresholds == BY_DIMENSION:
-        return np.full(parameter.num_layers, math.sqrt(math.prod(parameter.shape[parameter.layers :])))
+        return np.full(parameter.num_layers, math.sqrt(math.prod(next(iter(parameter.uses.values())).shape)))
     if isinstance(thresholds, str) or name not in thresholds:
         given = thresholds if isinstance(thresholds, str) else "thresholds"
         raise ValueError(f"{given} has no share for parameter {name}: use {UNIFORM}, {BY_DIMENSION} or a share for every name")

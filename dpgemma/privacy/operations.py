@@ -48,7 +48,7 @@ def linear(x, w, inputs: int = 1):
     if w.uses is not None:
         rows = x.size // fan_in
         taps = {"x": jax.ShapeDtypeStruct((rows, fan_in), x.dtype), "g": jax.ShapeDtypeStruct((rows, fan_out), x.dtype)}
-        return record(w, Use(LINEAR, w.shape, taps, inputs), jax.ShapeDtypeStruct(shape, x.dtype))
+        return record(w, Use(LINEAR, w.shape, taps, inputs), jax.ShapeDtypeStruct(shape, x.dtype), x)
     matrix = w.open().reshape(fan_in, fan_out)
     if not w.keep:
         return _product(x.reshape(-1, fan_in), _measured(matrix, w.taps.get(SQUARES))).reshape(shape)
@@ -105,10 +105,13 @@ def embedding(tokens, words_VxD, dtype):
     shape = (*tokens.shape, words_VxD.shape[1])
     if words_VxD.uses is not None:
         taps = {"ids": jax.ShapeDtypeStruct((tokens.size,), jnp.float32), "g": jax.ShapeDtypeStruct((tokens.size, shape[-1]), dtype)}
-        return record(words_VxD, Use(EMBEDDING, words_VxD.shape, taps), jax.ShapeDtypeStruct(shape, dtype))
+        return record(words_VxD, Use(EMBEDDING, words_VxD.shape, taps), jax.ShapeDtypeStruct(shape, dtype), tokens)
     if EMBEDDING not in words_VxD.taps:
         return words_VxD.open()[tokens].astype(dtype)
-    return _tracked_rows(tokens.reshape(-1), words_VxD.open(), words_VxD.taps[EMBEDDING]).reshape(shape)
+    # One number for each word, so that rules see which tokens meet.
+    count, tokens = words_VxD.shape[0], tokens.reshape(-1)
+    tokens = jnp.clip(jnp.where(tokens < 0, tokens + count, tokens), 0, count - 1)
+    return _tracked_rows(tokens, words_VxD.open(), words_VxD.taps[EMBEDDING]).reshape(shape)
 
 
 @jax.custom_vjp
@@ -146,7 +149,7 @@ def head(core, hidden_NxD, words_VxD, targets_N):
         chunks = -(-words_VxD.shape[0] // core.chunk)
         delta = jax.ShapeDtypeStruct((chunks, hidden_NxD.shape[0], core.chunk), hidden_NxD.dtype)
         taps = {"h": jax.ShapeDtypeStruct(hidden_NxD.shape, hidden_NxD.dtype), "delta": delta}
-        return record(words_VxD, Use(HEAD, words_VxD.shape, taps), jax.ShapeDtypeStruct(targets_N.shape, jnp.float32))
+        return record(words_VxD, Use(HEAD, words_VxD.shape, taps), jax.ShapeDtypeStruct(targets_N.shape, jnp.float32), hidden_NxD)
     return _tracked_head(core, hidden_NxD, words_VxD.open(), targets_N, words_VxD.taps[HEAD])
 
 

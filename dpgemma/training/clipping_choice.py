@@ -82,9 +82,9 @@ def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> TrainConfig:
     if len(ways) == 1:
         return _chosen(config, *ways[0], "the only way with this --microbatch_size")
     key = _key(config, model)
-    cached = _read_cache().get(key)
-    if cached:
-        return _chosen(config, *cached["way"], f"as in an earlier trial: {cached['why']}")
+    cached = _read_cache().get(key, {})
+    if tuple(cached.get("way", ())) in ways:
+        return _chosen(config, *cached["way"], f"as in an earlier trial: {cached.get('why')}")
     trials = measure(config, model, bos, ways)
     possible = [trial for trial in trials if trial.refused is None]
     if not possible:
@@ -118,7 +118,14 @@ def measure(config: TrainConfig, model: GemmaConfig, bos: int, ways) -> list[Tri
     return [_trial(way, loss, trainable, frozen, batch, mesh, limit) for way in ways]
 
 
-def _trial(way, loss, trainable, frozen, batch, mesh, limit: float | None) -> Trial:
+def _trial(way, *problem) -> Trial:
+    try:
+        return _timed(way, *problem)
+    except jax.errors.JaxRuntimeError as error:  # an accelerator without enough memory says so here
+        return Trial(*way, refused=str(error).splitlines()[0][:100])
+
+
+def _timed(way, loss, trainable, frozen, batch, mesh, limit: float | None) -> Trial:
     strategy, size = way
     run = jax.jit(
         lambda trainable, frozen, batch, mask: sharded_clipped_sum(
@@ -128,7 +135,7 @@ def _trial(way, loss, trainable, frozen, batch, mesh, limit: float | None) -> Tr
     mask = np.ones(len(batch["tokens"]), bool)
     compiled = run.lower(trainable, frozen, batch, mask).compile()
     memory = compiled.memory_analysis()
-    # Beside what the program holds, the optimizer keeps two numbers for each trained parameter, and the noised sum one.
+    # Beside what the program holds, there are the sum, its noised copy and the optimizer's two numbers for each trained parameter.
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + 4 * 4 * decoder.count(trainable)
     if limit is not None and needed > _MEMORY_SHARE * limit:
         refused = f"needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}"
@@ -167,7 +174,7 @@ def _cache_file() -> pathlib.Path:
 def _read_cache() -> dict:
     try:
         content = json.loads(_cache_file().read_text())
-        return content if isinstance(content, dict) else {}
+        return {key: entry for key, entry in content.items() if isinstance(entry, dict)} if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
 

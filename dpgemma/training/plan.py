@@ -53,11 +53,7 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
     Raises:
       InputError: a combination that cannot be trained or has no guarantee.
     """
-    num_units = _units(config, counted_units)
-    if config.batch_size > num_units:
-        raise InputError(f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data")
-    if config.clip_norm < SMALLEST_CLIP_NORM:
-        raise InputError(f"--clip_norm={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}")
+    num_units = check(config, counted_units)
     multiple = devices * config.microbatch_size
     # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the smaller it is.
     planned_for = math.inf if config.noise_multiplier is not None and not epsilon_given else config.epsilon
@@ -84,6 +80,20 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
             f"--noise_multiplier={config.noise_multiplier:g} passes epsilon {config.epsilon:g} in the first step: raise either"
         )
     return dataclasses.replace(resolved, steps=affordable)
+
+
+def check(config: TrainConfig, counted_units: int) -> int:
+    """The number of units, or what can be refused before anything is computed.
+
+    Raises:
+      InputError: data, batch size or clip norm that do not go together.
+    """
+    num_units = _units(config, counted_units)
+    if config.batch_size > num_units:
+        raise InputError(f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data")
+    if config.clip_norm < SMALLEST_CLIP_NORM:
+        raise InputError(f"--clip_norm={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}")
+    return num_units
 
 
 def _units(config: TrainConfig, counted: int) -> int:

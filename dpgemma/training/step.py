@@ -1,9 +1,10 @@
 """One update of DP-SGD on a mesh of devices (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
 
 Formal guarantee: the new state is a function of the old state and of one NoisedMean, the release that the accountant charges: the
-sum of per-unit gradients clipped to C, over the units of one Poisson draw, plus Gaussian noise of standard deviation sigma * C,
-divided by a public constant. Nothing else that depends on the batch reaches the state; raw losses and norms come back as
-PrivateStats. Tested by tests/training/step_test.py.
+sum of per-unit gradients scaled to a bounded norm, over the units of one Poisson draw, plus Gaussian noise of standard deviation sigma
+times that bound, divided by a public constant (and, where the clip norm adapts, the noised count that adaptive.py accounts for in the
+same sigma). Nothing else that depends on the batch reaches the state; raw losses and norms come back as PrivateStats.
+Tested by tests/training/step_test.py.
 """
 
 import dataclasses
@@ -85,6 +86,9 @@ def make_train_step(
       adaptive: how the clip norm moves, from the mechanism's on; None where it stays.
       clipping_options: strategy, microbatch_size, scaling and thresholds of clipping.clipped_sum.
     """
+
+    if adaptive and clipping_options.get("scaling", clipping.CLIP) == clipping.AUTOMATIC:
+        raise ValueError("automatic clipping has no clip norm that could adapt")
 
     def dp_train_step(state: TrainState, frozen, batch, mask, noise_keys):
         clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, mechanism.clip_norm, mesh, **clipping_options)

@@ -3,8 +3,9 @@
 Every row takes one batch of the same random tokens and leaves the (clipped) sum of gradients in float32. Every program is first tried at
 several microbatch sizes; the best of each then run in turn, round after round, and medians of the rounds' ratios are reported against
 the non-private step at its own best microbatch. On a CPU each JAX program runs on one device per core, as the trainer does.
-Memory is XLA's temporary memory per device, with activations recomputed (--remat) on both sides; that of torch, which has no such
-analysis, is how far a step raises the resident memory of a process of its own. Prints a table to standard error and one JSON object.
+Memory is XLA's temporary memory where one device takes the whole batch, with activations recomputed (--remat) on both sides, against the
+non-private step that takes it all at once; that of torch, which has no such analysis, is how far a step raises the resident memory of a
+process of its own. Prints a table to standard error and one JSON object.
 
     python -m experiments.benchmarks.clipping                                       # 30M parameters on a CPU, with Opacus
     python -m experiments.benchmarks.clipping --model=vaultgemma_1b --sequence_length=1024 --dtype=bfloat16 --step_remat=block --no-torch
@@ -41,13 +42,13 @@ OURS = ("example_scan", "ghost", "per_layer", "vmap")
 class Programs:
     """The JAX programs: each is program(parameters, batch) -> sum of gradients, for a batch spread over the mesh."""
 
-    def __init__(self, arguments):
+    def __init__(self, arguments, mesh: str):
         # The float32 model of forward_backward for a CPU; a preset for the rest.
         from experiments.benchmarks.forward_backward import MODEL
 
         self.model = MODEL if arguments.model == BENCHMARK else PRESETS[arguments.model]
         self.batch_size, self.length, self.dtype = arguments.batch, arguments.sequence_length, jnp.dtype(arguments.dtype)
-        self.mesh = mesh_lib.make(mesh_lib.resolve("auto"))
+        self.mesh = mesh_lib.make(mesh)
         tokens = np.random.default_rng(0).integers(4, self.model.vocab_size, (self.batch_size, self.length)).astype(np.int32)
         self.batch = {"tokens": tokens, "scored": np.ones(tokens.shape, bool)}
 
@@ -153,8 +154,17 @@ def sizes_of(name: str, per_device: int) -> list[int]:
     return powers if name == "non_private" else powers[:3]
 
 
+def memory_of(arguments, sizes: dict, names: list[str]) -> tuple[dict, int]:
+    """Temporary bytes of every row, and of the non-private step at the full batch; see the module."""
+    alone = Programs(arguments, "data:1")
+    bytes_of = lambda name, size: alone.temporary_bytes(name, size, arguments.remat)
+    memory = {name: bytes_of(*size) if name == "auto" else bytes_of(name, size) for name, size in sizes.items()}
+    memory |= {name: torch_memory(name, arguments) for name in names if name.startswith(("opacus", "torch"))}
+    return memory, bytes_of("non_private", arguments.batch)
+
+
 def measure(arguments) -> dict:
-    programs = Programs(arguments)
+    programs = Programs(arguments, mesh_lib.resolve("auto"))
     per_device, remat = programs.batch_size // programs.mesh.size, arguments.step_remat
     best, steps, tried = {}, {}, []
     for name in ("non_private", *OURS, "jax_privacy"):
@@ -177,13 +187,7 @@ def measure(arguments) -> dict:
         taken = {name: timed(steps[name]) for name in order}
         if number:  # the first warms up
             rounds.append(taken)
-    memory = {name: programs.temporary_bytes(name, size, arguments.remat) for name, (size, _) in best.items() if name in OURS}
-    memory["auto"] = programs.temporary_bytes(*chosen, arguments.remat)
-    memory["jax_privacy"] = programs.temporary_bytes("jax_privacy", best["jax_privacy"][0], arguments.remat)
-    memory["non_private"] = programs.temporary_bytes("non_private", best["non_private"][0], arguments.remat)
-    full_batch = programs.temporary_bytes("non_private", per_device, arguments.remat)
-    if arguments.torch:
-        memory |= {name: torch_memory(name, arguments) for name in steps if name.startswith(("opacus", "torch"))}
+    memory, full_batch = memory_of(arguments, {name: size for name, (size, _) in best.items()} | {"auto": chosen}, list(steps))
     ratio = lambda name, base: statistics.median(taken[name] / taken[base] for taken in rounds)
     rows = []
     for name in steps:
@@ -198,7 +202,7 @@ def measure(arguments) -> dict:
         "rows": rows,
         "auto": {"strategy": chosen[0], "microbatch_size": chosen[1]},
         "auto_against": {name: ratio("auto", name) for name in ("non_private", *peers)},
-        "baseline": f"non_private by {best['non_private'][0]}; memory: non_private, the whole batch of a device, remat={arguments.remat}",
+        "baseline": f"non_private by {best['non_private'][0]}; memory: non_private, the whole batch at once on one device, remat={arguments.remat}",
         "full_batch_temporary_bytes": full_batch,
         "tried": tried,
         "parameters": decoder.num_parameters(programs.model),

@@ -19,6 +19,10 @@ def network(params, x, *, extra=lambda params, x: 0.0, inside=lambda w, x: 0.0):
     return operations.linear(x, params["second"]["w"]).sum() + extra(params, x)
 
 
+first = lambda a: a[0]
+first_of_two = lambda a: a[0:2][0]
+
+
 def open_boxes(tree):
     """What tree.map can do to any pytree: the arrays behind the boxes."""
     return jax.tree.leaves(tree)
@@ -47,6 +51,12 @@ RAW_USES = {
     "opened_by_tree_map": lambda p, x: (x @ open_boxes(p["second"]["w"])[0]).sum(),
     "constant_gradient": lambda p, x: open_boxes(p["second"]["w"])[0].sum(),
     "opened_and_not_differentiable": lambda p, x: jnp.sign(open_boxes(p["second"]["w"])[0]).sum(),
+    "scaled_by_tree_map": lambda p, x: operations.linear(x, jax.tree.map(lambda a: 100 * a, p["second"]["w"])).sum(),
+    "transposed": lambda p, x: operations.linear(x @ jnp.ones((4, 2)), jax.tree.map(jnp.transpose, p["second"]["w"])).sum(),
+    "part_of_a_layer": lambda p, x: operations.linear(x[:, :2], jax.tree.map(lambda a: a[:2], p["second"]["w"])).sum(),
+    "before_an_operation": lambda p, x: operations.linear(x @ open_boxes(p["second"]["w"])[0], jnp.ones((2, 3))).sum(),
+    "compared": lambda p, x: jnp.where(p["second"]["w"] == 0, 0.0, 1.0).sum(),
+    "carried_by_a_loop": lambda p, x: jax.lax.scan(lambda w, _: (w, operations.linear(x, w).sum()), p["second"]["w"], None, 2)[1].sum(),
     "penalty": lambda p, x: sum((leaf**2).sum() for leaf in open_boxes(p)),
 }
 
@@ -70,14 +80,74 @@ def test_a_parameter_reached_another_way_is_refused_by_name(name, strategy):
         (lambda p, x: jax.lax.fori_loop(0, 3, lambda i, x: operations.linear(x, p["w"]), x).sum(), "w"),
         # The same slice, taken twice.
         (lambda p, x: sum(operations.linear(x, jax.tree.map(lambda a: a[1], p["cube"])).sum() for _ in range(2)), "cube"),
+        (lambda p, x: sum(operations.linear(x, jax.tree.map(lambda a, i=i: a[i : i + 2][i], p["cube"])).sum() for i in (0, 0)), "cube"),
+        (lambda p, x: sum(operations.linear(x, jax.tree.map(take, p["cube"])).sum() for take in (first_of_two, first)), "cube"),
+        (lambda p, x: sum(jax.lax.scan(lambda x, w: (operations.linear(x, w), None), x, p["cube"])[0].sum() for _ in range(2)), "cube"),
         (lambda p, x: jax.jit(lambda w, x: operations.linear(x, w).sum() + operations.linear(-x, w).sum())(p["w"], x), "w"),
     ],
-    ids=["linear", "vector", "within_a_scan", "constant_of_a_scan", "constant_of_a_loop", "one_slice", "within_jit"],
+    ids=[
+        "linear", "vector", "within_a_scan", "constant_of_a_scan", "constant_of_a_loop", "one_slice", "one_of_windows", "overlapping_slices",
+        "two_scans", "within_jit",
+    ],
 )  # fmt: skip
 def test_a_second_use_is_refused_by_name(loss, parameter):
     params = {"w": jnp.ones((3, 3)), "cube": jnp.ones((2, 3, 3)), **PARAMS}
     with pytest.raises(UntrackedUse, match=f"parameter {parameter} is used"):
         tracking.audit(loss, params, EXAMPLE)
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "per_layer", "example_scan"])
+def test_rows_mapped_within_one_example(strategy):
+    """The operands of several calls would be summed where they have to be joined: refused, or measured on the whole gradient."""
+    loss = lambda p, rows: jax.vmap(lambda row: (operations.linear(row, p["first"]["w"]) ** 2).sum())(rows).sum()
+    params, rows = {"first": {"w": PARAMS["first"]["w"]}}, jax.random.normal(jax.random.key(0), (1, 5, 6, 3))
+    run = lambda strategy: clipping.clipped_sum(loss, params, rows, jnp.ones(1, bool), 1.0, strategy=strategy)
+    if strategy == "example_scan":
+        np.testing.assert_allclose(run(strategy).stats.norms, run("vmap").stats.norms, rtol=1e-5)
+    else:
+        with pytest.raises(UntrackedUse, match="parameter first/w is used under vmap"):
+            run(strategy)
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "example_scan"])
+def test_two_rules_for_one_parameter(strategy):
+    loss = lambda p, x: operations.linear(x, p["w"]).sum() + (operations.vector(p["w"]) ** 2).sum()
+    run = lambda strategy: clipping.clipped_sum(loss, {"w": jnp.ones((3, 4))}, EXAMPLE[None], jnp.ones(1, bool), 1.0, strategy=strategy)
+    if strategy == "example_scan":
+        np.testing.assert_allclose(run(strategy).stats.norms, run("vmap").stats.norms, rtol=1e-5)
+    else:
+        with pytest.raises(UntrackedUse, match="parameter w is used by linear and vector"):
+            run(strategy)
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "example_scan"])
+def test_a_loss_that_differentiates_through_a_parameter(strategy):
+    """Its own gradient is no loss's gradient that a rule knows: refused, or measured on the whole gradient."""
+    inner = lambda w, x: (jax.grad(lambda x: (operations.linear(x, w) ** 2).sum())(x) ** 2).sum()
+    run = lambda strategy: clipping.clipped_sum(
+        lambda p, x: inner(p["w"], x), {"w": jnp.ones((3, 4))}, EXAMPLE[None], jnp.ones(1, bool), 1.0, strategy=strategy
+    )
+    if strategy == "example_scan":
+        np.testing.assert_allclose(run(strategy).stats.norms, run("vmap").stats.norms, rtol=1e-5)
+    else:
+        with pytest.raises(UntrackedUse, match="differentiates through parameter w"):
+            run(strategy)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, x: operations.linear(x, jax.tree.map(lambda a: 100 * a, p)).sum(),
+        lambda p, x: operations.linear(x, jax.tree.map(jnp.exp, p)).sum(),
+        lambda p, x: (operations.linear(x, p) + operations.linear(x, jax.tree.map(jnp.transpose, p))).sum(),
+        lambda p, x: operations.linear(jnp.where(p[...] == 0, 0.0, x), p).sum(),
+    ],
+)
+def test_pitfall_2_a_scan_measures_what_it_cannot_track_on_the_whole_gradient(loss):
+    params, x = 4 + jnp.eye(6), EXAMPLE.repeat(2, axis=1)
+    got = clipping.clipped_sum(loss, params, x[None], jnp.ones(1, bool), 1.0)
+    assert float(jnp.linalg.norm(got.total)) == pytest.approx(1.0, abs=1e-5)
+    np.testing.assert_allclose(got.stats.norms[0], jnp.linalg.norm(jax.grad(loss)(params, x)), rtol=1e-5)
 
 
 def test_different_slices_are_different_parameters():

@@ -35,7 +35,7 @@ def test_the_fastest_that_fits_is_taken_and_remembered(monkeypatch, cache, capfd
     chosen = clipping_choice.resolve(LONG, MODEL, 2)
     assert (chosen.clipping, chosen.microbatch_size) == clipping_choice.CANDIDATES[3]
     log = capfd.readouterr().err
-    assert "ghost by 2: 100 ms a unit, 1 MiB" in log and "needs 1024.0 GiB of 1.0" in log
+    assert "ghost by 1: 100 ms a unit, 1 MiB" in log and "needs 1024.0 GiB of 1.0" in log
     assert clipping_choice.resolve(LONG, MODEL, 2) == chosen and calls == [1]
     assert "as in an earlier trial" in capfd.readouterr().err
     # Another shape is another question; a damaged cache is none.
@@ -72,10 +72,18 @@ def test_real_trials_are_timed_and_held_against_the_memory(monkeypatch):
     assert all("needs" in t.refused for t in clipping_choice.measure(LONG, MODEL, 2, ways[:1]))
 
 
+def test_a_device_that_runs_out_of_memory_refuses_a_way_and_not_the_run(monkeypatch):
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 40G of 16G")
+
+    monkeypatch.setattr(clipping_choice, "_timed", fails)
+    assert clipping_choice.measure(LONG, MODEL, 2, (("ghost", 2),))[0].refused.startswith("RESOURCE_EXHAUSTED")
+
+
 def test_a_trial_looks_at_no_data(monkeypatch):
     """It gets the settings, the model and the first token, and nothing else, so it cannot."""
     seen = []
-    monkeypatch.setattr(clipping_choice, "_trial", lambda way, loss, trainable, frozen, batch, *_: seen.append(batch))
+    monkeypatch.setattr(clipping_choice, "_timed", lambda way, loss, trainable, frozen, batch, *_: seen.append(batch))
     clipping_choice.measure(LONG, MODEL, 2, (("ghost", 2),))
     expected = np.random.default_rng(0).integers(0, MODEL.vocab_size, seen[0]["tokens"].shape)
     np.testing.assert_array_equal(seen[0]["tokens"], expected)
