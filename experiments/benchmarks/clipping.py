@@ -202,7 +202,7 @@ def measure(arguments) -> dict:
         "rows": rows,
         "auto": {"strategy": chosen[0], "microbatch_size": chosen[1]},
         "auto_against": {name: ratio("auto", name) for name in ("non_private", *peers)},
-        "baseline": f"non_private by {best['non_private'][0]}; memory: non_private, the whole batch at once on one device, remat={arguments.remat}",
+        "baseline": f"non_private by {best['non_private'][0]}; memory: all of the batch at once on one device, remat={arguments.remat}",
         "full_batch_temporary_bytes": full_batch,
         "tried": tried,
         "parameters": decoder.num_parameters(programs.model),

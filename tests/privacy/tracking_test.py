@@ -86,8 +86,8 @@ def test_a_parameter_reached_another_way_is_refused_by_name(name, strategy):
         (lambda p, x: jax.jit(lambda w, x: operations.linear(x, w).sum() + operations.linear(-x, w).sum())(p["w"], x), "w"),
     ],
     ids=[
-        "linear", "vector", "within_a_scan", "constant_of_a_scan", "constant_of_a_loop", "one_slice", "one_of_windows", "overlapping_slices",
-        "two_scans", "within_jit",
+        "linear", "vector", "within_a_scan", "constant_of_a_scan", "constant_of_a_loop", "one_slice", "one_of_windows",
+        "overlapping_slices", "two_scans", "within_jit",
     ],
 )  # fmt: skip
 def test_a_second_use_is_refused_by_name(loss, parameter):
