@@ -60,7 +60,10 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     data = dataset.split(rows, keys.holdout, config.holdout_fraction)
     plan.check(config, data.num_units)
     # Chosen once: a run that goes on computes as it began.
-    config = clipping_choice.as_before(config, run.config()) if run else clipping_choice.resolve(config, start.model, tokenizer.bos)
+    if run:
+        config, choice = clipping_choice.as_before(config, run.config())
+    else:
+        config, choice = clipping_choice.resolve(config, start.model, tokenizer.bos)
     config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
     plan.adaptive_clipping(config)  # refuses what cannot be, before anything is written
     fingerprint = run_directory.fingerprint(keys, rows)
@@ -70,4 +73,6 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     else:
         run = run_directory.create(path, config.as_dict(), keys, fingerprint, start_event)
     progress.inform(plan.summary(config, start, path))
+    if choice:
+        progress.inform(choice)
     return loop.Trainer(config, start, tokenizer, data, run)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpgemma.privacy import ghost_norms, tracking
+from dpgemma.privacy import audit, ghost_norms, tracking
 
 # How `shares` divides one norm among groups: equally, or in proportion to the square root of a group's size.
 UNIFORM, BY_DIMENSION = "uniform", "dimension"
@@ -152,7 +152,7 @@ def backward(loss, params, examples, gathered: list | None = None) -> Kept:
     leaves, structure = jax.tree.flatten(params)
     gathered = gathered or [None] * len(leaves)
     whole = [jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, gathered, strict=True)]
-    uses = tracking.audit(loss, structure.unflatten(whole), example)
+    uses = audit.uses_of(loss, structure.unflatten(whole), example)
     names = tracking.leaf_names(params)
     parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, gathered, strict=True)]
     batch = jax.tree.leaves(examples)[0].shape[0]

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dpgemma.privacy import norms, tracking
+from dpgemma.privacy import audit, norms, tracking
 from dpgemma.privacy.ghost import Parameter
 from dpgemma.privacy.operations import EMBEDDING, LINEAR, SQUARES, VECTOR
 
@@ -20,7 +20,7 @@ def gradient(loss, params, example):
     parameters in ways that privacy.operations does not know gets the same, one reading later.
     """
     try:
-        uses = tracking.audit(loss, params, example)
+        uses = audit.uses_of(loss, params, example)
     except tracking.UntrackedUse:
         return plain_gradient(loss, params, example)
     leaves, structure = jax.tree.flatten(params)

@@ -59,22 +59,22 @@ def options(config: TrainConfig) -> dict:
     )
 
 
-def as_before(config: TrainConfig, recorded: dict) -> TrainConfig:
+def as_before(config: TrainConfig, recorded: dict) -> tuple[TrainConfig, None]:
     """What an earlier start of the same run chose, where this command leaves it open."""
     clipping_before = recorded.get("clipping") if config.clipping == AUTO else config.clipping
     size = recorded.get("microbatch_size") if config.microbatch_size is None else config.microbatch_size
-    return dataclasses.replace(config, clipping=clipping_before, microbatch_size=size)
+    return dataclasses.replace(config, clipping=clipping_before, microbatch_size=size), None
 
 
-def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> TrainConfig:
-    """The configuration with clipping and microbatch_size filled in; says in the log what was chosen and why.
+def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> tuple[TrainConfig, str | None]:
+    """The configuration with clipping and microbatch_size filled in, and one line that says what was chosen and why.
 
     Args:
       config: with the mesh resolved.
       bos: number of the token that rows begin after.
     """
     if config.clipping != AUTO:
-        return dataclasses.replace(config, microbatch_size=config.microbatch_size or 1)
+        return dataclasses.replace(config, microbatch_size=config.microbatch_size or 1), None
     ways = [way for way in CANDIDATES if config.microbatch_size in (None, way[1])] or [(clipping.EXAMPLE_SCAN, config.microbatch_size)]
     operations = 6.0 * decoder.num_parameters(model) * config.sequence_length * config.batch_size * config.steps
     if jax.default_backend() == "cpu" and operations < WORTH_A_TRIAL:
@@ -95,9 +95,9 @@ def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> TrainConfig:
     return _chosen(config, best.strategy, best.microbatch_size, why)
 
 
-def _chosen(config: TrainConfig, strategy: str, size: int, why: str) -> TrainConfig:
-    progress.inform(f"--clipping={strategy} --microbatch_size={size} ({why})")
-    return dataclasses.replace(config, clipping=strategy, microbatch_size=size)
+def _chosen(config: TrainConfig, strategy: str, size: int, why: str) -> tuple[TrainConfig, str]:
+    chosen = dataclasses.replace(config, clipping=strategy, microbatch_size=size)
+    return chosen, f"--clipping={strategy} --microbatch_size={size} ({why})"
 
 
 def measure(config: TrainConfig, model: GemmaConfig, bos: int, ways) -> list[Trial]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpgemma.gemma import decoder, hf_config, lora
 from dpgemma.gemma import loss as gemma_loss
-from dpgemma.privacy import clipping, ghost_norms, operations, tracking
+from dpgemma.privacy import audit, clipping, ghost_norms, operations, tracking
 from dpgemma.training import loss as loss_lib
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "gemma/golden/logits.npz")
@@ -87,7 +87,7 @@ def test_every_parameter_of_every_architecture_has_its_rule(name):
     config = dataclasses.replace(config, lora=lora.adapters(config, 3, 6.0, "all"))
     params, row_loss = decoder.parameter_shapes(config), loss_lib.row_loss(config, bos=2)
     row = jax.tree.map(lambda x: x[0], batch_of(config.vocab_size)["row"])
-    uses = tracking.audit(lambda p, row: row_loss(p, {}, row), params, row)
+    uses = audit.uses_of(lambda p, row: row_loss(p, {}, row), params, row)
     assert set(uses) == set(tracking.leaf_names(params))
     assert sorted(uses["embedder/embedding"]) == ["embedding", "head"]
     assert all(len(rules) == 1 for parameter, rules in uses.items() if parameter != "embedder/embedding")

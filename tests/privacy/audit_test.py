@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpgemma.privacy import clipping, operations, tracking
+from dpgemma.privacy import audit, clipping, operations
 from dpgemma.privacy.tracking import UntrackedUse
 
 PARAMS = {"first": {"w": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "stack": {"w": jnp.ones((5, 4, 4))}, "second": {"w": jnp.ones((4, 2))}}
@@ -29,7 +29,7 @@ def open_boxes(tree):
 
 
 def test_uses_are_listed_by_parameter():
-    uses = tracking.audit(network, PARAMS, EXAMPLE)
+    uses = audit.uses_of(network, PARAMS, EXAMPLE)
     assert {name: list(rules) for name, rules in uses.items()} == {
         "first/w": ["linear"],
         "first/bias": ["vector"],
@@ -93,7 +93,7 @@ def test_a_parameter_reached_another_way_is_refused_by_name(name, strategy):
 def test_a_second_use_is_refused_by_name(loss, parameter):
     params = {"w": jnp.ones((3, 3)), "cube": jnp.ones((2, 3, 3)), **PARAMS}
     with pytest.raises(UntrackedUse, match=f"parameter {parameter} is used"):
-        tracking.audit(loss, params, EXAMPLE)
+        audit.uses_of(loss, params, EXAMPLE)
 
 
 @pytest.mark.parametrize("strategy", ["ghost", "per_layer", "example_scan"])
@@ -156,7 +156,7 @@ def test_different_slices_are_different_parameters():
             x = operations.linear(x, jax.tree.map(lambda a, i=i: a[i], params))
         return x.sum()
 
-    assert tracking.audit(loss, jnp.ones((5, 3, 3)), EXAMPLE)[""]["linear"].shape == (3, 3)
+    assert audit.uses_of(loss, jnp.ones((5, 3, 3)), EXAMPLE)[""]["linear"].shape == (3, 3)
 
 
 def test_a_scan_takes_such_losses_too():
@@ -169,4 +169,4 @@ def test_a_scan_takes_such_losses_too():
 
 def test_the_audit_looks_at_shapes_alone():
     shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    assert tracking.audit(network, shape(PARAMS), shape(EXAMPLE)).keys() == {"first/w", "first/bias", "stack/w", "second/w"}
+    assert audit.uses_of(network, shape(PARAMS), shape(EXAMPLE)).keys() == {"first/w", "first/bias", "stack/w", "second/w"}
