@@ -87,7 +87,13 @@ def test_split_and_join_lose_nothing():
     assert lora.split(plain, frozen) == (frozen, {}) and lora.join(frozen, {}) is frozen
 
 
-@pytest.mark.parametrize("name, targets", [*((name, "all") for name in FAMILIES), ("gemma3", "q_proj,o_proj,down_proj")])
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        *(pytest.param(name, "all", marks=() if name == "vaultgemma_capped" else pytest.mark.slow) for name in FAMILIES),
+        ("gemma3", "q_proj,o_proj,down_proj"),
+    ],
+)
 def test_peft_loads_the_adapters_and_agrees(name, targets, tmp_path):
     if targets == "all" and name == "recurrent_gemma":
         targets = "q_proj,k_proj,linear_x,linear_y,linear_out,gate_proj"
@@ -120,7 +126,7 @@ def test_peft_loads_adapters_of_a_text_tower(tmp_path):
     np.testing.assert_allclose(theirs, ours, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gemma", "gemma3", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "recurrent_gemma"))])
 def test_folding_gives_the_same_function(name):
     config, trainable, frozen = adapted(name)
     parameters = lora.join(trainable, frozen)
