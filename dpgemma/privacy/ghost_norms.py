@@ -23,9 +23,9 @@ from dpgemma.privacy.operations import EMBEDDING, HEAD, LINEAR, PRECISION, VECTO
 from dpgemma.privacy.tracking import UntrackedUse, Use
 
 # Time of a floating-point operation of each way to a product's norm, relative to that of an ordinary product: "instantiate" forms the
-# gradient of one example and squares it, "gram" multiplies the T x T inner products of inputs and of cotangents. Measured on CPU by
-# experiments/benchmarks/norm_rules.py, taken from the compiler's cycles on TPU.
-COSTS = {"cpu": {"instantiate": 1.0, "gram": 1.0}, "tpu": {"instantiate": 1.7, "gram": 1.4}}
+# gradient of one example and squares it, "gram" multiplies the T x T inner products of inputs and of cotangents. On TPU from the
+# compiler's cycles for a layer of VaultGemma; elsewhere equal until experiments/benchmarks/norm_rules.py has said otherwise.
+COSTS = {"tpu": {"instantiate": 1.7, "gram": 1.4}}
 
 _ROUNDOFF = 2.0**-24
 # The largest number whose square is below the smallest normal float32.
