@@ -24,7 +24,7 @@ from dpgemma.privacy.tracking import UntrackedUse, Use
 
 # Time of a floating-point operation of each way to a product's norm, relative to that of an ordinary product: "instantiate" forms the
 # gradient of one example and squares it, "gram" multiplies the T x T inner products of inputs and of cotangents. On TPU from the
-# compiler's cycles for a layer of VaultGemma; elsewhere equal until experiments/benchmarks/norm_rules.py has said otherwise.
+# compiler's cycles for a layer of VaultGemma; equal on CPU (0.99 and 0.97 by experiments/benchmarks/norm_rules.py) and where not measured.
 COSTS = {"tpu": {"instantiate": 1.7, "gram": 1.4}}
 
 _ROUNDOFF = 2.0**-24
