@@ -120,8 +120,11 @@ def _marks(jaxpr, shards: dict):
         if eqn.primitive.name == "name" and eqn.params["name"].startswith(MAPPED) and eqn.invars[0].aval.ndim:
             name = eqn.params["name"].removeprefix(MAPPED)
             raise UntrackedUse(f"parameter {name} is used under vmap within one example: ghost norms need its rows in one call")
-        if eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK) and given[0]:
-            yield eqn.params["name"].removeprefix(MARK), given[0].layers.reshape(-1).tolist()
+        if eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK):
+            mark = eqn.params["name"].removeprefix(MARK)
+            if given[0] is None:  # it came out of something that is not followed, so nobody knows which layers it holds
+                raise _opened(mark.partition(":")[2])
+            yield mark, given[0].layers.reshape(-1).tolist()
             continue
         inner = [sub for value in eqn.params.values() for sub in _jaxprs(value)]
         for sub in inner:

@@ -1,4 +1,9 @@
-"""The gradient of one example together with its norm, which is taken piece by piece where the pieces are made."""
+"""The gradient of one example together with its norm, which is taken piece by piece where the pieces are made.
+
+Formal guarantee: the norm is that of the very arrays that are returned, whatever their type, up to the rounding that norms.margin bounds.
+Tested by tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm and
+tests/privacy/audit_test.py::test_pitfall_2_a_scan_measures_what_it_cannot_track_on_the_whole_gradient.
+"""
 
 import math
 

@@ -57,6 +57,8 @@ RAW_USES = {
     "before_an_operation": lambda p, x: operations.linear(x @ open_boxes(p["second"]["w"])[0], jnp.ones((2, 3))).sum(),
     "compared": lambda p, x: jnp.where(p["second"]["w"] == 0, 0.0, 1.0).sum(),
     "carried_by_a_loop": lambda p, x: jax.lax.scan(lambda w, _: (w, operations.linear(x, w).sum()), p["second"]["w"], None, 2)[1].sum(),
+    "handed_through_jit": lambda p, x: operations.linear(x, jax.jit(lambda box: box)(p["second"]["w"])).sum(),
+    "handed_through_cond": lambda p, x: operations.linear(x, jax.lax.cond(x.sum() > 0, lambda b: b, lambda b: b, p["second"]["w"])).sum(),
     "penalty": lambda p, x: sum((leaf**2).sum() for leaf in open_boxes(p)),
 }
 
