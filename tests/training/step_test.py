@@ -11,6 +11,7 @@ from accounting.mechanism import DpSgdMechanism
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy import noise
+from dpgemma.privacy.adaptive import AdaptiveClipping
 from dpgemma.training import loss as loss_lib
 from dpgemma.training import mesh as mesh_lib
 from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum
@@ -68,6 +69,27 @@ def expected_update(mask):
         g = flat(GRADIENT(params, {name: column[i] for name, column in batch.items()}))
         total = total + g * min(1, 0.5 / np.linalg.norm(g))
     return (total + 0.8 * 0.5 * flat(draws(params))) / 6
+
+
+def test_an_adapting_clip_norm_is_charged_noised_and_moved_as_written_out():
+    """Noise of 0.5 in all, of which the count's 6 / 20 units take so much that 0.9045 are left for the gradients."""
+    mechanism = dataclasses.replace(MECHANISM, noise_multiplier=0.5)
+    params, batch = problem()
+    gradients = [flat(GRADIENT(params, {name: column[i] for name, column in batch.items()})) for i in range(8)]
+    norms = np.array([np.linalg.norm(g) for g in gradients])
+    clip_norm = float(np.quantile(norms, 0.3))
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(LOSS, optimizer, mechanism, mesh_lib.make("data:1"), AdaptiveClipping(0.7, 0.5, 6), strategy="example_scan")
+    start = TrainState(params, optimizer.init(params), jnp.float32(clip_norm))
+    before, shapes = flat(params), [leaf.shape for leaf in jax.tree.leaves(params)]
+    state, _ = step(start, {}, batch, np.ones(8, bool), KEYS)
+    total = sum(g * min(1, clip_norm / norm) for g, norm in zip(gradients, norms, strict=True))
+    left = (0.5**-2 - (0.5 / 0.3) ** 2) ** -0.5
+    expected = (total + left * clip_norm * flat([noise.standard_normal(KEYS, i, shape) for i, shape in enumerate(shapes)])) / 6
+    np.testing.assert_allclose(before - flat(state.parameters), expected, atol=2e-6)
+    count = np.where(norms <= clip_norm, 0.5, -0.5).sum() + 0.3 * float(noise.standard_normal(KEYS, len(shapes), ()))
+    moved = clip_norm * np.exp(-0.2 * (np.clip(count / 6 + 0.5, 0, 1) - 0.7))
+    assert float(state.clip_norm) == pytest.approx(moved, rel=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
