@@ -57,6 +57,7 @@ class Accountant:
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
       group_size: k, units that one owner has at most; each is drawn by itself.
       bounds: names from accounting.support that may be used; by default all that hold.
+      claimed: False where noise was added but no guarantee is claimed: every epsilon is then infinite, and nothing is computed.
 
     Raises:
       InputError: a combination of sampler, neighbouring relation and bound that has no proof.
@@ -69,6 +70,7 @@ class Accountant:
         *,
         group_size: int = 1,
         bounds: Sequence[str] | None = None,
+        claimed: bool = True,
     ):
         self.mechanisms = (mechanisms,) if isinstance(mechanisms, DpSgdMechanism) else tuple(mechanisms)
         if not self.mechanisms or group_size < 1:
@@ -79,6 +81,7 @@ class Accountant:
             support.check(m.scheme, m.neighbouring_relation, bounds or (support.LOSS,), group_size)
             if group_size > m.num_units:
                 raise InputError(f"a group of {group_size} units is larger than the {m.num_units} units that there are")
+        self.claimed = claimed
         self._group_size = group_size
         self._bounds = bounds
         self._relative_width = relative_width
@@ -179,7 +182,7 @@ class Accountant:
         return tuple(taken.items())
 
     def _is_private(self, phases) -> bool:
-        return all(m.is_private for m, _ in phases)
+        return self.claimed and all(m.is_private for m, _ in phases)
 
     def _allows(self, bound: str, m: DpSgdMechanism) -> bool:
         return bound in support.allowed(m.scheme, m.neighbouring_relation, self._group_size) and bound in (self._bounds or support.BOUNDS)

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import DpSgdMechanism
 
@@ -49,11 +50,22 @@ class Executed:
         return self.steps <= self.planned.steps and all(m == dataclasses.replace(self.planned, steps=m.steps) for m in self.mechanisms)
 
     @property
+    def claims_privacy(self) -> bool:
+        """Whether noise was added towards a finite epsilon. With an infinite one the run answers for nothing, whatever its noise."""
+        return math.isfinite(self.declared["epsilon"])
+
+    def accountant(self) -> Accountant:
+        """That of what was executed; of the plan, where nothing was."""
+        return Accountant(self.mechanisms or (self.planned,), claimed=self.claims_privacy)
+
+    @property
     def deviations(self) -> list[str]:
         """What this run does but should not; empty is the goal."""
         m, found = self.planned, []
         if not m.is_private:
             found.append("non-private baseline: no noise is added and no guarantee holds")
+        elif not self.claims_privacy:
+            found.append("the target epsilon is infinite: noise is added, but no guarantee is claimed")
         elif self.delta > 1 / m.num_units:
             found.append(
                 f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish some unit in the"

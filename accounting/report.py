@@ -99,6 +99,11 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
             + (" and without clipping" if math.isinf(m.clip_norm) else "")
             + ". The model may reveal anything about its training data, and nothing of it should be released."
         )
+    if not executed.claims_privacy:
+        return (
+            f"NO PRIVACY CLAIMED: the target epsilon is infinite. Noise of {m.noise_multiplier:.6g} times the clip norm was added to"
+            " every sum, as in a study of what noise costs, but no guarantee was derived, and nothing should be released as private."
+        )
     held_out = declared.get("held_out_units")
     count = "An undisclosed number of" if held_out is None else held_out
     held = (

@@ -93,9 +93,10 @@ class _Audit:
         return float("inf") if value == "inf" else value if isinstance(value, (int, float, str)) else None
 
     def _derive(self, executed: Executed) -> EpsilonBracket:
+        claimed = executed.claims_privacy
         if executed.is_as_planned:
-            return self._accountant(executed.planned).epsilon(executed.delta, executed.steps)
-        return self._accountant(executed.mechanisms).epsilon(executed.delta)
+            return self._accountant(executed.planned, claimed=claimed).epsilon(executed.delta, executed.steps)
+        return self._accountant(executed.mechanisms, claimed=claimed).epsilon(executed.delta)
 
     def _ledger(self) -> tuple[list[ledger_lib.Line], Executed | None]:
         if not (self.workdir / "ledger.jsonl").is_file():

@@ -43,12 +43,26 @@ def _recurrent(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
     )  # fmt: skip
 
 
+def _ladder(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
+    """VaultGemma's block, small, on bytes: sizes for sweeps whose law is to be read off within an hour."""
+    return GemmaConfig(
+        vocab_size=260, d_model=d_model, num_heads=heads, num_kv_heads=heads, head_dim=d_model // heads, d_ff=d_ff, max_length=256,
+        layer_types=(FULL,) * layers, window=128, query_scalar=d_model // heads,
+    )  # fmt: skip
+
+
 PRESETS = {
     # VaultGemma's block at a size that trains in minutes on two cores; the vocabulary is the byte tokenizer's.
     "tiny": GemmaConfig(
         vocab_size=260, d_model=96, num_heads=4, num_kv_heads=4, head_dim=24, d_ff=256, max_length=256, layer_types=(FULL,) * 2,
         window=128, query_scalar=24,
     ),
+    "ladder_20k": _ladder(2, 24, 2, 64),
+    "ladder_45k": _ladder(2, 36, 2, 116),
+    "ladder_95k": _ladder(3, 48, 4, 128),
+    "ladder_200k": _ladder(4, 64, 4, 160),
+    "ladder_400k": _ladder(4, 88, 4, 240),
+    "ladder_850k": _ladder(5, 112, 4, 336),
     "vaultgemma_1b": GemmaConfig(
         vocab_size=256_000, d_model=1152, num_heads=4, num_kv_heads=4, head_dim=256, d_ff=6912, max_length=1024,
         layer_types=(FULL,) * 26, window=512, query_scalar=256,

@@ -67,6 +67,8 @@ def add_gaussian_noise(clipped: ClippedSum, noise_multiplier: float, key_data, c
     """Adds N(0, (noise_multiplier * sensitivity)^2) to every coordinate; nothing where noise_multiplier is zero (no privacy).
 
     Args:
+      noise_multiplier: a number; or a traced one, so that one compiled program serves any noise, whose caller has checked that it is
+        positive and finite.
       count_noise: standard deviation of the noise on a sum's count; must be given for a sum that has one.
 
     Raises:
@@ -77,13 +79,14 @@ def add_gaussian_noise(clipped: ClippedSum, noise_multiplier: float, key_data, c
         raise TypeError(f"noise goes on a ClippedSum, got {type(clipped).__name__}")
     if (clipped.count is None) != (count_noise is None):
         raise ValueError("a sum with a count needs count_noise, and only such a sum")
-    if noise_multiplier == 0:
+    traced = isinstance(noise_multiplier, jax.core.Tracer)
+    if not traced and noise_multiplier == 0:
         return NoisedSum(clipped.total, clipped.count)
     if count_noise is not None and not 0 < count_noise < float("inf"):
         raise ValueError(f"count_noise must be positive and finite, got {count_noise:g}")
     scale = noise_multiplier * clipped.sensitivity
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"noise multiplier {noise_multiplier:g} and sensitivity {clipped.sensitivity:g} give no finite noise")
+    if not (0 < clipped.sensitivity < float("inf") if traced else 0 < scale < float("inf")):
+        raise ValueError(f"noise multiplier {noise_multiplier} and sensitivity {clipped.sensitivity:g} give no finite noise")
     leaves, structure = jax.tree.flatten(clipped.total)
     noised = [leaf + scale * standard_normal(key_data, i, leaf.shape) for i, leaf in enumerate(leaves)]
     count = None if clipped.count is None else clipped.count + count_noise * standard_normal(key_data, len(leaves), ())

@@ -55,7 +55,9 @@ class TrainConfig:
     holdout_fraction: float = _setting(0.1, "Share of units held out for evaluation; they are not trained on and not covered.")
     neighbouring_relation: str = _setting("zero_out", "Neighbouring data sets.", mechanism_lib.RELATIONS)
     num_units: int | None = _setting(None, "Declared number of training units; needed under add_or_remove, where counting would leak.")
-    epsilon: float | None = _setting(8.0, "Target epsilon; inf (with --clip_norm=inf) trains the non-private baseline.")
+    epsilon: float | None = _setting(
+        8.0, "Target epsilon; inf (with --clip_norm=inf) trains the non-private baseline, and claims nothing whatever the noise."
+    )
     delta: float = _setting(1e-5, "Target delta.")
     noise_multiplier: float | None = _setting(None, "Noise on the sum, in clip norms; omitted, it is solved from epsilon and delta.")
     clip_norm: float = _setting(1.0, "L2 bound of each unit's gradient.")
@@ -141,8 +143,6 @@ class TrainConfig:
             raise InputError(
                 "--clip_norm=inf bounds nobody's influence, so no finite epsilon holds: give a finite --clip_norm, or --epsilon=inf"
             )
-        if self.noise_multiplier is not None and self.noise_multiplier > 0 and self.epsilon == math.inf:
-            raise InputError("--epsilon=inf means no noise: drop --noise_multiplier, or give a finite --epsilon")
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)

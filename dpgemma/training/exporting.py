@@ -11,7 +11,6 @@ import numpy as np
 
 from accounting import executed as executed_lib
 from accounting import report
-from accounting.accountant import Accountant
 from accounting.errors import InputError
 from dpgemma.gemma import hf_config, lora, weights
 from dpgemma.gemma.tokenizer import FILES, MODEL_FILE, Tokenizer
@@ -58,7 +57,7 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
                 f"checkpoint {model.step} belongs to another ledger than the one with {done.steps} steps: one of them was cut or exchanged;"
                 " run dpgemma audit"
             )
-        accountant = Accountant(done.mechanisms or (done.planned,))
+        accountant = done.accountant()
         content = report.build(done, accountant.epsilon(done.delta, done.steps), ledger.head)
         with folder(out) as temporary:
             if model.config.lora is not None and not merge:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import signal
 
 import jax
@@ -51,7 +52,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, start: StartingPoint, tokenizer, data: Dataset, run: RunDirectory):
         self.config, self.start, self.tokenizer, self.data, self.run = config, start, tokenizer, data, run
         self.mechanism = plan.mechanism_of(config)
-        self.accountant = Accountant(self.mechanism)
+        self.accountant = Accountant(self.mechanism, claimed=math.isfinite(config.epsilon))
         if self.accountant.upper(config.delta) > config.epsilon:
             raise InputError(f"{config.steps} steps would exceed epsilon {config.epsilon:g}: take fewer steps or start another run")
         self.mesh = mesh_lib.make(config.mesh)

@@ -72,6 +72,8 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
     if config.noise_multiplier is None:
         mechanism = calibration.noise_multiplier(mechanism, config.epsilon, config.delta)
         return dataclasses.replace(resolved, noise_multiplier=mechanism.noise_multiplier)
+    if math.isinf(config.epsilon):  # noise for its own sake: nothing is claimed, so nothing has to be kept to
+        return resolved
     if not epsilon_given:
         return dataclasses.replace(resolved, epsilon=Accountant(mechanism).upper(config.delta))
     affordable = calibration.steps(mechanism, config.epsilon, config.delta, largest=config.steps).steps
@@ -133,4 +135,8 @@ def summary(config: TrainConfig, start: StartingPoint, path) -> str:
         f"epsilon {config.epsilon:.4g} at delta {config.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
     )
     size = f"{m.num_units} units, batch {config.batch_size} (at most {m.max_batch_size}), {m.steps} steps"
-    return f"{start.name} in {path}: {size}, {privacy if m.is_private else 'NO PRIVACY (baseline)'}"
+    if not m.is_private:
+        privacy = "NO PRIVACY (baseline)"
+    elif math.isinf(config.epsilon):
+        privacy = f"NO PRIVACY CLAIMED, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
+    return f"{start.name} in {path}: {size}, {privacy}"

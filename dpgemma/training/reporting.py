@@ -19,7 +19,7 @@ def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = Non
     executed = executed_lib.of(ledger.records)
     mechanisms = executed.mechanisms or (executed.planned,)
     if accountant is None or accountant.mechanisms != mechanisms:
-        accountant = Accountant(mechanisms)
+        accountant = executed.accountant()
     content = report.build(executed, accountant.epsilon(executed.delta, executed.steps), ledger.head)
     if _is_current(run, ledger, with_page):
         return content
@@ -34,7 +34,7 @@ def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = Non
 
 
 def _page(executed, content: dict) -> str:
-    accountant = Accountant(executed.mechanisms or (executed.planned,))
+    accountant = executed.accountant()
     meaning = tables.meaning(accountant, executed.delta)
     points = figures.epsilon_points(accountant, executed.delta) if meaning.profile is not None else []
     return page.render(executed, content, meaning, points)

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -70,6 +71,24 @@ def sharded_clipped_sum(loss, trainable, frozen, batch, mask, clip_norm, mesh, *
     return on_each_device(*inputs)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """`step(state, frozen, batch, mask, noise_keys) -> (state, PrivateStats)`; the old state's memory is reused.
+
+    The noise multiplier is an argument of the compiled program and not a part of it, so that runs which differ in nothing else share one
+    program; it is fixed here, where the step is made.
+    """
+
+    program: Any
+    noise_multiplier: np.float32
+
+    def __call__(self, state: TrainState, frozen, batch, mask, noise_keys):
+        return self.program(state, frozen, batch, mask, noise_keys, self.noise_multiplier)
+
+    def lower(self, state: TrainState, frozen, batch, mask, noise_keys):
+        return self.program.lower(state, frozen, batch, mask, noise_keys, self.noise_multiplier)
+
+
 def make_train_step(
     loss,
     optimizer: optax.GradientTransformation,
@@ -77,8 +96,8 @@ def make_train_step(
     mesh,
     adaptive: AdaptiveClipping | None = None,
     **clipping_options,
-):
-    """Compiles `step(state, frozen, batch, mask, noise_keys) -> (state, PrivateStats)`; the old state's memory is reused.
+) -> TrainStep:
+    """The step of one mechanism, compiled when it is first called.
 
     Args:
       loss: loss(trainable, frozen, example) -> scalar, of one example alone; `frozen` are public parameters that stay as they are.
@@ -90,16 +109,21 @@ def make_train_step(
     if adaptive and clipping_options.get("scaling", clipping.CLIP) == clipping.AUTOMATIC:
         raise ValueError("automatic clipping has no clip norm that could adapt")
 
-    def dp_train_step(state: TrainState, frozen, batch, mask, noise_keys):
+    noise_multiplier = adaptive.gradient_noise_multiplier if adaptive else mechanism.noise_multiplier
+    if not 0 <= noise_multiplier < float("inf"):
+        raise ValueError(f"the noise multiplier must be finite and not negative, got {noise_multiplier}")
+    noisy = noise_multiplier > 0
+
+    def dp_train_step(state: TrainState, frozen, batch, mask, noise_keys, noise_multiplier):
         clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, mechanism.clip_norm, mesh, **clipping_options)
-        noised = noise.add_gaussian_noise(clipped, mechanism.noise_multiplier, noise_keys)
+        noised = noise.add_gaussian_noise(clipped, noise_multiplier if noisy else 0.0, noise_keys)
         mean = noise.divide(noised, mechanism.expected_batch_size)
         return state.apply(optimizer, mean), clipped.stats
 
-    def adaptive_train_step(state: TrainState, frozen, batch, mask, noise_keys):
+    def adaptive_train_step(state: TrainState, frozen, batch, mask, noise_keys, noise_multiplier):
         options = clipping_options | {"scaling": clipping.NORMALISE, "counted": True}
         clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, state.clip_norm, mesh, **options)
-        noised = noise.add_gaussian_noise(clipped, adaptive.gradient_noise_multiplier, noise_keys, adaptive.count_noise)
+        noised = noise.add_gaussian_noise(clipped, noise_multiplier, noise_keys, adaptive.count_noise)
         mean = noise.divide(noised, mechanism.expected_batch_size)
         if clipping_options.get("scaling", clipping.CLIP) == clipping.CLIP:
             mean = noise.scale(mean, state.clip_norm)  # the gradients were divided by it, so that their sensitivity is a constant
@@ -107,9 +131,10 @@ def make_train_step(
         return state.apply(optimizer, mean), clipped.stats
 
     replicated, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return jax.jit(
+    program = jax.jit(
         adaptive_train_step if adaptive else dp_train_step,
         donate_argnums=0,
-        in_shardings=(replicated, replicated, spread, spread, replicated),
+        in_shardings=(replicated, replicated, spread, spread, replicated, replicated),
         out_shardings=(replicated, replicated),
     )
+    return TrainStep(program, np.float32(noise_multiplier))

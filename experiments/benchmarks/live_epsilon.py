@@ -16,9 +16,8 @@ import time
 
 def measure(steps: int, batch_size: int) -> dict:
     from accounting.curve import EpsilonCurve
-    from dpgemma.commands import train
     from dpgemma.training import config as config_lib
-    from dpgemma.training import loop
+    from dpgemma.training import loop, prepare
 
     spent, first_and_last = [], []
     at = EpsilonCurve.at
@@ -40,7 +39,7 @@ def measure(steps: int, batch_size: int) -> dict:
     EpsilonCurve.at, loop.Trainer._take_steps = timed, timed_steps
     with tempfile.TemporaryDirectory() as folder:
         settings = config_lib.TrainConfig(steps=steps, batch_size=batch_size)
-        trainer = train.prepare(settings, str(pathlib.Path(folder) / "run"))
+        trainer = prepare.prepare(settings, str(pathlib.Path(folder) / "run"))
         trainer.train()
         certified = [trainer.accountant.epsilon(trainer.config.delta, t).upper for t in (1, steps // 3, steps)]
         curve = EpsilonCurve(trainer.accountant, trainer.config.delta)

@@ -63,7 +63,6 @@ BAD_TRAINING = {
     "batch above the data": (["--batch_size=4000"], "exceeds the"),
     "unreachable epsilon": (["--epsilon=1e-3", "--delta=1e-12", "--max_batch_size=8", "--batch_size=8"], "no noise reaches"),
     "infinite clip norm": (["--clip_norm=inf"], "bounds nobody"),
-    "noise without privacy": (["--epsilon=inf", "--noise_multiplier=1"], "drop --noise_multiplier"),
     "unknown flag": (["--epsilom=3"], "epsilom"),
     "malformed number": (["--epsilon=eight"], "not a number"),
     "not a number": (["--epsilon=nan"], "not a number"),

@@ -1,0 +1,156 @@
+"""The grid of a sweep, as a TOML file declares it: every run is one configuration of the ordinary trainer.
+
+    [sweep]
+    public_data = true              # nobody's privacy is at stake in these data
+
+    [train]                         # settings of `dpgemma train` that all runs share
+    data = "corpus.txt"
+    sequence_length = 64
+    batch_size = 32                 # the physical batch, the same for all
+
+    [[grid]]                        # every combination of the lists; further [[grid]] tables add to them
+    model = ["ladder_20k", "ladder_95k"]
+    noise_batch_ratio = [0, "2^-7", "2^-5"]
+    learning_rate = ["2^-7", "2^-8"]
+    steps = 640
+    held_out = false                # true: trained, but left out of the law, to test it
+
+Noise is injected as a noise-batch ratio, the standard deviation of the noise on the mean gradient in clip norms: runs with the same
+ratio have the same dynamics whatever their (epsilon, delta), and privacy is accounted for afterwards (arXiv 2501.18914, section 2).
+"""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import re
+import tomllib
+
+from accounting.errors import InputError
+from dpgemma.training.config import TrainConfig
+
+_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
+# What a grid says in terms of the noise-batch ratio, a setting of the same run may not say too.
+_DERIVED = ("noise_multiplier", "epsilon")
+RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One configuration: its settings, and whether the law is to be tested on it instead of fitted to it."""
+
+    config: TrainConfig
+    held_out: bool = False
+
+    @property
+    def id(self) -> str:
+        """The first digits of the settings' hash: the name of the run's folder."""
+        return self.config.digest()[:12]
+
+    @property
+    def noise_batch_ratio(self) -> float:
+        return self.config.noise_multiplier / self.config.batch_size
+
+    def arguments(self, workdir: str) -> list[str]:
+        """The `dpgemma` command that is this run, without the program's name."""
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        # The target is always said: with a noise multiplier, an omitted epsilon would be solved for.
+        given = {name: value for name, value in self.config.as_dict().items() if value != defaults[name] or name == "epsilon"}
+        return ["train", *(f"--{name}={value}" for name, value in given.items() if value is not None), f"--workdir={workdir}"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Attributes:
+    runs: in the order of the file, each once.
+    public_data: whether the data are declared to be nobody's secret.
+    """
+
+    runs: tuple[Run, ...]
+    public_data: bool
+
+
+def read(path: pathlib.Path) -> Grid:
+    """The grid of a TOML file.
+
+    Raises:
+      InputError: no such file, no TOML, or settings that do not exist or do not go together; nothing has been run then.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give the TOML file of a sweep") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no TOML: {error}") from None
+    return parse(content, str(path))
+
+
+def parse(content: dict, where: str) -> Grid:
+    """The grid of a TOML file's content."""
+    unknown = [name for name in content if name not in ("sweep", "train", "grid")]
+    if unknown:
+        raise InputError(f"{where} has an unknown table [{unknown[0]}]: use [sweep], [train] and [[grid]]")
+    sweep, shared, tables = content.get("sweep", {}), content.get("train", {}), content.get("grid", [])
+    unknown = [name for name in sweep if name != "public_data"]
+    if unknown:
+        raise InputError(f"{where}: [sweep] has no setting {unknown[0]!r}: it knows public_data")
+    if not isinstance(sweep.get("public_data"), bool):
+        raise InputError(
+            f"{where}: [sweep] must say public_data = true (nobody's privacy is at stake) or false (the report then adds up every run)"
+        )
+    if not (isinstance(tables, list) and tables):
+        raise InputError(f"{where} declares no run: add a [[grid]] table with model, noise_batch_ratio, learning_rate and steps")
+    runs: dict[str, Run] = {}
+    for table in tables:
+        for run in _runs(shared, table, where):
+            # A configuration that is named twice is one run; it tests the law only if no table wants it fitted.
+            known = runs.get(run.id)
+            runs[run.id] = run if known is None else dataclasses.replace(run, held_out=known.held_out and run.held_out)
+    return Grid(tuple(runs.values()), sweep["public_data"])
+
+
+def _runs(shared: dict, table: dict, where: str) -> list[Run]:
+    given = {**shared, **table}
+    held_out = given.pop(HELD_OUT, False)
+    if not isinstance(held_out, bool):
+        raise InputError(f"{where}: held_out must be true or false, got {held_out!r}")
+    for name in given:
+        if name in _DERIVED:
+            raise InputError(f"{where}: {name} is not a grid's to set: give noise_batch_ratio, and account for privacy afterwards")
+        if name not in _FIELDS | {RATIO}:
+            raise InputError(f"{where}: {name!r} is no setting of dpgemma train: dpgemma train --help lists them")
+    if RATIO not in given:
+        raise InputError(f'{where}: a [[grid]] needs noise_batch_ratio, such as [0, "2^-8", "2^-6"]')
+    axes = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    runs = []
+    for values in itertools.product(*axes.values()):
+        settings = {name: _value(name, value, where) for name, value in zip(axes, values, strict=True)}
+        runs.append(Run(_config(settings, where), held_out))
+    return runs
+
+
+def _config(settings: dict, where: str) -> TrainConfig:
+    ratio = settings.pop(RATIO)
+    if not 0 <= ratio < math.inf:
+        raise InputError(f"{where}: noise_batch_ratio must be finite and not negative, got {ratio}")
+    try:
+        config = TrainConfig(**settings, epsilon=math.inf, noise_multiplier=0.0)
+        if math.isinf(config.clip_norm):
+            raise InputError("noise is measured in clip norms: clip_norm must be finite, at noise_batch_ratio 0 too")
+        return dataclasses.replace(config, noise_multiplier=ratio * config.batch_size)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise InputError(f"{where}: a setting has a value of the wrong kind ({error})") from None
+
+
+def _value(name: str, value, where: str):
+    """A setting's value; powers may be written as text, such as "2^-7"."""
+    if name in (RATIO, "learning_rate", "clip_norm") and isinstance(value, str):
+        power = re.fullmatch(r"\s*(\d+)\s*\^\s*(-?\d+(?:\.\d+)?)\s*", value)
+        if not power:
+            raise InputError(f'{where}: {name} must be a number or a power such as "2^-7", got {value!r}')
+        return float(power[1]) ** float(power[2])
+    if isinstance(value, (dict, list)):
+        raise InputError(f"{where}: {name} must be a value or a list of values, got {value!r}")
+    return float(value) if name in (RATIO, "learning_rate", "clip_norm") and isinstance(value, int) else value
