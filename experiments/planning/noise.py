@@ -1,0 +1,174 @@
+"""The noise multiplier as a function of steps and sampling probability, for searches: estimated on a lattice, interpolated, kept.
+
+The lattice is the same for all searches with one (epsilon, delta), so that each pays only for the nodes that no search before has asked
+for. A node is the saddle-point estimate where that converges, and else the loss-distribution accountant's upper bound on a coarse grid; the
+two agree within half a percent. No number from here is a guarantee: `certified` is.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+from scipy import optimize
+
+from accounting import calibration, saddlepoint
+from accounting.accountant import Accountant
+from accounting.errors import InputError
+from accounting.mechanism import DpSgdMechanism
+
+# Distance of lattice nodes, in ln T and in ln q.
+SPACING = math.log(2.5)
+_LARGE = 10**15  # units of a data set that stands for a sampling probability alone
+_INTERVAL = 4e-3  # of the loss grid; fine enough for the small noise at which the saddle point fails
+_VERSION = 1
+
+
+class NoiseSurface:
+    """sigma(steps, q) for one budget, under Poisson sampling.
+
+    Args:
+      epsilon, delta: the budget.
+      cache: folder where nodes are kept between processes; None keeps them in memory alone.
+    """
+
+    def __init__(self, epsilon: float, delta: float, cache: pathlib.Path | None = None):
+        if not (0 < epsilon < math.inf and 0 < delta < 1):
+            raise InputError(f"a budget needs a positive finite epsilon and a delta between 0 and 1, got ({epsilon:g}, {delta:g})")
+        self.epsilon, self.delta = epsilon, delta
+        self._file = None if cache is None else cache / f"noise_{_name(epsilon, delta)}.json"
+        self._nodes = _read(self._file)
+
+    def __call__(self, steps, sampling_probability) -> np.ndarray:
+        """Noise multipliers, shape of the arguments; NaN where q is above 1 or no noise of a sensible size is enough."""
+        t, q = np.broadcast_arrays(np.asarray(steps, float), np.asarray(sampling_probability, float))
+        possible = (t >= 1) & (q > 0) & (q <= 1)
+        u, v = np.log(np.where(possible, t, 1.0)) / SPACING, np.log(np.where(possible, q, 1.0)) / SPACING
+        first_u, weights_u = _cubic(u, lowest=0)
+        first_v, weights_v = _cubic(v, highest=0)
+        wanted = {(i, j) for i, j in zip(first_u[possible].ravel().tolist(), first_v[possible].ravel().tolist(), strict=True)}
+        self._compute({(i + a, j + b) for i, j in wanted for a in range(4) for b in range(4)})
+        total = np.zeros(u.shape)
+        for a in range(4):
+            for b in range(4):
+                # Nodes are looked up once for each distinct pair, not once for each point.
+                total += weights_u[a] * weights_v[b] * self._at(first_u + a, first_v + b, possible)
+        return np.where(possible, np.exp(total), np.nan)
+
+    def _at(self, i, j, possible) -> np.ndarray:
+        pairs = np.stack([i[possible], j[possible]], axis=-1)
+        unique, inverse = np.unique(pairs, axis=0, return_inverse=True)
+        values = np.array([self._nodes[int(a), int(b)] for a, b in unique] or [0.0])
+        found = np.zeros(i.shape)
+        found[possible] = values[inverse.reshape(-1)] if len(unique) else 0.0
+        return found
+
+    def _compute(self, nodes: set[tuple[int, int]]) -> None:
+        missing = sorted(nodes - self._nodes.keys())
+        if not missing:
+            return
+        t, q = (np.exp(SPACING * np.array(axis, float)) for axis in zip(*missing, strict=True))
+        estimates, reliable = saddlepoint.noise_multiplier(self.epsilon, self.delta, q, t)
+        for node, steps, probability, sigma, good in zip(missing, t, q, estimates, reliable, strict=True):
+            if not good:
+                sigma = self._by_losses(steps, probability, sigma)
+            self._nodes[node] = math.log(sigma) if math.isfinite(sigma) else math.nan
+        _write(self._file, self._nodes)
+
+    def _by_losses(self, steps: float, probability: float, guess: float) -> float:
+        """The same by the accountant, to the tolerance of a search."""
+
+        def excess(log_sigma: float) -> float:
+            mechanism = DpSgdMechanism(_LARGE, probability * _LARGE, None, math.exp(log_sigma), 1.0, max(1, round(steps)))
+            epsilon = Accountant(mechanism).upper(self.delta, interval=_INTERVAL)
+            return math.log(max(epsilon, 1e-9) / self.epsilon) if math.isfinite(epsilon) else 50.0
+
+        start = math.log(guess) if math.isfinite(guess) else 0.0
+        low, high, step = start, start, 0.05
+        if excess(start) > 0:
+            while excess(high) > 0:
+                low, high, step = high, high + step, 2 * step
+                if high > math.log(saddlepoint.LARGEST_NOISE):
+                    return math.nan
+        else:
+            while excess(low) <= 0:
+                low, high, step = low - step, low, 2 * step
+                if low < math.log(saddlepoint.SMALLEST_NOISE):
+                    return math.nan
+        return math.exp(optimize.brentq(excess, low, high, xtol=3e-3))
+
+
+def lower_of_both(surface: NoiseSurface, steps, sampling_probability) -> np.ndarray:
+    """The smaller of the noise under Poisson sampling and the noise of batches that are laid out beforehand, without any help of sampling.
+
+    That is the calibration of arXiv 2501.18914, appendix B.1. This package trains with Poisson batches alone.
+    """
+    releases = np.maximum(np.ceil(np.asarray(steps) * np.asarray(sampling_probability)), 1)
+    fixed = saddlepoint.gaussian_noise_multiplier(surface.epsilon, surface.delta, releases)
+    return np.fmin(surface(steps, sampling_probability), np.where(np.asarray(sampling_probability) <= 1, fixed, np.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class Certified:
+    """A noise multiplier that provably meets the budget, and the epsilon that it gives."""
+
+    noise_multiplier: float
+    epsilon: float
+
+
+def certified(num_units: int, batch_size: float, steps: int, epsilon: float, delta: float, relation: str) -> Certified:
+    """The smallest noise multiplier whose upper epsilon, by the accountant, is within the budget; plain Poisson sampling."""
+    mechanism = DpSgdMechanism(num_units, batch_size, None, 1.0, 1.0, steps, relation)
+    found = calibration.noise_multiplier(mechanism, epsilon, delta)
+    return Certified(found.noise_multiplier, Accountant(found).upper(delta))
+
+
+def default_cache() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dpgemma"
+
+
+def _cubic(x, lowest: int | None = None, highest: int | None = None):
+    """First of four neighbouring nodes around each x, and the four weights of Lagrange's cubic through them."""
+    first = np.floor(x).astype(int) - 1
+    if lowest is not None:
+        first = np.maximum(first, lowest)
+    if highest is not None:
+        first = np.minimum(first, highest - 3)
+    s = x - first
+    weights = (
+        -(s - 1) * (s - 2) * (s - 3) / 6,
+        s * (s - 2) * (s - 3) / 2,
+        -s * (s - 1) * (s - 3) / 2,
+        s * (s - 1) * (s - 2) / 6,
+    )
+    return first, weights
+
+
+def _name(epsilon: float, delta: float) -> str:
+    return hashlib.sha256(json.dumps([_VERSION, SPACING, epsilon, delta]).encode()).hexdigest()[:16]
+
+
+def _read(path: pathlib.Path | None) -> dict[tuple[int, int], float]:
+    try:
+        stored = json.loads(path.read_text()) if path else {}
+        return {tuple(map(int, key.split(","))): math.nan if value is None else float(value) for key, value in stored.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write(path: pathlib.Path | None, nodes: dict[tuple[int, int], float]) -> None:
+    """Keeps the nodes; a folder that cannot be written costs another computation, not the search."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        # Another search may have kept nodes of its own meanwhile.
+        merged = _read(path) | nodes
+        temporary.write_text(json.dumps({f"{i},{j}": None if math.isnan(x) else x for (i, j), x in merged.items()}))
+        temporary.replace(path)
+    except OSError:
+        pass
