@@ -39,6 +39,7 @@ class NoiseSurface:
         if not (0 < epsilon < math.inf and 0 < delta < 1):
             raise InputError(f"a budget needs a positive finite epsilon and a delta between 0 and 1, got ({epsilon:g}, {delta:g})")
         self.epsilon, self.delta = epsilon, delta
+        self.cache = cache
         self._file = None if cache is None else cache / f"noise_{_name(epsilon, delta)}.json"
         self._nodes = _read(self._file)
 

@@ -1,0 +1,121 @@
+"""From a results table to a law that says how far it can be trusted."""
+
+import dataclasses
+import json
+import pathlib
+
+from accounting.errors import InputError
+from experiments.laws import forms, points, validation
+from experiments.laws.law import Interpolated, SemiParametric, fit_semiparametric
+from experiments.laws.points import Points
+from experiments.laws.validation import Error
+from experiments.planning import optimum
+from experiments.planning.optimum import NonPrivate
+from experiments.sweep import results
+from experiments.sweep.results import BATCH, Table
+
+# The sweep of this package: its grid, its table, the law fitted to it.
+SHIPPED = pathlib.Path(__file__).parent.parent / "shakespeare"
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedLaw:
+    """A law with what a plan must say beside its predictions.
+
+    Attributes:
+      law: of the loss and the learning rate.
+      errors: of points that were left out, by kind (validation.cross_validate).
+      non_private: Chinchilla's form of the runs without noise.
+      sizes: the models that were trained, by name.
+      sequence_length: tokens of a row; compute is counted with it.
+      physical_batch: rows of a batch that the runs were trained with, whatever batch their noise stands for.
+    """
+
+    law: SemiParametric
+    errors: dict[str, Error]
+    non_private: NonPrivate
+    sizes: dict[str, float]
+    sequence_length: int
+    physical_batch: float
+
+    def save(self, path: pathlib.Path) -> None:
+        content = {
+            "law": self.law.as_dict(),
+            "errors": {kind: dataclasses.asdict(error) for kind, error in self.errors.items()},
+            "non_private": dataclasses.asdict(self.non_private),
+            "sizes": self.sizes,
+            "sequence_length": self.sequence_length,
+            "physical_batch": self.physical_batch,
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load(path: pathlib.Path) -> FittedLaw:
+    """A law that was saved.
+
+    Raises:
+      InputError: no such file, or one that holds something else.
+    """
+    try:
+        stored = json.loads(path.read_text())
+        return FittedLaw(
+            SemiParametric.from_dict(stored["law"]),
+            {kind: Error(**error) for kind, error in stored["errors"].items()},
+            NonPrivate(**stored["non_private"]),
+            stored["sizes"],
+            stored["sequence_length"],
+            stored["physical_batch"],
+        )
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give the law that dpgemma sweep has fitted, or a results table") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} holds no law: give the law.json of a sweep, or a results table (.csv or .parquet)") from None
+
+
+def best_form(measured: Points) -> tuple[str, dict[str, Error]]:
+    """The trend with which points that are left out are predicted best, and its errors.
+
+    What counts is the sum over the kinds of going beyond the data of the 90 % errors.
+    """
+    found = {}
+    for name in forms.FORMS:
+        found[name] = validation.cross_validate(measured, lambda some, name=name: fit_semiparametric(some, name))
+    return min(found.items(), key=lambda item: sum(error.ninety for error in item[1].values()))
+
+
+def fit(table: Table) -> FittedLaw:
+    """The default law of a table: points by the revised pipeline, the trend that predicts best, the residual interpolated.
+
+    Raises:
+      InputError: too few models, steps or noise levels to say anything.
+    """
+    measured = points.revised(table)
+    needed = {"model sizes": (measured.parameters, 2), "numbers of steps": (measured.steps, 4), "noise levels": (measured.ratio, 3)}
+    for name, (values, least) in needed.items():
+        count = len(set(values.tolist()))
+        if count < least:
+            raise InputError(f"a law needs at least {least} {name}, the table has {count}: run a larger sweep")
+    form, errors = best_form(measured)
+    batch = float(table[BATCH][0]) if BATCH in table.columns else 1024.0
+    return FittedLaw(
+        law=fit_semiparametric(measured, form),
+        errors=errors,
+        non_private=optimum.fit_non_private(measured, batch * table.sequence_length),
+        sizes=table.rows(~table.held_out).sizes,
+        sequence_length=table.sequence_length,
+        physical_batch=batch,
+    )
+
+
+def fit_published(table: Table) -> Interpolated:
+    """The published pipeline, step for step: no parabola, no trend, interpolation alone."""
+    return Interpolated(points.published(table))
+
+
+def of_file(path: pathlib.Path | None) -> FittedLaw:
+    """The law of a file: one that was fitted, or a results table that is fitted now; None for the law that this package ships."""
+    if path is None:
+        return load(SHIPPED / "law.json")
+    if path.suffix in (".csv", ".parquet"):
+        return fit(results.read(path))
+    return load(path)

@@ -1,0 +1,303 @@
+"""Laws: the loss, and the best learning rate, of a model size, a number of steps and a noise-batch ratio.
+
+`Interpolated` is the published pipeline: power laws in the steps, and linear interpolation of logarithms between what was measured
+(arXiv 2501.18914, section 3 and its code). `SemiParametric` is a parametric form, and between the measured points what it leaves
+unexplained, interpolated; outside of them the form, shifted by what it leaves unexplained at the edge.
+"""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import numpy as np
+from scipy import interpolate, optimize
+
+from accounting.errors import InputError
+from experiments.laws import forms
+from experiments.laws.points import Points
+
+# Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and believed up to this
+# multiple of it (8,192,000).
+_FIT_FROM, _LONGEST = 1 / 8, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """What was measured: the least and the most parameters, steps and noise-batch ratio."""
+
+    parameters: tuple[float, float]
+    steps: tuple[float, float]
+    ratio: tuple[float, float]
+
+    @classmethod
+    def of(cls, points: Points) -> "Domain":
+        return cls(*((float(x.min()), float(x.max())) for x in (points.parameters, points.steps, points.ratio)))
+
+    def contains(self, parameters, steps, ratio) -> np.ndarray:
+        """Mask of the configurations that lie within, ends included."""
+        slack = 1 + 1e-9
+        within = lambda x, ends: (np.asarray(x) * slack >= ends[0]) & (np.asarray(x) <= ends[1] * slack)
+        return within(parameters, self.parameters) & within(steps, self.steps) & within(ratio, self.ratio)
+
+    def leaves(self, parameters: float, steps: float, ratio: float) -> list[str]:
+        """In words, in what one configuration lies outside."""
+        values = {"model size": (parameters, self.parameters), "steps": (steps, self.steps), "noise-batch ratio": (ratio, self.ratio)}
+        return [
+            f"{name} {value:.4g} is outside of {ends[0]:.4g} to {ends[1]:.4g}"
+            for name, (value, ends) in values.items()
+            if not ends[0] / (1 + 1e-9) <= value <= ends[1] * (1 + 1e-9)
+        ]
+
+
+class Law(Protocol):
+    """What searches need of a law. All arguments broadcast."""
+
+    domain: Domain
+
+    def loss(self, parameters, steps, ratio) -> np.ndarray: ...
+
+    def learning_rate(self, parameters, steps, ratio) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRate:
+    """log2 of the best learning rate, as a quadratic of ln M, ln T and the logarithm of the noise, fitted across all runs.
+
+    Attributes:
+      coefficients: of the monomials, in the order of _monomials.
+      centre, width: by which each variable is made of order one.
+      floor: noise-batch ratio below which less noise makes no difference.
+      ends: log2 of the lowest and the highest rate that was tried, each moved out by one factor of two.
+    """
+
+    coefficients: tuple[float, ...]
+    centre: tuple[float, ...]
+    width: tuple[float, ...]
+    floor: float
+    ends: tuple[float, float]
+
+    def __call__(self, parameters, steps, ratio) -> np.ndarray:
+        value = _monomials(self._variables(parameters, steps, ratio)) @ np.array(self.coefficients)
+        return 2.0 ** np.clip(value, *self.ends)
+
+    def _variables(self, parameters, steps, ratio) -> np.ndarray:
+        return (_logs(parameters, steps, ratio, self.floor) - np.array(self.centre)) / np.array(self.width)
+
+
+def fit_learning_rate(points: Points) -> LearningRate:
+    """By least squares; a variable of which there are too few values has no square."""
+    noisy = points.ratio[points.ratio > 0]
+    floor = float(noisy.min()) if len(noisy) else 1.0
+    raw = _logs(points.parameters, points.steps, points.ratio, floor)
+    centre, width = raw.mean(axis=0), np.maximum(raw.std(axis=0), 1e-9)
+    design, target = _monomials((raw - centre) / width), np.log2(points.learning_rate)
+    ridge = 1e-3 * math.sqrt(len(points)) * np.eye(design.shape[1])
+    coefficients = np.linalg.lstsq(np.vstack([design, ridge]), np.concatenate([target, np.zeros(len(ridge))]), rcond=None)[0]
+    ends = float(target.min()) - 1, float(target.max()) + 1
+    return LearningRate(*(tuple(map(float, x)) for x in (coefficients, centre, width)), floor, ends)
+
+
+def _logs(parameters, steps, ratio, floor: float) -> np.ndarray:
+    columns = np.broadcast_arrays(np.log(parameters), np.log(steps), 0.5 * np.log(np.square(ratio) + floor**2))
+    return np.stack(columns, axis=-1).astype(float)
+
+
+def _monomials(x: np.ndarray) -> np.ndarray:
+    """1, the variables, their squares and products."""
+    pairs = [x[..., i] * x[..., j] for i in range(3) for j in range(i, 3)]
+    return np.stack([np.ones(x.shape[:-1]), *np.moveaxis(x, -1, 0), *pairs], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """L(T) = E + A / T^alpha."""
+
+    floor: float
+    factor: float
+    exponent: float
+
+    def __call__(self, steps) -> np.ndarray:
+        return self.floor + self.factor * np.asarray(steps, float) ** -self.exponent
+
+
+def fit_power_law(steps: np.ndarray, loss: np.ndarray, floor: float | None = None) -> PowerLaw:
+    """Least squares, with E, A and alpha not negative; E may be given."""
+    if len(steps) < (2 if floor is not None else 3):
+        raise InputError("a power law in the steps needs at least three points: keep more of each curve")
+    low = min(loss) * (1 - 1e-6)
+    if floor is not None:
+        fixed = min(floor, low)
+        slope, intercept = np.polyfit(np.log(steps), np.log(np.maximum(loss - fixed, 1e-12)), 1)
+        start = [max(-slope, 1e-3), math.log(max(math.exp(intercept), 1e-12))]
+        of = lambda x: fixed + np.exp(x[1] - x[0] * np.log(steps))
+        found = optimize.least_squares(lambda x: of(x) / loss - 1, start, bounds=([0, -40], [10, 80]))
+        return PowerLaw(fixed, math.exp(found.x[1]), found.x[0])
+    centre = float(np.exp(np.log(steps).mean()))
+    of = lambda x: x[0] + np.exp(x[1] - x[2] * np.log(steps / centre))
+    fits = [
+        optimize.least_squares(
+            lambda x: of(x) / loss - 1,
+            [share * low, math.log(max(loss.mean() - share * low, 1e-9)), 0.3],
+            bounds=([0, -40, 0], [low, 80, 10]),
+        )
+        for share in (0.9, 0.5, 0.1)
+    ]
+    x = min(fits, key=lambda fit: fit.cost).x
+    return PowerLaw(float(x[0]), math.exp(x[1]) * centre ** x[2], float(x[2]))
+
+
+class Interpolated:
+    """Steps 3 and 4 of the published pipeline.
+
+    Per model, the floor of the curve without noise (of the least noise, where none is without) is shared by all its noise levels. NaN
+    outside of what was measured, except for steps, which the power laws extend.
+    """
+
+    name = "interpolated"
+
+    def __init__(self, points: Points):
+        self.domain = Domain.of(points)
+        self._rate = fit_learning_rate(points)
+        sizes, ratios = np.unique(points.parameters), np.unique(points.ratio)
+        last = points.steps.max()
+        beyond = last * 2.0 ** np.arange(1, int(math.log2(_LONGEST)) + 1)
+        steps = np.concatenate([np.unique(points.steps), beyond])
+        loss = np.full((len(sizes), len(steps), len(ratios)), np.nan)
+        for i, size in enumerate(sizes):
+            of_size = points.where(points.parameters == size)
+            floor = None
+            for k, ratio in enumerate(ratios):
+                curve = of_size.where(of_size.ratio == ratio)
+                if not len(curve):
+                    continue
+                loss[i, np.searchsorted(steps, curve.steps), k] = curve.loss
+                late = curve.where(curve.steps >= _FIT_FROM * last)
+                if len(late) < 3:
+                    continue
+                law = fit_power_law(late.steps, late.loss, floor)
+                floor = law.floor if floor is None else floor
+                loss[i, len(steps) - len(beyond) :, k] = law(beyond)
+        self._sizes, self._steps, self._ratios = sizes, steps, ratios
+        noisy = ratios > 0
+        filled = _filled(np.log(loss[:, :, noisy]), np.log(ratios[noisy])) if noisy.any() else None
+        axes = (np.log(sizes), np.log(steps))
+        regular = lambda axes, values: interpolate.RegularGridInterpolator(axes, values, bounds_error=False, fill_value=np.nan)
+        self._noisy = regular((*axes, np.log(ratios[noisy])), filled) if noisy.sum() > 1 else None
+        self._clean = regular(axes, np.log(loss[:, :, 0])) if ratios[0] == 0 else None
+
+    def loss(self, parameters, steps, ratio) -> np.ndarray:
+        m, t, r = np.broadcast_arrays(*(np.asarray(x, float) for x in (parameters, steps, ratio)))
+        result = np.full(m.shape, np.nan)
+        clean = r == 0
+        if self._noisy is not None:
+            result[~clean] = np.exp(self._noisy(np.log(np.stack([m[~clean], t[~clean], r[~clean]], axis=-1))))
+        if self._clean is not None:
+            result[clean] = np.exp(self._clean(np.log(np.stack([m[clean], t[clean]], axis=-1))))
+        return result
+
+    def learning_rate(self, parameters, steps, ratio) -> np.ndarray:
+        return self._rate(parameters, steps, ratio)
+
+
+def _filled(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Missing cells between two noise levels, by linear interpolation along the noise."""
+    filled = values.copy()
+    for line in filled.reshape(-1, values.shape[-1]):
+        known = np.isfinite(line)
+        if 2 <= known.sum() < len(line):
+            inside = (x >= x[known].min()) & (x <= x[known].max()) & ~known
+            line[inside] = np.interp(x[inside], x[known], line[known])
+    return filled
+
+
+@dataclasses.dataclass(frozen=True)
+class SemiParametric:
+    """A parametric trend, times what it leaves unexplained, interpolated between the measured points and constant beyond their edges.
+
+    Attributes:
+      trend: the fitted form.
+      axes: of the residual: ln M, ln T, and the place of the noise (noise_axis).
+      residual: ln of measured over trend on those axes, array of their shape.
+      rate: of the best learning rate.
+    """
+
+    trend: forms.Parametric
+    axes: tuple[np.ndarray, np.ndarray, np.ndarray]
+    residual: np.ndarray
+    rate: LearningRate
+    domain: Domain
+
+    name = "semiparametric"
+
+    def loss(self, parameters, steps, ratio) -> np.ndarray:
+        m, t, r = np.broadcast_arrays(*(np.asarray(x, float) for x in (parameters, steps, ratio)))
+        trend = self.trend.loss(m, t, r)
+        places = (np.log(m), np.log(t), self._noise_axis(r))
+        inside = [np.clip(x, axis[0], axis[-1]) for x, axis in zip(places, self.axes, strict=True)]
+        # Axes of one value cannot be interpolated along, and need not be.
+        kept = [i for i, axis in enumerate(self.axes) if len(axis) > 1]
+        if not kept:
+            return trend * np.exp(self.residual.item())
+        values = self.residual.reshape([len(self.axes[i]) for i in kept])
+        found = interpolate.RegularGridInterpolator([self.axes[i] for i in kept], values)(np.stack([inside[i] for i in kept], axis=-1))
+        return trend * np.exp(found).reshape(m.shape)
+
+    def learning_rate(self, parameters, steps, ratio) -> np.ndarray:
+        return self.rate(parameters, steps, ratio)
+
+    def _noise_axis(self, ratio) -> np.ndarray:
+        return noise_axis(ratio, self.rate.floor)
+
+    def as_dict(self) -> dict:
+        return {
+            "trend": dataclasses.asdict(self.trend),
+            "axes": [axis.tolist() for axis in self.axes],
+            "residual": self.residual.tolist(),
+            "rate": dataclasses.asdict(self.rate),
+            "domain": dataclasses.asdict(self.domain),
+        }
+
+    @classmethod
+    def from_dict(cls, stored: dict) -> "SemiParametric":
+        as_tuples = lambda content: {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
+        return cls(
+            trend=forms.Parametric(**as_tuples(stored["trend"])),
+            axes=tuple(np.array(axis) for axis in stored["axes"]),
+            residual=np.array(stored["residual"]),
+            rate=LearningRate(**as_tuples(stored["rate"])),
+            domain=Domain(**as_tuples(stored["domain"])),
+        )
+
+
+def noise_axis(ratio, floor: float) -> np.ndarray:
+    """ln r from the floor on, and nearly a constant below it, so that no noise at all has a place on the same axis."""
+    return 0.5 * np.log(np.square(ratio) + (floor / 2) ** 2)
+
+
+def fit_semiparametric(points: Points, form: str, start: forms.Parametric | None = None) -> SemiParametric:
+    """Fits the trend, then tabulates the residual; a cell without a measurement takes the mean of its neighbours' residuals."""
+    trend = forms.fit(points, form, start)
+    rate = fit_learning_rate(points)
+    columns = (np.log(points.parameters), np.log(points.steps), noise_axis(points.ratio, rate.floor))
+    axes, places = zip(*(np.unique(np.round(column, 12), return_inverse=True) for column in columns), strict=True)
+    residual = np.full([len(axis) for axis in axes], np.nan)
+    residual[places] = np.log(points.loss) - np.log(trend.loss(points.parameters, points.steps, points.ratio))
+    return SemiParametric(trend, axes, _spread(residual), rate, Domain.of(points))
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Missing cells as the mean of the known ones next to them, again and again until none is left."""
+    values = values.copy()
+    while np.isnan(values).any():
+        known = np.isfinite(values)
+        total, count = np.zeros(values.shape), np.zeros(values.shape)
+        for axis in range(values.ndim):
+            for shift in (1, -1):
+                neighbour = np.roll(np.where(known, values, 0.0), shift, axis)
+                there = np.roll(known, shift, axis).astype(float)
+                edge = [slice(None)] * values.ndim
+                edge[axis] = 0 if shift == 1 else -1
+                neighbour[tuple(edge)] = there[tuple(edge)] = 0.0
+                total, count = total + neighbour, count + there
+        values = np.where(~known & (count > 0), total / np.maximum(count, 1), values)
+    return values

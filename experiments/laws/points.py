@@ -1,0 +1,146 @@
+"""From a results table to the losses that a law is fitted to: one for each model, number of steps and noise-batch ratio.
+
+The steps are those of arXiv 2501.18914 (section 3, appendix E) with what VaultGemma changed (arXiv 2510.15001): warm-up is cut off,
+measurement noise is smoothed by what must be monotone, and the best learning rate is the vertex of a parabola across runs, not the best
+of three. Every function takes a table and returns another; none changes what it is given.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import optimize
+
+from accounting.errors import InputError
+from experiments.sweep.results import CONFIG, HELD_OUT, ITERATIONS, LEARNING_RATE, LOSS, PARAMETERS, RATIO, Table
+
+GRID, QUADRATIC = "grid", "quadratic"
+# How far outside the tried learning rates a parabola's vertex is believed, in distances between two of them.
+_REACH = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Losses at the best learning rate, all arrays [n]: float64 parameters M, steps T, noise-batch ratio, loss, learning rate."""
+
+    parameters: np.ndarray
+    steps: np.ndarray
+    ratio: np.ndarray
+    loss: np.ndarray
+    learning_rate: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def where(self, keep: np.ndarray) -> "Points":
+        return Points(*(getattr(self, field.name)[keep] for field in dataclasses.fields(self)))
+
+
+def usable(table: Table) -> Table:
+    """Without rows that are there to test a law, and without those of runs that diverged; seeds averaged."""
+    table = table.rows(~table.held_out & np.isfinite(table[LOSS]) & (table[LOSS] > 0))
+    if not len(table):
+        raise InputError("no row of the table can be fitted: all are held out or without a finite loss")
+    return averaged(table)
+
+
+def held_out(table: Table) -> Table:
+    """The rows that test a law."""
+    return averaged(table.rows(table.held_out & np.isfinite(table[LOSS])))
+
+
+def averaged(table: Table) -> Table:
+    """One row for each model, learning rate, number of steps and ratio: the mean over seeds."""
+    keys, first, inverse = _groups(table, (PARAMETERS, LEARNING_RATE, ITERATIONS, RATIO))
+    if len(keys) == len(table):
+        return table
+    means = np.bincount(inverse, table[LOSS]) / np.bincount(inverse)
+    kept = table.rows(first)
+    return Table({name: means if name == LOSS else column for name, column in kept.columns.items() if name not in (CONFIG, HELD_OUT)})
+
+
+def after_warm_up(table: Table, iterations: float) -> Table:
+    """Rows of at least so many iterations: the learning rate has not reached its peak before, or only just."""
+    kept = table.rows(table[ITERATIONS] >= iterations)
+    if not len(kept):
+        raise InputError(f"no row has {iterations:g} iterations: lower the warm-up cut")
+    return kept
+
+
+def default_warm_up(table: Table) -> float:
+    """An eighth of the longest common run, at most the 1000 iterations of arXiv 2501.18914."""
+    return min(1000.0, float(np.max(table[ITERATIONS])) / 8)
+
+
+def smoothed(table: Table) -> Table:
+    """Losses made monotone, per model and learning rate: non-increasing in steps, then non-decreasing in noise (isotonic regressions).
+
+    A missing cell is left out of its row's and its column's regression and stays missing.
+    """
+    loss = table[LOSS].copy()
+    for rows in _rows_of_groups(table, (PARAMETERS, LEARNING_RATE)):
+        for along, across, increasing in ((ITERATIONS, RATIO, False), (RATIO, ITERATIONS, True)):
+            for value in np.unique(table[across][rows]):
+                line = rows[table[across][rows] == value]
+                line = line[np.argsort(table[along][line], kind="stable")]
+                loss[line] = optimize.isotonic_regression(loss[line], increasing=increasing).x
+    return Table({**table.columns, LOSS: loss})
+
+
+def best(table: Table, how: str = QUADRATIC) -> Points:
+    """The loss at the best learning rate of each cell.
+
+    Args:
+      how: "grid" takes the lowest of those that were tried; "quadratic" the vertex of the parabola through them in log2 of the learning
+        rate, where three were tried, it opens upwards and its vertex is not far outside of them; elsewhere the lowest.
+    """
+    if how not in (GRID, QUADRATIC):
+        raise ValueError(f"learning rates are chosen by {GRID} or {QUADRATIC}, not {how!r}")
+    found = []
+    for rows in _rows_of_groups(table, (PARAMETERS, ITERATIONS, RATIO)):
+        rate, loss = table[LEARNING_RATE][rows], table[LOSS][rows]
+        lowest = np.argmin(loss)
+        chosen = vertex(np.log2(rate), loss) if how == QUADRATIC else None
+        log_rate, value = chosen or (np.log2(rate[lowest]), loss[lowest])
+        found.append((table[PARAMETERS][rows[0]], table[ITERATIONS][rows[0]], table[RATIO][rows[0]], value, 2.0**log_rate))
+    return Points(*np.array(found).T)
+
+
+def vertex(log_rate: np.ndarray, loss: np.ndarray) -> tuple[float, float] | None:
+    """(log2 of the best learning rate, its loss) by a parabola; None where there is no such thing."""
+    if len(np.unique(log_rate)) < 3:
+        return None
+    centre, spacing = log_rate.mean(), np.ptp(log_rate) / (len(np.unique(log_rate)) - 1)
+    a, b, c = np.polyfit(log_rate - centre, np.log(loss), 2)
+    if a <= 0:
+        return None
+    x = -b / (2 * a)
+    low, high = log_rate.min() - centre - _REACH * spacing, log_rate.max() - centre + _REACH * spacing
+    if not low <= x <= high:
+        return None
+    # A parabola through noisy losses must not promise more than a fraction of what the best of them reached.
+    return centre + x, float(max(np.exp(c - b * b / (4 * a)), 0.9 * loss.min()))
+
+
+def published(table: Table) -> Points:
+    """Steps 1 and 2 of the published pipeline: warm-up cut, both isotonic regressions, the lowest of the learning rates."""
+    table = usable(table)
+    return best(smoothed(after_warm_up(table, default_warm_up(table))), GRID)
+
+
+def revised(table: Table) -> Points:
+    """The same with the parabola across learning rates."""
+    table = usable(table)
+    return best(smoothed(after_warm_up(table, default_warm_up(table))), QUADRATIC)
+
+
+def _groups(table: Table, names: tuple[str, ...]):
+    keys = np.stack([table[name] for name in names], axis=-1)
+    return np.unique(keys, axis=0, return_index=True, return_inverse=True)
+
+
+def _rows_of_groups(table: Table, names: tuple[str, ...]) -> list[np.ndarray]:
+    """The numbers of the rows that agree in the named columns, group by group."""
+    _, _, inverse = _groups(table, names)
+    inverse = inverse.reshape(-1)
+    order = np.argsort(inverse, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1)

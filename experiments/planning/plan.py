@@ -1,0 +1,211 @@
+"""Answers `dpgemma plan`: the configuration to train under a compute, a privacy and a data budget, and how sure that is."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+
+import numpy as np
+
+from accounting.errors import InputError
+from experiments.laws import validation
+from experiments.laws.fitting import FittedLaw
+from experiments.planning import optimum
+from experiments.planning.noise import Certified, NoiseSurface, certified
+from experiments.planning.optimum import Budget, Candidates
+
+_MOST_NEIGHBOURS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked.
+
+    Attributes:
+      any_size: search model sizes between those that were trained, too, and not only the ones that have a name.
+      extrapolate: allow sizes, steps and noise outside of what the law was fitted to.
+      relation: neighbouring data sets for which the winner's noise is certified.
+    """
+
+    budget: Budget
+    any_size: bool = False
+    extrapolate: bool = False
+    relation: str = "add_or_remove"
+
+
+def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None) -> dict:
+    """The best configuration and its neighbourhood, as `dpgemma plan --json` prints it.
+
+    Args:
+      cache: folder where noise and certificates are kept; None for none.
+
+    Raises:
+      InputError: no configuration of this budget lies where the law can be asked.
+    """
+    start = time.perf_counter()
+    budget, law = request.budget, fitted.law
+    noise = NoiseSurface(budget.epsilon, budget.delta, cache)
+    sizes = sizes_to_search(fitted, request)
+    found = optimum.search(law, noise, budget, sizes, extrapolate=request.extrapolate)
+    best = optimum.preferred(found)
+    searched = time.perf_counter() - start
+
+    names = _names(fitted, request.extrapolate)
+    chosen = _configuration(names, found, best)
+    proof = _certify(budget, chosen["expected_batch_size"], chosen["steps"], request.relation, cache)
+    ratio = proof.noise_multiplier / chosen["expected_batch_size"]
+    counted = max(ratio, law.domain.ratio[0]) if not request.extrapolate else ratio
+    place = (chosen["parameters"], chosen["steps"], counted)
+    beyond = law.domain.leaves(*place)
+    error = validation.expected_error(fitted.errors, law, *place)
+    rate = float(law.learning_rate(*place))
+    solve = lambda b: float(optimum.search(law, _same(noise, b), b, sizes, extrapolate=request.extrapolate).loss[0])
+    notes = [f"extrapolated: {text}" for text in beyond]
+    if ratio < law.domain.ratio[0]:
+        notes.append(
+            f"the noise-batch ratio {ratio:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at which the loss is"
+            " predicted: a bound from above"
+        )
+    return {
+        **chosen,
+        "noise_multiplier": proof.noise_multiplier,
+        "noise_batch_ratio": ratio,
+        "learning_rate": rate,
+        "predicted_loss": float(law.loss(*place)),
+        "prediction_error": error,
+        "extrapolated": bool(beyond),
+        "notes": notes,
+        "epsilon": proof.epsilon,
+        "delta": budget.delta,
+        "num_units": budget.num_units,
+        "compute": budget.compute,
+        "sequence_length": budget.sequence_length,
+        "sampling_probability": chosen["expected_batch_size"] / budget.num_units,
+        "neighbouring_relation": request.relation,
+        "near_optimal": neighbours(names, found),
+        "marginal_values": optimum.marginal_values(solve, budget),
+        "non_private": non_private(fitted, budget),
+        "search_seconds": searched,
+    }
+
+
+def sizes_to_search(fitted: FittedLaw, request: Request) -> np.ndarray:
+    """Sizes that have a name, or all in between; with extrapolation also the named presets beyond."""
+    if request.any_size:
+        low, high = fitted.law.domain.parameters
+        return np.geomspace(low, 10 * high if request.extrapolate else high, 100)
+    return np.array(sorted(_names(fitted, request.extrapolate)))
+
+
+def _names(fitted: FittedLaw, extrapolate: bool) -> dict[float, str]:
+    names = {float(size): name for name, size in fitted.sizes.items()}
+    if extrapolate:
+        from dpgemma.gemma.presets import PRESETS
+        from experiments.sweep.sweep import parameters
+
+        names = {float(parameters(name)): name for name in PRESETS} | names
+    return names
+
+
+def _configuration(names: dict[float, str], found: Candidates, i: int) -> dict:
+    size = float(found.parameters[i])
+    return {
+        "model": names.get(size, f"{size:.4g} parameters"),
+        "parameters": round(size),
+        "expected_batch_size": max(1, round(float(found.batch_size[i]))),
+        "steps": max(1, round(float(found.steps[i]))),
+    }
+
+
+def neighbours(names: dict[float, str], found: Candidates) -> list[dict]:
+    """Configurations within 1 % of the lowest loss: the best first, one for each model and doubling of the batch."""
+    near, listed, seen = optimum.near_optimal(found), [], set()
+    for i in range(len(near)):
+        key = near.parameters[i], round(math.log2(near.batch_size[i]))
+        if key not in seen:
+            seen.add(key)
+            listed.append(
+                _configuration(names, near, i)
+                | {"noise_multiplier": float(near.noise_multiplier[i]), "predicted_loss": float(near.loss[i])}
+            )
+    return listed[:_MOST_NEIGHBOURS]
+
+
+def non_private(fitted: FittedLaw, budget: Budget) -> dict:
+    """What would be best for the same compute without any privacy, by Chinchilla's form."""
+    parameters, tokens = fitted.non_private.optimum(budget.compute)
+    low, high = fitted.law.domain.parameters
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "predicted_loss": float(fitted.non_private.loss(parameters, tokens)),
+        "extrapolated": not low <= parameters <= high,
+    }
+
+
+def _same(noise: NoiseSurface, budget: Budget) -> NoiseSurface:
+    if (budget.epsilon, budget.delta) == (noise.epsilon, noise.delta):
+        return noise
+    return NoiseSurface(budget.epsilon, budget.delta, noise.cache)
+
+
+def _certify(budget: Budget, batch_size: int, steps: int, relation: str, cache: pathlib.Path | None) -> Certified:
+    """The winner's noise by the accountant, kept for the next time that it is asked for."""
+    if batch_size > budget.num_units:
+        raise InputError("the batch is larger than the number of units: raise --num_units or lower --compute")
+    key = json.dumps([1, int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation])
+    path = None if cache is None else cache / f"certified_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        stored = json.loads(path.read_text())
+        if stored["key"] == key:
+            return Certified(**stored["certified"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    proof = certified(int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps({"key": key, "certified": dataclasses.asdict(proof)}))
+            temporary.replace(path)
+        except OSError:
+            pass
+    return proof
+
+
+def text(result: dict) -> str:
+    """The answer for a terminal."""
+    error = result["prediction_error"]
+    trust = "never tested this far" if error is None else f"within {100 * error:.1f} % on nine of ten left-out points"
+    lines = [
+        f"model                 {result['model']} ({result['parameters']} parameters)",
+        f"expected batch        {result['expected_batch_size']} of {result['num_units']:g} units",
+        f"steps                 {result['steps']}",
+        f"noise multiplier      {result['noise_multiplier']:.5g} (epsilon {result['epsilon']:.5g} at delta {result['delta']:g}, certified)",
+        f"noise-batch ratio     {result['noise_batch_ratio']:.4g}",
+        f"learning rate         {result['learning_rate']:.3g}",
+        f"predicted loss        {result['predicted_loss']:.4f} ({trust}){' EXTRAPOLATED' if result['extrapolated'] else ''}",
+        *(f"note                  {note}" for note in result["notes"]),
+        "",
+        "within 1 % of the lowest loss",
+        f"  {'model':<16} {'batch':>9} {'steps':>9} {'noise':>9} {'loss':>8}",
+    ]
+    lines += [
+        f"  {c['model']:<16} {c['expected_batch_size']:>9} {c['steps']:>9} {c['noise_multiplier']:>9.4g} {c['predicted_loss']:>8.4f}"
+        for c in result["near_optimal"]
+    ]
+    gains = {"compute": "compute", "epsilon": "epsilon", "num_units": "the number of units"}
+    lines += ["", "what doubling one budget would take off the loss"]
+    for name, value in result["marginal_values"].items():
+        lines.append(f"  {gains[name]:<20} {'outside of the data' if math.isnan(value) else f'{100 * value:.2f} %'}")
+    clean = result["non_private"]
+    lines += [
+        "",
+        f"without privacy the same compute would go to {clean['parameters']:.3g} parameters and {clean['tokens']:.3g} tokens: loss"
+        f" {clean['predicted_loss']:.4f}{' (extrapolated)' if clean['extrapolated'] else ''}",
+    ]
+    return "\n".join(lines)
