@@ -14,11 +14,14 @@ from scipy import interpolate, optimize
 
 from accounting.errors import InputError
 from experiments.laws import forms
+from experiments.laws.learning_rate import LearningRate, fit_learning_rate
 from experiments.laws.points import Points
 
 # Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and believed up to this
 # multiple of it (8,192,000).
 _FIT_FROM, _LONGEST = 1 / 8, 64
+# Of the residual along the steps, in ln T.
+_BANDWIDTH = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,55 +60,6 @@ class Law(Protocol):
     def loss(self, parameters, steps, ratio) -> np.ndarray: ...
 
     def learning_rate(self, parameters, steps, ratio) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class LearningRate:
-    """log2 of the best learning rate, as a quadratic of ln M, ln T and the logarithm of the noise, fitted across all runs.
-
-    Attributes:
-      coefficients: of the monomials, in the order of _monomials.
-      centre, width: by which each variable is made of order one.
-      floor: noise-batch ratio below which less noise makes no difference.
-      ends: log2 of the lowest and the highest rate that was tried, each moved out by one factor of two.
-    """
-
-    coefficients: tuple[float, ...]
-    centre: tuple[float, ...]
-    width: tuple[float, ...]
-    floor: float
-    ends: tuple[float, float]
-
-    def __call__(self, parameters, steps, ratio) -> np.ndarray:
-        value = _monomials(self._variables(parameters, steps, ratio)) @ np.array(self.coefficients)
-        return 2.0 ** np.clip(value, *self.ends)
-
-    def _variables(self, parameters, steps, ratio) -> np.ndarray:
-        return (_logs(parameters, steps, ratio, self.floor) - np.array(self.centre)) / np.array(self.width)
-
-
-def fit_learning_rate(points: Points) -> LearningRate:
-    """By least squares; a variable of which there are too few values has no square."""
-    noisy = points.ratio[points.ratio > 0]
-    floor = float(noisy.min()) if len(noisy) else 1.0
-    raw = _logs(points.parameters, points.steps, points.ratio, floor)
-    centre, width = raw.mean(axis=0), np.maximum(raw.std(axis=0), 1e-9)
-    design, target = _monomials((raw - centre) / width), np.log2(points.learning_rate)
-    ridge = 1e-3 * math.sqrt(len(points)) * np.eye(design.shape[1])
-    coefficients = np.linalg.lstsq(np.vstack([design, ridge]), np.concatenate([target, np.zeros(len(ridge))]), rcond=None)[0]
-    ends = float(target.min()) - 1, float(target.max()) + 1
-    return LearningRate(*(tuple(map(float, x)) for x in (coefficients, centre, width)), floor, ends)
-
-
-def _logs(parameters, steps, ratio, floor: float) -> np.ndarray:
-    columns = np.broadcast_arrays(np.log(parameters), np.log(steps), 0.5 * np.log(np.square(ratio) + floor**2))
-    return np.stack(columns, axis=-1).astype(float)
-
-
-def _monomials(x: np.ndarray) -> np.ndarray:
-    """1, the variables, their squares and products."""
-    pairs = [x[..., i] * x[..., j] for i in range(3) for j in range(i, 3)]
-    return np.stack([np.ones(x.shape[:-1]), *np.moveaxis(x, -1, 0), *pairs], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +111,7 @@ class Interpolated:
 
     def __init__(self, points: Points):
         self.domain = Domain.of(points)
-        self._rate = fit_learning_rate(points)
+        self._rate = fit_learning_rate(points.parameters, points.steps, points.ratio, np.log2(points.learning_rate))
         sizes, ratios = np.unique(points.parameters), np.unique(points.ratio)
         last = points.steps.max()
         beyond = last * 2.0 ** np.arange(1, int(math.log2(_LONGEST)) + 1)
@@ -277,12 +231,24 @@ def noise_axis(ratio, floor: float) -> np.ndarray:
 def fit_semiparametric(points: Points, form: str, start: forms.Parametric | None = None) -> SemiParametric:
     """Fits the trend, then tabulates the residual; a cell without a measurement takes the mean of its neighbours' residuals."""
     trend = forms.fit(points, form, start)
-    rate = fit_learning_rate(points)
+    rate = fit_learning_rate(points.parameters, points.steps, points.ratio, np.log2(points.learning_rate))
     columns = (np.log(points.parameters), np.log(points.steps), noise_axis(points.ratio, rate.floor))
     axes, places = zip(*(np.unique(np.round(column, 12), return_inverse=True) for column in columns), strict=True)
     residual = np.full([len(axis) for axis in axes], np.nan)
     residual[places] = np.log(points.loss) - np.log(trend.loss(points.parameters, points.steps, points.ratio))
-    return SemiParametric(trend, axes, _spread(residual), rate, Domain.of(points))
+    return SemiParametric(trend, axes, _smooth(_spread(residual), axes[1]), rate, Domain.of(points))
+
+
+def _smooth(residual: np.ndarray, log_steps: np.ndarray) -> np.ndarray:
+    """Local straight lines along the steps, so that a search for the lowest loss does not find the luckiest measurement."""
+    smooth = np.empty_like(residual)
+    for j, place in enumerate(log_steps):
+        weight = np.exp(-0.5 * ((log_steps - place) / _BANDWIDTH) ** 2)
+        x = np.stack([np.ones(len(log_steps)), log_steps - place], axis=-1)
+        # The value of the weighted fit at the place itself, as a linear function of what is fitted.
+        row = np.linalg.lstsq(x * np.sqrt(weight)[:, None], np.diag(np.sqrt(weight)), rcond=None)[0][0]
+        smooth[:, j, :] = np.einsum("j,ijk->ik", row, residual)
+    return smooth
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

@@ -11,11 +11,14 @@ import numpy as np
 from scipy import optimize
 
 from accounting.errors import InputError
+from experiments.laws.learning_rate import LearningRate, fit_learning_rate
 from experiments.sweep.results import CONFIG, HELD_OUT, ITERATIONS, LEARNING_RATE, LOSS, PARAMETERS, RATIO, Table
 
-GRID, QUADRATIC = "grid", "quadratic"
+GRID, VERTEX, ACROSS = "grid", "vertex", "across"
 # How far outside the tried learning rates a parabola's vertex is believed, in distances between two of them.
 _REACH = 1.0
+# Cells whose own parabola must be found before they can share one.
+_FEWEST_PARABOLAS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +89,71 @@ def smoothed(table: Table) -> Table:
     return Table({**table.columns, LOSS: loss})
 
 
-def best(table: Table, how: str = QUADRATIC) -> Points:
+def best(table: Table, how: str = "across") -> Points:
     """The loss at the best learning rate of each cell.
 
     Args:
-      how: "grid" takes the lowest of those that were tried; "quadratic" the vertex of the parabola through them in log2 of the learning
-        rate, where three were tried, it opens upwards and its vertex is not far outside of them; elsewhere the lowest.
+      how: "grid" takes the lowest of those that were tried; "vertex" the vertex of the parabola through them in log2 of the learning
+        rate, where three were tried, it opens upwards and its vertex is not far outside of them, else the lowest; "across" lets all
+        cells share one parabola, whose vertex and width move smoothly with size, steps and noise, so that a cell with fewer rates is
+        corrected like the others and measurement noise averages out.
     """
-    if how not in (GRID, QUADRATIC):
-        raise ValueError(f"learning rates are chosen by {GRID} or {QUADRATIC}, not {how!r}")
+    if how in (GRID, VERTEX):
+        return _cell_by_cell(table, how)
+    if how != ACROSS:
+        raise ValueError(f"learning rates are chosen by {GRID}, {VERTEX} or {ACROSS}, not {how!r}")
+    shape = shared_parabola(table)
+    if shape is None:
+        return _cell_by_cell(table, GRID)
     found = []
     for rows in _rows_of_groups(table, (PARAMETERS, ITERATIONS, RATIO)):
-        rate, loss = table[LEARNING_RATE][rows], table[LOSS][rows]
+        cell = tuple(table[name][rows[0]] for name in (PARAMETERS, ITERATIONS, RATIO))
+        distance = np.log2(table[LEARNING_RATE][rows]) - np.log2(shape.rate(*cell))
+        at_vertex = np.log(table[LOSS][rows]) - shape.width(*cell) * distance**2
+        # A rate far from the best says least about it.
+        weight = 1 / (1 + distance**4)
+        found.append((*cell, np.exp((weight * at_vertex).sum() / weight.sum()), shape.rate(*cell)))
+    return Points(*np.array(found).T)
+
+
+def _cell_by_cell(table: Table, how: str) -> Points:
+    found = []
+    for rows in _rows_of_groups(table, (PARAMETERS, ITERATIONS, RATIO)):
+        rate, loss = np.log2(table[LEARNING_RATE][rows]), table[LOSS][rows]
         lowest = np.argmin(loss)
-        chosen = vertex(np.log2(rate), loss) if how == QUADRATIC else None
-        log_rate, value = chosen or (np.log2(rate[lowest]), loss[lowest])
+        log_rate, value, _ = (how == VERTEX and vertex(rate, loss)) or (rate[lowest], loss[lowest], 0.0)
         found.append((table[PARAMETERS][rows[0]], table[ITERATIONS][rows[0]], table[RATIO][rows[0]], value, 2.0**log_rate))
     return Points(*np.array(found).T)
 
 
-def vertex(log_rate: np.ndarray, loss: np.ndarray) -> tuple[float, float] | None:
-    """(log2 of the best learning rate, its loss) by a parabola; None where there is no such thing."""
+@dataclasses.dataclass(frozen=True)
+class SharedParabola:
+    """ln loss = ln of the best loss + width (log2 rate - log2 best rate)^2, best rate and width functions of size, steps and noise."""
+
+    rate: LearningRate
+    log_width: LearningRate
+
+    def width(self, parameters, steps, ratio):
+        return np.exp(np.log2(self.log_width(parameters, steps, ratio)))
+
+
+def shared_parabola(table: Table) -> SharedParabola | None:
+    """Fitted to the parabolas of the cells that have one; None where there are too few."""
+    cells, rates, widths = [], [], []
+    for rows in _rows_of_groups(table, (PARAMETERS, ITERATIONS, RATIO)):
+        own = vertex(np.log2(table[LEARNING_RATE][rows]), table[LOSS][rows])
+        if own is not None:
+            cells.append([table[name][rows[0]] for name in (PARAMETERS, ITERATIONS, RATIO)])
+            rates.append(own[0])
+            widths.append(np.log(own[2]))
+    if len(cells) < _FEWEST_PARABOLAS:
+        return None
+    columns = np.array(cells).T
+    return SharedParabola(fit_learning_rate(*columns, np.array(rates)), fit_learning_rate(*columns, np.array(widths)))
+
+
+def vertex(log_rate: np.ndarray, loss: np.ndarray) -> tuple[float, float, float] | None:
+    """(log2 of the best learning rate, its loss, width) of the parabola through ln loss; None where there is no such thing."""
     if len(np.unique(log_rate)) < 3:
         return None
     centre, spacing = log_rate.mean(), np.ptp(log_rate) / (len(np.unique(log_rate)) - 1)
@@ -118,7 +165,7 @@ def vertex(log_rate: np.ndarray, loss: np.ndarray) -> tuple[float, float] | None
     if not low <= x <= high:
         return None
     # A parabola through noisy losses must not promise more than a fraction of what the best of them reached.
-    return centre + x, float(max(np.exp(c - b * b / (4 * a)), 0.9 * loss.min()))
+    return centre + x, float(max(np.exp(c - b * b / (4 * a)), 0.9 * loss.min())), float(a)
 
 
 def published(table: Table) -> Points:
@@ -128,9 +175,9 @@ def published(table: Table) -> Points:
 
 
 def revised(table: Table) -> Points:
-    """The same with the parabola across learning rates."""
+    """The same with one parabola across the learning rates of all runs."""
     table = usable(table)
-    return best(smoothed(after_warm_up(table, default_warm_up(table))), QUADRATIC)
+    return best(smoothed(after_warm_up(table, default_warm_up(table))), ACROSS)
 
 
 def _groups(table: Table, names: tuple[str, ...]):

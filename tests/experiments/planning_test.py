@@ -1,0 +1,158 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from accounting import calibration
+from accounting.errors import InputError
+from accounting.mechanism import DpSgdMechanism
+from experiments.laws import fitting
+from experiments.planning import noise, optimum, plan
+from experiments.planning.optimum import Budget
+from tests.experiments import planted
+
+BUDGET = Budget(3e13, 1e5, 8, 1e-5, planted.LENGTH)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return planted.PlantedLaw.draw(0)
+
+
+@pytest.fixture(scope="module")
+def fitted(truth):
+    return fitting.fit(truth.table(0))
+
+
+@pytest.fixture(scope="module")
+def surface():
+    return noise.NoiseSurface(BUDGET.epsilon, BUDGET.delta)
+
+
+def test_surface_agrees_with_the_certified_calibration(surface):
+    rng = np.random.default_rng(0)
+    steps, q = np.exp(rng.uniform(np.log(60), np.log(5000), 8)).round(), np.exp(rng.uniform(np.log(1e-3), 0, 8))
+    for t, probability, sigma in zip(steps, q, surface(steps, q), strict=True):
+        mechanism = DpSgdMechanism(10**6, probability * 10**6, None, 1.0, 1.0, int(t))
+        assert sigma == pytest.approx(calibration.noise_multiplier(mechanism, 8, 1e-5).noise_multiplier, rel=0.01)
+
+
+def test_surface_of_a_tiny_delta_uses_the_accountant_where_the_estimate_fails():
+    sigma = noise.NoiseSurface(2.0, 1.1e-10)(100_000, 4.0802e-5)
+    assert float(sigma) == pytest.approx(0.59843, rel=0.01)  # an independent tilted accountant's figure
+
+
+def test_surface_has_no_value_for_more_than_all_units(surface):
+    assert np.isnan(surface(100.0, 1.5)) and np.isfinite(surface(100.0, 1.0))
+
+
+def test_nodes_are_kept_and_damaged_files_ignored(tmp_path, monkeypatch):
+    first = noise.NoiseSurface(4.0, 1e-6, tmp_path)(500.0, 0.05)
+    monkeypatch.setattr(noise.saddlepoint, "noise_multiplier", None)  # nothing is computed again
+    assert noise.NoiseSurface(4.0, 1e-6, tmp_path)(500.0, 0.05) == first
+    monkeypatch.undo()
+    (path,) = tmp_path.iterdir()
+    path.write_text("{")
+    assert noise.NoiseSurface(4.0, 1e-6, tmp_path)(500.0, 0.05) == first
+
+
+def test_batches_laid_out_beforehand_win_where_sampling_cannot_help(surface):
+    # One pass over the data: each unit is in one batch of four.
+    both = noise.lower_of_both(surface, np.array([4.0, 3000.0]), np.array([0.25, 0.25]))
+    sampled = surface(np.array([4.0, 3000.0]), np.array([0.25, 0.25]))
+    assert both[0] < sampled[0] and both[1] == sampled[1]
+
+
+def test_search_finds_the_minimum_that_brute_force_finds(fitted, surface):
+    sizes = optimum.sizes_within(fitted.law, 12)
+    found = optimum.search(fitted.law, surface, BUDGET, sizes)
+    best = math.inf
+    for m in sizes:
+        for k in range(4 * 17):
+            b = 2.0 ** (k / 4)
+            t = BUDGET.compute / (6 * planted.LENGTH * m * b)
+            if b <= 1e5 and 50 <= t <= 1600:
+                best = min(best, float(fitted.law.loss(m, t, float(surface(t, b / 1e5)) / b)))
+    assert found.loss[0] == pytest.approx(best, rel=1e-9)
+    spent = 6 * found.parameters * found.batch_size * found.steps * planted.LENGTH
+    np.testing.assert_allclose(spent, BUDGET.compute)
+    assert (np.diff(found.loss) >= 0).all()
+
+
+def test_the_preferred_model_is_the_smallest_that_is_nearly_as_good(fitted, surface):
+    found = optimum.search(fitted.law, surface, BUDGET, optimum.sizes_within(fitted.law))
+    i = optimum.preferred(found)
+    near = found.loss <= 1.01 * found.loss[0]
+    assert found.loss[i] <= 1.01 * found.loss[0]
+    assert found.parameters[i] == found.parameters[near].min()
+    assert found.loss[i] == found.loss[near & (found.parameters == found.parameters[i])].min()
+
+
+def test_more_of_any_budget_is_never_worse(fitted):
+    solve = lambda b: float(
+        optimum.search(fitted.law, noise.NoiseSurface(b.epsilon, b.delta), b, optimum.sizes_within(fitted.law, 20)).loss[0]
+    )
+    values = optimum.marginal_values(solve, BUDGET)
+    assert set(values) == {"compute", "epsilon", "num_units"}
+    assert all(value > -0.003 for value in values.values()) and max(values.values()) > 0
+
+
+def test_extrapolation_is_refused_unless_asked_for(fitted, surface):
+    large = Budget(1e20, 1e5, 8, 1e-5, planted.LENGTH)
+    with pytest.raises(InputError, match="allow extrapolation"):
+        optimum.search(fitted.law, surface, large, optimum.sizes_within(fitted.law))
+    found = optimum.search(fitted.law, surface, large, optimum.sizes_within(fitted.law), extrapolate=True)
+    assert not found.inside.any()
+    noisy = Budget(1e12, 2e3, 0.02, 1e-6, planted.LENGTH)
+    with pytest.raises(InputError, match="noise-batch ratio above"):
+        optimum.search(fitted.law, noise.NoiseSurface(0.02, 1e-6), noisy, optimum.sizes_within(fitted.law))
+
+
+def test_non_private_optimum_is_chinchillas():
+    # Constants and exponents of arXiv 2203.15556, equation 10: the best size grows with the 0.46th power of compute (table 2).
+    form = optimum.NonPrivate(1.69, 406.4, 0.34, 410.7, 0.28)
+    parameters, tokens = form.optimum(5.76e23)
+    assert 6 * parameters * tokens == pytest.approx(5.76e23)
+    assert math.log(form.optimum(5.76e24)[0] / parameters, 10) == pytest.approx(0.46, abs=0.01)
+    around = np.geomspace(parameters / 4, parameters * 4, 401)
+    assert around[form.loss(around, 5.76e23 / 6 / around).argmin()] == pytest.approx(parameters, rel=0.02)
+
+
+def test_saturating_compute_is_the_first_that_is_nearly_best():
+    assert optimum.saturating_compute(np.arange(4), np.array([3.0, 2.015, 2.005, 2.0])) == 1
+
+
+def test_plan_answers_with_a_certified_noise(fitted, tmp_path):
+    request = plan.Request(BUDGET)
+    result = plan.answer(fitted, request, tmp_path)
+    keys = {"model", "parameters", "expected_batch_size", "steps", "noise_multiplier", "noise_batch_ratio", "learning_rate",
+            "predicted_loss", "near_optimal", "extrapolated", "prediction_error", "marginal_values", "non_private"}  # fmt: skip
+    assert keys <= set(result)
+    assert result["epsilon"] <= 8 and not result["extrapolated"] and result["model"].startswith("model_")
+    proof = noise.certified(100_000, result["expected_batch_size"], result["steps"], 8, 1e-5, "add_or_remove")
+    assert result["noise_multiplier"] == proof.noise_multiplier
+    spent = 6 * result["parameters"] * result["expected_batch_size"] * result["steps"] * planted.LENGTH
+    assert spent == pytest.approx(BUDGET.compute, rel=0.01)
+    again = plan.answer(fitted, request, tmp_path)
+    assert {**again, "search_seconds": 0} == {**result, "search_seconds": 0}
+    json.dumps(result)
+    assert "certified" in plan.text(result)
+
+
+def test_a_law_survives_its_file(fitted, tmp_path):
+    fitted.save(tmp_path / "law.json")
+    loaded = fitting.load(tmp_path / "law.json")
+    m, t, r = np.array([3e4, 1e6]), np.array([100.0, 5000.0]), np.array([0.0, 0.01])
+    np.testing.assert_array_equal(loaded.law.loss(m, t, r), fitted.law.loss(m, t, r))
+    np.testing.assert_array_equal(loaded.law.learning_rate(m, t, r), fitted.law.learning_rate(m, t, r))
+    assert loaded.errors == fitted.errors and loaded.non_private == fitted.non_private
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"law": 1}'])
+def test_a_file_that_is_no_law_is_refused(tmp_path, content):
+    (tmp_path / "law.json").write_text(content)
+    with pytest.raises(InputError, match="holds no law"):
+        fitting.of_file(tmp_path / "law.json")
+    with pytest.raises(InputError, match="does not exist"):
+        fitting.of_file(tmp_path / "none.json")
