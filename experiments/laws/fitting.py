@@ -79,7 +79,8 @@ def best_form(measured: Points) -> tuple[str, dict[str, Error]]:
     """
     found = {}
     for name in forms.FORMS:
-        found[name] = validation.cross_validate(measured, lambda some, name=name: fit_semiparametric(some, name))
+        whole = forms.fit(measured, name)
+        found[name] = validation.cross_validate(measured, lambda some, name=name, whole=whole: fit_semiparametric(some, name, whole))
     return min(found.items(), key=lambda item: sum(error.ninety for error in item[1].values()))
 
 

@@ -101,10 +101,11 @@ def fit(points: Points, form: str, start: Parametric | None = None) -> Parametri
     """Least squares of the residual in ln loss, with Huber's loss, from several starts (the best wins).
 
     Args:
-      start: an earlier fit to nearly the same points, in the place of the starts.
+      start: an earlier fit to nearly the same points, from which this one begins.
     """
     chosen = FORMS[form]
-    scale = tuple(float(np.exp(np.log(values).mean())) for values in (points.parameters, points.steps))
+    means = tuple(float(np.exp(np.log(values).mean())) for values in (points.parameters, points.steps))
+    scale = means if start is None else start.scale
     m, t, target = points.parameters / scale[0], points.steps / scale[1], np.log(points.loss)
     low, high = np.array(chosen.low), np.array(chosen.high)
 

@@ -2,7 +2,8 @@
 
 `Interpolated` is the published pipeline: power laws in the steps, and linear interpolation of logarithms between what was measured
 (arXiv 2501.18914, section 3 and its code). `SemiParametric` is a parametric form, and between the measured points what it leaves
-unexplained, interpolated; outside of them the form, shifted by what it leaves unexplained at the edge.
+unexplained, interpolated; for other sizes and more noise the form, shifted by what it leaves unexplained at the edge; for longer runs the
+power law that each curve follows at its end.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from experiments.laws.points import Points
 # Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and believed up to this
 # multiple of it (8,192,000).
 _FIT_FROM, _LONGEST = 1 / 8, 64
+# The end of a curve, as a share of the longest run, that says how it goes on; floors that are tried, as shares of the lowest loss.
+_TAIL_FROM, _FLOORS = 1 / 3, np.linspace(0.0, 0.9, 19)
 # Of the residual along the steps, in ln T.
 _BANDWIDTH = 0.3
 
@@ -165,6 +168,19 @@ def _filled(values: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tail:
+    """How losses fall beyond the longest run: L(T) = E + (L(T_last) - E) (T / T_last)^-alpha, alpha of each size and noise level.
+
+    Attributes:
+      floor: E, the same for all curves: one curve's end hardly settles it, all together do.
+      exponents: alpha on the residual's axes of size and noise.
+    """
+
+    floor: float
+    exponents: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class SemiParametric:
     """A parametric trend, times what it leaves unexplained, interpolated between the measured points and constant beyond their edges.
 
@@ -172,12 +188,14 @@ class SemiParametric:
       trend: the fitted form.
       axes: of the residual: ln M, ln T, and the place of the noise (noise_axis).
       residual: ln of measured over trend on those axes, array of their shape.
+      tail: for steps beyond the last.
       rate: of the best learning rate.
     """
 
     trend: forms.Parametric
     axes: tuple[np.ndarray, np.ndarray, np.ndarray]
     residual: np.ndarray
+    tail: Tail
     rate: LearningRate
     domain: Domain
 
@@ -185,16 +203,14 @@ class SemiParametric:
 
     def loss(self, parameters, steps, ratio) -> np.ndarray:
         m, t, r = np.broadcast_arrays(*(np.asarray(x, float) for x in (parameters, steps, ratio)))
-        trend = self.trend.loss(m, t, r)
-        places = (np.log(m), np.log(t), self._noise_axis(r))
-        inside = [np.clip(x, axis[0], axis[-1]) for x, axis in zip(places, self.axes, strict=True)]
-        # Axes of one value cannot be interpolated along, and need not be.
-        kept = [i for i, axis in enumerate(self.axes) if len(axis) > 1]
-        if not kept:
-            return trend * np.exp(self.residual.item())
-        values = self.residual.reshape([len(self.axes[i]) for i in kept])
-        found = interpolate.RegularGridInterpolator([self.axes[i] for i in kept], values)(np.stack([inside[i] for i in kept], axis=-1))
-        return trend * np.exp(found).reshape(m.shape)
+        last = self.domain.steps[1]
+        within = np.minimum(t, last)
+        places = (np.log(m), np.log(within), self._noise_axis(r))
+        loss = self.trend.loss(m, within, r) * np.exp(_interpolated(self.axes, self.residual, places))
+        exponent = _interpolated((self.axes[0], self.axes[2]), self.tail.exponents, (places[0], places[2]))
+        # A law that is asked far outside of its data may already be below the floor: then it stays where it is.
+        above = np.maximum(loss - self.tail.floor, 0.0)
+        return loss - above * (1 - (t / within) ** -exponent)
 
     def learning_rate(self, parameters, steps, ratio) -> np.ndarray:
         return self.rate(parameters, steps, ratio)
@@ -207,6 +223,7 @@ class SemiParametric:
             "trend": dataclasses.asdict(self.trend),
             "axes": [axis.tolist() for axis in self.axes],
             "residual": self.residual.tolist(),
+            "tail": {"floor": self.tail.floor, "exponents": self.tail.exponents.tolist()},
             "rate": dataclasses.asdict(self.rate),
             "domain": dataclasses.asdict(self.domain),
         }
@@ -218,6 +235,7 @@ class SemiParametric:
             trend=forms.Parametric(**as_tuples(stored["trend"])),
             axes=tuple(np.array(axis) for axis in stored["axes"]),
             residual=np.array(stored["residual"]),
+            tail=Tail(stored["tail"]["floor"], np.array(stored["tail"]["exponents"])),
             rate=LearningRate(**as_tuples(stored["rate"])),
             domain=Domain(**as_tuples(stored["domain"])),
         )
@@ -228,15 +246,56 @@ def noise_axis(ratio, floor: float) -> np.ndarray:
     return 0.5 * np.log(np.square(ratio) + (floor / 2) ** 2)
 
 
+def _interpolated(axes, values: np.ndarray, places) -> np.ndarray:
+    """Linear interpolation on a grid, constant beyond its edges; axes of one value cannot be interpolated along, and need not be."""
+    kept = [i for i, axis in enumerate(axes) if len(axis) > 1]
+    if not kept:
+        return np.full(places[0].shape, values.item())
+    inside = [np.clip(places[i], axes[i][0], axes[i][-1]) for i in kept]
+    grid = interpolate.RegularGridInterpolator([axes[i] for i in kept], values.reshape([len(axes[i]) for i in kept]))
+    return grid(np.stack(inside, axis=-1)).reshape(places[0].shape)
+
+
 def fit_semiparametric(points: Points, form: str, start: forms.Parametric | None = None) -> SemiParametric:
-    """Fits the trend, then tabulates the residual; a cell without a measurement takes the mean of its neighbours' residuals."""
+    """Fits the trend, then tabulates the residual; a cell without a measurement takes the mean of its neighbours' residuals.
+
+    Args:
+      start: a trend of nearly the same points, from which the fit begins.
+    """
     trend = forms.fit(points, form, start)
     rate = fit_learning_rate(points.parameters, points.steps, points.ratio, np.log2(points.learning_rate))
     columns = (np.log(points.parameters), np.log(points.steps), noise_axis(points.ratio, rate.floor))
     axes, places = zip(*(np.unique(np.round(column, 12), return_inverse=True) for column in columns), strict=True)
     residual = np.full([len(axis) for axis in axes], np.nan)
     residual[places] = np.log(points.loss) - np.log(trend.loss(points.parameters, points.steps, points.ratio))
-    return SemiParametric(trend, axes, _smooth(_spread(residual), axes[1]), rate, Domain.of(points))
+    residual = _smooth(_spread(residual), axes[1])
+    return SemiParametric(trend, axes, residual, _fit_tail(points, places, residual.shape), rate, Domain.of(points))
+
+
+def _fit_tail(points: Points, places, shape: tuple[int, int, int]) -> Tail:
+    """The floor with which straight lines in logarithms fit the ends of all curves best, and their slopes."""
+    late = points.steps >= _TAIL_FROM * points.steps.max()
+    curves = [np.flatnonzero(late & (places[0] == i) & (places[2] == k)) for i in range(shape[0]) for k in range(shape[2])]
+    long_enough = [rows for rows in curves if len(rows) >= 3]
+    if not long_enough:
+        raise InputError("a law needs at least three points at the end of its curves: keep more of each curve")
+
+    def slopes(floor: float) -> tuple[list[float], float]:
+        found, misfit = [], 0.0
+        for rows in long_enough:
+            x, y = np.log(points.steps[rows]), np.log(points.loss[rows] - floor)
+            slope, intercept = np.polyfit(x, y, 1)
+            found.append(max(-slope, 0.0))
+            # In relative units of the loss itself.
+            misfit += float(np.sum(((floor + np.exp(intercept + slope * x)) / points.loss[rows] - 1) ** 2))
+        return found, misfit
+
+    lowest = points.loss[late].min()
+    floor = min((share * lowest for share in _FLOORS), key=lambda candidate: slopes(candidate)[1])
+    exponents = np.full((shape[0], shape[2]), np.nan)
+    for rows, slope in zip(long_enough, slopes(floor)[0], strict=True):
+        exponents[places[0][rows[0]], places[2][rows[0]]] = slope
+    return Tail(float(floor), _spread(exponents))
 
 
 def _smooth(residual: np.ndarray, log_steps: np.ndarray) -> np.ndarray:

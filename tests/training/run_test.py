@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from accounting import ledger as ledger_lib
-from tests.training.runs import COMMAND, ENVIRONMENT, copy_of, flags, run, wait_for
+from tests.training.runs import COMMAND, ENVIRONMENT, call, copy_of, flags, run, wait_for
 
 
 def final_parameters(workdir):
@@ -248,6 +248,21 @@ def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cac
         report["num_units"], 12, report["max_batch_size"], 1.0, 1.0, report["steps"] + 1, report["neighbouring_relation"]
     )
     assert Accountant(one_more).epsilon(1e-4).upper > 0.7
+
+
+def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp_path):
+    workdir = tmp_path / "run"
+    done = call(*flags(text, workdir, steps=2, epsilon="inf"))
+    assert done.returncode == 0, done.stderr
+    assert "NO PRIVACY CLAIMED" in done.stderr
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["epsilon"] == "inf" and report["noise_multiplier"] == 1.0
+    assert report["statement"].startswith("NO PRIVACY CLAIMED") and any("no guarantee is claimed" in d for d in report["deviations"])
+    assert all(record["noise_multiplier"] == 1.0 for record in step_records(workdir))
+    # An audit derives the same, and whoever adds runs up is told what was really spent.
+    assert call("audit", workdir).returncode == 0
+    composed = json.loads(call("account", f"--compose={workdir}", "--json").stdout)
+    assert 0 < composed["epsilon"] < 50
 
 
 def test_baseline_is_labelled(text, cache, tmp_path):

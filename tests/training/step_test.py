@@ -153,6 +153,26 @@ def test_the_optimizer_takes_nothing_but_a_noised_mean():
         state.apply(optimizer, params)
 
 
+def test_runs_that_differ_in_noise_share_one_program_and_each_adds_its_own():
+    params, batch = problem()
+    optimizer, mask = optax.sgd(1.0), np.ones(8, bool)
+    ends, texts = {}, {}
+    for sigma in (0.0, 0.4, 0.8):
+        step = make_train_step(LOSS, optimizer, dataclasses.replace(MECHANISM, noise_multiplier=sigma), mesh_lib.make("data:1"))
+        texts[sigma] = step.lower(TrainState(params, optimizer.init(params)), {}, batch, mask, KEYS).as_text()
+        ends[sigma] = flat(step(TrainState(jax.tree.map(jnp.array, params), optimizer.init(params)), {}, batch, mask, KEYS)[0].parameters)
+    assert texts[0.4] == texts[0.8] != texts[0.0]
+    np.testing.assert_allclose(ends[0.8] - ends[0.0], 2 * (ends[0.4] - ends[0.0]), atol=1e-6)
+    assert np.abs(ends[0.4] - ends[0.0]).max() > 1e-3
+
+
+def test_noise_that_is_no_number_is_refused_before_anything_is_compiled():
+    broken = dataclasses.replace(MECHANISM)
+    object.__setattr__(broken, "noise_multiplier", float("nan"))
+    with pytest.raises(ValueError, match="finite"):
+        make_train_step(LOSS, optax.sgd(1.0), broken, mesh_lib.make("data:1"))
+
+
 def test_pitfall_23_the_compiled_step_holds_no_private_constant():
     # The same program serves any data set of the same public shape: only arguments differ.
     params, batch = problem()

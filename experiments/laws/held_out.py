@@ -1,0 +1,88 @@
+"""A law against runs that it has not seen: what it said, between which ends, and what came out."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.laws import points, validation
+from experiments.laws.fitting import FittedLaw
+from experiments.laws.law import fit_semiparametric
+from experiments.sweep.results import ITERATIONS, PARAMETERS, RATIO, Table
+
+_BOOTSTRAP_SAMPLES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One held-out configuration.
+
+    Attributes:
+      predicted, low, high: the law's loss, and the central 90 % of laws fitted to resampled runs.
+      measured: loss at the end of the run, at its best learning rate.
+      learning_rate, predicted_learning_rate: the vertex of the runs' own parabola, and the law's.
+      beyond: in what it goes beyond what the law was fitted to.
+    """
+
+    model: str
+    parameters: float
+    steps: float
+    ratio: float
+    predicted: float
+    low: float
+    high: float
+    measured: float
+    learning_rate: float
+    predicted_learning_rate: float
+    beyond: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """Relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -> list[Trial]:
+    """Every held-out configuration of a table, at the end of its longest run.
+
+    Args:
+      samples: laws that the interval is made of; 0 for none (its ends are then the prediction).
+    """
+    kept = points.held_out(table)
+    if not len(kept):
+        return []
+    names = {size: name for name, size in table.sizes.items()}
+    refit = lambda some: fit_semiparametric(points.revised(some), fitted.law.trend.form, fitted.law.trend)
+    laws = validation.bootstrap(points.usable(table), refit, samples) if samples else [fitted.law]
+    found = []
+    for size, ratio in np.unique(np.stack([kept[PARAMETERS], kept[RATIO]], axis=-1), axis=0):
+        runs = points.smoothed(kept.rows((kept[PARAMETERS] == size) & (kept[RATIO] == ratio)))
+        end = points.best(runs.rows(runs[ITERATIONS] == runs[ITERATIONS].max()), points.VERTEX)
+        place = size, float(end.steps[0]), ratio
+        low, high = validation.interval(laws, *place)
+        found.append(
+            Trial(
+                model=names[size],
+                parameters=size,
+                steps=place[1],
+                ratio=ratio,
+                predicted=float(fitted.law.loss(*place)),
+                low=float(low),
+                high=float(high),
+                measured=float(end.loss[0]),
+                learning_rate=float(end.learning_rate[0]),
+                predicted_learning_rate=float(fitted.law.learning_rate(*place)),
+                beyond=tuple(validation.kinds(fitted.law, *place)),
+            )
+        )
+    return found
+
+
+def text(found: list[Trial]) -> str:
+    """The trials as a table for a terminal."""
+    lines = [f"{'held out':<14} {'steps':>6} {'noise':>9} {'predicted':>10} {'interval':>17} {'measured':>9} {'error':>7}  beyond"]
+    lines += [
+        f"{t.model:<14} {t.steps:>6.0f} {t.ratio:>9.3g} {t.predicted:>10.4f} {f'{t.low:.4f} {t.high:.4f}':>17} {t.measured:>9.4f}"
+        f" {100 * t.error:>6.2f}%  {', '.join(t.beyond)}"
+        for t in found
+    ]
+    return "\n".join(lines)
