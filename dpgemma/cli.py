@@ -1,7 +1,7 @@
 """The program `dpgemma COMMAND --flags`.
 
-Exit codes: 0 done, 1 the check found something, 2 bad input. Nothing heavy is imported before a command runs, so that --help answers
-at once.
+Exit codes: 0 done, 1 the check found something or a run of a sweep failed, 2 bad input. Nothing heavy is imported before a command runs,
+so that --help answers at once.
 """
 
 import importlib
@@ -15,9 +15,11 @@ from accounting.errors import InputError
 COMMANDS = {
     "train": "train or fine-tune under a privacy budget; the same command resumes",
     "account": "solve a privacy budget for the one omitted quantity",
+    "plan": "find the best model, batch and steps for a compute, privacy and data budget",
     "audit": "check a run's epsilon report from its ledger",
     "sample": "generate text from a checkpoint",
     "export": "write a Hugging Face directory",
+    "sweep": "run a grid of trainings; the same command goes on",
 }
 _HELP = ("--help", "-h", "-help", "help")
 
@@ -67,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""
         return _fail(f"the disk refused{place}: {error.strerror or error}; nothing that was saved before is lost")
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing that was saved before is lost")
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted; nothing that was saved before is lost")
 
 
 def entry_point() -> None:

@@ -72,16 +72,15 @@ def load(path: pathlib.Path) -> FittedLaw:
         raise InputError(f"{path} holds no law: give the law.json of a sweep, or a results table (.csv or .parquet)") from None
 
 
-def best_form(measured: Points) -> tuple[str, dict[str, Error]]:
-    """The trend with which points that are left out are predicted best, and its errors.
-
-    What counts is the sum over the kinds of going beyond the data of the 90 % errors.
-    """
+def best_forms(measured: Points) -> tuple[dict[str, str], dict[str, Error]]:
+    """For each kind of going beyond the data the form that predicts left-out points best (by the 90 % error), and that error."""
     found = {}
     for name in forms.FORMS:
         whole = forms.fit(measured, name)
         found[name] = validation.cross_validate(measured, lambda some, name=name, whole=whole: fit_semiparametric(some, name, whole))
-    return min(found.items(), key=lambda item: sum(error.ninety for error in item[1].values()))
+    every_kind = {kind for errors in found.values() for kind in errors}
+    best = {kind: min(found, key=lambda name, kind=kind: found[name][kind].ninety) for kind in every_kind}
+    return best, {kind: found[name][kind] for kind, name in sorted(best.items())}
 
 
 def fit(table: Table) -> FittedLaw:
@@ -96,10 +95,12 @@ def fit(table: Table) -> FittedLaw:
         count = len(set(values.tolist()))
         if count < least:
             raise InputError(f"a law needs at least {least} {name}, the table has {count}: run a larger sweep")
-    form, errors = best_form(measured)
+    best, errors = best_forms(measured)
+    trend = best.get(validation.BETWEEN, "coupled")
+    larger, noisier = (best.get(kind, trend) for kind in (validation.LARGER, validation.NOISIER))
     batch = float(table[BATCH][0]) if BATCH in table.columns else 1024.0
     return FittedLaw(
-        law=fit_semiparametric(measured, form),
+        law=fit_semiparametric(measured, trend, larger=larger, noisier=noisier),
         errors=errors,
         non_private=optimum.fit_non_private(measured, batch * table.sequence_length),
         sizes=table.rows(~table.held_out).sizes,

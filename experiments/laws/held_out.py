@@ -51,8 +51,10 @@ def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -
     if not len(kept):
         return []
     names = {size: name for name, size in table.sizes.items()}
-    refit = lambda some: fit_semiparametric(points.revised(some), fitted.law.trend.form, fitted.law.trend)
-    laws = validation.bootstrap(points.usable(table), refit, samples) if samples else [fitted.law]
+    law = fitted.law
+    beyond = {"larger": law.larger.form, "noisier": law.noisier.form}
+    refit = lambda some: fit_semiparametric(points.revised(some), law.trend.form, law.trend, **beyond)
+    laws = validation.bootstrap(points.usable(table), refit, samples) if samples else [law]
     found = []
     for size, ratio in np.unique(np.stack([kept[PARAMETERS], kept[RATIO]], axis=-1), axis=0):
         runs = points.smoothed(kept.rows((kept[PARAMETERS] == size) & (kept[RATIO] == ratio)))

@@ -2,8 +2,8 @@
 
 `Interpolated` is the published pipeline: power laws in the steps, and linear interpolation of logarithms between what was measured
 (arXiv 2501.18914, section 3 and its code). `SemiParametric` is a parametric form, and between the measured points what it leaves
-unexplained, interpolated; for other sizes and more noise the form, shifted by what it leaves unexplained at the edge; for longer runs the
-power law that each curve follows at its end.
+unexplained, interpolated. Beyond them, each direction has a rule of its own: larger models and more noise follow forms, which need not be
+the same, from the edge on; longer runs the power law that each curve follows at its end.
 """
 
 import dataclasses
@@ -23,6 +23,9 @@ from experiments.laws.points import Points
 _FIT_FROM, _LONGEST = 1 / 8, 64
 # The end of a curve, as a share of the longest run, that says how it goes on; floors that are tried, as shares of the lowest loss.
 _TAIL_FROM, _FLOORS = 1 / 3, np.linspace(0.0, 0.9, 19)
+# How many times longer than the part that foretells it the foretold curve is, when floors are compared.
+_TOLD_AHEAD = 2.0
+_FORMS = ("trend", "larger", "noisier")
 # Of the residual along the steps, in ln T.
 _BANDWIDTH = 0.3
 
@@ -185,7 +188,8 @@ class SemiParametric:
     """A parametric trend, times what it leaves unexplained, interpolated between the measured points and constant beyond their edges.
 
     Attributes:
-      trend: the fitted form.
+      trend: the form that is fitted between the points.
+      larger, noisier: the forms that the loss follows beyond the largest model, and beyond the most noise.
       axes: of the residual: ln M, ln T, and the place of the noise (noise_axis).
       residual: ln of measured over trend on those axes, array of their shape.
       tail: for steps beyond the last.
@@ -193,6 +197,8 @@ class SemiParametric:
     """
 
     trend: forms.Parametric
+    larger: forms.Parametric
+    noisier: forms.Parametric
     axes: tuple[np.ndarray, np.ndarray, np.ndarray]
     residual: np.ndarray
     tail: Tail
@@ -203,10 +209,13 @@ class SemiParametric:
 
     def loss(self, parameters, steps, ratio) -> np.ndarray:
         m, t, r = np.broadcast_arrays(*(np.asarray(x, float) for x in (parameters, steps, ratio)))
-        last = self.domain.steps[1]
-        within = np.minimum(t, last)
-        places = (np.log(m), np.log(within), self._noise_axis(r))
-        loss = self.trend.loss(m, within, r) * np.exp(_interpolated(self.axes, self.residual, places))
+        domain = self.domain
+        within = np.clip(t, *domain.steps)
+        size, noise = np.minimum(m, domain.parameters[1]), np.minimum(r, domain.ratio[1])
+        places = (np.log(size), np.log(within), self._noise_axis(noise))
+        loss = self.trend.loss(size, within, noise) * np.exp(_interpolated(self.axes, self.residual, places))
+        loss = loss * self.noisier.loss(size, within, r) / self.noisier.loss(size, within, noise)
+        loss = loss * self.larger.loss(m, within, r) / self.larger.loss(size, within, r)
         exponent = _interpolated((self.axes[0], self.axes[2]), self.tail.exponents, (places[0], places[2]))
         # A law that is asked far outside of its data may already be below the floor: then it stays where it is.
         above = np.maximum(loss - self.tail.floor, 0.0)
@@ -220,7 +229,7 @@ class SemiParametric:
 
     def as_dict(self) -> dict:
         return {
-            "trend": dataclasses.asdict(self.trend),
+            **{name: dataclasses.asdict(getattr(self, name)) for name in _FORMS},
             "axes": [axis.tolist() for axis in self.axes],
             "residual": self.residual.tolist(),
             "tail": {"floor": self.tail.floor, "exponents": self.tail.exponents.tolist()},
@@ -232,7 +241,7 @@ class SemiParametric:
     def from_dict(cls, stored: dict) -> "SemiParametric":
         as_tuples = lambda content: {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
         return cls(
-            trend=forms.Parametric(**as_tuples(stored["trend"])),
+            **{name: forms.Parametric(**as_tuples(stored[name])) for name in _FORMS},
             axes=tuple(np.array(axis) for axis in stored["axes"]),
             residual=np.array(stored["residual"]),
             tail=Tail(stored["tail"]["floor"], np.array(stored["tail"]["exponents"])),
@@ -256,45 +265,52 @@ def _interpolated(axes, values: np.ndarray, places) -> np.ndarray:
     return grid(np.stack(inside, axis=-1)).reshape(places[0].shape)
 
 
-def fit_semiparametric(points: Points, form: str, start: forms.Parametric | None = None) -> SemiParametric:
-    """Fits the trend, then tabulates the residual; a cell without a measurement takes the mean of its neighbours' residuals.
+def fit_semiparametric(
+    points: Points, form: str, start: forms.Parametric | None = None, *, larger: str | None = None, noisier: str | None = None
+) -> SemiParametric:
+    """Fits the forms, then tabulates the residual; a cell without a measurement takes the mean of its neighbours' residuals.
 
     Args:
-      start: a trend of nearly the same points, from which the fit begins.
+      form: of the trend.
+      start: a trend of nearly the same points, from which its fit begins.
+      larger, noisier: forms for larger models and for more noise; the trend's, if none is named.
     """
     trend = forms.fit(points, form, start)
+    beyond = [trend if name in (None, form) else forms.fit(points, name) for name in (larger, noisier)]
     rate = fit_learning_rate(points.parameters, points.steps, points.ratio, np.log2(points.learning_rate))
     columns = (np.log(points.parameters), np.log(points.steps), noise_axis(points.ratio, rate.floor))
     axes, places = zip(*(np.unique(np.round(column, 12), return_inverse=True) for column in columns), strict=True)
     residual = np.full([len(axis) for axis in axes], np.nan)
     residual[places] = np.log(points.loss) - np.log(trend.loss(points.parameters, points.steps, points.ratio))
     residual = _smooth(_spread(residual), axes[1])
-    return SemiParametric(trend, axes, residual, _fit_tail(points, places, residual.shape), rate, Domain.of(points))
+    return SemiParametric(trend, *beyond, axes, residual, _fit_tail(points, places, residual.shape), rate, Domain.of(points))
 
 
 def _fit_tail(points: Points, places, shape: tuple[int, int, int]) -> Tail:
-    """The floor with which straight lines in logarithms fit the ends of all curves best, and their slopes."""
-    late = points.steps >= _TAIL_FROM * points.steps.max()
-    curves = [np.flatnonzero(late & (places[0] == i) & (places[2] == k)) for i in range(shape[0]) for k in range(shape[2])]
-    long_enough = [rows for rows in curves if len(rows) >= 3]
-    if not long_enough:
+    """The floor with which the middles of all curves foretell their ends best, and the slopes of the ends."""
+    last = points.steps.max()
+    curves = {(i, k): points.where((places[0] == i) & (places[2] == k)) for i in range(shape[0]) for k in range(shape[2])}
+    ends = {cell: curve.where(curve.steps >= _TAIL_FROM * last) for cell, curve in curves.items()}
+    ends = {cell: curve for cell, curve in ends.items() if len(curve) >= 3}
+    if not ends:
         raise InputError("a law needs at least three points at the end of its curves: keep more of each curve")
 
-    def slopes(floor: float) -> tuple[list[float], float]:
-        found, misfit = [], 0.0
-        for rows in long_enough:
-            x, y = np.log(points.steps[rows]), np.log(points.loss[rows] - floor)
-            slope, intercept = np.polyfit(x, y, 1)
-            found.append(max(-slope, 0.0))
-            # In relative units of the loss itself.
-            misfit += float(np.sum(((floor + np.exp(intercept + slope * x)) / points.loss[rows] - 1) ** 2))
-        return found, misfit
+    def misfit(floor: float) -> float:
+        total = 0.0
+        for cell in ends:
+            steps, loss = curves[cell].steps, curves[cell].loss
+            late = steps > last / _TOLD_AHEAD
+            middle = ~late & (steps >= _TAIL_FROM * last / _TOLD_AHEAD)
+            if middle.sum() >= 3 and late.any():
+                slope, intercept = np.polyfit(np.log(steps[middle]), np.log(loss[middle] - floor), 1)
+                told = floor + np.exp(intercept + min(slope, 0.0) * np.log(steps[late]))
+                total += float(np.mean((told / loss[late] - 1) ** 2))
+        return total
 
-    lowest = points.loss[late].min()
-    floor = min((share * lowest for share in _FLOORS), key=lambda candidate: slopes(candidate)[1])
+    floor = min((share * points.loss.min() for share in _FLOORS), key=misfit)
     exponents = np.full((shape[0], shape[2]), np.nan)
-    for rows, slope in zip(long_enough, slopes(floor)[0], strict=True):
-        exponents[places[0][rows[0]], places[2][rows[0]]] = slope
+    for cell, curve in ends.items():
+        exponents[cell] = max(-np.polyfit(np.log(curve.steps), np.log(curve.loss - floor), 1)[0], 0.0)
     return Tail(float(floor), _spread(exponents))
 
 

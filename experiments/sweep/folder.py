@@ -1,14 +1,18 @@
 """A sweep's folder: what was asked for, and of every run what is done. The folder is the whole state: to go on is to look into it.
 
 grid.json            every run's settings, written before the first one starts
-runs/ID/result.json  one finished run's numbers, written last, in one step
+runs/ID/result.json  one finished run's numbers, written last, in one step (in runs/ID/private/ where the data are not public)
 runs/ID/run/         the trainer's own folder of that run
+runs/ID/log.txt      what the processes that worked on it wrote to standard error
+runs/ID/error.txt    why it could not be done when it was tried last
 cache/               compiled programs that runs share
 results.csv          the table of all finished runs (in private/ where the data are not public)
 report.json          what the sweep cost in privacy, or that it ran on public data
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import pathlib
@@ -20,39 +24,48 @@ from dpgemma.training.config import TrainConfig
 from experiments.sweep import results
 from experiments.sweep.grid import Grid, Run
 
-# Points of a run's loss curve.
-POINTS = 32
 
-
+@dataclasses.dataclass(frozen=True)
 class SweepFolder:
-    """Paths of a sweep that exists, and its runs."""
+    """Paths of a sweep, and what they hold. Raw losses of private data are nobody else's to see, and lie in folders of mode 0700."""
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self.grid_file = path / "grid.json"
-        self.cache = path / "cache"
-        self.report_file = path / "report.json"
-        self.logs = path / "logs"
+    path: pathlib.Path
+    public_data: bool
 
-    def grid(self) -> Grid:
-        """The runs that were asked for.
+    @property
+    def grid_file(self) -> pathlib.Path:
+        return self.path / "grid.json"
 
-        Raises:
-          InputError: the folder is no sweep's.
-        """
-        try:
-            stored = json.loads(self.grid_file.read_text())
-        except FileNotFoundError:
-            raise InputError(f"{self.path} is no sweep's folder: it has no grid.json") from None
-        decode = lambda settings: {name: math.inf if value == "inf" else value for name, value in settings.items()}
-        runs = tuple(Run(TrainConfig(**decode(run["settings"])), run["held_out"]) for run in stored["runs"])
-        return Grid(runs, stored["public_data"])
+    @property
+    def cache(self) -> pathlib.Path:
+        return self.path / "cache"
+
+    @property
+    def logs(self) -> pathlib.Path:
+        return self.path / "logs"
+
+    @property
+    def report_file(self) -> pathlib.Path:
+        return self.path / "report.json"
+
+    @property
+    def results_file(self) -> pathlib.Path:
+        return self._raw(self.path) / "results.csv"
 
     def run_folder(self, run: Run) -> pathlib.Path:
         return self.path / "runs" / run.id / "run"
 
     def result_file(self, run: Run) -> pathlib.Path:
-        return self.path / "runs" / run.id / "result.json"
+        return self._raw(self.path / "runs" / run.id) / "result.json"
+
+    def log_file(self, run: Run) -> pathlib.Path:
+        return self.path / "runs" / run.id / "log.txt"
+
+    def error_file(self, run: Run) -> pathlib.Path:
+        return self.path / "runs" / run.id / "error.txt"
+
+    def _raw(self, place: pathlib.Path) -> pathlib.Path:
+        return place if self.public_data else place / "private"
 
     def is_done(self, run: Run) -> bool:
         return self.result_file(run).is_file()
@@ -61,7 +74,7 @@ class SweepFolder:
         return [run for run in grid.runs if not self.is_done(run)]
 
     def steps_taken(self, run: Run) -> int:
-        """Steps that a run has begun, by its ledger; for a display, so not to the last one."""
+        """Steps that a run has taken, by its metrics; for a display, so not to the last one."""
         if self.is_done(run):
             return run.config.steps
         try:
@@ -70,9 +83,15 @@ class SweepFolder:
         except OSError:
             return 0
 
+    def error(self, run: Run) -> str | None:
+        """Why a run could not be done when it was tried last."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.error_file(run).read_text()
+        return None
+
     def save(self, run: Run, result: dict) -> None:
         """Marks a run as done, and drops what only an unfinished one needs."""
-        report.write(self.result_file(run), report.dumps(result))
+        write_text(self.result_file(run), report.dumps(result))
         shutil.rmtree(self.run_folder(run) / "checkpoints", ignore_errors=True)
 
     def result(self, run: Run) -> dict:
@@ -83,35 +102,84 @@ class SweepFolder:
         records = [row for run in grid.runs if self.is_done(run) for row in rows(run, self.result(run))]
         return results.of_records(records) if records else None
 
-    def results_file(self, grid: Grid) -> pathlib.Path:
-        """Where the table lies: raw losses of private data are nobody else's to see."""
-        if grid.public_data:
-            return self.path / "results.csv"
-        private = self.path / "private"
-        private.mkdir(mode=0o700, exist_ok=True)
-        return private / "results.csv"
+    def write_table(self, grid: Grid) -> results.Table | None:
+        """Writes the table of what is done so far."""
+        table = self.table(grid)
+        if table is not None:
+            make_folder(self.results_file.parent)
+            results.write(self.results_file, table)
+        return table
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Holds the sweep for this process.
+
+        Raises:
+          InputError: another process holds it.
+        """
+        with open(self.path / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another sweep is at work in {self.path}: wait for it, or choose another --workdir") from None
+            yield
 
 
-def create(path: pathlib.Path, grid: Grid) -> SweepFolder:
-    """The folder of a grid. A folder that exists may get further runs, and loses none.
+def make_folder(place: pathlib.Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    if place.name == "private":
+        place.chmod(0o700)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file in one step, in a folder that is made for it."""
+    make_folder(path.parent)
+    report.write(path, text)
+
+
+def stored(path: pathlib.Path) -> Grid:
+    """The runs that were asked for in a sweep's folder.
 
     Raises:
-      InputError: the folder holds something else, or a sweep of other data in the public's eye.
+      InputError: the folder is no sweep's, or its grid.json is damaged.
     """
-    folder = SweepFolder(path)
-    if folder.grid_file.is_file():
-        known = folder.grid()
+    try:
+        content = json.loads((path / "grid.json").read_text())
+        decode = lambda settings: {name: math.inf if value == "inf" else value for name, value in settings.items()}
+        runs = tuple(Run(TrainConfig(**decode(run["settings"])), run["held_out"]) for run in content["runs"])
+        return Grid(runs, content["public_data"])
+    except FileNotFoundError:
+        raise InputError(f"{path} is no sweep's folder: it has no grid.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}/grid.json is damaged, or of another version: choose another --workdir") from None
+
+
+def look(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
+    """The folder that a grid would have, and all its runs, with those that earlier grids asked for. Nothing is written.
+
+    Raises:
+      InputError: the folder holds something else, or a sweep that says otherwise who may see its data.
+    """
+    if (path / "grid.json").is_file():
+        known = stored(path)
         if known.public_data != grid.public_data:
             raise InputError(f"{path} holds a sweep that says public_data = {str(known.public_data).lower()}: choose another --workdir")
         ids = {run.id for run in grid.runs}
-        # Runs that the file does not name any more were executed all the same, and stay in the report.
+        # Runs that the file does not name any more stay in the table, and in the report if they were executed.
         grid = dataclasses.replace(grid, runs=(*grid.runs, *(run for run in known.runs if run.id not in ids)))
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is neither empty nor the folder of a sweep: choose another --workdir")
-    path.mkdir(parents=True, exist_ok=True)
-    stored = [{"id": run.id, "held_out": run.held_out, "settings": run.config.as_dict()} for run in grid.runs]
-    report.write(folder.grid_file, report.dumps({"public_data": grid.public_data, "runs": stored}))
-    return folder
+    return SweepFolder(path, grid.public_data), grid
+
+
+def create(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
+    """The folder of a grid, and all its runs, as `look` finds them. A folder that exists may get further runs, and loses none."""
+    folder, everything = look(path, grid)
+    runs = [{"id": run.id, "held_out": run.held_out, "settings": run.config.as_dict()} for run in everything.runs]
+    text = report.dumps({"public_data": grid.public_data, "runs": runs})
+    if not folder.grid_file.is_file() or folder.grid_file.read_text() != text:
+        write_text(folder.grid_file, text)
+    return folder, everything
 
 
 def rows(run: Run, result: dict) -> list[dict]:

@@ -17,6 +17,10 @@
 
 Noise is injected as a noise-batch ratio, the standard deviation of the noise on the mean gradient in clip norms: runs with the same
 ratio have the same dynamics whatever their (epsilon, delta), and privacy is accounted for afterwards (arXiv 2501.18914, section 2).
+
+Where the file does not say otherwise, a run has one device (mesh = "data:1"), so that it computes the same bits wherever it is executed.
+A run that is long enough for a trial of clipping may still be computed in another way on another machine: say clipping and
+microbatch_size to have the same bits there too.
 """
 
 import dataclasses
@@ -25,14 +29,18 @@ import math
 import pathlib
 import re
 import tomllib
+import typing
 
 from accounting.errors import InputError
 from dpgemma.training.config import TrainConfig
 
-_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
+RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
+# Of every setting, the type of its values: a number that the file writes as 1 and one that it writes as 1.0 are the same setting.
+_KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(TrainConfig).items()} | {RATIO: float}
 # What a grid says in terms of the noise-batch ratio, a setting of the same run may not say too.
 _DERIVED = ("noise_multiplier", "epsilon")
-RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
+_FROM_WEIGHTS = ("init_from", "lora_rank", "lora_alpha", "lora_targets")
+_DEFAULTS = {"model": "tiny", "mesh": "data:1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,10 @@ def parse(content: dict, where: str) -> Grid:
     if unknown:
         raise InputError(f"{where} has an unknown table [{unknown[0]}]: use [sweep], [train] and [[grid]]")
     sweep, shared, tables = content.get("sweep", {}), content.get("train", {}), content.get("grid", [])
+    if not (isinstance(sweep, dict) and isinstance(shared, dict)):
+        raise InputError(f"{where}: sweep and train must be tables: write [sweep] and [train]")
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        raise InputError(f"{where}: grid must be an array of tables: write [[grid]]")
     unknown = [name for name in sweep if name != "public_data"]
     if unknown:
         raise InputError(f"{where}: [sweep] has no setting {unknown[0]!r}: it knows public_data")
@@ -98,7 +110,7 @@ def parse(content: dict, where: str) -> Grid:
         raise InputError(
             f"{where}: [sweep] must say public_data = true (nobody's privacy is at stake) or false (the report then adds up every run)"
         )
-    if not (isinstance(tables, list) and tables):
+    if not tables:
         raise InputError(f"{where} declares no run: add a [[grid]] table with model, noise_batch_ratio, learning_rate and steps")
     runs: dict[str, Run] = {}
     for table in tables:
@@ -110,18 +122,23 @@ def parse(content: dict, where: str) -> Grid:
 
 
 def _runs(shared: dict, table: dict, where: str) -> list[Run]:
-    given = {**shared, **table}
+    given = {**_DEFAULTS, **shared, **table}
     held_out = given.pop(HELD_OUT, False)
     if not isinstance(held_out, bool):
         raise InputError(f"{where}: held_out must be true or false, got {held_out!r}")
     for name in given:
         if name in _DERIVED:
             raise InputError(f"{where}: {name} is not a grid's to set: give noise_batch_ratio, and account for privacy afterwards")
-        if name not in _FIELDS | {RATIO}:
+        if name in _FROM_WEIGHTS:
+            raise InputError(f"{where}: {name} is not a grid's to set: a sweep trains presets from random weights")
+        if name not in _KINDS:
             raise InputError(f"{where}: {name!r} is no setting of dpgemma train: dpgemma train --help lists them")
     if RATIO not in given:
         raise InputError(f'{where}: a [[grid]] needs noise_batch_ratio, such as [0, "2^-8", "2^-6"]')
     axes = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    for name, values in axes.items():
+        if not values:
+            raise InputError(f"{where}: {name} is an empty list: name at least one value")
     runs = []
     for values in itertools.product(*axes.values()):
         settings = {name: _value(name, value, where) for name, value in zip(axes, values, strict=True)}
@@ -135,22 +152,33 @@ def _config(settings: dict, where: str) -> TrainConfig:
         raise InputError(f"{where}: noise_batch_ratio must be finite and not negative, got {ratio}")
     try:
         config = TrainConfig(**settings, epsilon=math.inf, noise_multiplier=0.0)
-        if math.isinf(config.clip_norm):
-            raise InputError("noise is measured in clip norms: clip_norm must be finite, at noise_batch_ratio 0 too")
-        return dataclasses.replace(config, noise_multiplier=ratio * config.batch_size)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except TypeError as error:
-        raise InputError(f"{where}: a setting has a value of the wrong kind ({error})") from None
+    if math.isinf(config.clip_norm):
+        raise InputError(f"{where}: noise is measured in clip norms: clip_norm must be finite, at noise_batch_ratio 0 too")
+    return dataclasses.replace(config, noise_multiplier=ratio * config.batch_size)
 
 
 def _value(name: str, value, where: str):
-    """A setting's value; powers may be written as text, such as "2^-7"."""
-    if name in (RATIO, "learning_rate", "clip_norm") and isinstance(value, str):
-        power = re.fullmatch(r"\s*(\d+)\s*\^\s*(-?\d+(?:\.\d+)?)\s*", value)
-        if not power:
-            raise InputError(f'{where}: {name} must be a number or a power such as "2^-7", got {value!r}')
-        return float(power[1]) ** float(power[2])
-    if isinstance(value, (dict, list)):
-        raise InputError(f"{where}: {name} must be a value or a list of values, got {value!r}")
-    return float(value) if name in (RATIO, "learning_rate", "clip_norm") and isinstance(value, int) else value
+    """A setting's value, of the setting's type."""
+    kind = _KINDS[name]
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is float:
+        number = _power(value) if isinstance(value, str) else value
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not math.isnan(number):
+            return float(number)
+        raise InputError(f'{where}: {name} must be a number or a power such as "2^-7", got {value!r}')
+    if kind is int and not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        return int(value)
+    expected = "a whole number" if kind is int else "text"
+    raise InputError(f"{where}: {name} must be {expected} or a list of such, got {value!r}")
+
+
+def _power(text: str) -> float | None:
+    """The number that a text such as "2^-7" stands for; None where it stands for none."""
+    power = re.fullmatch(r"\s*(\d+)\s*\^\s*(-?\d+(?:\.\d+)?)\s*", text)
+    try:
+        return float(power[1]) ** float(power[2]) if power else None
+    except (OverflowError, ZeroDivisionError):
+        return None

@@ -7,8 +7,10 @@ tests/experiments/sweep_test.py::test_pitfall_25_a_sweep_of_private_data_adds_up
 """
 
 import math
+import pathlib
 
-from accounting import report, tuning
+from accounting import executed as executed_lib
+from accounting import ledger, report, tuning
 from accounting.accountant import Accountant
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Grid
@@ -21,21 +23,44 @@ _RAW = (
     " The training losses in private/results.csv are raw and NOT covered: settings chosen by them may reveal something about single units;"
     " choose by models and public data alone, or run the sweep on public data."
 )
+_NOTHING = "No step of this sweep has been executed: nothing has been spent."
+_UNFINISHED = (
+    "This sweep is at work, or was killed: what its runs cost together has not been added up. The same dpgemma sweep command goes on, and"
+    " adds it up in the end."
+)
 
 
 def summary(folder: SweepFolder, grid: Grid) -> dict:
     """The content of report.json."""
-    executed = [run for run in grid.runs if (folder.run_folder(run) / "ledger.jsonl").is_file()]
-    common = {"public_data": grid.public_data, "runs": len(executed)}
+    begun = _begun(folder, grid)
     if grid.public_data:
-        return common | {"epsilon": None, "delta": None, "statement": PUBLIC}
-    found = tuning.runs([folder.run_folder(run) for run in executed])
+        return _report(grid, len(begun), PUBLIC)
+    executed = [place for place in begun if executed_lib.of(ledger.read(place / "ledger.jsonl")).steps]
+    if not executed:
+        return _report(grid, 0, _NOTHING)
+    found = tuning.runs(executed)
     delta = max(run.delta for run in found.values())
     accountant = Accountant([mechanism for run in found.values() for mechanism in run.mechanisms])
     epsilon = accountant.upper(delta)
     statement = tuning.statement(found, epsilon, delta) + (_RAW if math.isfinite(epsilon) else "")
-    return common | {"epsilon": report.round_up(epsilon), "delta": delta, "statement": statement}
+    return _report(grid, len(found), statement, report.round_up(epsilon), delta)
 
 
 def write(folder: SweepFolder, grid: Grid) -> None:
     report.write(folder.report_file, report.dumps(summary(folder, grid)))
+
+
+def write_unfinished(folder: SweepFolder, grid: Grid) -> None:
+    """Replaces the report of an earlier state before further runs are executed, so that no report says too little."""
+    statement = PUBLIC if grid.public_data else _UNFINISHED
+    report.write(folder.report_file, report.dumps(_report(grid, len(_begun(folder, grid)), statement)))
+
+
+def _begun(folder: SweepFolder, grid: Grid) -> list[pathlib.Path]:
+    """Folders of the runs that have begun."""
+    places = [folder.run_folder(run) for run in grid.runs]
+    return [place for place in places if (place / "ledger.jsonl").is_file()]
+
+
+def _report(grid: Grid, runs: int, statement: str, epsilon: float | None = None, delta: float | None = None) -> dict:
+    return {"public_data": grid.public_data, "runs": runs, "epsilon": epsilon, "delta": delta, "statement": statement}

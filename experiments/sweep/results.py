@@ -103,6 +103,8 @@ def read(path: pathlib.Path) -> Table:
     missing = [name for name in PUBLISHED if name not in records[0]]
     if missing:
         raise InputError(f"{path} has no column {missing[0]!r}: a results table has {', '.join(PUBLISHED)}")
+    if any(not record[MODEL] for record in records):
+        raise InputError(f"{path} has a row that names no model: every row of a results table is of one")
     if PARAMETERS not in records[0]:
         unknown = sorted({record[MODEL] for record in records} - set(BERT_PARAMETERS))
         if unknown:
@@ -116,13 +118,16 @@ def read(path: pathlib.Path) -> Table:
 
 def _cell(name: str, value):
     if name in _TEXT:
-        return value
+        return value or ""
     return math.nan if value in ("", None) else float(value)
 
 
 def _csv_records(path: pathlib.Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no CSV file: {error}") from None
 
 
 def _parquet_records(path: pathlib.Path) -> list[dict]:

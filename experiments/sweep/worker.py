@@ -1,13 +1,11 @@
 """Executes runs of a sweep, one after the other, in one process: `python -m experiments.sweep.worker FOLDER ID ...`.
 
 Every run is the ordinary trainer's, in a folder of its own: what is finished is not done again, and what was interrupted goes on from its
-last checkpoint. Exit codes: 0 all done, 2 a run cannot be done as it is declared (one sentence on standard error).
+last checkpoint. A run that cannot be done as it is declared leaves a sentence in its error.txt, and the next one's turn comes. Exit codes:
+0 all done, 2 some run cannot be done, 3 told to stop.
 """
 
-import contextlib
-import fcntl
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -17,29 +15,48 @@ import threading
 import time
 
 from accounting.errors import InputError
-from experiments.sweep.folder import POINTS, SweepFolder
+from experiments.sweep import folder as folder_lib
+from experiments.sweep import harvest
+from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Run
+
+DONE, REFUSED, STOPPED = 0, 2, 3
+
+
+class Stopped(Exception):
+    """A signal came; the run has been saved at a checkpoint."""
 
 
 def main(argv: list[str]) -> int:
     settle()
-    folder, wanted = SweepFolder(pathlib.Path(argv[0])), argv[1:]
-    share_programs(folder.cache)
+    path, wanted = pathlib.Path(argv[0]), argv[1:]
     try:
-        grid = folder.grid()
-        runs = {run.id: run for run in grid.runs}
-        for name in wanted:
-            execute(folder, runs[name], public_data=grid.public_data)
+        grid = folder_lib.stored(path)
     except InputError as error:
         print(f"dpgemma: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return REFUSED
+    folder = SweepFolder(path, grid.public_data)
+    share_programs(folder.cache)
+    runs = {run.id: run for run in grid.runs}
+    code = DONE
+    for name in wanted:
+        run = runs[name]
+        log_to(folder.log_file(run))
+        try:
+            execute(folder, run)
+        except InputError as error:
+            print(f"dpgemma: {error}", file=sys.stderr)
+            folder_lib.write_text(folder.error_file(run), " ".join(str(error).split()))
+            code = REFUSED
+        except Stopped:
+            return STOPPED
+    return code
 
 
 def settle() -> None:
     """Takes the cores that the launcher gave, and ends, at a checkpoint, when the launcher does."""
     cores = [int(core) for core in os.environ.get("DPGEMMA_CORES", "").split(",") if core]
-    if cores:
+    if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
 
     def wait_for_end_of_input():
@@ -51,54 +68,46 @@ def settle() -> None:
         threading.Thread(target=wait_for_end_of_input, daemon=True).start()
 
 
+def log_to(path: pathlib.Path) -> None:
+    """Standard error, that of libraries included, goes to this file from now on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    with open(path, "ab") as file:
+        os.dup2(file.fileno(), 2)
+
+
 def share_programs(cache: pathlib.Path) -> None:
-    """Compiled programs are kept in a folder: runs that differ in noise alone need one between them."""
+    """Compiled programs are kept, in this folder or the environment's: runs that differ in noise alone need one between them."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def execute(folder: SweepFolder, run: Run, *, public_data: bool) -> None:
+def execute(folder: SweepFolder, run: Run) -> None:
     """Trains one run to its end and saves its result, unless that has been done.
 
     Raises:
       InputError: the run cannot be done as it is declared.
+      Stopped: a signal came first.
     """
-    with alone(folder, run):
+    with harvest.alone(folder, run):
         if folder.is_done(run):
             return
+        folder.error_file(run).unlink(missing_ok=True)
         from dpgemma.training.prepare import prepare
 
-        start = time.monotonic()
-        keys = reproducible_keys(run) if public_data else None
+        start, before = time.monotonic(), folder.steps_taken(run)
+        keys = reproducible_keys(run) if folder.public_data else None
         trainer = prepare(run.config, str(folder.run_folder(run)), epsilon_given=True, keys=keys)
         try:
-            bits = trainer.train()
+            if trainer.train() is None:
+                raise Stopped
         finally:
             trainer.run.unlock()
-        if bits is None:
-            raise InputError(f"run {run.id} was told to stop; the same sweep goes on from there")
-        result = {
-            "model": trainer.start.name,
-            "parameters": _parameters(trainer),
-            "curve": curve(trainer.run.private / "metrics.jsonl", run.config.steps),
-            # Bits per byte are nats per token where a token is a byte.
-            "eval_loss": None if math.isnan(bits) else bits * math.log(2),
-            "num_units": trainer.data.num_units,
-            "seconds": time.monotonic() - start,
-        }
-        folder.save(run, result)
-
-
-@contextlib.contextmanager
-def alone(folder: SweepFolder, run: Run):
-    """Waits until no other process works on the same run: two launchers may have been given it."""
-    place = folder.result_file(run).parent
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        # A run that went on from a checkpoint took fewer steps in this time.
+        timed = {"seconds": time.monotonic() - start, "steps_in_seconds": run.config.steps - before}
+        folder.save(run, harvest.result(folder, run) | timed)
 
 
 def reproducible_keys(run: Run):
@@ -114,28 +123,6 @@ def reproducible_keys(run: Run):
     return Keys(
         *(hashlib.blake2b(f"{name} {run.config.seed}".encode(), digest_size=32, person=b"dpgemma sweep").digest() for name in names)
     )
-
-
-def curve(metrics: pathlib.Path, steps: int) -> list[tuple[int, float | None]]:
-    """(step, mean training loss of the steps since the point before), at POINTS equal distances; None where no loss was finite."""
-    losses = {}
-    for line in metrics.read_text().splitlines():
-        record = json.loads(line)
-        if record["units"] and math.isfinite(record["loss"]):  # an empty Poisson draw has no loss
-            losses[record["step"]] = record["loss"]
-    ends = sorted({math.ceil(steps * i / POINTS) for i in range(1, POINTS + 1)})
-    points, first = [], 0
-    for end in ends:
-        window = [losses[t] for t in range(first, end) if t in losses]
-        points.append((end, sum(window) / len(window) if window else None))
-        first = end
-    return points
-
-
-def _parameters(trainer) -> int:
-    from dpgemma.gemma import decoder
-
-    return decoder.num_parameters(trainer.start.model)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def run(*arguments, timeout=120):
     )
 
 
-@pytest.mark.parametrize("command", ["train", "account", "audit", "sample", "export"])
+@pytest.mark.parametrize("command", ["train", "account", "audit", "sample", "export", "sweep"])
 def test_help_answers_at_once_without_jax(command):
     code = (
         "import sys; from dpgemma import cli; code = cli.main([sys.argv[1], '--help']);"

@@ -6,7 +6,7 @@ import pytest
 
 from accounting.errors import InputError
 from experiments.benchmarks import published_laws
-from experiments.laws import fitting, forms, points, validation
+from experiments.laws import fitting, forms, learning_rate, points, validation
 from experiments.laws import law as law_lib
 from experiments.planning import noise, optimum, published
 from experiments.sweep import results
@@ -132,9 +132,32 @@ def test_missing_noise_levels_are_filled_along_the_noise():
 
 def test_learning_rate_follows_its_optimum():
     truth = dataclasses.replace(planted.PlantedLaw.draw(0), rate=(-7.0, -0.1, -0.2, -0.1))
-    law = fitting.fit(truth.table(0, noise=0.0, missing=0.0)).law
+    found = points.revised(truth.table(0))
+    rate = learning_rate.fit_learning_rate(found.parameters, found.steps, found.ratio, np.log2(found.learning_rate))
     for m, t, r in ((3e4, 200, 2.0**-6), (2e5, 1000, 2.0**-10)):
-        assert float(np.log2(law.learning_rate(m, t, r))) == pytest.approx(float(truth.best_rate(m, t, r)), abs=0.3)
+        assert float(np.log2(rate(m, t, r))) == pytest.approx(float(truth.best_rate(m, t, r)), abs=0.3)
+
+
+def test_a_cell_with_one_learning_rate_is_corrected_by_the_others():
+    truth = planted.PlantedLaw.draw(2)
+    table = truth.table(2, noise=0.002, missing=0.0)
+    lonely = (table[results.PARAMETERS] == planted.SIZES[2]) & (table[RATIO] == planted.RATIOS[5]) & (table[LEARNING_RATE] != 2.0**-8)
+    found = points.revised(table.rows(~lonely))
+    cell = found.where((found.parameters == planted.SIZES[2]) & (found.ratio == planted.RATIOS[5]))
+    np.testing.assert_allclose(cell.loss, truth.loss(cell.parameters, cell.steps, cell.ratio), rtol=0.02)
+
+
+def test_each_direction_beyond_the_data_follows_the_form_that_predicts_it_best(fitted):
+    m, t, r = fitted.law.domain.parameters[1], fitted.law.domain.steps[1], fitted.law.domain.ratio[1]
+    whole = fitted.law
+    at_edge = float(whole.loss(m, t, 2.0**-7))
+    ratio = float(whole.larger.loss(3 * m, t, 2.0**-7) / whole.larger.loss(m, t, 2.0**-7))
+    assert float(whole.loss(3 * m, t, 2.0**-7)) == pytest.approx(at_edge * ratio)
+    ratio = float(whole.noisier.loss(1e5, t, 2 * r) / whole.noisier.loss(1e5, t, r))
+    assert float(whole.loss(1e5, t, 2 * r)) == pytest.approx(float(whole.loss(1e5, t, r)) * ratio)
+    # No jump at an edge.
+    for place, near in (((m, t, r), (m * 1.0001, t * 1.0001, r * 1.0001)),):
+        assert float(whole.loss(*near)) == pytest.approx(float(whole.loss(*place)), rel=1e-3)
 
 
 # How far a law is to be trusted.
@@ -161,8 +184,7 @@ def test_cross_validated_errors_are_those_of_laws_that_have_not_seen_the_points(
     assert errors[validation.LONGER].median == pytest.approx(np.median(expected))
 
 
-def test_every_way_beyond_the_data_adds_its_error():
-    fitted = fitting.fit(planted.PlantedLaw.draw(0).table(0))
+def test_every_way_beyond_the_data_adds_its_error(fitted):
     errors = {
         kind: validation.Error(0.0, value, 1)
         for kind, value in ((validation.BETWEEN, 0.01), (validation.LARGER, 0.03), (validation.LONGER, 0.04))
@@ -176,11 +198,12 @@ def test_every_way_beyond_the_data_adds_its_error():
 
 def test_bootstrap_interval_covers_the_truth_and_widens_with_noise():
     truth = planted.PlantedLaw.draw(4)
-    fit = lambda table: law_lib.fit_semiparametric(points.revised(table), "coupled")
+    start = forms.fit(points.revised(truth.table(4)), "coupled")
+    fit = lambda table: law_lib.fit_semiparametric(points.revised(table), "coupled", start)
     place = np.array([1e5]), np.array([800.0]), np.array([2.0**-7])
     widths = []
     for amount in (0.002, 0.03):
-        low, high = validation.interval(validation.bootstrap(points.usable(truth.table(4, noise=amount)), fit, 6), *place)
+        low, high = validation.interval(validation.bootstrap(points.usable(truth.table(4, noise=amount)), fit, 5), *place)
         widths.append(float(high[0] - low[0]))
         assert low[0] * (1 - amount) <= truth.loss(*place)[0] <= high[0] * (1 + amount)
     assert widths[1] > widths[0]

@@ -16,16 +16,6 @@ BUDGET = Budget(3e13, 1e5, 8, 1e-5, planted.LENGTH)
 
 
 @pytest.fixture(scope="module")
-def truth():
-    return planted.PlantedLaw.draw(0)
-
-
-@pytest.fixture(scope="module")
-def fitted(truth):
-    return fitting.fit(truth.table(0))
-
-
-@pytest.fixture(scope="module")
 def surface():
     return noise.NoiseSurface(BUDGET.epsilon, BUDGET.delta)
 

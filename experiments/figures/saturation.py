@@ -1,0 +1,62 @@
+"""Table 2: the compute that is enough, the least within 1 % of the best loss over all compute."""
+
+import csv
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+
+from experiments.figures.study import Study
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One number of units and epsilon; all numbers NaN where the law knows no configuration.
+
+    Attributes:
+      at_end: in what the configuration is at the end of the law's data ("largest model", "longest run"), so that it is a bound.
+    """
+
+    num_units: float
+    epsilon: float
+    compute: float
+    loss: float
+    parameters: float
+    steps: float
+    batch_size: float
+    tokens_per_parameter: float
+    at_end: tuple[str, ...]
+
+
+HEAD = ("units", "epsilon", "compute", "loss", "parameters", "steps", "batch", "tokens_per_parameter", "at_end")
+
+
+def table(asked: Study, num_units: Sequence[float], epsilons: Sequence[float]) -> list[Row]:
+    """A row for each pair, epsilons within units."""
+    return [_row(asked, units, epsilon) for units in num_units for epsilon in epsilons]
+
+
+def _row(asked: Study, num_units: float, epsilon: float) -> Row:
+    curve = asked.frontier(num_units, epsilon)
+    i = curve.knee
+    if i is None:
+        return Row(num_units, epsilon, *[math.nan] * 6, ())
+    domain = asked.law.domain
+    ends = {
+        "smallest model": asked.at_smallest(curve.parameters[i]),
+        "largest model": asked.at_largest(curve.parameters[i]),
+        "shortest run": curve.steps[i] < domain.steps[0] * 1.1,
+        "longest run": curve.steps[i] > domain.steps[1] / 1.1,
+    }
+    values = (curve.compute, curve.loss, curve.parameters, curve.steps, curve.batch_size, curve.tokens_per_parameter)
+    return Row(num_units, epsilon, *(float(column[i]) for column in values), tuple(name for name, there in ends.items() if there))
+
+
+def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    """As CSV; what is missing is empty."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEAD)
+        for row in rows:
+            *numbers, ends = dataclasses.astuple(row)
+            writer.writerow([*("" if math.isnan(x) else f"{x:.6g}" for x in numbers), "; ".join(ends)])

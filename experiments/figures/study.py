@@ -1,0 +1,161 @@
+"""What all figures ask of a law: the best configurations of a compute, within what the law was fitted to and never beyond it."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from accounting.errors import InputError
+from experiments.laws.law import Law
+from experiments.planning import optimum
+from experiments.planning.noise import NoiseSurface
+from experiments.planning.optimum import Budget, Candidates
+
+_VARIABLES = ("parameters", "batch_size", "steps")
+_UNKNOWN = 1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """The best configurations along the compute, for one number of units and one epsilon; NaN where the law knows none.
+
+    Attributes:
+      compute: [n], floating-point operations, rising.
+      loss, parameters, batch_size, steps: [n], of the configuration with the lowest loss that spends exactly this compute.
+      near: of each of parameters, batch_size and steps the least and the most [n, 2] among the configurations within 1 % of it.
+      tokens_per_parameter: [n], of that configuration.
+    """
+
+    num_units: float
+    epsilon: float
+    compute: np.ndarray
+    loss: np.ndarray
+    parameters: np.ndarray
+    batch_size: np.ndarray
+    steps: np.ndarray
+    near: dict[str, np.ndarray]
+    tokens_per_parameter: np.ndarray
+
+    @property
+    def running(self) -> np.ndarray:
+        """The lowest loss of this compute or any smaller one."""
+        return np.fmin.accumulate(self.loss)
+
+    @property
+    def knee(self) -> int | None:
+        """The number of the least compute that comes within 1 % of the lowest loss of all; None where there is no configuration at all."""
+        return optimum.saturating_compute(self.compute, self.loss) if np.isfinite(self.loss).any() else None
+
+
+class Study:
+    """A law, and what has been asked of it already.
+
+    Args:
+      law: of the loss.
+      sequence_length: tokens of a unit.
+      delta: of every privacy budget.
+      cache: folder where noise is kept between processes; None for none.
+      sizes: models to search between the smallest and the largest, which are two of them.
+      points: of compute on a curve.
+      noise: from epsilon to the noise multiplier of (steps, sampling probability), by default a NoiseSurface.
+    """
+
+    def __init__(
+        self,
+        law: Law,
+        sequence_length: int,
+        delta: float,
+        cache: pathlib.Path | None = None,
+        *,
+        sizes: int = 60,
+        points: int = 72,
+        noise: Callable[[float], Callable] | None = None,
+    ):
+        self.law, self.sequence_length, self.delta = law, sequence_length, delta
+        self.sizes, self.points = optimum.sizes_within(law, sizes), points
+        self._surface = noise or (lambda epsilon: NoiseSurface(epsilon, delta, cache))
+        self._surfaces: dict[float, Callable] = {}
+        self._frontiers: dict[tuple, Frontier] = {}
+
+    def noise(self, epsilon: float, steps, sampling_probability) -> np.ndarray:
+        """Noise multipliers; more than any law was fitted to where no noise is known that meets the budget."""
+        if epsilon not in self._surfaces:
+            self._surfaces[epsilon] = self._surface(epsilon)
+        # A law may refuse NaN or warn of infinities.
+        return np.nan_to_num(self._surfaces[epsilon](steps, sampling_probability), nan=_UNKNOWN)
+
+    def compute_range(self, num_units: float) -> tuple[float, float]:
+        """From the smallest model and shortest run with batches of one unit to the largest and longest with all units in each batch."""
+        (smallest, largest), (shortest, longest) = self.law.domain.parameters, self.law.domain.steps
+        return 6 * self.sequence_length * smallest * shortest, 6 * self.sequence_length * largest * longest * num_units
+
+    def candidates(self, compute: float, num_units: float, epsilon: float) -> Candidates | None:
+        """All configurations of this compute that lie where the law was fitted, from the lowest loss up; None for none."""
+        budget = Budget(compute, num_units, epsilon, self.delta, self.sequence_length)
+        try:
+            return optimum.search(self.law, lambda t, q: self.noise(epsilon, t, q), budget, self.sizes)
+        except InputError:
+            return None
+
+    def best_loss(self, compute: float, num_units: float, epsilon: float) -> float:
+        found = self.candidates(compute, num_units, epsilon)
+        return math.nan if found is None else float(found.loss[0])
+
+    def loss(self, parameters: float, steps: float, batch_size: float, num_units: float, epsilon: float) -> float:
+        """Of one configuration; NaN where it lies outside of what the law was fitted to."""
+        if not 0 < batch_size <= num_units:
+            return math.nan
+        ratio = float(self.noise(epsilon, steps, batch_size / num_units)) / batch_size
+        # As in a search: less noise than the least that was measured is no worse.
+        ratio = max(ratio, self.law.domain.ratio[0])
+        inside = self.law.domain.contains(parameters, steps, ratio)
+        return float(self.law.loss(parameters, steps, ratio)) if inside else math.nan
+
+    def best_at_steps(self, steps: float, compute: float, num_units: float, epsilon: float) -> float:
+        """The lowest loss of this compute among runs of so many steps; NaN for none within the data."""
+        batch = compute / (6 * self.sequence_length * self.sizes * steps)
+        possible = (batch >= 1) & (batch <= num_units)
+        size, batch = self.sizes[possible], batch[possible]
+        if not len(size):
+            return math.nan
+        ratio = np.maximum(self.noise(epsilon, np.full(len(size), steps), batch / num_units) / batch, self.law.domain.ratio[0])
+        inside = self.law.domain.contains(size, steps, ratio)
+        losses = np.asarray(self.law.loss(size, steps, ratio), float)[inside]
+        return float(np.nanmin(losses)) if np.isfinite(losses).any() else math.nan
+
+    def frontier(self, num_units: float, epsilon: float) -> Frontier:
+        """The best configurations over all computes of compute_range."""
+        key = num_units, epsilon
+        if key not in self._frontiers:
+            compute = np.geomspace(*self.compute_range(num_units), self.points)
+            self._frontiers[key] = self._along(compute, num_units, epsilon)
+        return self._frontiers[key]
+
+    def _along(self, compute: np.ndarray, num_units: float, epsilon: float) -> Frontier:
+        best = {name: np.full(len(compute), np.nan) for name in ("loss", *_VARIABLES)}
+        near = {name: np.full((len(compute), 2), np.nan) for name in _VARIABLES}
+        for i, operations in enumerate(compute):
+            found = self.candidates(float(operations), num_units, epsilon)
+            if found is None:
+                continue
+            close = optimum.near_optimal(found)
+            for name, values in best.items():
+                values[i] = getattr(found, name)[0]
+            for name, ends in near.items():
+                ends[i] = getattr(close, name).min(), getattr(close, name).max()
+        tokens = best["steps"] * best["batch_size"] * self.sequence_length
+        return Frontier(num_units, epsilon, compute, **best, near=near, tokens_per_parameter=tokens / best["parameters"])
+
+    def at_largest(self, parameters) -> np.ndarray:
+        """Mask of the sizes at the upper end of the law's: a larger model may be better still."""
+        return np.asarray(parameters) >= self.law.domain.parameters[1] * 0.999
+
+    def at_smallest(self, parameters) -> np.ndarray:
+        return np.asarray(parameters) <= self.law.domain.parameters[0] * 1.001
+
+
+def frontiers(study: Study, num_units: Sequence[float], epsilons: Sequence[float]) -> list[Frontier]:
+    """One for each pair, epsilons within units."""
+    return [study.frontier(units, epsilon) for units in num_units for epsilon in epsilons]

@@ -1,0 +1,61 @@
+"""What can be refused before a sweep starts anything, and what a run costs by its settings alone."""
+
+import functools
+
+from accounting.errors import InputError
+from experiments.sweep.grid import Grid, Run
+
+
+def check(grid: Grid) -> None:
+    """Refuses models, tokenizers, devices and data that do not exist, and rows that a model cannot take.
+
+    Raises:
+      InputError: the first such setting.
+    """
+    from dpgemma.data import sources
+    from dpgemma.gemma import tokenizer as tokenizer_lib
+    from dpgemma.training import start as start_lib
+
+    for run in grid.runs:
+        parameters(run.config.model)
+        devices(run)
+        start_lib.of(run.config)
+    for spec in dict.fromkeys(start_lib.tokenizer_of(run.config) for run in grid.runs):
+        tokenizer_lib.load(spec)
+    for data, field in dict.fromkeys((run.config.data, run.config.text_field) for run in grid.runs):
+        # The synthetic corpus is made when it is needed.
+        if data != sources.SYNTHETIC and next(iter(sources.records(data, field)), None) is None:
+            raise InputError(f"--data={data} is empty: there is nothing to train on")
+
+
+def operations(run: Run) -> float:
+    """6 M B S T: floating-point operations of a run by the rule that scaling laws are written in."""
+    c = run.config
+    return 6.0 * parameters(c.model) * c.batch_size * c.sequence_length * c.steps
+
+
+@functools.lru_cache
+def parameters(model: str) -> int:
+    """Parameters of a preset.
+
+    Raises:
+      InputError: it is none.
+    """
+    from dpgemma.gemma import decoder
+    from dpgemma.gemma.presets import PRESETS
+
+    if model not in PRESETS:
+        raise InputError(f"model {model!r} is no preset: choose one of {', '.join(PRESETS)}")
+    return decoder.num_parameters(PRESETS[model])
+
+
+def devices(run: Run) -> int:
+    """Devices of a run, and on a CPU cores.
+
+    Raises:
+      InputError: its mesh does not say how many. What mesh = "auto" stands for would depend on where a run is executed.
+    """
+    axis, _, count = run.config.mesh.partition(":")
+    if axis != "data" or not count.isdecimal() or int(count) < 1:
+        raise InputError(f'mesh must be "data:N" with N devices for each run of a sweep, got {run.config.mesh!r}')
+    return int(count)
