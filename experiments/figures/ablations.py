@@ -38,22 +38,30 @@ class Ablation:
     curves: list[Curve]
 
 
-def lowest(found: Candidates | None, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values, lowest losses) of model size or batch, over all that was searched."""
+def panels(asked: Study, compute: float, num_units: float, epsilon: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each of COLUMNS (its values, the lowest losses): steps are the longest run and quarter powers of two below it."""
+    shortest, longest = asked.law.domain.steps
+    steps = longest * 2.0 ** (-np.arange(math.floor(4 * math.log2(longest / shortest) + 1e-9), -1, -1) / 4)
+    # A search has batches of its own and lets the steps follow; here the batch follows.
+    losses = np.nan_to_num(asked.losses_by_steps(steps, compute, num_units, epsilon), nan=np.inf)
+    return {
+        "steps": _finite(steps, losses.min(axis=1)),
+        "parameters": _finite(asked.sizes, losses.min(axis=0)),
+        "batch_size": _by_batch(asked.candidates(compute, num_units, epsilon)),
+    }
+
+
+def _finite(values: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return values[np.isfinite(losses)], losses[np.isfinite(losses)]
+
+
+def _by_batch(found: Candidates | None) -> tuple[np.ndarray, np.ndarray]:
     if found is None:
         return np.array([]), np.array([])
-    places, group = np.unique(getattr(found, name), return_inverse=True)
+    places, group = np.unique(found.batch_size, return_inverse=True)
     losses = np.full(len(places), np.inf)
     np.minimum.at(losses, group.reshape(-1), found.loss)
     return places, losses
-
-
-def lowest_by_steps(asked: Study, compute: float, num_units: float, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, lowest losses) at the longest run and quarter powers of two below it: a search has no steps of its own, they follow."""
-    shortest, longest = asked.law.domain.steps
-    steps = longest * 2.0 ** (-np.arange(math.floor(4 * math.log2(longest / shortest) + 1e-9), -1, -1) / 4)
-    losses = np.array([asked.best_at_steps(float(t), compute, num_units, epsilon) for t in steps])
-    return steps[np.isfinite(losses)], losses[np.isfinite(losses)]
 
 
 def computes(asked: Study, centre: float, num_units: float, count: int = _COMPUTES) -> tuple[float, ...]:
@@ -81,11 +89,7 @@ def ablations(
     }
     rows = []
     for varied, asked_for in budgets.items():
-        curves = []
-        for value, budget in asked_for:
-            found = asked.candidates(*budget)
-            by_steps = lowest_by_steps(asked, *budget)
-            curves.append(Curve(value, {"steps": by_steps} | {name: lowest(found, name) for name in list(COLUMNS)[1:]}))
+        curves = [Curve(value, panels(asked, *budget)) for value, budget in asked_for]
         rows.append(Ablation(varied, curves))
     return rows
 

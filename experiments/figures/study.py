@@ -113,17 +113,17 @@ class Study:
         inside = self.law.domain.contains(parameters, steps, ratio)
         return float(self.law.loss(parameters, steps, ratio)) if inside else math.nan
 
-    def best_at_steps(self, steps: float, compute: float, num_units: float, epsilon: float) -> float:
-        """The lowest loss of this compute among runs of so many steps; NaN for none within the data."""
-        batch = compute / (6 * self.sequence_length * self.sizes * steps)
+    def losses_by_steps(self, steps: np.ndarray, compute: float, num_units: float, epsilon: float) -> np.ndarray:
+        """Losses [T, M] of runs of so many steps with each of the sizes, whose batch spends the compute; NaN outside of the data."""
+        size, steps = np.broadcast_arrays(self.sizes[None, :], np.asarray(steps, float)[:, None])
+        batch = compute / (6 * self.sequence_length * size * steps)
+        losses = np.full(batch.shape, np.nan)
         possible = (batch >= 1) & (batch <= num_units)
-        size, batch = self.sizes[possible], batch[possible]
-        if not len(size):
-            return math.nan
-        ratio = np.maximum(self.noise(epsilon, np.full(len(size), steps), batch / num_units) / batch, self.law.domain.ratio[0])
-        inside = self.law.domain.contains(size, steps, ratio)
-        losses = np.asarray(self.law.loss(size, steps, ratio), float)[inside]
-        return float(np.nanmin(losses)) if np.isfinite(losses).any() else math.nan
+        if possible.any():
+            m, t, b = size[possible], steps[possible], batch[possible]
+            ratio = np.maximum(self.noise(epsilon, t, b / num_units) / b, self.law.domain.ratio[0])
+            losses[possible] = np.where(self.law.domain.contains(m, t, ratio), self.law.loss(m, t, ratio), np.nan)
+        return losses
 
     def frontier(self, num_units: float, epsilon: float) -> Frontier:
         """The best configurations over all computes of compute_range."""

@@ -18,6 +18,7 @@ from experiments.planning.noise import Certified, NoiseSurface, certified
 from experiments.planning.optimum import Budget, Candidates
 
 _MOST_NEIGHBOURS = 20
+_AT_END = 0.84  # within one step of the search's grid of batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,12 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None) -> d
             f"the noise-batch ratio {ratio:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at which the loss is"
             " predicted: a bound from above"
         )
+    ends = {"model size": (place[0], law.domain.parameters[1]), "number of steps": (place[1], law.domain.steps[1])}
+    notes += [
+        f"the {name} is at the end of what was measured, {end:.4g}: beyond it there may be better ones (--extrapolate)"
+        for name, (value, end) in ends.items()
+        if _AT_END * end <= value <= end
+    ]
     return {
         **chosen,
         "noise_multiplier": proof.noise_multiplier,

@@ -154,7 +154,7 @@ def test_ablations_reach_the_best_loss_in_every_column_and_do_not_beat_it(asked)
             best = asked.best_loss(*budget)
             for values, losses in curve.panels.values():
                 assert (np.diff(values) > 0).all()
-                # Steps have their own grid, on which batches lie between those of the search.
+                # Steps and sizes have a grid of their own, on which batches lie between those of the search.
                 assert (losses.min() if len(losses) else math.nan) == pytest.approx(best, rel=3e-3, nan_ok=True)
 
 
@@ -162,7 +162,7 @@ def test_a_law_that_knows_nothing_of_a_budget_leaves_everything_empty(out_of_rea
     assert out_of_reach.candidates(1e13, UNITS, 4.0) is None and out_of_reach.frontier(UNITS, 4.0).knee is None
     (row,) = saturation.table(out_of_reach, [UNITS], [4.0])
     assert math.isnan(row.compute) and row.at_end == ()
-    assert ablations.lowest(None, "steps")[0].size == 0
+    assert all(len(values) == len(losses) == 0 for values, losses in ablations.panels(out_of_reach, 1e13, UNITS, 4.0).values())
 
 
 @functools.cache
@@ -245,8 +245,8 @@ def test_the_page_holds_every_figure_and_needs_nothing_else(fitted, quick, tmp_p
         page.write(fitted, budget, path.parent)
 
 
-def test_figures_are_the_same_every_time(asked, tmp_path):
-    plot = optima.plot(optima.curves(asked, UNITS, [1.0, 4.0]))
+def test_figures_are_the_same_every_time(fitted, asked, tmp_path):
+    plot = fixed.plot(fixed.compare(asked, fitted.sizes, 3e13, UNITS, [1.0, 4.0]))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         drawing.save(plot, tmp_path / name)

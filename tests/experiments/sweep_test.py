@@ -89,7 +89,8 @@ def test_a_sweep_of_real_trainings_ends_in_a_table(finished):
     config, out, done = finished
     said = json.loads(done.stdout)
     table_file = out / "results.csv"
-    assert said == {"runs": 3, "done": 3, "failed": {}, "table": str(table_file), "report": str(out / "report.json"), "public_data": True}
+    facts = {"runs": 3, "done": 3, "failed": {}, "table": str(table_file), "report": str(out / "report.json"), "public_data": True}
+    assert facts.items() <= said.items() and said["law"] is None and "no law is fitted" in done.stderr  # of one model alone
     table = results.read(table_file)
     assert tuple(table.columns) == results.COLUMNS and len(table) == 3 * 8
     size = decoder.num_parameters(PRESETS["ladder_20k"])
@@ -131,7 +132,7 @@ def test_a_killed_sweep_repeats_nothing_that_was_done(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert kept.items() <= state(out / "runs").items()
     assert (out / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
-    for path in out.glob("runs/*/run/ledger.jsonl"):  # a step that was charged again belongs to what was in flight
+    for path in out.glob("runs/*/run/ledger.jsonl"):  # steps that were taken again are the same steps
         facts = executed.of(ledger.read(path))
         assert facts.finished and facts.steps == 8
 
