@@ -2,7 +2,7 @@
 
 The lattice is the same for all searches with one (epsilon, delta), so that each pays only for the nodes that no search before has asked
 for. A node is the saddle-point estimate where that converges, and else the loss-distribution accountant's upper bound on a coarse grid; the
-two agree within half a percent. No number from here is a guarantee: `certified` is.
+two agree within a percent or so. No number from here is a guarantee: `certified` is.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from accounting.mechanism import DpSgdMechanism
 # Distance of lattice nodes, in ln T and in ln q.
 SPACING = math.log(2.5)
 _LARGE = 10**15  # units of a data set that stands for a sampling probability alone
-_INTERVAL = 4e-3  # of the loss grid; fine enough for the small noise at which the saddle point fails
-_VERSION = 1
+# Of the loss grid: fine enough for the small noise at which the saddle point fails, and finer where a unit takes part often.
+_INTERVAL, _STEPS_OF_INTERVAL, _OFTEN = 4e-3, 250, 0.3
+_VERSION = 2
 
 
 class NoiseSurface:
@@ -82,9 +83,11 @@ class NoiseSurface:
     def _by_losses(self, steps: float, probability: float, guess: float) -> float:
         """The same by the accountant, to the tolerance of a search."""
 
+        interval = _INTERVAL * min(1.0, math.sqrt(_STEPS_OF_INTERVAL / steps)) if steps * probability > _OFTEN else _INTERVAL
+
         def excess(log_sigma: float) -> float:
             mechanism = DpSgdMechanism(_LARGE, probability * _LARGE, None, math.exp(log_sigma), 1.0, max(1, round(steps)))
-            epsilon = Accountant(mechanism).upper(self.delta, interval=_INTERVAL)
+            epsilon = Accountant(mechanism).upper(self.delta, interval=interval)
             return math.log(max(epsilon, 1e-9) / self.epsilon) if math.isfinite(epsilon) else 50.0
 
         start = math.log(guess) if math.isfinite(guess) else 0.0

@@ -103,7 +103,9 @@ def search(
     sigma = np.asarray(noise(t, b / budget.num_units), float)
     ratio = sigma / b
     counted = np.maximum(ratio, domain.ratio[0]) if not extrapolate else ratio
-    loss = np.asarray(law.loss(m, t, counted), float)
+    known = np.isfinite(counted)
+    loss = np.full(m.shape, np.nan)
+    loss[known] = law.loss(m[known], t[known], counted[known])
     inside = domain.contains(m, t, counted)
     good = np.isfinite(loss) & (inside | extrapolate)
     if not good.any():

@@ -33,6 +33,19 @@ def test_surface_of_a_tiny_delta_uses_the_accountant_where_the_estimate_fails():
     assert float(sigma) == pytest.approx(0.59843, rel=0.01)  # an independent tilted accountant's figure
 
 
+@pytest.mark.parametrize("steps, q", [(9537, 1.6e-3), (3815, 6.6e-4)])
+def test_surface_is_right_where_units_take_part_often_under_little_noise(steps, q):
+    # Where neither the saddle point converges nor a coarse grid is fine enough.
+    exact = calibration.noise_multiplier(DpSgdMechanism(10**6, q * 10**6, None, 1.0, 1.0, steps), 1.0, 1e-8).noise_multiplier
+    assert float(noise.NoiseSurface(1.0, 1e-8)(steps, q)) == pytest.approx(exact, rel=0.03)
+
+
+def test_configurations_without_any_sensible_noise_are_left_out(fitted):
+    hopeless = lambda steps, q: np.where(np.asarray(q) > 0.01, np.nan, 1.0)
+    found = optimum.search(fitted.law, hopeless, BUDGET, optimum.sizes_within(fitted.law, 8))
+    assert len(found) and (found.batch_size / BUDGET.num_units <= 0.01).all()
+
+
 def test_surface_has_no_value_for_more_than_all_units(surface):
     assert np.isnan(surface(100.0, 1.5)) and np.isfinite(surface(100.0, 1.0))
 
