@@ -224,7 +224,7 @@ def test_a_table_that_cannot_carry_a_law_is_refused(axis):
 # Planted truth: a law whose every answer is known.
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed > 1 else seed for seed in range(50)])
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed > 0 else seed for seed in range(50)])
 def test_planted_truth_is_found_again(seed):
     """Held-out losses to 1 % in the median, sizes twice as large and runs two and a half times as long included; the optimum to 0.5 %."""
     truth = planted.PlantedLaw.draw(seed)
@@ -261,7 +261,7 @@ def test_vaultgemma_is_reproduced():
     assert np.log2(v["noise_multiplier"] / v["batch_size"]) == pytest.approx(-19.69, abs=0.005)
 
 
-@pytest.mark.parametrize("number", [pytest.param(i, marks=pytest.mark.slow) if i not in (5, 8) else i for i in range(20)])
+@pytest.mark.parametrize("number", [pytest.param(i, marks=pytest.mark.slow) if i != 5 else i for i in range(20)])
 def test_noise_of_table_2_is_the_stored_one(number):
     import json
     import pathlib

@@ -33,6 +33,7 @@ def test_surface_of_a_tiny_delta_uses_the_accountant_where_the_estimate_fails():
     assert float(sigma) == pytest.approx(0.59843, rel=0.01)  # an independent tilted accountant's figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, q", [(9537, 1.6e-3), (3815, 6.6e-4)])
 def test_surface_is_right_where_units_take_part_often_under_little_noise(steps, q):
     # Where neither the saddle point converges nor a coarse grid is fine enough.

@@ -151,7 +151,8 @@ def test_a_killed_sweep_repeats_nothing_that_was_done(finished, tmp_path):
         assert facts.finished and facts.steps == 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_processes_at_a_checkpoint(number, text, tmp_path):
     config = toml(tmp_path / "long.toml", text, GRID | dict(noise_batch_ratio="2^-7", steps=100_000, checkpoint_every=100_000))
     process = start("sweep", config, f"--workdir={tmp_path / 'out'}", "--slots=1")
@@ -201,6 +202,7 @@ def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_pat
     assert set(said["failed"]) == {refused} and said["done"] == 2 and state(tmp_path / "out" / "runs" / once) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_done_does_not_stop_those_behind_it(text, tmp_path, monkeypatch):
     config = toml(tmp_path / "few.toml", text, GRID)
     folder, grid = folder_lib.create(tmp_path / "out", grid_lib.read(config))
@@ -281,6 +283,7 @@ def test_a_private_sweep_in_flight_leaves_no_report_that_says_too_little(text, t
     assert "nothing has been spent" in json.loads((tmp_path / "out" / "report.json").read_text())["statement"]
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_further_is_not_given_up(text, tmp_path):
     config = toml(tmp_path / "slow.toml", text, GRID | dict(noise_batch_ratio="2^-7"))
 
@@ -293,6 +296,7 @@ def test_a_run_that_gets_further_is_not_given_up(text, tmp_path):
     assert launcher.started == 5 + 2 and "died 2 times in a row" in next(iter(outcome.failed.values()))
 
 
+@pytest.mark.slow
 def test_emitted_commands_are_taken_in_by_the_next_sweep(text, tmp_path, monkeypatch):
     data = tmp_path / "it's a text.txt"
     data.write_bytes(text.read_bytes())
@@ -318,6 +322,7 @@ def test_emitted_commands_are_taken_in_by_the_next_sweep(text, tmp_path, monkeyp
     assert call(*arguments, "--emit=-").stdout.splitlines() == lines[1:]
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_is_left(finished, text, tmp_path):
     config, out, _ = finished
     size = decoder.num_parameters(PRESETS["ladder_20k"])
