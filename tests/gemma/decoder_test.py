@@ -36,6 +36,13 @@ PARAMETERS = {
     "recurrentgemma_2b": 2_682_862_080,
     "recurrentgemma_9b": 8_579_977_216,
     "tiny": 246_624,
+    # By hand: 260 d + layers (4 d^2 + 3 d f + 2 d) + d.
+    "ladder_20k": 20_184,
+    "ladder_45k": 44_964,
+    "ladder_95k": 95_760,
+    "ladder_200k": 205_632,
+    "ladder_400k": 401_016,
+    "ladder_850k": 845_712,
 }
 
 

@@ -124,6 +124,7 @@ def jax_to_lists(tree):
     return {k: jax_to_lists(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree).tolist()
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_exports_the_whole_model(base, data, cache, tmp_path):
     workdir = tmp_path / "run"
     command = ["train", f"--init_from={base}", f"--data={data}", "--epsilon=3", f"--workdir={workdir}", "--batch_size=32", "--steps=2"]
@@ -182,6 +183,7 @@ def test_bad_input_is_one_sentence(name, base, data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_merged_weights_are_float32_throughout(base, data, cache, tmp_path):
     # Published bases are bfloat16: a merged model that kept this type would round the adapters away.
     half = shutil.copytree(base, tmp_path / "half")
