@@ -13,7 +13,7 @@ _MECHANISM = [field.name for field in dataclasses.fields(DpSgdMechanism)]
 _FACTS = {
     "run_id": str, "config_sha256": str, "seal": str, "privacy_unit": str, "model": str, "sequence_length": int, "parameters": int,
     "trained_parameters": int, "architecture": dict, "init_sha256": (str, type(None)),
-    "held_out_units": (int, type(None)), "delta": (int, float), "epsilon": (int, float),
+    "secret_keys": bool, "held_out_units": (int, type(None)), "delta": (int, float), "epsilon": (int, float),
 }  # fmt: skip
 _GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")
 
@@ -51,8 +51,13 @@ class Executed:
 
     @property
     def claims_privacy(self) -> bool:
-        """Whether noise was added towards a finite epsilon. With an infinite one the run answers for nothing, whatever its noise."""
-        return math.isfinite(self.declared["epsilon"])
+        """Whether noise that nobody can know was added towards a finite epsilon. Otherwise the run answers for nothing."""
+        return self.has_secret_keys and math.isfinite(self.declared["epsilon"])
+
+    @property
+    def has_secret_keys(self) -> bool:
+        """Whether sampling and noise came from the operating system's randomness, not from a seed that anyone may know."""
+        return self.declared["secret_keys"]
 
     def accountant(self) -> Accountant:
         """That of what was executed; of the plan, where nothing was."""
@@ -71,6 +76,8 @@ class Executed:
                 f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish some unit in the"
                 " clear and still satisfy the definition; choose a delta well below 1/N"
             )
+        if not self.has_secret_keys:
+            found.append("sampling and noise were made from a public seed: they hide nothing, and no guarantee can hold")
         if not self.is_as_planned:
             found.append("the executed steps differ from the declared mechanism; epsilon is derived from what was executed")
         return found

@@ -103,6 +103,7 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
         return (
             f"NO PRIVACY CLAIMED: the target epsilon is infinite. Noise of {m.noise_multiplier:.6g} times the clip norm was added to"
             " every sum, as in a study of what noise costs, but no guarantee was derived, and nothing should be released as private."
+            + ("" if executed.has_secret_keys else " That noise was made from a public seed and can be taken off again.")
         )
     held_out = declared.get("held_out_units")
     count = "An undisclosed number of" if held_out is None else held_out

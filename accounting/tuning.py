@@ -20,7 +20,8 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
     """What the ledgers of several runs prove; finished or not, every executed step counts.
 
     Raises:
-      InputError: a folder without a sound ledger, the same run twice, or runs whose guarantees speak of different things.
+      InputError: a folder without a sound ledger, a run whose noise was no secret, the same run twice, or runs whose guarantees speak of
+        different things.
     """
     found = {}
     for folder in folders:
@@ -28,6 +29,8 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
         if not path.is_file():
             raise InputError(f"{folder} is no run directory: it has no ledger.jsonl")
         found[folder] = executed_lib.of(ledger.read(path))
+        if not found[folder].has_secret_keys:
+            raise InputError(f"the noise of {folder} was made from a public seed: it hides nothing, so no epsilon holds for that run")
     if not any(run.mechanisms for run in found.values()):
         raise InputError("none of the runs has executed a step")
     for what in ("privacy_unit", "sequence_length", "neighbouring_relation"):

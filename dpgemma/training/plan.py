@@ -110,13 +110,14 @@ def _units(config: TrainConfig, counted: int) -> int:
     return counted
 
 
-def start_event(config: TrainConfig, start: StartingPoint, held_out: int) -> dict:
+def start_event(config: TrainConfig, start: StartingPoint, held_out: int, *, secret_keys: bool) -> dict:
     """The public facts with which a ledger opens; the report is written from these and the steps alone.
 
     Args:
       held_out: units held out.
+      secret_keys: whether the keys came from the operating system.
     """
-    facts = dataclasses.asdict(mechanism_of(config))
+    facts = dataclasses.asdict(mechanism_of(config)) | {"secret_keys": secret_keys}
     facts.update(epsilon=config.epsilon, delta=config.delta, privacy_unit=config.privacy_unit, sequence_length=config.sequence_length)
     facts.update(clip_scaling=config.clip_scaling, clip_quantile=config.clip_quantile)
     facts.update(model=start.name, architecture=dataclasses.asdict(start.model), init_sha256=start.sha256)

@@ -1,6 +1,7 @@
 """From the settings as given to a Trainer that can start, or go on."""
 
 import dataclasses
+import math
 import pathlib
 
 from dpgemma.data import dataset, units
@@ -13,21 +14,29 @@ from dpgemma.training.config import TrainConfig
 def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: bool = False, keys=None) -> loop.Trainer:
     """Resolves the settings, creates or opens the run's folder and returns the Trainer.
 
+    Formal guarantee: a run with a finite target has keys of the operating system's randomness; one whose keys were given says in its
+    ledger's first line that they are no secret, and no report, audit or sum of runs derives an epsilon from its noise. Tested by
+    tests/training/run_test.py::test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere.
+
     Args:
       config: the settings as given.
       workdir: the run's folder; None for the default.
       epsilon_given: whether epsilon was asked for, rather than a default.
-      keys: secrets for a new run instead of the operating system's. For tests, and for sweeps that claim no privacy: no flag leads here.
+      keys: of a new run, instead of the operating system's; taken to be public. For sweeps of public data: no flag leads here.
 
     Raises:
+      ValueError: keys were given, and the target is finite.
       InputError: anything that the user can mend.
     """
+    if keys is not None and math.isfinite(config.epsilon):
+        raise ValueError("a run with a finite target epsilon needs secret keys")
     start = start_lib.of(config)
     config = dataclasses.replace(config, model=start.name, tokenizer=start_lib.tokenizer_of(config), mesh=mesh.resolve(config.mesh))
     tokenizer = tokenizer_lib.load(config.tokenizer)
     tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
     path = pathlib.Path(workdir or f"runs/{config.digest()[:8]}")
     run = run_directory.open_existing(path)
+    secret_keys = run.has_secret_keys() if run else keys is None
     keys = run.keys() if run else keys or run_directory.Keys.generate()
 
     unit, rows = units.rows(config.privacy_unit, config.data, config.text_field, tokenizer, config.sequence_length, start.model.vocab_size)
@@ -44,7 +53,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
     plan.adaptive_clipping(config)  # refuses what cannot be, before anything is written
     fingerprint = run_directory.fingerprint(keys, rows)
-    start_event = plan.start_event(config, start, len(data.held_out))
+    start_event = plan.start_event(config, start, len(data.held_out), secret_keys=secret_keys)
     if run:
         run.check_resumable(config.as_dict(), fingerprint, start_event)
     else:

@@ -15,7 +15,7 @@ import pathlib
 import secrets
 import shutil
 
-from accounting import report
+from accounting import executed, report
 from accounting.errors import InputError
 from accounting.ledger import Ledger
 from dpgemma.training.config import OPERATIONAL
@@ -87,6 +87,11 @@ class RunDirectory:
 
     def keys(self) -> Keys:
         return Keys.load(self.keys_file)
+
+    def has_secret_keys(self) -> bool:
+        """Whether the keys came from the operating system, as the ledger's first line says."""
+        with contextlib.closing(self.open_ledger()) as ledger:
+            return executed.of(ledger.records).has_secret_keys
 
     def lock(self) -> None:
         """Holds the run for this process until it ends.

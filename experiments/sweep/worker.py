@@ -6,7 +6,6 @@ last checkpoint. A run that cannot be done as it is declared leaves a sentence i
 """
 
 import hashlib
-import math
 import os
 import pathlib
 import signal
@@ -113,12 +112,10 @@ def execute(folder: SweepFolder, run: Run) -> None:
 def reproducible_keys(run: Run):
     """Keys made of the public seed alone, so that a study of public data gives the same table wherever it runs.
 
-    All runs of a seed draw the same batches and hold out the same rows. Such keys are no secret: they serve runs that claim no privacy.
+    All runs of a seed draw the same batches and hold out the same rows. Such keys are no secret; `prepare` says so in the ledger.
     """
     from dpgemma.training.run_directory import Keys
 
-    if math.isfinite(run.config.epsilon):
-        raise ValueError("a run with a finite target needs secret keys")
     names = ("sampling", "noise", "holdout", "fingerprint", "ledger")
     return Keys(
         *(hashlib.blake2b(f"{name} {run.config.seed}".encode(), digest_size=32, person=b"dpgemma sweep").digest() for name in names)

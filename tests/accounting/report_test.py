@@ -14,7 +14,7 @@ BRACKET = EpsilonBracket(1.23451, 1.2341, 1.5)
 FACTS = dict(
     num_units=9000, expected_batch_size=500, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
     neighbouring_relation="zero_out", sampler="poisson", epsilon=2.0, delta=1e-5, privacy_unit="sequence", sequence_length=128,
-    model="tiny", parameters=246_624, held_out_units=1000, trained_parameters=246_624, architecture={}, init_sha256=None,
+    model="tiny", parameters=246_624, held_out_units=1000, trained_parameters=246_624, architecture={}, init_sha256=None, secret_keys=True,
     seal=CHAIN, run_id="0123456789abcdef", config_sha256="",
 )  # fmt: skip
 

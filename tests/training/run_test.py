@@ -265,6 +265,30 @@ def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp
     assert 0 < composed["epsilon"] < 50
 
 
+def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, tmp_path):
+    from dpgemma.training import prepare, run_directory
+    from dpgemma.training.config import TrainConfig
+
+    workdir = tmp_path / "run"
+    keys = run_directory.Keys(*(bytes([i]) * 32 for i in range(5)))
+    settings = dict(data=str(text), sequence_length=32, batch_size=12, noise_multiplier=1.0, steps=2, delta=1e-4, epsilon=float("inf"))
+    with pytest.raises(ValueError, match="needs secret keys"):
+        prepare.prepare(TrainConfig(**settings | {"epsilon": 8.0}), str(workdir), epsilon_given=True, keys=keys)
+    assert not workdir.exists()
+    trainer = prepare.prepare(TrainConfig(**settings), str(workdir), epsilon_given=True, keys=keys)
+    trainer.train()
+    trainer.run.unlock()
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["epsilon"] == "inf" and "public seed" in report["statement"] and any("public seed" in d for d in report["deviations"])
+    assert call("audit", workdir).returncode == 0
+    # Its noise can be computed by anyone, so it must not count as noise where runs are added up, nor after it went on.
+    for again in range(2):
+        composed = call("account", f"--compose={workdir}")
+        assert composed.returncode == 2 and "public seed" in composed.stderr and not composed.stdout
+        if not again:
+            assert call(*flags(text, workdir, steps=2, epsilon="inf")).returncode == 0
+
+
 def test_baseline_is_labelled(text, cache, tmp_path):
     workdir = tmp_path / "run"
     done = run(
