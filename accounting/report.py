@@ -3,6 +3,7 @@
 Everything in it is a function of the ledger up to one line, whose hash it names; so whoever holds the ledger can write it again.
 """
 
+import decimal
 import hashlib
 import json
 import math
@@ -29,11 +30,15 @@ _RELATIONS = {
 
 
 def round_up(value: float, digits: int = 4) -> float:
-    """The smallest decimal of `digits` places that is not below `value`: an upper bound must not be rounded down."""
+    """The smallest decimal of `digits` places that is not below `value`: an upper bound must not be rounded down.
+
+    A number that is such a decimal already stays as it is, so an auditor who rounds a reported number again gets the same.
+    """
     if not math.isfinite(value):
         return value
-    rounded = math.ceil(value * 10**digits) / 10**digits
-    return rounded if rounded >= value else math.nextafter(value, math.inf)
+    # In decimals: 0.1569 * 10**4 is 1569.0000000000002 in binary, and would go up to 0.157.
+    enough = decimal.Context(prec=400)
+    return float(decimal.Decimal(repr(float(value))).quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_CEILING, enough))
 
 
 def encode(value):

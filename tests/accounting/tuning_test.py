@@ -45,7 +45,8 @@ def write_run(folder, steps, run_id, **changes):
     facts = dict(
         num_units=10_000, expected_batch_size=200, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
         neighbouring_relation=ZERO_OUT, sampler="poisson", epsilon=3.0, delta=1e-6, privacy_unit="sequence", sequence_length=32,
-        config_sha256="", seal="", model="tiny", parameters=1, held_out_units=0, trained_parameters=1, architecture={}, init_sha256=None, secret_keys=True,
+        config_sha256="", seal="", model="tiny", parameters=1, held_out_units=0, trained_parameters=1, architecture={},
+        init_sha256=None, secret_keys=True,
     )  # fmt: skip
     facts.update(changes)
     ledger.append("start", run_id=run_id, **facts)
