@@ -8,6 +8,7 @@ from absl import flags
 
 from accounting.errors import InputError
 from accounting.mechanism import RELATIONS, ZERO_OUT
+from dpgemma import user_cache
 from dpgemma.commands import command_flags
 
 DESCRIPTION = "Find the best model, batch and number of steps for a compute, a privacy and a data budget, by a scaling law."
@@ -38,13 +39,13 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError(f"--epsilon must be positive and finite, got {fv.epsilon:g}: without privacy no noise has to be planned")
     from accounting import report
     from experiments.laws import fitting
-    from experiments.planning import noise, plan
+    from experiments.planning import plan
     from experiments.planning.optimum import Budget
 
     fitted = fitting.of_file(None if fv.law is None else pathlib.Path(fv.law))
     budget = Budget(fv.compute, fv.num_units, fv.epsilon, fv.delta, fitted.sequence_length)
     request = plan.Request(budget, fv.any_size, fv.extrapolate, fv.neighbouring_relation)
-    result = plan.answer(fitted, request, noise.default_cache())
+    result = plan.answer(fitted, request, user_cache.folder())
     if fv.figures:
         from experiments.figures import page
 

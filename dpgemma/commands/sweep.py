@@ -116,7 +116,10 @@ def _sweep(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
 
 
 def _fit(folder, table) -> tuple[str | None, list]:
-    """Fits the law of a table, and tries it on what was held out: (its file, the trials). A table that is too small has no law."""
+    """Fits the law of a table, and tries it on what was held out: (its file, the trials). A table that is too small has no law.
+
+    Both files lie beside the table, which is in a closed folder where the data are private: they hold losses.
+    """
     from experiments.laws import fitting, held_out
 
     if table is None:
@@ -128,7 +131,10 @@ def _fit(folder, table) -> tuple[str | None, list]:
         return None, []
     path = folder.results_file.with_name("law.json")
     fitted.save(path)
-    return str(path), held_out.trials(fitted, table)
+    trials = held_out.trials(fitted, table)
+    if trials:
+        path.with_name("held_out.txt").write_text(held_out.text(trials) + "\n")
+    return str(path), trials
 
 
 def _report(fv: flags.FlagValues, folder, grid, outcome) -> int:
@@ -144,12 +150,12 @@ def _report(fv: flags.FlagValues, folder, grid, outcome) -> int:
     table = None if outcome.table is None else str(folder.results_file)
     if fv.json:
         facts = {"runs": len(runs), "done": done, "failed": outcome.failed, "table": table, "report": str(folder.report_file)}
-        facts |= {"law": law, "held_out": [{**dataclasses.asdict(trial), "error": trial.error} for trial in trials]}
-        print(json.dumps(facts | {"public_data": grid.public_data}))
+        shown = [{**dataclasses.asdict(trial), "error": trial.error} for trial in trials] if grid.public_data else None
+        print(json.dumps(facts | {"law": law, "held_out": shown, "public_data": grid.public_data}))
     else:
         print(f"{done} of {len(runs)} runs are done; table: {table or 'none yet'}; report: {folder.report_file}")
         if law:
             print(f"law: {law}; ask it with dpgemma plan --law={law}")
         if trials:
-            print(held_out.text(trials))
+            print(held_out.text(trials) if grid.public_data else f"held-out configurations: {pathlib.Path(law).with_name('held_out.txt')}")
     return 1 if outcome.failed else 0

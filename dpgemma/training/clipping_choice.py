@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpgemma import user_cache
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.privacy import clipping
@@ -167,25 +168,16 @@ def _key(config: TrainConfig, model: GemmaConfig) -> str:
 
 
 def _cache_file() -> pathlib.Path:
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "dpgemma" / "clipping.json"
+    return user_cache.folder() / "clipping.json"
 
 
 def _read_cache() -> dict:
-    try:
-        content = json.loads(_cache_file().read_text())
-        return {key: entry for key, entry in content.items() if isinstance(entry, dict)} if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    return {key: entry for key, entry in user_cache.read(_cache_file()).items() if isinstance(entry, dict)}
 
 
 def _write_cache(key: str, entry: dict) -> None:
     """Adds one entry; a folder that cannot be written costs another trial, not the run."""
-    path = _cache_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(_read_cache() | {key: entry}, indent=1))
-        temporary.replace(path)
+        user_cache.write(_cache_file(), _read_cache() | {key: entry})
     except OSError as error:
         progress.warn(f"the trial's result is not kept: {error}")

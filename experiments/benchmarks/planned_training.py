@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 
+from dpgemma import user_cache
 from experiments.laws import fitting
 from experiments.planning import noise, plan
 from experiments.planning.optimum import Budget
@@ -64,7 +65,7 @@ def main() -> None:
 
 def planned(fitted: fitting.FittedLaw, budget: Budget) -> dict:
     """What `dpgemma plan` answers."""
-    answer = plan.answer(fitted, plan.Request(budget, relation="zero_out"), noise.default_cache())
+    answer = plan.answer(fitted, plan.Request(budget, relation="zero_out"), user_cache.folder())
     return {name: answer[name] for name in ("model", "parameters", "expected_batch_size", "steps", "learning_rate", "predicted_loss")}
 
 
@@ -74,7 +75,7 @@ def best_without_privacy(fitted: fitting.FittedLaw, budget: Budget) -> dict:
     name, size = min(fitted.sizes.items(), key=lambda item: abs(item[1] / parameters - 1))
     batch = round(fitted.physical_batch)
     steps = round(budget.compute / (6 * budget.sequence_length * size * batch))
-    sigma = float(noise.NoiseSurface(budget.epsilon, budget.delta, noise.default_cache())(steps, batch / budget.num_units))
+    sigma = float(noise.NoiseSurface(budget.epsilon, budget.delta, user_cache.folder())(steps, batch / budget.num_units))
     place = size, steps, sigma / batch
     return {
         "model": name,

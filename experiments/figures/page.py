@@ -9,6 +9,7 @@ from html import escape
 import numpy as np
 
 from accounting.errors import InputError
+from dpgemma import user_cache
 from experiments.figures import ablations, drawing, fixed, loss_curves, noise_fields, optima, saturation, scales
 from experiments.figures.drawing import Key, Plot
 from experiments.figures.saturation import Row
@@ -16,7 +17,6 @@ from experiments.figures.scales import Scale
 from experiments.figures.study import Study
 from experiments.laws.fitting import FittedLaw
 from experiments.laws.law import Domain
-from experiments.planning import noise
 from experiments.planning.noise import NoiseSurface
 from experiments.planning.optimum import Budget
 
@@ -64,7 +64,7 @@ def write(fitted: FittedLaw, budget: Budget, folder: pathlib.Path, scale: Scale 
     """
     claim(folder)
     scale = scale or scales.of_law(fitted.law)
-    asked = Study(fitted.law, fitted.sequence_length, budget.delta, noise.default_cache())
+    asked = Study(fitted.law, fitted.sequence_length, budget.delta, user_cache.folder())
     rows = saturation.table(asked, scale.table_units, scale.epsilons)
     plots = build(fitted, asked, budget, scale)
     for plot in plots:
@@ -95,7 +95,7 @@ def build(fitted: FittedLaw, asked: Study, budget: Budget, scale: Scale) -> list
     centre = (epsilon, units, compute)
     with_own = lambda values, own: sorted({*values, own})
     surfaces: dict[float, NoiseSurface] = {}
-    for_fields = lambda e: surfaces.setdefault(e, NoiseSurface(e, noise_fields.DELTA, noise.default_cache()))
+    for_fields = lambda e: surfaces.setdefault(e, NoiseSurface(e, noise_fields.DELTA, user_cache.folder()))
     return [
         optima.plot(optima.curves(asked, units, scale.epsilons)),
         loss_curves.plot_losses([loss_curves.losses(asked, scale.num_units, e) for e in scale.loss_epsilons]),

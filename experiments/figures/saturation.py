@@ -7,24 +7,17 @@ import pathlib
 from collections.abc import Sequence
 
 from experiments.figures.study import Study
+from experiments.planning import published
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One number of units and epsilon; all numbers NaN where the law knows no configuration.
+class Row(published.Row):
+    """A row as table 2 has it; all numbers but the first two NaN where the law knows no configuration.
 
     Attributes:
       at_end: in what the configuration is at the end of the law's data ("largest model", "longest run"), so that it is a bound.
     """
 
-    num_units: float
-    epsilon: float
-    compute: float
-    loss: float
-    parameters: float
-    steps: float
-    batch_size: float
-    tokens_per_parameter: float
     at_end: tuple[str, ...]
 
 

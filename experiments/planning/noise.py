@@ -5,11 +5,11 @@ for. A node is the saddle-point estimate where that converges, and else the loss
 two agree within a percent or so. No number from here is a guarantee: `certified` is.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 
 import numpy as np
@@ -19,6 +19,7 @@ from accounting import calibration, saddlepoint
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import DpSgdMechanism
+from dpgemma import user_cache
 
 # Distance of lattice nodes, in ln T and in ln q.
 SPACING = math.log(2.5)
@@ -105,16 +106,6 @@ class NoiseSurface:
         return math.exp(optimize.brentq(excess, low, high, xtol=3e-3))
 
 
-def lower_of_both(surface: NoiseSurface, steps, sampling_probability) -> np.ndarray:
-    """The smaller of the noise under Poisson sampling and the noise of batches that are laid out beforehand, without any help of sampling.
-
-    That is the calibration of arXiv 2501.18914, appendix B.1. This package trains with Poisson batches alone.
-    """
-    releases = np.maximum(np.ceil(np.asarray(steps) * np.asarray(sampling_probability)), 1)
-    fixed = saddlepoint.gaussian_noise_multiplier(surface.epsilon, surface.delta, releases)
-    return np.fmin(surface(steps, sampling_probability), np.where(np.asarray(sampling_probability) <= 1, fixed, np.nan))
-
-
 @dataclasses.dataclass(frozen=True)
 class Certified:
     """A noise multiplier that provably meets the budget, and the epsilon that it gives."""
@@ -128,10 +119,6 @@ def certified(num_units: int, batch_size: float, steps: int, epsilon: float, del
     mechanism = DpSgdMechanism(num_units, batch_size, None, 1.0, 1.0, steps, relation)
     found = calibration.noise_multiplier(mechanism, epsilon, delta)
     return Certified(found.noise_multiplier, Accountant(found).upper(delta))
-
-
-def default_cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dpgemma"
 
 
 def _cubic(x, lowest: int | None = None, highest: int | None = None):
@@ -156,10 +143,10 @@ def _name(epsilon: float, delta: float) -> str:
 
 
 def _read(path: pathlib.Path | None) -> dict[tuple[int, int], float]:
+    stored = user_cache.read(path) if path else {}
     try:
-        stored = json.loads(path.read_text()) if path else {}
         return {tuple(map(int, key.split(","))): math.nan if value is None else float(value) for key, value in stored.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (ValueError, TypeError):
         return {}
 
 
@@ -167,12 +154,7 @@ def _write(path: pathlib.Path | None, nodes: dict[tuple[int, int], float]) -> No
     """Keeps the nodes; a folder that cannot be written costs another computation, not the search."""
     if path is None:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        # Another search may have kept nodes of its own meanwhile.
-        merged = _read(path) | nodes
-        temporary.write_text(json.dumps({f"{i},{j}": None if math.isnan(x) else x for (i, j), x in merged.items()}))
-        temporary.replace(path)
-    except OSError:
-        pass
+    # Another search may have kept nodes of its own meanwhile.
+    merged = _read(path) | nodes
+    with contextlib.suppress(OSError):
+        user_cache.write(path, {f"{i},{j}": None if math.isnan(x) else x for (i, j), x in merged.items()})

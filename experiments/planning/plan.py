@@ -1,16 +1,17 @@
 """Answers `dpgemma plan`: the configuration to train under a compute, a privacy and a data budget, and how sure that is."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import time
 
 import numpy as np
 
 from accounting.errors import InputError
+from dpgemma import user_cache
 from experiments.laws import validation
 from experiments.laws.fitting import FittedLaw
 from experiments.planning import optimum
@@ -166,21 +167,14 @@ def _certify(budget: Budget, batch_size: int, steps: int, relation: str, cache: 
         raise InputError("the batch is larger than the number of units: raise --num_units or lower --compute")
     key = json.dumps([1, int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation])
     path = None if cache is None else cache / f"certified_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    try:
-        stored = json.loads(path.read_text())
-        if stored["key"] == key:
+    stored = user_cache.read(path) if path else {}
+    if stored.get("key") == key:
+        with contextlib.suppress(KeyError, TypeError):
             return Certified(**stored["certified"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
     proof = certified(int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation)
     if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps({"key": key, "certified": dataclasses.asdict(proof)}))
-            temporary.replace(path)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            user_cache.write(path, {"key": key, "certified": dataclasses.asdict(proof)})
     return proof
 
 

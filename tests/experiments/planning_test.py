@@ -61,13 +61,6 @@ def test_nodes_are_kept_and_damaged_files_ignored(tmp_path, monkeypatch):
     assert noise.NoiseSurface(4.0, 1e-6, tmp_path)(500.0, 0.05) == first
 
 
-def test_batches_laid_out_beforehand_win_where_sampling_cannot_help(surface):
-    # One pass over the data: each unit is in one batch of four.
-    both = noise.lower_of_both(surface, np.array([4.0, 3000.0]), np.array([0.25, 0.25]))
-    sampled = surface(np.array([4.0, 3000.0]), np.array([0.25, 0.25]))
-    assert both[0] < sampled[0] and both[1] == sampled[1]
-
-
 def test_search_finds_the_minimum_that_brute_force_finds(fitted, surface):
     sizes = optimum.sizes_within(fitted.law, 12)
     found = optimum.search(fitted.law, surface, BUDGET, sizes)
