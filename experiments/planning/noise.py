@@ -24,9 +24,10 @@ from dpgemma import user_cache
 # Distance of lattice nodes, in ln T and in ln q.
 SPACING = math.log(2.5)
 _LARGE = 10**15  # units of a data set that stands for a sampling probability alone
-# Of the loss grid: fine enough for the small noise at which the saddle point fails, and finer where a unit takes part often.
-_INTERVAL, _STEPS_OF_INTERVAL, _OFTEN = 4e-3, 250, 0.3
-_VERSION = 2
+# Intervals of the loss grid, how each is refined, and the relative change of epsilon at which a grid is fine enough. The error falls at
+# least linearly with the interval, so what is left is a third of the change.
+_COARSEST, _FINEST, _FINER, _CHANGE = 4e-3, 1e-5, 4.0, 0.01
+_VERSION = 3
 
 
 class NoiseSurface:
@@ -82,28 +83,36 @@ class NoiseSurface:
         _write(self._file, self._nodes)
 
     def _by_losses(self, steps: float, probability: float, guess: float) -> float:
-        """The same by the accountant, to the tolerance of a search."""
-
-        interval = _INTERVAL * min(1.0, math.sqrt(_STEPS_OF_INTERVAL / steps)) if steps * probability > _OFTEN else _INTERVAL
+        """The same by the accountant, to the tolerance of a search: on ever finer grids of losses, until a finer one changes little."""
+        units, interval = probability * _LARGE, _COARSEST
 
         def excess(log_sigma: float) -> float:
-            mechanism = DpSgdMechanism(_LARGE, probability * _LARGE, None, math.exp(log_sigma), 1.0, max(1, round(steps)))
+            mechanism = DpSgdMechanism(_LARGE, units, None, math.exp(log_sigma), 1.0, max(1, round(steps)))
             epsilon = Accountant(mechanism).upper(self.delta, interval=interval)
             return math.log(max(epsilon, 1e-9) / self.epsilon) if math.isfinite(epsilon) else 50.0
 
-        start = math.log(guess) if math.isfinite(guess) else 0.0
-        low, high, step = start, start, 0.05
-        if excess(start) > 0:
-            while excess(high) > 0:
-                low, high, step = high, high + step, 2 * step
-                if high > math.log(saddlepoint.LARGEST_NOISE):
-                    return math.nan
-        else:
-            while excess(low) <= 0:
-                low, high, step = low - step, low, 2 * step
-                if low < math.log(saddlepoint.SMALLEST_NOISE):
-                    return math.nan
-        return math.exp(optimize.brentq(excess, low, high, xtol=3e-3))
+        found = math.log(guess) if math.isfinite(guess) else 0.0
+        while True:
+            found = _root(excess, found)
+            interval /= _FINER
+            if not math.isfinite(found) or interval < _FINEST or abs(excess(found)) < _CHANGE:
+                return math.exp(found)
+
+
+def _root(excess, start: float) -> float:
+    """Where a falling function of the logarithm of the noise is zero; NaN outside of the noise that is searched."""
+    low, high, step = start, start, 0.05
+    if excess(start) > 0:
+        while excess(high) > 0:
+            low, high, step = high, high + step, 2 * step
+            if high > math.log(saddlepoint.LARGEST_NOISE):
+                return math.nan
+    else:
+        while excess(low) <= 0:
+            low, high, step = low - step, low, 2 * step
+            if low < math.log(saddlepoint.SMALLEST_NOISE):
+                return math.nan
+    return optimize.brentq(excess, low, high, xtol=3e-3)
 
 
 @dataclasses.dataclass(frozen=True)
