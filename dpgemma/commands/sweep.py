@@ -25,7 +25,7 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string("config", None, "TOML file of the grid; also given without the flag's name.", fv)
     command_flags.string("workdir", None, "Folder of the sweep; by default runs/sweep_<name of the file>.", fv)
     command_flags.choice("launcher", "local", _LAUNCHERS, "Where processes run: here, as Slurm jobs, or on a Ray cluster.", fv)
-    command_flags.count("slots", None, "Processes at once; by default one for each core, under Slurm 16.", fv)
+    command_flags.count("slots", None, "Processes at once; by default one for each GPU or core, under Slurm 16.", fv)
     command_flags.count("runs_per_process", 8, "Most runs that a process executes one after the other.", fv)
     command_flags.count("retries", 2, "How often in a row a run may die without getting further before it counts as failed.", fv)
     command_flags.string("slurm_parameters", None, "Parameters of submitit, such as partition=gpu,gres=gpu:1,timeout_min=600.", fv)
@@ -67,8 +67,8 @@ def run(fv: flags.FlagValues) -> int:
 def _launcher(fv: flags.FlagValues, folder, grid):
     from experiments.sweep import checks, launchers
 
-    cores = max(map(checks.devices, grid.runs))
-    return launchers.make(fv.launcher, fv.slots, folder.logs, cores=cores, slurm_parameters=fv.slurm_parameters)
+    devices = max(map(checks.devices, grid.runs))
+    return launchers.make(fv.launcher, fv.slots, folder.logs, devices=devices, slurm_parameters=fv.slurm_parameters)
 
 
 def _dry_run(fv: flags.FlagValues, folder, grid, everything) -> int:

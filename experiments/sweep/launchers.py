@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from accounting.errors import InputError
+from experiments.sweep import gpus
 
 LOCAL, SLURM, RAY = "local", "slurm", "ray"
 LAUNCHERS = (LOCAL, SLURM, RAY)
@@ -43,7 +44,7 @@ class Launcher(Protocol):
 
 
 def environment(cores: Sequence[int]) -> dict[str, str]:
-    """The environment of a worker with cores of its own (none: wherever the system puts it).
+    """The environment of a worker with cores of its own (none: wherever the system puts it), but for its GPUs.
 
     Threads change the order of sums, so a worker has one thread wherever it runs: every launcher then computes the same bits. Its standard
     input is a pipe that ends with the process at the other end.
@@ -55,11 +56,11 @@ def environment(cores: Sequence[int]) -> dict[str, str]:
 class Process:
     """A worker, in a session of its own: Ctrl-C reaches it through the launcher alone, as a request to save a checkpoint."""
 
-    def __init__(self, command: Sequence[str], directory: str, cores: Sequence[int] = ()):
+    def __init__(self, command: Sequence[str], directory: str, cores: Sequence[int] = (), gpus: dict[str, str] | None = None):
         self._errors = tempfile.TemporaryFile()  # not a pipe, which somebody would have to empty
         self._process = subprocess.Popen(
-            list(command), cwd=directory, env=environment(cores), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors,
-            start_new_session=True,
+            list(command), cwd=directory, env=environment(cores) | (gpus or {}), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors,
         )  # fmt: skip
 
     def outcome(self) -> tuple[int, str] | None:
@@ -95,34 +96,39 @@ def execute(command: Sequence[str], directory: str) -> tuple[int, str]:
 
 
 class LocalPool:
-    """Processes of this machine, each on cores of its own.
+    """Processes of this machine, each on devices of its own: GPUs where jax would use them, and else cores.
 
     Args:
-      slots: processes at once; by default as many as there are cores for.
-      cores: of each process.
+      slots: processes at once; by default as many as there are devices for.
+      devices: of each process.
+
+    Raises:
+      InputError: there are GPUs, but fewer than a process needs.
     """
 
-    def __init__(self, slots: int | None = None, cores: int = 1):
+    def __init__(self, slots: int | None = None, devices: int = 1):
         available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-        self.slots = slots or max(1, len(available) // cores)
-        each = min(cores, len(available))
-        self._cores = [[available[(slot * each + i) % len(available)] for i in range(each)] for slot in range(self.slots)]
+        names = gpus.here()
+        self.slots = slots or max(1, len(names or available) // devices)
+        each = max(1, len(available) // self.slots) if names else min(devices, len(available))
+        cores = [[available[(slot * each + i) % len(available)] for i in range(each)] for slot in range(self.slots)]
+        self._places = list(zip(cores, gpus.divided(names, devices, self.slots) if names else [{}] * self.slots, strict=True))
 
     def run(self, commands):
-        waiting, free = list(enumerate(commands))[::-1], list(self._cores)
-        running: dict[int, tuple[Process, list[int]]] = {}
+        waiting, free = list(enumerate(commands))[::-1], list(self._places)
+        running: dict[int, tuple[Process, tuple]] = {}
         try:
             while waiting or running:
                 while waiting and free:
                     number, command = waiting.pop()
-                    cores = free.pop()
-                    running[number] = (Process(command, os.getcwd(), cores), cores)
+                    place = free.pop()
+                    running[number] = (Process(command, os.getcwd(), *place), place)
                 time.sleep(_INTERVAL)
-                for number, (process, cores) in list(running.items()):
+                for number, (process, place) in list(running.items()):
                     outcome = process.outcome()
                     if outcome is not None:
                         del running[number]
-                        free.append(cores)
+                        free.append(place)
                         yield number, *outcome
         finally:
             for process, _ in running.values():
@@ -137,10 +143,11 @@ class Slurm:
     Args:
       slots: jobs at once.
       logs: submitit's folder.
-      parameters: of submitit, such as {"partition": "gpu", "timeout_min": 60}; by default a day and one core for each job.
+      parameters: of submitit, such as {"partition": "gpu", "timeout_min": 60}; by default a day and a core for each
+        device of a run. GPUs have to be asked for: {"gres": "gpu:1"}.
     """
 
-    def __init__(self, slots: int | None, logs: pathlib.Path, *, cluster: str = SLURM, cores: int = 1, parameters: dict | None = None):
+    def __init__(self, slots: int | None, logs: pathlib.Path, *, cluster: str = SLURM, devices: int = 1, parameters: dict | None = None):
         os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # its log would go to standard output
         try:
             import submitit
@@ -155,7 +162,7 @@ class Slurm:
         self._largest = _LARGEST_ARRAY if cluster == SLURM else self.slots
         try:
             self._executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
-            self._executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": cores} | named | limit)
+            self._executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": devices} | named | limit)
         except (RuntimeError, NotImplementedError) as error:
             raise InputError(f"there is no Slurm here ({error}): run this where sbatch and srun are, or use another --launcher") from None
         except (NameError, TypeError, ValueError, AssertionError) as error:
@@ -185,26 +192,32 @@ class Slurm:
 
 
 class Ray:
-    """Tasks of a Ray cluster: an existing one, or one that is started for as long as the sweep lasts."""
+    """Tasks of a Ray cluster: an existing one, or one that is started for as long as the sweep lasts.
 
-    def __init__(self, slots: int | None = None, *, cores: int = 1, address: str | None = None):
+    Where jax would use GPUs here and the cluster has some, each task asks for as many as a run has devices; else for cores.
+    """
+
+    def __init__(self, slots: int | None = None, *, devices: int = 1, address: str | None = None):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError:
             raise InputError('--launcher=ray needs ray: pip install "dpgemma[sweep]"') from None
-        self._ray, self._cores = ray, cores
+        self._ray = ray
         if not ray.is_initialized():
-            own = {} if address else {"num_cpus": slots * cores if slots else None}
+            own = {} if address else {"num_cpus": slots * devices if slots else None}
             try:
                 ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False, configure_logging=False, **own)
             except (ConnectionError, ValueError) as error:
                 raise InputError(f"no Ray cluster answers at {address}: {_last_line(error)}") from None
-        self.slots = slots or max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)
+        there = ray.cluster_resources()
+        kind = "GPU" if gpus.usable() and there.get("GPU", 0) else "CPU"
+        self._asked = {"num_cpus": devices} if kind == "CPU" else {"num_cpus": 1, "num_gpus": devices}
+        self.slots = slots or max(1, int(there.get(kind, 1)) // devices)
 
     def run(self, commands):
         # Ray itself tries again where a node or a worker of its own is lost.
-        task = self._ray.remote(num_cpus=self._cores, max_retries=3, scheduling_strategy="SPREAD")(execute)
+        task = self._ray.remote(**self._asked, max_retries=3, scheduling_strategy="SPREAD")(execute)
         waiting, running = list(enumerate(commands))[::-1], {}
         try:
             while waiting or running:
@@ -230,13 +243,13 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def make(name: str, slots: int | None, logs: pathlib.Path, *, cores: int = 1, slurm_parameters: str | None = None) -> Launcher:
+def make(name: str, slots: int | None, logs: pathlib.Path, *, devices: int = 1, slurm_parameters: str | None = None) -> Launcher:
     """The launcher of a --launcher flag.
 
     Args:
       slots: processes at once; None for the launcher's default.
       logs: folder for what a launcher writes itself.
-      cores: of each process.
+      devices: of each process.
       slurm_parameters: as the flag of that name says them.
 
     Raises:
@@ -245,8 +258,8 @@ def make(name: str, slots: int | None, logs: pathlib.Path, *, cores: int = 1, sl
     if slurm_parameters and name != SLURM:
         raise InputError("--slurm_parameters are for --launcher=slurm: drop them, or use it")
     if name == SLURM:
-        return Slurm(slots, logs, cores=cores, parameters=parse_parameters(slurm_parameters or ""))
-    return Ray(slots, cores=cores, address=os.environ.get("RAY_ADDRESS")) if name == RAY else LocalPool(slots, cores)
+        return Slurm(slots, logs, devices=devices, parameters=parse_parameters(slurm_parameters or ""))
+    return Ray(slots, devices=devices, address=os.environ.get("RAY_ADDRESS")) if name == RAY else LocalPool(slots, devices)
 
 
 def parse_parameters(text: str) -> dict[str, str | int | float]:

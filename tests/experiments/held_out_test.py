@@ -22,7 +22,7 @@ def table(truth):
     swept, records = truth.table(0), []
     for parameters, steps, ratio in PLACES:
         for x in (-6.0, -7.0, -8.0):
-            for t in np.append(planted.STEPS[planted.STEPS < steps], steps):
+            for t in [*(t for t in planted.STEPS if t < steps), steps]:
                 off = truth.curvature * (x - truth.best_rate(parameters, t, ratio)) ** 2
                 loss = float(truth.loss(parameters, t, ratio)) * math.exp(off)
                 cells = (f"model_{parameters:g}", 2**x, t, ratio, loss, parameters, planted.LENGTH, planted.BATCH)
