@@ -1,9 +1,10 @@
 """A clip norm that follows a quantile of the gradients' norms (Andrew et al. 2021, arXiv 1905.03871).
 
 Formal guarantee: a step releases the sum of gradients divided by C and clipped to 1, with noise of `gradient_noise_multiplier`, and how
-many units had a norm of at most C, each counted as +1/2 or -1/2, with noise of standard deviation `count_noise`. Both together are one
-Gaussian mechanism with the step's whole noise multiplier, which is what the accountant charges; the next C is a function of this release.
-Tested by tests/privacy/adaptive_test.py::test_both_releases_together_are_the_mechanism_that_is_charged.
+many units had a norm of at most C, each counted as +1/2 or -1/2 and an empty one as 0, with noise of standard deviation `count_noise`. Both
+together are one Gaussian mechanism with the step's whole noise multiplier, which is what the accountant charges, for an absent unit and for
+one that an empty unit replaces; the next C is a function of this release. Tested by tests/privacy/adaptive_test.py::
+test_both_releases_together_are_the_mechanism_that_is_charged and test_an_empty_unit_in_place_of_one_moves_the_count_by_a_half.
 """
 
 import dataclasses

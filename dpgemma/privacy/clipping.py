@@ -51,7 +51,8 @@ class ClippedSum:
     """A float32 sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to.
 
     Attributes:
-      count: where it was asked for, the sum over the units of +1/2 for a norm of at most C and -1/2 for a larger one: sensitivity 1/2.
+      count: where it was asked for, the sum over the units of +1/2 for a norm of at most C and -1/2 for a larger one; nothing for a
+        norm of zero, as an empty unit has, and for one that is not finite. Sensitivity 1/2 whether a unit goes or an empty one replaces it.
     """
 
     total: Any
@@ -231,7 +232,8 @@ def clipped_sum(
     count = None
     if counted:
         halves = jnp.where(lengths <= clip_norm, 0.5, -0.5)
-        count = jnp.where(mask & jnp.isfinite(lengths), halves, 0.0).sum()
+        # A unit of nothing counts as an absent one: as a half, its place taken by a unit's content would move the count by a whole.
+        count = jnp.where(mask & (lengths > 0) & jnp.isfinite(lengths), halves, 0.0).sum()
     return ClippedSum(total, PrivateStats(lengths, losses), sensitivity=rule.sensitivity, count=count)
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,11 @@ import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
+from dpgemma.gemma import decoder
+from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy import adaptive, clipping, noise
 from dpgemma.privacy.adaptive import AdaptiveClipping
+from dpgemma.training import loss as loss_lib
 
 
 def test_both_releases_together_are_the_mechanism_that_is_charged():
@@ -65,6 +70,28 @@ def test_a_unit_moves_the_count_by_a_half_and_a_bad_one_by_nothing():
     assert count([1, 0, 0, 0, 0]) == 0.5 and count([0, 1, 0, 0, 0]) == -0.5
     assert count([0, 0, 1, 0, 0]) == count([0, 0, 0, 1, 0]) == count([0] * 5) == 0.0
     assert count([1] * 5) == 0.5
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("strategy", ["example_scan", "ghost", pytest.param("per_layer", marks=SLOW), pytest.param("vmap", marks=SLOW)])
+def test_an_empty_unit_in_place_of_one_moves_the_count_by_a_half(strategy):
+    """Both relations: a unit of nothing scored counts as one that is absent, not as one whose gradient is small."""
+    config = PRESETS["ladder_20k"]
+    params = decoder.init_parameters(config, jax.random.key(0))
+    row_loss = loss_lib.row_loss(config, bos=2)
+    loss = lambda params, row: row_loss(params, {}, row)
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 4, config.vocab_size)
+    rows = {"tokens": tokens, "scored": jnp.array([[True] * 8, [False] * 8])}
+
+    both = rows | {"scored": jnp.ones((2, 8), bool)}
+    for clip_norm, half in ((1e6, 0.5), (1e-6, -0.5)):
+        sums = functools.partial(clipping.clipped_sum, loss, params, clip_norm=clip_norm, strategy=strategy, counted=True)
+        compiled = jax.jit(lambda rows, mask, sums=sums: sums(rows, mask).count)
+        count = lambda rows, mask, compiled=compiled: float(compiled(rows, jnp.array(mask, bool)))
+        assert count(both, [1, 1]) == 2 * half
+        assert count(rows, [1, 1]) == count(both, [1, 0]) == half
 
 
 def test_a_traced_clip_norm_has_no_sensitivity_unless_it_is_divided_out():
