@@ -10,7 +10,7 @@ train: $(VENV)/.core
 	$(VENV)/bin/dpgemma train --steps=$(STEPS) --batch_size=$(BATCH) --workdir=$(WORKDIR)
 
 test: $(VENV)/.dev lint
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -101,7 +101,7 @@ def of(records: Sequence[dict]) -> Executed:
             raise InputError("the ledger's start event has no sound epsilon and delta")
         steps = [tuple(record[name] for name in _GROUP) for record in records if record["kind"] == "step"]
         mechanisms = tuple(_mechanism(planned, group, len(list(run))) for group, run in itertools.groupby(steps))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"a ledger record lacks or garbles a fact ({error})") from None
     return Executed(declared, planned, mechanisms, tuple(r for r in records[1:] if r["kind"] != "step"))
 

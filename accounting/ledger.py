@@ -87,7 +87,8 @@ def _parse(row: str) -> Line | None:
         record = json.loads(row)
         sealed, mac = record.pop("hash"), record.pop("mac", None)
         whole = isinstance(record["n"], int) and isinstance(record["kind"], str) and isinstance(sealed, str)
-    except (ValueError, KeyError, AttributeError, TypeError):
+        _canonical(record)  # refuses numbers that are none
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     return Line(record, sealed, mac, row) if whole else None
 

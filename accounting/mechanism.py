@@ -13,6 +13,9 @@ POISSON = "poisson"
 FIXED = "fixed"
 SAMPLERS = (POISSON, FIXED)
 
+# What floating point can still account for.
+SMALLEST_NOISE, LARGEST_NOISE, MOST_UNITS, MOST_STEPS = 1e-3, 1e8, 10**16, 10**12
+
 
 @dataclasses.dataclass(frozen=True)
 class DpSgdMechanism:
@@ -46,6 +49,8 @@ class DpSgdMechanism:
             raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.num_units < 1 or self.steps < 0:
             raise InputError(f"need at least one unit and no negative steps, got {self.num_units} units, {self.steps} steps")
+        if self.num_units > MOST_UNITS or self.steps > MOST_STEPS:
+            raise InputError(f"there may be at most {MOST_UNITS:.0e} units and {MOST_STEPS:.0e} steps")
         if not 0 < self.expected_batch_size <= self.num_units:
             raise InputError(
                 f"expected batch size {self.expected_batch_size:g} must be above 0 and at most the {self.num_units} privacy units:"
@@ -55,6 +60,11 @@ class DpSgdMechanism:
             raise InputError(f"maximum batch size must be at least 1, got {self.max_batch_size}")
         if not 0 <= self.noise_multiplier < math.inf:
             raise InputError(f"noise multiplier must be finite and not negative, got {self.noise_multiplier}")
+        if self.noise_multiplier and not SMALLEST_NOISE <= self.noise_multiplier <= LARGEST_NOISE:
+            raise InputError(
+                f"a noise multiplier must be 0 or lie between {SMALLEST_NOISE:g} and {LARGEST_NOISE:g}, got {self.noise_multiplier:g}: less"
+                " hides nothing, and more leaves nothing to learn"
+            )
         if not self.clip_norm > 0:
             raise InputError(f"clip norm must be positive, got {self.clip_norm}")
         if self.noise_multiplier > 0 and math.isinf(self.clip_norm):

@@ -45,7 +45,7 @@ def render(executed: Executed, content: dict, meaning: Meaning, points: Sequence
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{escape(_status(executed))}</p>',
         f'<div class="{"" if private else "none"}"><p class="number">ε = {_number(content["epsilon"])}</p>'
-        f'<p class="lead">at δ = {content["delta"]:g}, for one unit: {escape(report.unit_text(executed.declared))}.</p></div>',
+        f'<p class="lead">at δ = {content["delta"]!r}, for one unit: {escape(report.unit_text(executed.declared))}.</p></div>',
         _section("Statement", f"<p>{escape(content['statement'])}</p>"),
         _section("Who may see what", _table(("", ""), _audience(private))),
         _section("Parameters", _table(("", ""), _parameters(executed, content))),
@@ -80,6 +80,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = "".join(f"<th>{escape(name)}</th>" for name in head) if any(head) else ""
     lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table>{f"<tr>{titles}</tr>" if titles else ""}\n{lines}</table></div>'
+
+
+def _bound(value) -> str:
+    """An upper bound."""
+    return report.upper(value, 10) if isinstance(value, float) and math.isfinite(value) else _number(value)
 
 
 def _number(value) -> str:
@@ -117,17 +122,17 @@ def _parameters(executed: Executed, content: dict) -> list[tuple[str, str]]:
         ("Noise-batch ratio", f"{_number(content['noise_batch_ratio'])} (noise on the mean gradient, in clip norms)"),
         ("Clip norm", _number(content["clip_norm"])),
         ("Steps", _number(content["steps"])),
-        ("Epsilon, certified bracket", f"{_number(content['epsilon_lower_numeric'])} to {_number(content['epsilon'])}"),
-        ("Epsilon by Rényi accounting", f"{_number(content['cross_check'])} (a second accountant, looser as a rule)"),
+        ("Epsilon, certified bracket", f"{_number(content['epsilon_lower_numeric'])} to {_bound(content['epsilon'])}"),
+        ("Epsilon by Rényi accounting", f"{_bound(content['cross_check'])} (a second accountant, looser as a rule)"),
         ("Target epsilon", _number(content["target_epsilon"])),
-        ("Delta", f"{content['delta']:g}"),
+        ("Delta", f"{content['delta']!r}"),
     ]
 
 
 def _tables(meaning: Meaning) -> list[str]:
-    groups = [(k, _number(report.round_up(epsilon))) for k, epsilon in meaning.groups]
-    attacks = [(f"{rate:g}", f"{detected:.4g}") for rate, detected in meaning.attacks]
-    deltas = [(f"{epsilon:.6g}", f"{delta:.3g}") for epsilon, delta in meaning.deltas]
+    groups = [(k, _bound(report.round_up(epsilon))) for k, epsilon in meaning.groups]
+    attacks = [(f"{rate:g}", f"{report.upper(detected, 4)}") for rate, detected in meaning.attacks]
+    deltas = [(report.upper(epsilon), report.upper(delta, 3)) for epsilon, delta in meaning.deltas]
     return [
         _section(
             "Owners of several units",
@@ -137,8 +142,8 @@ def _tables(meaning: Meaning) -> list[str]:
         _section(
             "Membership attacks",
             _table(("False-positive rate", "Units detected, at most"), attacks)
-            + f"<p>The two rates differ by at most {meaning.membership_advantage:.4g}. As far as delta reaches, the run is at least as"
-            f" private as a Gaussian mechanism with μ = {meaning.gaussian_mu:.4g}.</p>",
+            + f"<p>The two rates differ by at most {report.upper(meaning.membership_advantage, 4)}. As far as delta reaches, the run is"
+            f" at least as private as a Gaussian mechanism with μ = {report.upper(meaning.gaussian_mu, 4)}.</p>",
         ),
         _section("Delta at other epsilons", _table(("Epsilon", "Delta"), deltas)),
     ]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 
 from accounting.accountant import EpsilonBracket
 from accounting.errors import InputError
@@ -39,6 +40,15 @@ def round_up(value: float, digits: int = 4) -> float:
     # In decimals: 0.1569 * 10**4 is 1569.0000000000002 in binary, and would go up to 0.157.
     enough = decimal.Context(prec=400)
     return float(decimal.Decimal(repr(float(value))).quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_CEILING, enough))
+
+
+def upper(value: float, digits: int = 6) -> str:
+    """An upper bound with so many significant digits, rounded up."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exact = decimal.Decimal(repr(float(value)))
+    last = decimal.Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return f"{float(exact.quantize(last, decimal.ROUND_CEILING, decimal.Context(prec=400))):.{digits}g}"
 
 
 def encode(value):
@@ -94,6 +104,17 @@ def clipping_text(declared: dict) -> str:
     return ""
 
 
+def origin_text(declared: Sequence[dict]) -> str:
+    """What is not covered where training started from somebody's checkpoint; nothing where it did not."""
+    digests = sorted({facts["init_sha256"] for facts in declared} - {None})
+    if not digests:
+        return ""
+    return (
+        f" Training started from an existing checkpoint (SHA-256 {', '.join(digests)}): what that one reveals about the data it was made"
+        " from is NOT covered."
+    )
+
+
 def statement(executed: Executed, bracket: EpsilonBracket) -> str:
     """One paragraph: what is protected, how far, against whom, and what is not."""
     m, declared = executed.planned, executed.declared
@@ -118,15 +139,10 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
         if held_out != 0
         else ""
     )
-    origin = (
-        f" Training started from an existing checkpoint (SHA-256 {declared['init_sha256']}): what that one reveals about the data it was"
-        " made from is NOT covered."
-        if declared["init_sha256"] is not None
-        else ""
-    )
+    origin = origin_text([declared])
     return (
-        f"The trained parameters are ({round_up(bracket.upper)}, {executed.delta:g})-differentially private with respect to one unit,"
-        f" which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every"
+        f"The trained parameters are ({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private with respect to one"
+        f" unit, which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every"
         f" checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
         + clipping_text(declared)
         + " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what content one unit took"

@@ -62,13 +62,16 @@ def _round_epsilons(epsilon: float) -> list[float]:
 
 def text(result: Meaning) -> str:
     """The tables for a terminal."""
-    from accounting.report import round_up
+    from accounting.report import round_up, upper
 
     lines = ["", "units of one owner   epsilon"]
-    lines += [f"{k:>18}   {round_up(epsilon):g}" for k, epsilon in result.groups]
+    lines += [f"{k:>18}   {upper(round_up(epsilon), 10)}" for k, epsilon in result.groups]
     lines += ["", "false-positive rate  true-positive rate of any membership attack, at most"]
-    lines += [f"{rate:>19g}  {detected:.4g}" for rate, detected in result.attacks]
+    lines += [f"{rate:>19g}  {upper(detected, 4)}" for rate, detected in result.attacks]
     lines += ["", "            epsilon  delta"]
-    lines += [f"{epsilon:>19.6g}  {delta:.4g}" for epsilon, delta in result.deltas]
-    lines += ["", f"membership advantage at most {result.membership_advantage:.4g}; Gaussian mu at most {result.gaussian_mu:.4g}"]
+    lines += [f"{upper(epsilon):>19}  {upper(delta, 4)}" for epsilon, delta in result.deltas]
+    lines += [
+        "",
+        f"membership advantage at most {upper(result.membership_advantage, 4)}; Gaussian mu at most {upper(result.gaussian_mu, 4)}",
+    ]
     return "\n".join(lines)

@@ -33,13 +33,25 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
             raise InputError(f"the noise of {folder} was made from a public seed: it hides nothing, so no epsilon holds for that run")
     if not any(run.mechanisms for run in found.values()):
         raise InputError("none of the runs has executed a step")
-    for what in ("privacy_unit", "sequence_length", "neighbouring_relation"):
-        values = {str(run.declared.get(what)) for run in found.values()}
+    for what in ("privacy_unit", "sequence_length", "neighbouring_relation", "vocab_size", "number of units, held-out ones included"):
+        values = {str(_compared(run, what)) for run in found.values()}
         if len(values) > 1:
             raise InputError(f"the runs differ in {what} ({', '.join(sorted(values))}): their guarantees do not add up")
     if len({run.declared.get("run_id") for run in found.values()}) < len(folders):
         raise InputError("a run is given twice: it counts once")
     return found
+
+
+def _compared(run: Executed, what: str):
+    """A fact in which runs must agree, so that their units are the same."""
+    facts = run.declared
+    if what == "vocab_size":
+        # Rows of packed text are cut by tokens.
+        return facts["architecture"].get(what) if facts["privacy_unit"] == "sequence" else None
+    if what in facts:
+        return facts[what]
+    held_out = facts.get("held_out_units")
+    return None if held_out is None else run.planned.num_units + held_out
 
 
 def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float) -> str:
@@ -49,19 +61,21 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
         return "NO PRIVACY: at least one of the runs is a non-private baseline, and together they have no guarantee."
     who = "This run is" if len(found) == 1 else f"All {len(found)} runs together are"
     return (
-        f"{who} ({report.round_up(epsilon)}, {delta:g})-differentially private with respect to one unit, which"
+        f"{who} ({report.round_up(epsilon)}, {float(delta)!r})-differentially private with respect to one unit, which"
         f" is {report.unit_text(first.declared)}. Neighbouring data sets: {report.relation_text(first.planned)}. This covers every"
         " checkpoint of every run, and every choice between them that looks at nothing else of the data."
+        + report.origin_text([run.declared for run in found.values()])
     )
 
 
 def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution: str, delta: float) -> float:
     """Epsilon of running the mechanism K times, each with settings drawn at random, and releasing the best result only.
 
-    Formal guarantee: where K is drawn from `distribution` with mean `trials`, independently of the data, and nothing but the best
-    trial's parameters is released, the selection is (epsilon, delta)-differentially private (Papernot and Steinke 2021,
-    arXiv 2110.03620, theorems 2 and 6, as dp-accounting computes them). The score by which the best is chosen may depend on the data.
-    A fixed number of trials is not covered: that is the composition of all of them. Tested by
+    Formal guarantee: where K is drawn from `distribution` with mean `trials`, independently of the data, nothing but the best trial's
+    parameters is released, and trials are compared by their parameters alone (and data that the guarantee does not speak of, such as a
+    public validation set), the selection is (epsilon, delta)-differentially private (Papernot and Steinke 2021, arXiv 2110.03620,
+    theorems 2 and 6, as dp-accounting computes them). A choice by a loss on the units themselves is not covered: that loss would have to
+    be part of what each trial releases privately. Nor is a fixed number of trials: that is the composition of all of them. Tested by
     tests/accounting/tuning_test.py::test_pitfall_25_random_search_costs_what_papernot_and_steinke_prove.
 
     Args:

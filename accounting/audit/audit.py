@@ -45,7 +45,7 @@ class _Audit:
 
     def run(self, checkpoints: Sequence[dict], exports: Sequence[pathlib.Path]) -> AuditResult:
         lines, executed = self._ledger()
-        self._secrecy()
+        self._secrecy(lines)
         rederived = None
         if executed is not None:
             try:
@@ -88,9 +88,10 @@ class _Audit:
     def _reported(self, name: str):
         try:
             value = json.loads((self.workdir / "report.json").read_bytes())[name]
-        except (OSError, ValueError, KeyError, TypeError):
+            value = float(value) if name == "epsilon" else value if isinstance(value, str) else None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
-        return float("inf") if value == "inf" else value if isinstance(value, (int, float, str)) else None
+        return None if value != value else value  # NaN is no epsilon
 
     def _derive(self, executed: Executed) -> EpsilonBracket:
         claimed = executed.claims_privacy
@@ -114,7 +115,7 @@ class _Audit:
         if not problems:
             self.findings += ledger_checks.events(lines)
         self.findings += ledger_checks.mechanism(executed, lines)
-        findings, notices = ledger_checks.macs(executed, lines, self._ledger_key())
+        findings, notices = ledger_checks.macs(executed, lines, self._ledger_key(), self._seal())
         self.findings += findings
         self.notices += notices
         return lines, executed
@@ -122,6 +123,12 @@ class _Audit:
     def _ledger_key(self) -> bytes | None:
         try:
             return bytes.fromhex(json.loads((self.workdir / "private/keys.json").read_text())["ledger"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _seal(self) -> str | None:
+        try:
+            return json.loads((self.workdir / "private/data.json").read_text())["seal"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -143,8 +150,10 @@ class _Audit:
             self.findings += document_checks.checkpoint(stored, lines, executed.steps)
         known = [event["step"] for event in executed.events if event["kind"] == "checkpoint"]
         present = {stored["step"] for stored in checkpoints}
-        # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next is whole.
-        if known and not present & set(known[-1:] if executed.finished else known):
+        # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next is whole. There may
+        # be none before.
+        lost = not executed.finished and len(set(known)) == 1
+        if known and not lost and not present & set(known[-1:] if executed.finished else known):
             self.findings.append(Finding("missing_file", f"checkpoints/{known[-1]}", "the ledger recorded it last"))
 
     def _exports(self, lines: list[ledger_lib.Line], exports: Sequence[pathlib.Path]) -> None:
@@ -153,9 +162,10 @@ class _Audit:
             name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
             self.findings += export_checks.export(folder, name, lines, self._derive)
 
-    def _secrecy(self) -> None:
+    def _secrecy(self, lines: list[ledger_lib.Line]) -> None:
         others = secrecy_checks.other_files(self.workdir)
-        self.findings += secrecy_checks.leaks(self.workdir, others)
+        exported = {digest for line in lines if line.record["kind"] == "export" for digest in line.record["files"].values()}
+        self.findings += secrecy_checks.leaks(self.workdir, others, exported)
         if (self.workdir / "private").exists():
             self.findings += secrecy_checks.permissions(self.workdir / "private")
         else:

@@ -31,7 +31,7 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
         return
     try:
         stored = dict(json.loads(content))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         yield Finding("unparsable", where, "it is no JSON object of a run's settings")
         return
     declared = {name: report.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in _CONFIG_FIELDS}
@@ -48,7 +48,7 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
     try:
         stored = json.loads(content)
         head, run_id = stored["ledger_head"], stored["run_id"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         yield Finding("unparsable", where, "it is no JSON object of a report")
         return
     if run_id != lines[0].record.get("run_id"):
@@ -129,7 +129,7 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
     for number, row in enumerate(rows, 1):
         try:
             keys = set(json.loads(row))
-        except (ValueError, TypeError):  # no JSON, or no object
+        except (ValueError, TypeError, RecursionError):  # no JSON, or no object
             if number == len(rows) and not row.endswith(b"\n"):
                 continue  # a crash cut it off; its step is executed again
             yield Finding("unparsable", f"{where} line {number}", "it is no JSON object")
@@ -143,9 +143,12 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
             return
     if len(rows) > steps:
         yield Finding("steps_beyond_ledger", where, f"it has {len(rows)} steps, the ledger {steps}")
-    for line in lines:
+    resumed = [(i, line.record["step"]) for i, line in enumerate(lines) if line.record["kind"] == "resume"]
+    for i, line in enumerate(lines):
         if line.record["kind"] == "checkpoint":
             step = line.record["step"]
+            if len(rows) < step and any(place > i and earlier < step for place, earlier in resumed):
+                continue  # this checkpoint was lost, and the run has not come so far again
             if report.digest(b"".join(rows[:step])) != line.record["metrics_sha256"]:
                 yield Finding("metrics_edited", where, f"its first {step} lines are not those that the ledger recorded at step {step}")
                 return
@@ -158,7 +161,8 @@ def checkpoint(stored: dict, lines: Sequence[Line], steps: int) -> Iterator[Find
         yield Finding("checkpoint_unreadable", where, stored["error"])
         return
     meta = stored["meta"]
-    if not isinstance(meta, dict) or set(meta) != {"step", "optimizer_count", "ledger_lines", "ledger_head"}:
+    sound = isinstance(meta, dict) and set(meta) == {"step", "optimizer_count", "ledger_lines", "ledger_head"}
+    if not sound or not all(isinstance(value, int) for name, value in meta.items() if name != "ledger_head"):
         yield Finding("checkpoint_unreadable", where, "its record of step and ledger is damaged")
         return
     counts = {"folder": stored["step"], "record": meta["step"], "recorded count": meta["optimizer_count"]}

@@ -14,7 +14,7 @@ MALFORMED = "malformed"
 _NUMBER = (int, float)
 _FIELDS = {
     "step": {"step": int, "sampling_probability": _NUMBER, "noise_multiplier": _NUMBER, "max_batch_size": (int, type(None))},
-    "resume": {"step": int},
+    "resume": {"step": int, "environment": str},
     "checkpoint": {"step": int, "metrics_sha256": str},
     "evaluation": {"step": int, "units": str},
     "finish": {"step": int},
@@ -93,8 +93,15 @@ def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
         yield Finding("budget_exceeded", WHERE, f"the executed steps cost epsilon {epsilon:g}, the declared target is {target:g}")
 
 
-def macs(executed: Executed, lines: Sequence[Line], key: bytes | None) -> tuple[list[Finding], list[str]]:
-    """(findings, notices) about the lines' HMACs."""
+def macs(executed: Executed, lines: Sequence[Line], key: bytes | None, seal: str | None) -> tuple[list[Finding], list[str]]:
+    """(findings, notices) about the lines' HMACs.
+
+    Args:
+      key: of the HMACs, where private/ is here.
+      seal: with which the run was started, as private/ remembers it.
+    """
+    if seal == ledger_lib.KEYED_CHAIN != executed.declared.get("seal"):
+        return [Finding("mac_invalid", WHERE, "the run was started with HMACs under its key, and this ledger claims to need none")], []
     if executed.declared.get("seal") != ledger_lib.KEYED_CHAIN:
         return [], ["the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"]
     if key is None:

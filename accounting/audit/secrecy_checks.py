@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from accounting import report
 from accounting.audit.findings import Finding
@@ -39,8 +39,12 @@ def other_files(workdir: pathlib.Path) -> list[pathlib.Path]:
     return found
 
 
-def leaks(workdir: pathlib.Path, files: list[pathlib.Path]) -> Iterator[Finding]:
-    """Raw losses and norms, copies of private files, and keys, in any file outside private/ and checkpoints/."""
+def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[str] = ()) -> Iterator[Finding]:
+    """Raw losses and norms, copies of private files, and keys, in any file outside private/ and checkpoints/.
+
+    Args:
+      exported: digests of files that the program wrote with an export: a vocabulary may well hold the word loss and a number behind it.
+    """
     private = workdir / "private"
     keys = _keys(private / "keys.json")
     copies = {report.file_digest(path): path.name for path in private.rglob("*") if path.is_file() and path.stat().st_size}
@@ -51,7 +55,7 @@ def leaks(workdir: pathlib.Path, files: list[pathlib.Path]) -> Iterator[Finding]
             content = file.read(_READ_AT_MOST)
         if any(key in content for key in keys):
             yield Finding("key_readable", name, "it holds a secret key of the run")
-        if path in public or path.suffix == ".safetensors":
+        if path in public or path.suffix == ".safetensors" or report.file_digest(path) in exported:
             continue  # their content is checked against the ledger
         if report.file_digest(path) in copies:
             yield Finding("raw_values_public", name, f"it is a copy of private/{copies[report.file_digest(path)]}")

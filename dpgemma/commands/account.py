@@ -31,7 +31,12 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.choice("sampler", POISSON, SAMPLERS, "How batches are formed; fixed is what no sampling at all would cost.", fv)
     command_flags.switch("tables", "Also say what epsilon means: owners of several units, attacks, other deltas.", fv)
     command_flags.string("plot", None, "Write epsilon over the steps and the trade-off curve to this .svg, .png or .pdf file.", fv)
-    command_flags.number("trials", None, "Expected number of random-search trials of which only the best is released.", fv)
+    command_flags.number(
+        "trials",
+        None,
+        "Expected number of random-search trials of which only the best is released, chosen by no loss on the units themselves.",
+        fv,
+    )
     command_flags.choice("trials_distribution", "geometric", _TRIALS, "Distribution from which the number of trials is drawn.", fv)
     command_flags.string("compose", None, "Folders of runs on the same data, separated by commas: epsilon of all together.", fv)
     command_flags.switch("json", "Print one JSON object.", fv)
@@ -138,6 +143,7 @@ def solve(given: dict, delta: float, cap: int | None, relation: str, sampler: st
 
 def _compose(fv: flags.FlagValues) -> int:
     given = [name for name in (*_QUANTITIES, "max_batch_size", "batch_multiple", "trials") if fv[name].value is not None]
+    given += [name for name in ("neighbouring_relation", "sampler", "trials_distribution") if fv[name].present]
     if given:
         raise InputError(f"--compose takes everything from the runs' ledgers: drop --{given[0]}")
     from accounting import tuning
@@ -159,7 +165,7 @@ def _compose(fv: flags.FlagValues) -> int:
             "steps": run.steps,
             "noise_multiplier": run.planned.noise_multiplier,
             "sampling_probability": run.planned.sampling_probability,
-            "epsilon": float(Accountant(run.mechanisms).epsilon(delta).upper),
+            "epsilon": float(Accountant(run.mechanisms).epsilon(delta).upper) if run.mechanisms else 0.0,
         }
         for folder, run in runs.items()
     ]
@@ -195,7 +201,7 @@ def _print(fv: flags.FlagValues, result: dict, accountant, target: float | None,
         else:
             print(f"{name:<24} {_shown(name, value)}{'   (solved)' if name == solved else ''}")
     if fv.tables:
-        print(tables.text(meaning))
+        print(("" if fv.trials is None else "\nof a single trial, all of whose results may be seen:") + tables.text(meaning))
 
 
 def _shown(name: str, value) -> str:
@@ -203,5 +209,10 @@ def _shown(name: str, value) -> str:
 
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(key, part)}" for key, part in value.items())
-    value = report.round_up(value) if name.startswith("epsilon") and not name.endswith("numeric") else value
+    if name.startswith("epsilon") and not name.endswith("numeric"):
+        return report.upper(report.round_up(value), 10)
+    if name == "delta":
+        return repr(value)
+    if name == "noise_multiplier":
+        return report.upper(value)  # somebody may train with what is printed
     return f"{value:.6g}" if isinstance(value, float) else str(value)

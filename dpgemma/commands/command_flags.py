@@ -6,6 +6,8 @@ import typing
 
 from absl import flags
 
+LARGEST_COUNT = 10**18
+
 
 class _CountParser(flags.ArgumentParser):
     """Whole numbers, 1e7 included."""
@@ -14,16 +16,17 @@ class _CountParser(flags.ArgumentParser):
 
     def parse(self, argument):
         try:
-            return int(argument)
-        except ValueError:
-            pass
-        try:
             value = float(argument)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not value.is_integer():
             raise ValueError(f"{argument!r} is not a whole number")
-        return int(value)
+        if abs(value) > LARGEST_COUNT:
+            raise ValueError(f"it is above {LARGEST_COUNT:.0e}")
+        try:
+            return int(argument)
+        except ValueError:
+            return int(value)
 
     def flag_type(self):
         return "int"

@@ -57,6 +57,7 @@ def run(fv: flags.FlagValues) -> int:
     grid = grid_lib.read(config)
     checks.check(grid)
     folder, everything = folder_lib.look(path, grid)
+    checks.check_sum(everything)
     if fv.dry_run:
         return _dry_run(fv, folder, grid, everything)
     if fv.emit:
@@ -83,12 +84,14 @@ def _dry_run(fv: flags.FlagValues, folder, grid, everything) -> int:
 
 def _emit(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
     from experiments.sweep import folder as folder_lib
-    from experiments.sweep import harvest
+    from experiments.sweep import harvest, privacy
 
-    folder, _ = folder_lib.create(path, grid)
+    folder, everything = folder_lib.create(path, grid)
     with folder.locked():
         harvest.save_finished(folder, folder.pending(grid))
         commands = [shlex.join(["dpgemma", *run.arguments(str(folder.run_folder(run)))]) for run in folder.pending(grid)]
+        if commands:
+            privacy.write_unfinished(folder, everything)
     text = "".join(command + "\n" for command in commands)
     if fv.emit == "-":
         print(text, end="")

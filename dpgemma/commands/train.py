@@ -17,6 +17,9 @@ def define_flags(fv: flags.FlagValues) -> None:
 
 def run(fv: flags.FlagValues) -> int:
     config = TrainConfig(**{field.name: fv[field.name].value for field in dataclasses.fields(TrainConfig)})
+    from dpgemma.training import environment
+
+    environment.make_deterministic()
     from dpgemma.training.prepare import prepare
 
     trainer = prepare(config, fv.workdir, epsilon_given=bool(fv["epsilon"].present))

@@ -64,9 +64,9 @@ def _with_system(messages: list[dict]) -> list[tuple[str, str]]:
     system = ""
     if messages[0].get("role") == _SYSTEM:
         system, messages = messages[0]["content"].strip() + "\n\n", messages[1:]
-    unknown = sorted({str(m.get("role")) for m in messages} - set(_ROLES))
-    if unknown or not messages:
-        raise InputError(f"messages need the roles user and assistant (system first), got {', '.join(unknown) or 'none of them'}")
+    # What stands there instead may be private: it is not quoted.
+    if not messages or any(m.get("role") not in list(_ROLES) for m in messages):
+        raise InputError("messages need the roles user and assistant (system first), and no others")
     pairs = [(_ROLES[m["role"]], m["content"]) for m in messages]
     if system and pairs[0][0] == MODEL:
         raise InputError("a user's message must follow the system's: its text stands before that one's")

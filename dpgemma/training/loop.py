@@ -18,7 +18,7 @@ from dpgemma.data.dataset import Dataset, spread
 from dpgemma.gemma import lora
 from dpgemma.privacy.noise import noise_keys
 from dpgemma.privacy.poisson import PoissonSampler
-from dpgemma.training import clipping_choice, plan, progress, reporting
+from dpgemma.training import clipping_choice, environment, plan, progress, reporting
 from dpgemma.training import loss as loss_lib
 from dpgemma.training import mesh as mesh_lib
 from dpgemma.training import optimizer as optimizer_lib
@@ -47,7 +47,12 @@ def stop_on_signal():
 
 
 class Trainer:
-    """One run. Its mechanism, built once from the resolved configuration, is all that sampler, step, ledger and report see of it."""
+    """One run. Its mechanism, built once from the resolved configuration, is all that sampler, step, ledger and report see of it.
+
+    Attributes:
+      first_step: with which `train` began.
+      interrupted: whether a signal came while it took steps; even where it came during the last one.
+    """
 
     def __init__(self, config: TrainConfig, start: StartingPoint, tokenizer, data: Dataset, run: RunDirectory):
         self.config, self.start, self.tokenizer, self.data, self.run = config, start, tokenizer, data, run
@@ -57,6 +62,8 @@ class Trainer:
             raise InputError(f"{config.steps} steps would exceed epsilon {config.epsilon:g}: take fewer steps or start another run")
         self.mesh = mesh_lib.make(config.mesh)
         self.optimizer = optimizer_lib.make(config)
+        self.first_step = 0
+        self.interrupted = False
         self.computation = dict(bos=tokenizer.bos, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention)
 
     def train(self) -> float | None:
@@ -65,8 +72,8 @@ class Trainer:
             with contextlib.closing(self.run.open_ledger()) as ledger:
                 for deviation in executed.of(ledger.records).deviations:
                     progress.warn(deviation)
-                step, state, frozen = self._start_or_resume(checkpoints, ledger)
-                step, state = self._take_steps(step, state, frozen, checkpoints, ledger)
+                self.first_step, state, frozen = self._start_or_resume(checkpoints, ledger)
+                step, state = self._take_steps(self.first_step, state, frozen, checkpoints, ledger)
                 if step < self.mechanism.steps:
                     progress.inform(f"stopped at step {step} of {self.mechanism.steps}; the same command goes on from here")
                     return None
@@ -77,11 +84,13 @@ class Trainer:
         trainable, frozen = self.start.parameters(self.config.seed, replicated)
         clip_norm = None if self.config.clip_quantile is None else jax.device_put(jnp.float32(self.config.clip_norm), replicated)
         state = TrainState(trainable, jax.jit(self.optimizer.init, out_shardings=replicated)(trainable), clip_norm)
-        if len(ledger.records) == 1:  # the start event alone
+        here = environment.description()
+        if len(ledger.records) == 1 and ledger.records[0]["environment"] == here:  # the start event alone
             return 0, state, frozen
         step, state = checkpoints.restore(state, ledger, progress.warn) or (0, state)
         if step < self.mechanism.steps:
-            ledger.append("resume", step=step)
+            environment.check_repeats(ledger.records, step, here)
+            ledger.append("resume", step=step, environment=here)
             progress.inform(f"resuming at step {step} of {self.mechanism.steps}")
         return step, state, frozen
 
@@ -117,6 +126,7 @@ class Trainer:
                     reporting.write(self.run, ledger, self.accountant, with_page=False)
                     checkpoints.save(done, state, ledger, metrics_sha256=public.digest)
                 if stopped():
+                    self.interrupted = True
                     return done, state
         return mechanism.steps, state
 

@@ -11,6 +11,7 @@ from accounting.errors import InputError
 
 DATA_AXIS = "data"
 _MOST_CPU_DEVICES = 8
+_MOST_DEVICES = 10**6  # what jax can be asked for at all
 
 
 def resolve(mesh: str) -> str:
@@ -20,7 +21,7 @@ def resolve(mesh: str) -> str:
       InputError: not of the form data:N, or more devices than there are.
     """
     axis, _, count = mesh.partition(":")
-    if mesh != "auto" and (axis != DATA_AXIS or not count.isdecimal() or int(count) < 1):
+    if mesh != "auto" and (axis != DATA_AXIS or not count.isdecimal() or not 0 < int(count) < _MOST_DEVICES):
         raise InputError(f"--mesh must be auto or data:N with N devices, got {mesh!r}")
     cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES) if hasattr(os, "sched_getaffinity") else 1
     with contextlib.suppress(RuntimeError):  # takes effect on the CPU alone, and only before its first use

@@ -6,7 +6,7 @@ import pathlib
 
 from dpgemma.data import dataset, units
 from dpgemma.gemma import tokenizer as tokenizer_lib
-from dpgemma.training import clipping_choice, loop, mesh, plan, progress, run_directory
+from dpgemma.training import clipping_choice, environment, loop, mesh, plan, progress, run_directory
 from dpgemma.training import start as start_lib
 from dpgemma.training.config import TrainConfig
 
@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     if run:
         run.check_resumable(config.as_dict(), fingerprint, start_event)
     else:
-        run = run_directory.create(path, config.as_dict(), keys, fingerprint, start_event)
+        run = run_directory.create(path, config.as_dict(), keys, fingerprint, start_event | {"environment": environment.description()})
     progress.inform(plan.summary(config, start, path))
     if choice:
         progress.inform(choice)

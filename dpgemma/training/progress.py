@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 import sys
+import warnings
 
 import numpy as np
 import tqdm
@@ -91,5 +92,8 @@ def private_summary(stats, drawn: int) -> dict:
     """Loss and gradient norms of one batch, for private/ only."""
     norms, losses = np.asarray(stats.norms), np.asarray(stats.losses)
     norms, losses = norms[norms != 0], losses[losses != 0]
-    quantiles = np.nanquantile(norms, (0.1, 0.5, 0.9)).tolist() if norms.size else []
-    return {"units": drawn, "loss": float(losses.mean()) if losses.size else 0.0, "norm_quantiles": quantiles}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # else standard error would tell that a gradient of this batch was not finite
+        quantiles = np.nanquantile(norms, (0.1, 0.5, 0.9)).tolist() if norms.size else []
+        mean = float(losses.mean()) if losses.size else 0.0
+    return {"units": drawn, "loss": mean, "norm_quantiles": quantiles}

@@ -169,7 +169,7 @@ def create(path: pathlib.Path, config: dict, keys: Keys, fingerprint: str, start
         temporary.private.mkdir(parents=True)
         temporary.private.chmod(0o700)
         keys.save(temporary.keys_file)
-        temporary.data_file.write_text(json.dumps({"fingerprint": fingerprint}))
+        temporary.data_file.write_text(json.dumps({"fingerprint": fingerprint, "seal": start_event["seal"]}))
         text = report.dumps(config)
         temporary.config_file.write_text(text)
         ledger = Ledger.open(temporary.ledger_file, ledger_key(keys, config))

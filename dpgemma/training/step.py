@@ -123,7 +123,7 @@ def make_train_step(
     def adaptive_train_step(state: TrainState, frozen, batch, mask, noise_keys, noise_multiplier):
         options = clipping_options | {"scaling": clipping.NORMALISE, "counted": True}
         clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, mask, state.clip_norm, mesh, **options)
-        noised = noise.add_gaussian_noise(clipped, noise_multiplier, noise_keys, adaptive.count_noise)
+        noised = noise.add_gaussian_noise(clipped, noise_multiplier if noisy else 0.0, noise_keys, adaptive.count_noise)
         mean = noise.divide(noised, mechanism.expected_batch_size)
         if clipping_options.get("scaling", clipping.CLIP) == clipping.CLIP:
             mean = noise.scale(mean, state.clip_norm)  # the gradients were divided by it, so that their sensitivity is a constant

@@ -112,7 +112,7 @@ def _names(fitted: FittedLaw, extrapolate: bool) -> dict[float, str]:
     names = {float(size): name for name, size in fitted.sizes.items()}
     if extrapolate:
         from dpgemma.gemma.presets import PRESETS
-        from experiments.sweep.sweep import parameters
+        from experiments.sweep.checks import parameters
 
         names = {float(parameters(name)): name for name in PRESETS} | names
     return names

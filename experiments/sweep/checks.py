@@ -28,6 +28,28 @@ def check(grid: Grid) -> None:
             raise InputError(f"--data={data} is empty: there is nothing to train on")
 
 
+def check_sum(grid: Grid) -> None:
+    """Refuses runs on private data that no guarantee could be stated for together.
+
+    Args:
+      grid: all runs of a sweep's folder.
+
+    Raises:
+      InputError: names the setting in which they differ.
+    """
+    from dpgemma.training import start as start_lib
+
+    if grid.public_data:
+        return
+    for what in ("data", "text_field", "privacy_unit", "sequence_length", "neighbouring_relation", "tokenizer"):
+        found = {start_lib.tokenizer_of(run.config) if what == "tokenizer" else getattr(run.config, what) for run in grid.runs}
+        if len(found) > 1:
+            raise InputError(
+                f"the runs differ in {what} ({', '.join(sorted(map(str, found)))}), so their privacy does not add up to one guarantee: with"
+                " public_data = false use one sweep, in a --workdir of its own, for each"
+            )
+
+
 def operations(run: Run) -> float:
     """6 M B S T: floating-point operations of a run by the rule that scaling laws are written in."""
     c = run.config

@@ -59,10 +59,10 @@ class SweepFolder:
         return self._raw(self.path / "runs" / run.id) / "result.json"
 
     def log_file(self, run: Run) -> pathlib.Path:
-        return self.path / "runs" / run.id / "log.txt"
+        return self._raw(self.path / "runs" / run.id) / "log.txt"
 
     def error_file(self, run: Run) -> pathlib.Path:
-        return self.path / "runs" / run.id / "error.txt"
+        return self._raw(self.path / "runs" / run.id) / "error.txt"
 
     def _raw(self, place: pathlib.Path) -> pathlib.Path:
         return place if self.public_data else place / "private"
@@ -90,9 +90,12 @@ class SweepFolder:
         return None
 
     def save(self, run: Run, result: dict) -> None:
-        """Marks a run as done, and drops what only an unfinished one needs."""
+        """Marks a run as done, and drops all checkpoints but the last: the model that was trained, without which no audit is whole."""
         write_text(self.result_file(run), report.dumps(result))
-        shutil.rmtree(self.run_folder(run) / "checkpoints", ignore_errors=True)
+        checkpoints = self.run_folder(run) / "checkpoints"
+        steps = sorted(int(place.name) for place in checkpoints.iterdir() if place.name.isdecimal()) if checkpoints.is_dir() else []
+        for step in steps[:-1]:
+            shutil.rmtree(checkpoints / str(step), ignore_errors=True)
 
     def result(self, run: Run) -> dict:
         return json.loads(self.result_file(run).read_text())
@@ -146,8 +149,10 @@ def stored(path: pathlib.Path) -> Grid:
     try:
         content = json.loads((path / "grid.json").read_text())
         decode = lambda settings: {name: math.inf if value == "inf" else value for name, value in settings.items()}
-        runs = tuple(Run(TrainConfig(**decode(run["settings"])), run["held_out"]) for run in content["runs"])
-        return Grid(runs, content["public_data"])
+        runs = {run["id"]: Run(TrainConfig(**decode(run["settings"])), run["held_out"]) for run in content["runs"]}
+        if any(name != run.id for name, run in runs.items()):
+            raise ValueError("settings that this version does not know, or has more of")
+        return Grid(tuple(runs.values()), content["public_data"])
     except FileNotFoundError:
         raise InputError(f"{path} is no sweep's folder: it has no grid.json") from None
     except (ValueError, KeyError, TypeError, AttributeError):

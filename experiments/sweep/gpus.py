@@ -1,6 +1,7 @@
 """The NVIDIA GPUs of a machine, divided among the processes of a sweep. jax is not imported: it would take them."""
 
 import importlib.util
+import itertools
 import os
 import pathlib
 
@@ -21,9 +22,11 @@ def here() -> list[str]:
     if not usable():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
-    return sorted((path.name.removeprefix("nvidia") for path in pathlib.Path("/dev").glob("nvidia[0-9]*")), key=int)
+    if named is None:
+        # CUDA counts from zero what it is given, whatever the numbers of the devices in a container.
+        return [str(i) for i, _ in enumerate(pathlib.Path("/dev").glob("nvidia[0-9]*"))]
+    names = [name.strip() for name in named.split(",")]
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))  # CUDA, too, stops at the first that it does not know
 
 
 def divided(names: list[str], each: int, slots: int) -> list[dict[str, str]]:

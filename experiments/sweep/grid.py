@@ -39,6 +39,7 @@ RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
 _KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(TrainConfig).items()} | {RATIO: float}
 # What a grid says in terms of the noise-batch ratio, a setting of the same run may not say too.
 _DERIVED = ("noise_multiplier", "epsilon")
+_LARGEST = 10**18
 _FROM_WEIGHTS = ("init_from", "lora_rank", "lora_alpha", "lora_targets")
 _DEFAULTS = {"model": "tiny", "mesh": "data:1"}
 
@@ -170,6 +171,8 @@ def _value(name: str, value, where: str):
             return float(number)
         raise InputError(f'{where}: {name} must be a number or a power such as "2^-7", got {value!r}')
     if kind is int and not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        if abs(value) > _LARGEST:
+            raise InputError(f"{where}: {name} must be at most {_LARGEST:.0e}")
         return int(value)
     expected = "a whole number" if kind is int else "text"
     raise InputError(f"{where}: {name} must be {expected} or a list of such, got {value!r}")

@@ -66,7 +66,7 @@ def result(folder: SweepFolder, run: Run) -> dict:
     given = {name: value for name, value in run.config.as_dict().items() if name not in OPERATIONAL and value not in (None, AUTO)}
     differing = [name for name, value in given.items() if recorded.get(name) != ("inf" if value == math.inf else value)]
     if differing:
-        raise InputError(f"{place} was trained with another {', '.join(differing)}: remove it, and the sweep trains the run again")
+        raise InputError(f"{place} was trained with another {', '.join(differing)}: rename it, and the sweep trains the run again")
     facts = executed_lib.of(ledger.read(place / "ledger.jsonl"))
     bits = json.loads((place / "private" / "held_out.jsonl").read_text().splitlines()[-1])["bits_per_byte"]
     return {

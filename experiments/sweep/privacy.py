@@ -32,7 +32,7 @@ _UNFINISHED = (
 
 def summary(folder: SweepFolder, grid: Grid) -> dict:
     """The content of report.json."""
-    begun = _begun(folder, grid)
+    begun = _begun(folder)
     if grid.public_data:
         return _report(grid, len(begun), PUBLIC)
     executed = [place for place in begun if executed_lib.of(ledger.read(place / "ledger.jsonl")).steps]
@@ -53,13 +53,12 @@ def write(folder: SweepFolder, grid: Grid) -> None:
 def write_unfinished(folder: SweepFolder, grid: Grid) -> None:
     """Replaces the report of an earlier state before further runs are executed, so that no report says too little."""
     statement = PUBLIC if grid.public_data else _UNFINISHED
-    report.write(folder.report_file, report.dumps(_report(grid, len(_begun(folder, grid)), statement)))
+    report.write(folder.report_file, report.dumps(_report(grid, len(_begun(folder)), statement)))
 
 
-def _begun(folder: SweepFolder, grid: Grid) -> list[pathlib.Path]:
-    """Folders of the runs that have begun."""
-    places = [folder.run_folder(run) for run in grid.runs]
-    return [place for place in places if (place / "ledger.jsonl").is_file()]
+def _begun(folder: SweepFolder) -> list[pathlib.Path]:
+    """Folders of the runs that have begun, whatever the grid says by now, and whatever they were renamed to."""
+    return sorted(path.parent for path in folder.path.glob("runs/*/*/ledger.jsonl"))
 
 
 def _report(grid: Grid, runs: int, statement: str, epsilon: float | None = None, delta: float | None = None) -> dict:

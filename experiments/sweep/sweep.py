@@ -62,8 +62,11 @@ def _rounds(folder: SweepFolder, grid: Grid, everything: Grid, launcher, retries
                 if code not in (worker.DONE, worker.REFUSED, worker.STOPPED) or message:
                     progress.note(f"a process ended with {code} ({message or 'no message'}); what it left undone is tried again")
                 folder.write_table(everything)
-        for run in pending:
-            tries[run.id] = 0 if folder.steps_taken(run) > furthest[run.id] else tries[run.id] + 1
+        for job in jobs:
+            # What a process left undone is what it died of; it had not come to those behind.
+            left = [run for run in job if not folder.is_done(run) and folder.error(run) is None]
+            for run in left[:1]:
+                tries[run.id] = 0 if folder.steps_taken(run) > furthest[run.id] else tries[run.id] + 1
         size = 1  # so that a run that kills its process takes no other with it
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 
 from accounting.errors import InputError
+from dpgemma.training import environment
 from experiments.sweep import folder as folder_lib
 from experiments.sweep import harvest
 from experiments.sweep.folder import SweepFolder
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
 
 
 def settle() -> None:
-    """Takes the cores that the launcher gave, and ends, at a checkpoint, when the launcher does."""
+    """Takes the cores that the launcher gave, and ends, at a checkpoint, when the launcher does. Before jax is used."""
+    environment.make_deterministic()
     cores = [int(core) for core in os.environ.get("DPGEMMA_CORES", "").split(",") if core]
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
@@ -69,7 +71,7 @@ def settle() -> None:
 
 def log_to(path: pathlib.Path) -> None:
     """Standard error, that of libraries included, goes to this file from now on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder_lib.make_folder(path.parent)
     sys.stderr.flush()
     with open(path, "ab") as file:
         os.dup2(file.fileno(), 2)
@@ -88,7 +90,7 @@ def execute(folder: SweepFolder, run: Run) -> None:
 
     Raises:
       InputError: the run cannot be done as it is declared.
-      Stopped: a signal came first.
+      Stopped: a signal came; the run may be done all the same.
     """
     with harvest.alone(folder, run):
         if folder.is_done(run):
@@ -96,7 +98,7 @@ def execute(folder: SweepFolder, run: Run) -> None:
         folder.error_file(run).unlink(missing_ok=True)
         from dpgemma.training.prepare import prepare
 
-        start, before = time.monotonic(), folder.steps_taken(run)
+        start = time.monotonic()
         keys = reproducible_keys(run) if folder.public_data else None
         trainer = prepare(run.config, str(folder.run_folder(run)), epsilon_given=True, keys=keys)
         try:
@@ -105,8 +107,10 @@ def execute(folder: SweepFolder, run: Run) -> None:
         finally:
             trainer.run.unlock()
         # A run that went on from a checkpoint took fewer steps in this time.
-        timed = {"seconds": time.monotonic() - start, "steps_in_seconds": run.config.steps - before}
+        timed = {"seconds": time.monotonic() - start, "steps_in_seconds": run.config.steps - trainer.first_step}
         folder.save(run, harvest.result(folder, run) | timed)
+        if trainer.interrupted:
+            raise Stopped
 
 
 def reproducible_keys(run: Run):

@@ -49,6 +49,13 @@ def test_what_is_rounded_once_stays_as_it_is():
         assert report.round_up(n / 10_000) == n / 10_000
 
 
+@pytest.mark.parametrize("value", [1234.5631, 123.45631, 9.9999999, 1.2345649e-5, 1 / 30000, 5e-324, 0.12965, 1e-10, 7.0])
+def test_no_upper_bound_is_printed_lower_than_it_is(value):
+    for digits in (3, 4, 6, 10):
+        assert value <= float(report.upper(value, digits)) <= value * (1 + 10.0 ** (1 - digits)) + 5e-324
+    assert report.upper(0.0) == "0" and report.upper(math.inf) == "inf"
+
+
 def test_rounded_epsilon_is_the_reports():
     assert build()["epsilon"] == 1.2346
 

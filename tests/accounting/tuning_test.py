@@ -79,6 +79,9 @@ def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):
     [
         (dict(run_id="a"), "given twice"), (dict(sequence_length=64), "differ in sequence_length"), (dict(delta=1e-5), "different deltas"),
         (dict(neighbouring_relation="add_or_remove"), "differ in neighbouring_relation"),
+        # Rows of tokens of another tokenizer, or of other text, are other units.
+        (dict(architecture={"vocab_size": 256_000}), "differ in vocab_size"), (dict(num_units=9_990), "differ in number of units"),
+        (dict(secret_keys=False), "public seed"),
     ],
 )  # fmt: skip
 def test_runs_that_do_not_add_up_are_refused(changes, message, tmp_path, capsys):
@@ -87,3 +90,19 @@ def test_runs_that_do_not_add_up_are_refused(changes, message, tmp_path, capsys)
     folders = [write_run(tmp_path / "a", 10, "a"), write_run(tmp_path / "b", 10, changes.pop("run_id", "b"), **changes)]
     assert cli.main(["account", f"--compose={folders[0]},{folders[1]}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_composed_says_where_it_started_and_counts_what_has_only_begun(tmp_path, capsys):
+    from dpgemma import cli
+
+    folders = [
+        write_run(tmp_path / "a", 10, "a", init_sha256="5a" * 32),
+        write_run(tmp_path / "b", 0, "b", num_units=9_000, held_out_units=1_000),
+    ]
+    assert cli.main(["account", f"--compose={folders[0]},{folders[1]}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["runs"][1]["steps"] == result["runs"][1]["epsilon"] == 0 < result["runs"][0]["epsilon"] == result["epsilon"]
+    assert "5a5a" in result["statement"] and "NOT covered" in result["statement"]
+    for flag in ("--neighbouring_relation=add_or_remove", "--sampler=fixed", "--trials_distribution=poisson"):
+        assert cli.main(["account", f"--compose={folders[0]}", flag]) == 2
+        assert f"drop {flag.partition('=')[0]}" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_account_says_what_a_plan_means(tmp_path, capsys):
     assert (tmp_path / "plan.svg").read_text().count("<svg") == 1
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "units of one owner" in out and "membership advantage" in out and "epsilon_best_trial" in out
+    assert "units of one owner" in out and "membership advantage" in out and "epsilon_best_trial" in out and "of a single trial" in out
 
 
 def test_account_prints_a_table_without_json(capsys):

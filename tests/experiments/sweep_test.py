@@ -22,7 +22,7 @@ from dpgemma import cli
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
 from experiments.sweep import folder as folder_lib
-from experiments.sweep import gpus, launchers, results, sweep, worker
+from experiments.sweep import gpus, launchers, privacy, results, sweep, worker
 from experiments.sweep import grid as grid_lib
 from tests.training.runs import COMMAND, call, wait_for
 
@@ -255,6 +255,23 @@ def test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs(text, tmp_path)
     fewer = toml(tmp_path / "fewer.toml", text, table | dict(noise_batch_ratio=0.125), public_data=False)
     outcome = run_sweep(fewer, tmp_path / "again", launchers.LocalPool(2))
     assert len(outcome.table) == 2 * 4 and json.loads((tmp_path / "again" / "report.json").read_text()) == said
+    # So have those whose folder was renamed to train them again.
+    folder, everything = folder_lib.look(out, grid_lib.read(config))
+    before = privacy.summary(folder, everything)
+    place = folder.run_folder(everything.runs[0])
+    place.rename(place.with_name("with_other_settings"))
+    assert privacy.summary(folder, everything) == before and before["runs"] == 2
+    # Commands that are handed out spend outside of this program: the old sum must not stand meanwhile.
+    more = toml(tmp_path / "more.toml", text, table | dict(noise_batch_ratio=0.5), public_data=False)
+    assert call("sweep", more, f"--workdir={out}", "--emit=-").stdout.count("dpgemma train") == 1
+    said = json.loads((out / "report.json").read_text())
+    assert said["epsilon"] is None and "has not been added up" in said["statement"]
+    # A folder whose runs another version would name differently cannot be gone on with, nor be taken for an empty one.
+    stored = (out / "grid.json").read_text()
+    (out / "grid.json").write_text(stored.replace(everything.runs[0].id, "0123456789ab"))
+    with pytest.raises(InputError, match="of another version"):
+        folder_lib.look(out, grid_lib.read(config))
+    (out / "grid.json").write_text(stored)
     with pytest.raises(InputError, match="public_data = false"):
         folder_lib.look(out, dataclasses.replace(grid_lib.read(config), public_data=True))
 
@@ -272,6 +289,20 @@ class Fake:
             self.started += 1
             self.act(pathlib.Path(path) / "runs" / name / "run")
             yield number, worker.STOPPED, ""
+
+
+def test_a_run_that_its_process_did_not_come_to_has_not_been_tried(text, tmp_path):
+    config = toml(tmp_path / "two.toml", text, GRID | dict(noise_batch_ratio=[0.5, 1]))
+    launcher = Fake()
+    grid = grid_lib.read(config)
+    folder, everything = folder_lib.create(tmp_path / "out", grid)
+    jobs = []
+    launcher.run = lambda commands: (jobs.append(command[4:]) or (i, launchers.KILLED, "") for i, command in enumerate(commands))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "batches", lambda pending, slots, most: [pending[i : i + most] for i in range(0, len(pending), most)])
+        with folder.locked():
+            outcome = sweep.run(folder, grid, everything, launcher, retries=0)
+    assert [len(job) for job in jobs] == [2, 1] and jobs[1] == jobs[0][1:] and len(outcome.failed) == 2
 
 
 def test_a_private_sweep_in_flight_leaves_no_report_that_says_too_little(text, tmp_path):
@@ -361,6 +392,8 @@ BAD = {
     "no Slurm": (["{tmp}/good.toml", "--launcher=slurm"], "there is no Slurm here"),
     "Slurm's parameters": (["{tmp}/good.toml", "--launcher=slurm", "--slurm_parameters=gpu"], "must look like"),
     "parameters for nobody": (["{tmp}/good.toml", "--slurm_parameters=partition=gpu"], "are for --launcher=slurm"),
+    "private rows of two lengths": (["{tmp}/lengths.toml"], "differ in sequence_length (16, 32), so their privacy does not add up"),
+    "too large a batch": (["{tmp}/batch.toml"], "batch_size must be at most"),
     "two positions": (["{tmp}/good.toml", "more"], "unexpected argument"),
 }
 
@@ -372,6 +405,8 @@ def test_bad_input_is_one_sentence_and_starts_nothing(case, text, tmp_path, monk
                "data": {"data": "/nowhere/x.txt"}, "tokenizer": {"tokenizer": "/nowhere/t.model"}}  # fmt: skip
     for name, change in changes.items():
         toml(tmp_path / f"{name}.toml", text, GRID | change)
+    toml(tmp_path / "lengths.toml", text, GRID | {"sequence_length": [16, 32]}, public_data=False)
+    toml(tmp_path / "batch.toml", text, GRID | {"batch_size": 10**400})
     arguments, message = BAD[case]
     if "--launcher=slurm" in arguments:
         pytest.importorskip("submitit")
@@ -423,8 +458,11 @@ def test_processes_on_one_machine_see_gpus_of_their_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "platforms, visible, names", [("cpu", "0", []), ("", "", []), ("", "-1", []), ("cuda,cpu", "1, 0", ["1", "0"]), ("", None, None)]
-)
+    "platforms, visible, names",
+    [
+        ("cpu", "0", []), ("", "", []), ("", "-1", []), ("", "0,-1,1", ["0"]), ("cuda,cpu", "1, 0", ["1", "0"]), ("", None, None),
+    ],
+)  # fmt: skip
 def test_gpus_are_those_that_jax_would_use(platforms, visible, names, monkeypatch):
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: "jax_cuda13" in name or None)
     monkeypatch.setenv("JAX_PLATFORMS", platforms)

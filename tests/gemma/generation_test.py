@@ -17,6 +17,9 @@ GREEDY = Sampling(temperature=0)
 # Prompts of several lengths in one batch, one longer than any window.
 PROMPTS = [IDS[0, :3], IDS[1, :11], IDS[0, :19], IDS[1, :1]]
 
+# Attention with and without a window, capped, and recurrent: no other family has an operation that these lack.
+QUICK = ("gemma3", "vaultgemma_capped", "recurrent_gemma")
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def next_token(config, params, row, length):
@@ -52,7 +55,7 @@ def test_cached_logits_equal_uncached(name):
     np.testing.assert_allclose(np.concatenate(got, axis=1), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES])
 def test_greedy_text_equals_uncached_and_transformers(name, monkeypatch):
     monkeypatch.setattr(generation, "PREFILL", 4)  # so that prompts are read in several pieces, some of them all padding
     config, params = imported(name)

@@ -118,7 +118,7 @@ def test_every_way_equals_the_definition_with_adapters(name):
     test_every_way_equals_the_definition(name, adapters=True)
 
 
-@pytest.mark.parametrize("name", families("vaultgemma_capped"))
+@pytest.mark.parametrize("name", families("gemma"))
 def test_units_of_several_rows(name):
     config, params, _ = compiled(name)
     row_loss = loss_lib.row_loss(config, bos=2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -170,6 +171,24 @@ def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
     assert not report["finished"] and report["epsilon"] < report["target_epsilon"]
 
 
+def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path, monkeypatch):
+    from dpgemma.training import prepare, progress
+    from dpgemma.training.config import TrainConfig
+
+    update = progress.Progress.update
+
+    def update_and_signal(self, *arguments):
+        update(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(progress.Progress, "update", update_and_signal)
+    settings = dict(data=str(text), sequence_length=32, batch_size=12, noise_multiplier=1.0, delta=1e-4)
+    for steps, bits_are_there in ((1, True), (2, False)):
+        trainer = prepare.prepare(TrainConfig(**settings, steps=steps), str(tmp_path / str(steps)))
+        assert (trainer.train() is not None) == bits_are_there and trainer.interrupted and trainer.first_step == 0
+        trainer.run.unlock()
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_path):
     workdir = copy_of(finished, tmp_path)
     before = final_parameters(workdir)[1]
@@ -287,6 +306,20 @@ def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, 
         assert composed.returncode == 2 and "public seed" in composed.stderr and not composed.stdout
         if not again:
             assert call(*flags(text, workdir, steps=2, epsilon="inf")).returncode == 0
+
+
+def test_steps_are_repeated_in_their_own_environment_alone(finished, text, tmp_path):
+    """Noise of the same key on sums that are rounded differently could be subtracted."""
+    workdir = copy_of(finished, tmp_path)
+    before = final_parameters(workdir)[1]
+    shutil.rmtree(workdir / "checkpoints")
+    ledger = (workdir / "ledger.jsonl").read_bytes()
+    elsewhere = ENVIRONMENT | {"JAX_THREEFRY_PARTITIONABLE": "0"}
+    refused = subprocess.run([*COMMAND, *map(str, flags(text, workdir))], env=elsewhere, capture_output=True, text=True, timeout=240)
+    assert refused.returncode == 2 and "must not be repeated" in refused.stderr and "Traceback" not in refused.stderr
+    assert (workdir / "ledger.jsonl").read_bytes() == ledger and not (workdir / "checkpoints" / "6").exists()
+    assert run(*flags(text, workdir)).returncode == 0
+    assert_same_bits(before, final_parameters(workdir)[1])
 
 
 def test_baseline_is_labelled(text, cache, tmp_path):

@@ -1,0 +1,68 @@
+"""What decides the last bits of a step, besides the run's settings: versions and devices.
+
+A step that is executed again must give the very same sums: its noise is the same, so two results that are rounded differently would
+differ by something that has no noise on it.
+"""
+
+import os
+
+from accounting.errors import InputError
+
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def make_deterministic() -> None:
+    """Sums on GPUs in a fixed order. Before jax is first used; flags that somebody has set already stay as they are."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+
+
+def description() -> str:
+    """The environment of this process, for the ledger."""
+    import jax
+    import jaxlib
+    import numpy as np
+
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = f"{_cpu()}, {cores} cores" if device.platform == "cpu" else device.device_kind
+    options = [name for name in ("jax_threefry_partitionable", "jax_enable_x64") if getattr(jax.config, name)]
+    options.append(f"matmul precision {jax.config.jax_default_matmul_precision or 'default'}")
+    return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, numpy {np.__version__}; {kind}; {', '.join(options)}"
+
+
+def _cpu() -> str:
+    import platform
+
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def check_repeats(records: list[dict], step: int, here: str) -> None:
+    """Refuses to execute steps again elsewhere than where they were executed first.
+
+    Formal guarantee: whatever is lost and executed again, no two different sums are ever released with the same noise, because a step is
+    repeated only in the environment in which its bits are the same. Tested by
+    tests/training/run_test.py::test_steps_are_repeated_in_their_own_environment_alone.
+
+    Args:
+      records: of the ledger.
+      step: at which the run goes on.
+      here: description() of this process.
+
+    Raises:
+      InputError: a step from there on was executed in another environment.
+    """
+    there = records[0].get("environment")
+    for record in records:
+        if record["kind"] == "resume":
+            there = record["environment"]
+        if record["kind"] == "step" and record["step"] >= step and there != here:
+            raise InputError(
+                f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: its noise would be"
+                " the same and its rounding not; go on where it was executed, or start another run in a new --workdir"
+            )
