@@ -49,7 +49,7 @@ def meaning(accountant: Accountant, delta: float) -> Meaning:
     groups = [(k, epsilon if k == 1 else Accountant(mechanisms, group_size=k).quick_upper(delta)) for k in sizes]
     profile = conversions.profile(accountant, delta, epsilon)
     attacks = [(rate, profile.true_positive_rate(rate)) for rate in conversions.FALSE_POSITIVE_RATES]
-    deltas = [(e, profile.delta(e)) for e in _round_epsilons(epsilon)]
+    deltas = [(e, delta if e == epsilon else profile.delta(e)) for e in _round_epsilons(epsilon)]
     # A larger group never has a smaller epsilon; a coarser grid may say so by a hair.
     groups = [(k, max(e for _, e in groups[: i + 1])) for i, (k, _) in enumerate(groups)]
     return Meaning(tuple(groups), tuple(attacks), tuple(deltas), profile.membership_advantage, profile.gaussian_mu(delta), profile)
