@@ -5,6 +5,7 @@ differ by something that has no noise on it.
 """
 
 import os
+import platform
 
 from accounting.errors import InputError
 
@@ -33,8 +34,6 @@ def description() -> str:
 
 
 def _cpu() -> str:
-    import platform
-
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
