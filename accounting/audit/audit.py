@@ -21,7 +21,7 @@ def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[
 
     Args:
       checkpoints: each checkpoint of the folder as a dict: `step` (of its folder), `meta` (its JSON item), `optimizer_count` (counted
-        in its state), or `step` and `error` where it cannot be read.
+        in its state), `parameters_sha256` (of its state), or `step` and `error` where it cannot be read.
       exports: exported folders to check besides those inside the run's.
 
     Raises:

@@ -178,3 +178,5 @@ def checkpoint(stored: dict, lines: Sequence[Line], steps: int) -> Iterator[Find
         yield Finding("checkpoint_disagrees", where, message)
     elif line.record["kind"] != "checkpoint" or line.record["step"] != meta["step"]:
         yield Finding("checkpoint_disagrees", where, f"line {place + 1} of the ledger is not the event of this checkpoint")
+    elif line.record["parameters_sha256"] != stored["parameters_sha256"]:
+        yield Finding("checkpoint_disagrees", where, "its parameters are not those whose SHA-256 the ledger recorded")

@@ -15,7 +15,7 @@ _NUMBER = (int, float)
 _FIELDS = {
     "step": {"step": int, "sampling_probability": _NUMBER, "noise_multiplier": _NUMBER, "max_batch_size": (int, type(None))},
     "resume": {"step": int, "environment": str},
-    "checkpoint": {"step": int, "metrics_sha256": str},
+    "checkpoint": {"step": int, "metrics_sha256": str, "parameters_sha256": str},
     "evaluation": {"step": int, "units": str},
     "finish": {"step": int},
     "export": {"step": int, "files": dict},

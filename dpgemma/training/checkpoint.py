@@ -1,13 +1,19 @@
 """Checkpoints: parameters, optimizer state and the place in the ledger in one atomic Orbax step.
 
-A checkpoint names the ledger's length and head hash at its own event, which is on disk before it; so each fixes the other.
+A checkpoint names the ledger's length and head hash at its own event, which is on disk before it and names the SHA-256 of its parameters;
+so each fixes the other.
+
+Formal guarantee: parameters that are not those with which a run's ledger was written are neither trained further, nor sampled from, nor
+exported under its report. Tested by tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones.
 """
 
+import hashlib
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from accounting.errors import InputError
@@ -41,7 +47,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        ledger.append("checkpoint", step=step, **facts)
+        ledger.append("checkpoint", step=step, parameters_sha256=digest(state.parameters), **facts)
         ledger.sync()
         count = optimizer.update_count(state.optimizer_state)
         meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
@@ -87,6 +93,10 @@ class Checkpoints:
                 continue
             if not ledger.begins_with(meta["ledger_lines"], meta["ledger_head"]):
                 raise InputError(f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger edited")
+            if not is_recorded(meta, digest(state.parameters), ledger.records):
+                warn(f"checkpoint {step} holds other parameters than the ledger recorded; it is set aside and the one before it is used")
+                self._set_aside(step)
+                continue
             return step, state
         return None
 
@@ -100,8 +110,29 @@ class Checkpoints:
         self._manager.reload()
 
 
+def digest(parameters: dict) -> str:
+    """SHA-256 of names, types, shapes and contents of a tree of arrays."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree.flatten_with_path(parameters)[0]:
+        _add(total, path, np.asarray(leaf))
+    return total.hexdigest()
+
+
+def _add(total, path, array: np.ndarray) -> None:
+    total.update(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {array.dtype} {array.shape}\n".encode())
+    total.update(np.ascontiguousarray(array).tobytes())
+
+
+def is_recorded(meta: dict, parameters_sha256: str, records: Sequence[dict]) -> bool:
+    """Whether the ledger's event of a checkpoint names these parameters."""
+    place = meta["ledger_lines"] - 1
+    return 0 <= place < len(records) and records[place].get("parameters_sha256") == parameters_sha256
+
+
 def summaries(directory: pathlib.Path) -> list[dict]:
-    """Every checkpoint as plain facts, for an audit: `step` (its folder's), `meta`, `optimizer_count`; or `step` and `error`.
+    """Every checkpoint as plain facts, for an audit.
+
+    Each has `step` (its folder's), `meta`, `optimizer_count` and `parameters_sha256`, or `step` and `error`.
 
     Every array is read, one at a time, so that a damaged one is found.
     """
@@ -115,18 +146,22 @@ def _summary(manager: ocp.CheckpointManager, step: int) -> dict:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         tree = manager.item_metadata(step)["state"].tree
-        leaves, structure = jax.tree.flatten(tree)
-        for i, leaf in enumerate(leaves):
+        paths, structure = jax.tree.flatten_with_path(tree)
+        leaves, parameters = [leaf for _, leaf in paths], hashlib.sha256()
+        for i, (path, leaf) in enumerate(paths):
             wanted = [ocp.PLACEHOLDER] * len(leaves)
             wanted[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
             restored = _restore_tree(manager, step, structure.unflatten(wanted)).state
+            array = jax.tree.leaves(restored)[i]
+            if path[0].key == "parameters":
+                _add(parameters, path[1:], np.asarray(array))
             # Only the counters are kept.
-            leaves[i] = jax.tree.leaves(restored)[i] if leaf.shape == () else None
+            leaves[i] = array if leaf.shape == () else None
         count = optimizer.update_count(structure.unflatten(leaves)["optimizer_state"])
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     except Exception as error:  # whatever the storage layers raise on damaged files
         return {"step": step, "error": f"it cannot be read ({_reason(error)})"}
-    return {"step": step, "meta": meta, "optimizer_count": count}
+    return {"step": step, "meta": meta, "optimizer_count": count, "parameters_sha256": parameters.hexdigest()}
 
 
 def _restore_tree(manager: ocp.CheckpointManager, step: int, template):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from accounting import ledger
 from accounting.errors import InputError
 from dpgemma.gemma import hf_config, lora, weights
 from dpgemma.gemma import tokenizer as tokenizer_lib
@@ -63,6 +64,8 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     settings = run.config()
     config, sha256 = _start(run)
     step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)
+    if not checkpoint.is_recorded(meta, checkpoint.digest(parameters), _records(run)):
+        raise InputError(f"checkpoint {step} of {workdir} holds other parameters than its ledger recorded: run dpgemma audit")
     if base and sha256 is None:
         raise InputError(f"{workdir} started from random weights: drop --init_from")
     origin = base or settings["init_from"]
@@ -94,6 +97,14 @@ def load_directory(directory: str, tokenizer: str | None = None, *, with_tokeniz
     if loaded is not None:
         tokenizer_lib.check_vocabulary(loaded, config.vocab_size)
     return Model(config, weights.load(config, path), loaded, path)
+
+
+def _records(run: RunDirectory) -> list[dict]:
+    """The ledger as far as it can be read: the run may be at work."""
+    try:
+        return [line.record for line in ledger.inspect(ledger.text_of(run.ledger_file))[0]]
+    except OSError:
+        return []
 
 
 def _start(run: RunDirectory) -> tuple[GemmaConfig, str | None]:

@@ -297,6 +297,22 @@ def test_tampering_is_found_and_named(name, workdir, capsys):
     assert any(f["kind"] == kind and where in f["where"] and f["message"] for f in result["findings"]), result["findings"]
 
 
+def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tmp_path, capsys):
+    """Those of a baseline without noise, in the place of private ones: same model, same step, and meta as it was."""
+    baseline = tmp_path / "baseline"
+    assert run(*flags(text, baseline, epsilon="inf", noise_multiplier=0, clip_norm="inf")).returncode == 0
+    shutil.rmtree(workdir / "checkpoints/6/state")
+    shutil.copytree(baseline / "checkpoints/6/state", workdir / "checkpoints/6/state")
+    code, result = audited(capsys, workdir)
+    assert code == 1 and any("parameters are not those" in finding["message"] for finding in result["findings"]), result["findings"]
+    for command in (["export", f"--workdir={workdir}", f"--out={tmp_path / 'sold'}"], ["sample", f"--workdir={workdir}", "--prompt=a"]):
+        capsys.readouterr()
+        assert cli.main(command) == 2 and "other parameters than its ledger recorded" in capsys.readouterr().err, command
+    assert not (tmp_path / "sold").exists()
+    done = run(*flags(text, workdir))
+    assert done.returncode == 0 and "set aside" in done.stderr and "resuming at step 4" in done.stderr, done.stderr
+
+
 def test_exports_elsewhere_are_checked_on_request(workdir, tmp_path, capsys):
     shutil.move(workdir / "export", tmp_path / "sold")
     assert audited(capsys, workdir)[0] == 0
