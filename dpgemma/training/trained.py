@@ -65,7 +65,9 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     config, sha256 = _start(run)
     step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)
     if not checkpoint.is_recorded(meta, checkpoint.digest(parameters), _records(run)):
-        raise InputError(f"checkpoint {step} of {workdir} holds other parameters than its ledger recorded: run dpgemma audit")
+        raise InputError(
+            f"checkpoint {step} of {workdir} belongs to another ledger or holds other parameters than it recorded: run dpgemma audit"
+        )
     if base and sha256 is None:
         raise InputError(f"{workdir} started from random weights: drop --init_from")
     origin = base or settings["init_from"]

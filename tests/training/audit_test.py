@@ -307,7 +307,7 @@ def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tm
     assert code == 1 and any("parameters are not those" in finding["message"] for finding in result["findings"]), result["findings"]
     for command in (["export", f"--workdir={workdir}", f"--out={tmp_path / 'sold'}"], ["sample", f"--workdir={workdir}", "--prompt=a"]):
         capsys.readouterr()
-        assert cli.main(command) == 2 and "other parameters than its ledger recorded" in capsys.readouterr().err, command
+        assert cli.main(command) == 2 and "other parameters than it recorded" in capsys.readouterr().err, command
     assert not (tmp_path / "sold").exists()
     done = run(*flags(text, workdir))
     assert done.returncode == 0 and "set aside" in done.stderr and "resuming at step 4" in done.stderr, done.stderr
