@@ -22,7 +22,7 @@ class _CountParser(flags.ArgumentParser):
         if not value.is_integer():
             raise ValueError(f"{argument!r} is not a whole number")
         if abs(value) > LARGEST_COUNT:
-            raise ValueError(f"it is above {LARGEST_COUNT:.0e}")
+            raise ValueError(f"it must be at most {LARGEST_COUNT:.0e}")
         try:
             return int(argument)
         except ValueError:
