@@ -69,13 +69,12 @@ def plan_max_batch_size(
 
     Without a finite epsilon the cap is planned as for epsilon = 20, so that the run has the same shape.
     """
-    from scipy import stats
-
     epsilon = min(epsilon, 20.0)
     q = expected_batch_size / num_units
     allowed = share * delta / ((1 + math.exp(epsilon)) * max(steps, 1))
-    cap = max(math.ceil(expected_batch_size), int(stats.binom.isf(allowed, num_units, q)))
-    while overflow_probability(num_units, q, cap) > allowed:
-        cap += 1
-    cap = min(cap, num_units)
+    # scipy's inverse loses the tail below 1e-16 and answers num_units, which would be the size of every batch in memory.
+    low, cap = math.ceil(expected_batch_size) - 1, num_units
+    while cap - low > 1:
+        middle = (low + cap) // 2
+        low, cap = (low, middle) if overflow_probability(num_units, q, middle) <= allowed else (middle, cap)
     return -(-cap // multiple) * multiple

@@ -8,6 +8,8 @@ exported under its report. Tested by tests/training/audit_test.py::test_paramete
 """
 
 import hashlib
+import itertools
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ from accounting.errors import InputError
 from accounting.ledger import Ledger
 from dpgemma.training import optimizer
 from dpgemma.training.step import TrainState
+
+_READ_AT_ONCE = 2**28  # bytes of a checkpoint that an audit holds in memory, where arrays are smaller
 
 
 class Checkpoints:
@@ -134,7 +138,7 @@ def summaries(directory: pathlib.Path) -> list[dict]:
 
     Each has `step` (its folder's), `meta`, `optimizer_count` and `parameters_sha256`, or `step` and `error`.
 
-    Every array is read, one at a time, so that a damaged one is found.
+    Every array is read, a few at a time, so that a damaged one is found in little memory.
     """
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
@@ -145,23 +149,36 @@ def summaries(directory: pathlib.Path) -> list[dict]:
 def _summary(manager: ocp.CheckpointManager, step: int) -> dict:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
-        tree = manager.item_metadata(step)["state"].tree
-        paths, structure = jax.tree.flatten_with_path(tree)
+        paths, structure = jax.tree.flatten_with_path(manager.item_metadata(step)["state"].tree)
         leaves, parameters = [leaf for _, leaf in paths], hashlib.sha256()
-        for i, (path, leaf) in enumerate(paths):
+        for chosen in _together(leaves):
             wanted = [ocp.PLACEHOLDER] * len(leaves)
-            wanted[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-            restored = _restore_tree(manager, step, structure.unflatten(wanted)).state
-            array = jax.tree.leaves(restored)[i]
-            if path[0].key == "parameters":
-                _add(parameters, path[1:], np.asarray(array))
-            # Only the counters are kept.
-            leaves[i] = array if leaf.shape == () else None
+            for i in chosen:
+                wanted[i] = jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype, sharding=device)
+            arrays = jax.tree.leaves(_restore_tree(manager, step, structure.unflatten(wanted)).state)
+            for i in chosen:
+                path, _ = paths[i]
+                if path[0].key == "parameters":
+                    _add(parameters, path[1:], np.asarray(arrays[i]))
+                # Only the counters are kept.
+                leaves[i] = arrays[i] if arrays[i].shape == () else None
         count = optimizer.update_count(structure.unflatten(leaves)["optimizer_state"])
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     except Exception as error:  # whatever the storage layers raise on damaged files
         return {"step": step, "error": f"it cannot be read ({_reason(error)})"}
     return {"step": step, "meta": meta, "optimizer_count": count, "parameters_sha256": parameters.hexdigest()}
+
+
+def _together(leaves: Sequence) -> list[range]:
+    """Numbers of neighbouring arrays that are read together: those of at most _READ_AT_ONCE bytes in all, or one larger one."""
+    ends, size = [0], 0
+    for i, leaf in enumerate(leaves):
+        bytes_ = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if i > ends[-1] and size + bytes_ > _READ_AT_ONCE:
+            ends.append(i)
+            size = 0
+        size += bytes_
+    return [range(*pair) for pair in itertools.pairwise([*ends, len(leaves)])]
 
 
 def _restore_tree(manager: ocp.CheckpointManager, step: int, template):

@@ -205,6 +205,27 @@ def test_planned_cap_costs_at_most_its_share():
     assert (1 + math.exp(8)) * 200 * stats.binom.sf(cap - 8, 10_000, 0.05) > 1e-8
 
 
+def test_the_smallest_cap_is_planned_however_little_it_may_cost():
+    mpmath = pytest.importorskip("mpmath")
+    units, batch, steps, epsilon, delta = 1_000_000, 1000, 500, 8.0, 1e-8
+    cap = truncation.plan_max_batch_size(units, batch, steps, epsilon, delta)
+    with mpmath.workdps(40):
+        q = mpmath.mpf(batch / units)
+
+        def tail(above):
+            k = above + 1
+            term, total = mpmath.binomial(units, k) * q**k * (1 - q) ** (units - k), mpmath.mpf(0)
+            for k in range(above + 1, above + 400):
+                total, term = total + term, term * (units - k) / (k + 1) * q / (1 - q)
+            return total
+
+        cost = lambda above: (1 + mpmath.exp(epsilon)) * steps * tail(above)
+        assert cost(cap) <= 1e-3 * delta < cost(cap - 1)
+        assert truncation.overflow_probability(units, batch / units, cap) == pytest.approx(float(tail(cap)), rel=1e-6)
+    # Without a target, too.
+    assert truncation.plan_max_batch_size(300, 12, 6, math.inf, 1e-4) < 60
+
+
 def test_calibration_ends_on_the_private_side():
     plan = mechanism(512 / 8000, 1.0, 160, units=8000)
     solved = calibration.noise_multiplier(plan, 8.0, 1e-5)
