@@ -10,6 +10,7 @@ import platform
 from accounting.errors import InputError
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_OPTIONS = ("jax_threefry_partitionable", "jax_enable_x64", "jax_disable_most_optimizations")
 
 
 def make_deterministic() -> None:
@@ -28,8 +29,11 @@ def description() -> str:
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = f"{_cpu()}, {cores} cores" if device.platform == "cpu" else device.device_kind
-    options = [name for name in ("jax_threefry_partitionable", "jax_enable_x64") if getattr(jax.config, name)]
+    options = [name for name in _OPTIONS if jax.config.values[name]]
     options.append(f"matmul precision {jax.config.jax_default_matmul_precision or 'default'}")
+    # How many devices there are, the settings say; where a compiler writes its notes changes no bit.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    options += sorted(flag for flag in flags if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump")))
     return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, numpy {np.__version__}; {kind}; {', '.join(options)}"
 
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from dpgemma import cli
+from tests.training.runs import call
 
 TEXT = "Ada came to the ward with a cough and went home well. " * 40
 
@@ -140,18 +141,11 @@ def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]  # nothing half-written stays
 
 
-def test_delta_above_one_over_n_is_a_warning(text, tmp_path):
-    done = run("train", f"--data={text}", f"--workdir={tmp_path}/run", "--sequence_length=32", "--batch_size=8", "--steps=1", "--delta=0.1",
-               "--noise_multiplier=1")  # fmt: skip
-    assert done.returncode == 0 and "warning: delta 0.1 is above 1/N" in done.stderr
-    assert any("above 1/N" in d for d in json.loads((tmp_path / "run/report.json").read_text())["deviations"])
-
-
 def test_default_workdir_and_declared_units(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", f"--data={text}", "--sequence_length=32", "--batch_size=8", "--steps=1e0", "--noise_multiplier=1",
                  "--neighbouring_relation=add_or_remove", "--num_units=1e3"]  # fmt: skip
-    first, second = run(*arguments), run(*arguments)
+    first, second = call(*arguments), call(*arguments)
     assert first.returncode == second.returncode == 0, first.stderr
     assert first.stdout == second.stdout
     (workdir,) = (tmp_path / "runs").iterdir()

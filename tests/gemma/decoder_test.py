@@ -10,6 +10,8 @@ from dpgemma.gemma.config import FULL, RECURRENT, SLIDING, GemmaConfig, Lora
 from dpgemma.gemma.presets import PRESETS
 from tests.gemma.families import our_logits
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 COMMON = dict(vocab_size=97, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=48, max_length=64, query_scalar=16)
 PLAIN = GemmaConfig(**COMMON, layer_types=(FULL,) * 4, window=8)
 CAPPED = GemmaConfig(**COMMON, layer_types=(SLIDING, FULL) * 2, window=5, attention_cap=2.0, final_cap=3.0)

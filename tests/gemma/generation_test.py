@@ -13,6 +13,8 @@ from dpgemma.gemma.generation import Sampling
 from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import imported, torch_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GREEDY = Sampling(temperature=0)
 # Prompts of several lengths in one batch, one longer than any window.
 PROMPTS = [IDS[0, :3], IDS[1, :11], IDS[0, :19], IDS[1, :1]]

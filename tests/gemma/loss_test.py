@@ -6,6 +6,8 @@ import pytest
 
 from dpgemma.gemma import loss
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def problem(vocab=1000, tokens=7, width=16, rows=3):
     rng = np.random.default_rng(0)

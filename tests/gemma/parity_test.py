@@ -11,6 +11,8 @@ from dpgemma.gemma.config import Rope
 from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import imported, torch_logits, torch_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def uncompiled_logits(config, params, **options):
     return decoder.logits(config, params, decoder.hidden_states(config, params, IDS, **options))

@@ -144,6 +144,8 @@ import pathlib, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpgemma.gemma import hf_config, weights
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 directory = pathlib.Path({str(directory("gemma2"))!r})
 config = hf_config.read(directory)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))

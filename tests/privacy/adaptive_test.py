@@ -13,6 +13,8 @@ from dpgemma.privacy import adaptive, clipping, noise
 from dpgemma.privacy.adaptive import AdaptiveClipping
 from dpgemma.training import loss as loss_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def test_both_releases_together_are_the_mechanism_that_is_charged():
     """Composed by dp-accounting as two Gaussians, the releases cost what one of the whole noise multiplier does."""

@@ -18,6 +18,8 @@ from dpgemma.training import mesh as mesh_lib
 from dpgemma.training.mesh import DATA_AXIS
 from tests.privacy.released_norm_test import MODEL
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # The axis that two devices share, counted from the end; arrays without one are whole on both.
 AXES = {"embedder/embedding": -2, "blocks/mixer/q/w": -3, "blocks/mlp/gate/w": -1, "blocks/mlp/down/w": -2, "final_norm/scale": -1}
 

@@ -17,6 +17,8 @@ from dpgemma.gemma import loss as gemma_loss
 from dpgemma.privacy import audit, clipping, ghost_norms, operations, tracking
 from dpgemma.training import loss as loss_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "gemma/golden/logits.npz")
 CONFIGS = {name: hf_config.from_hf_config(content) for name, content in json.loads(str(GOLDEN["configs"])).items()}
 

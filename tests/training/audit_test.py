@@ -20,14 +20,14 @@ from accounting.ledger import Ledger
 from accounting.mechanism import DpSgdMechanism
 from dpgemma import cli
 from dpgemma.training import checkpoint
-from tests.training.runs import COMMAND, ENVIRONMENT, flags, run, wait_for
+from tests.training.runs import COMMAND, ENVIRONMENT, call, flags, wait_for
 
 
 @pytest.fixture(scope="session")
 def exported(finished, tmp_path_factory):
     """A finished run with an export inside its folder; never changed."""
     workdir = shutil.copytree(finished[0], tmp_path_factory.mktemp("audited") / "run")
-    done = run("export", f"--workdir={workdir}", f"--out={workdir / 'export'}")
+    done = call("export", f"--workdir={workdir}", f"--out={workdir / 'export'}")
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -117,7 +117,7 @@ def test_interrupted_runs_are_consistent_and_marked_unfinished(text, cache, tmp_
 
 def test_a_keyed_ledger_cannot_be_rewritten_without_its_key(text, cache, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert run(*flags(text, workdir, steps=2, ledger_seal="hmac")).returncode == 0
+    assert call(*flags(text, workdir, ledger_seal="hmac")).returncode == 0
     code, result = audited(capsys, workdir)
     assert code == 0 and "HMAC" in result["seal"]
     assert "HMAC under a key" in (workdir / "report.html").read_text()
@@ -300,7 +300,7 @@ def test_tampering_is_found_and_named(name, workdir, capsys):
 def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tmp_path, capsys):
     """Those of a baseline without noise, in the place of private ones: same model, same step, and meta as it was."""
     baseline = tmp_path / "baseline"
-    assert run(*flags(text, baseline, epsilon="inf", noise_multiplier=0, clip_norm="inf")).returncode == 0
+    assert call(*flags(text, baseline, epsilon="inf", noise_multiplier=0, clip_norm="inf")).returncode == 0
     shutil.rmtree(workdir / "checkpoints/6/state")
     shutil.copytree(baseline / "checkpoints/6/state", workdir / "checkpoints/6/state")
     code, result = audited(capsys, workdir)
@@ -309,7 +309,7 @@ def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tm
         capsys.readouterr()
         assert cli.main(command) == 2 and "other parameters than it recorded" in capsys.readouterr().err, command
     assert not (tmp_path / "sold").exists()
-    done = run(*flags(text, workdir))
+    done = call(*flags(text, workdir))
     assert done.returncode == 0 and "set aside" in done.stderr and "resuming at step 4" in done.stderr, done.stderr
 
 

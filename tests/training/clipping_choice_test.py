@@ -17,7 +17,7 @@ LONG = TrainConfig(mesh="data:1", steps=10**9, sequence_length=16)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def choices(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "dpgemma" / "clipping.json"
 
@@ -29,7 +29,7 @@ def trials(*seconds):
     ]
 
 
-def test_the_fastest_that_fits_is_taken_and_remembered(monkeypatch, cache):
+def test_the_fastest_that_fits_is_taken_and_remembered(monkeypatch, choices):
     calls = []
     monkeypatch.setattr(clipping_choice, "measure", lambda *_: calls.append(1) or trials(0.3, 0.2, None, 0.1, 0.4))
     chosen, log = clipping_choice.resolve(LONG, MODEL, 2)
@@ -39,8 +39,8 @@ def test_the_fastest_that_fits_is_taken_and_remembered(monkeypatch, cache):
     assert again == chosen and calls == [1] and "as in an earlier trial" in log
     # Another shape is another question; a damaged cache is none.
     clipping_choice.resolve(dataclasses.replace(LONG, sequence_length=32), MODEL, 2)
-    assert len(json.loads(cache.read_text())) == 2 and calls == [1, 1]
-    cache.write_text("{")
+    assert len(json.loads(choices.read_text())) == 2 and calls == [1, 1]
+    choices.write_text("{")
     assert clipping_choice.resolve(LONG, MODEL, 2)[0] == chosen and len(calls) == 3
 
 
@@ -120,7 +120,7 @@ def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
     ],
     ids=["ghost", "per_layer_automatic", "adaptive"],
 )
-def test_runs_of_other_kinds_resume_bit_for_bit(options, text, tmp_path):
+def test_runs_of_other_kinds_resume_bit_for_bit(options, text, cache, tmp_path):
     workdir = tmp_path / "run"
     arguments = runs.flags(text, workdir, steps=4, learning_rate=1e-3, **{"noise_multiplier": 0.6} | options)
     assert runs.call(*arguments).returncode == 0

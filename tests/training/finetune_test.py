@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 
 def train(base, data, workdir, *more, through=call):
     command = ["train", f"--init_from={base}", f"--data={data}", "--lora_rank=8", "--epsilon=3", "--delta=1e-5", f"--workdir={workdir}"]
-    return through(*command, "--batch_size=32", "--steps=4", "--sequence_length=48", *more)
+    return through(*command, "--batch_size=32", "--max_batch_size=96", "--mesh=data:2", "--steps=4", "--sequence_length=48", *more)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from dpgemma.training.step import TrainState, make_train_step
 from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import directory, imported, multimodal_model, torch_logits
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEYS = noise.noise_keys(bytes(32), 0)
 MECHANISM = DpSgdMechanism(100, 4, 4, 0.8, 0.5, 10)
 

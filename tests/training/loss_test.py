@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from dpgemma.gemma import decoder
 from dpgemma.training import loss as loss_lib
 from tests.gemma.decoder_test import CAPPED, random_parameters
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BOS = 2
 LOSS = jax.jit(loss_lib.row_loss(CAPPED, bos=BOS, dtype=jnp.float32))

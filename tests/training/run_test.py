@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from accounting import ledger as ledger_lib
-from tests.training.runs import COMMAND, ENVIRONMENT, call, copy_of, flags, run, wait_for
+from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, flags, run, wait_for
 
 
 def final_parameters(workdir):
@@ -98,7 +98,7 @@ def test_pitfall_24_no_raw_value_outside_private(finished):
 def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
     workdir = copy_of(finished, tmp_path)
     before = final_parameters(workdir)[1]
-    again = run(*flags(text, workdir))
+    again = call(*flags(text, workdir))
     assert again.returncode == 0 and again.stdout == finished[1].stdout
     assert_same_bits(before, final_parameters(workdir)[1])
     assert (workdir / "ledger.jsonl").read_text() == (finished[0] / "ledger.jsonl").read_text()
@@ -182,7 +182,7 @@ def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path, monk
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(progress.Progress, "update", update_and_signal)
-    settings = dict(data=str(text), sequence_length=32, batch_size=12, noise_multiplier=1.0, delta=1e-4)
+    settings = dict(data=str(text), **SETTINGS)
     for steps, bits_are_there in ((1, True), (2, False)):
         trainer = prepare.prepare(TrainConfig(**settings, steps=steps), str(tmp_path / str(steps)))
         assert (trainer.train() is not None) == bits_are_there and trainer.interrupted and trainer.first_step == 0
@@ -202,11 +202,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_p
     assert len(step_records(workdir)) == 6
 
 
-def test_a_disk_that_fills_up_loses_nothing(text, cache, tmp_path):
+def test_a_disk_that_fills_up_loses_nothing(finished, text, tmp_path):
     workdir = tmp_path / "run"
+    # Compiled programs, too, would be larger than a file may be: all are in the cache, since a finished run is there.
     limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "_", *COMMAND, *map(str, flags(text, workdir))]
-    uncached = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("JAX_")}
-    done = subprocess.run(limited, env=uncached, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(limited, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert "checkpoint 2 cannot be written" in done.stderr
     done = run(*flags(text, workdir))
@@ -237,7 +237,7 @@ def test_a_folder_that_does_not_fit_is_refused_and_untouched(case, finished, tex
     if spoil:
         spoil(workdir)
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
-    done = run(*flags(text, workdir, **changes))
+    done = call(*flags(text, workdir, **changes))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
@@ -249,13 +249,13 @@ def test_pitfall_10_other_data_are_refused(finished, text, tmp_path):
     other.write_text(text.read_text().replace("fever", "fewer", 1))
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps({**config, "data": str(other)}))
-    done = run(*flags(other, workdir))
+    done = call(*flags(other, workdir))
     assert done.returncode == 2 and "data differ" in done.stderr
 
 
 def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cache, tmp_path):
     workdir = tmp_path / "run"
-    done = run(*flags(text, workdir, steps=6, epsilon=0.7))
+    done = call(*flags(text, workdir, steps=6, epsilon=0.7))
     assert done.returncode == 0, done.stderr
     report = json.loads((workdir / "report.json").read_text())
     assert 0 < report["steps"] < 6 and report["epsilon"] <= 0.7 == report["target_epsilon"]
@@ -269,9 +269,15 @@ def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cac
     assert Accountant(one_more).epsilon(1e-4).upper > 0.7
 
 
+def test_delta_above_one_over_n_is_a_warning(text, cache, tmp_path):
+    done = call(*flags(text, tmp_path / "run", delta=0.1))
+    assert done.returncode == 0 and "warning: delta 0.1 is above 1/N" in done.stderr
+    assert any("above 1/N" in d for d in json.loads((tmp_path / "run/report.json").read_text())["deviations"])
+
+
 def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp_path):
     workdir = tmp_path / "run"
-    done = call(*flags(text, workdir, steps=2, epsilon="inf"))
+    done = call(*flags(text, workdir, epsilon="inf"))
     assert done.returncode == 0, done.stderr
     assert "NO PRIVACY CLAIMED" in done.stderr
     report = json.loads((workdir / "report.json").read_text())
@@ -290,7 +296,7 @@ def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, 
 
     workdir = tmp_path / "run"
     keys = run_directory.Keys(*(bytes([i]) * 32 for i in range(5)))
-    settings = dict(data=str(text), sequence_length=32, batch_size=12, noise_multiplier=1.0, steps=2, delta=1e-4, epsilon=float("inf"))
+    settings = dict(data=str(text), steps=6, epsilon=float("inf"), **SETTINGS)
     with pytest.raises(ValueError, match="needs secret keys"):
         prepare.prepare(TrainConfig(**settings | {"epsilon": 8.0}), str(workdir), epsilon_given=True, keys=keys)
     assert not workdir.exists()
@@ -305,7 +311,7 @@ def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, 
         composed = call("account", f"--compose={workdir}")
         assert composed.returncode == 2 and "public seed" in composed.stderr and not composed.stdout
         if not again:
-            assert call(*flags(text, workdir, steps=2, epsilon="inf")).returncode == 0
+            assert call(*flags(text, workdir, epsilon="inf", checkpoint_every=40)).returncode == 0
 
 
 def test_steps_are_repeated_in_their_own_environment_alone(finished, text, tmp_path):
@@ -322,18 +328,21 @@ def test_steps_are_repeated_in_their_own_environment_alone(finished, text, tmp_p
     assert_same_bits(before, final_parameters(workdir)[1])
 
 
+def test_flags_of_the_compiler_are_part_of_the_environment(monkeypatch):
+    from dpgemma.training import environment
+
+    def described(flags):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        return environment.description()
+
+    plain = described("")
+    assert described("--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=4") == plain
+    assert described("--xla_cpu_enable_fast_math=true") == f"{plain}, --xla_cpu_enable_fast_math=true"
+
+
 def test_baseline_is_labelled(text, cache, tmp_path):
     workdir = tmp_path / "run"
-    done = run(
-        "train",
-        f"--data={text}",
-        f"--workdir={workdir}",
-        "--epsilon=inf",
-        "--clip_norm=inf",
-        "--steps=2",
-        "--batch_size=8",
-        "--sequence_length=32",
-    )
+    done = call(*flags(text, workdir, epsilon="inf", noise_multiplier=0, clip_norm="inf"))
     assert done.returncode == 0 and "NO PRIVACY" in done.stderr
     report = json.loads((workdir / "report.json").read_text())
     assert report["epsilon"] == report["target_epsilon"] == "inf" and report["statement"].startswith("NO PRIVACY")
@@ -351,11 +360,11 @@ def test_sample_and_export(finished, tmp_path):
     arguments = ["sample", f"--workdir={workdir}", "--prompt=Ada ", "--max_new_tokens=20"]
     done = run(*arguments)
     assert done.returncode == 0 and done.stdout.startswith("Ada ") and len(done.stdout) > 5
-    assert run(*arguments).stdout == done.stdout
+    assert call(*arguments).stdout == done.stdout
 
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
-        exported = run("export", f"--workdir={workdir}", f"--out={out}")
+        exported = call("export", f"--workdir={workdir}", f"--out={out}")
         assert exported.returncode == 0, exported.stderr
     assert (outs[0] / "model.safetensors").read_bytes() == (outs[1] / "model.safetensors").read_bytes()
     assert [r["kind"] for r in ledger_lib.read(workdir / "ledger.jsonl")][-4:] == ["export", "report"] * 2
@@ -370,5 +379,5 @@ def test_sample_and_export(finished, tmp_path):
     with torch.no_grad():
         np.testing.assert_allclose(model(torch.tensor(ids)).logits.numpy(), ours, atol=2e-5)
 
-    refused = run("export", f"--workdir={workdir}", f"--out={outs[0]}")
+    refused = call("export", f"--workdir={workdir}", f"--out={outs[0]}")
     assert refused.returncode == 2 and "not an empty folder" in refused.stderr

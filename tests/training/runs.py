@@ -27,10 +27,13 @@ def call(*arguments):
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
+# The cap is given because a planned one follows the number of units, which is random: every run would compile a program of its own.
+# Two devices, so that this process and others can go on with each other's runs.
+SETTINGS = dict(sequence_length=32, batch_size=12, max_batch_size=48, noise_multiplier=1.0, delta=1e-4, mesh="data:2")
+
+
 def flags(text, workdir, steps=6, **changes):
-    settings = dict(
-        data=text, workdir=workdir, steps=steps, sequence_length=32, batch_size=12, noise_multiplier=1.0, delta=1e-4, checkpoint_every=2
-    )
+    settings = dict(data=text, workdir=workdir, steps=steps, checkpoint_every=2, **SETTINGS)
     return ["train", *(f"--{name}={value}" for name, value in {**settings, **changes}.items())]
 
 
