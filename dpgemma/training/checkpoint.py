@@ -7,11 +7,14 @@ Formal guarantee: parameters that are not those with which a run's ledger was wr
 exported under its report. Tested by tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones.
 """
 
+import asyncio
+import functools
 import hashlib
 import itertools
 import math
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import jax
@@ -80,6 +83,7 @@ class Checkpoints:
         Raises:
           InputError: a checkpoint that this ledger does not know.
         """
+        _quieten_reading()
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like.as_dict())
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -140,6 +144,7 @@ def summaries(directory: pathlib.Path) -> list[dict]:
 
     Every array is read, a few at a time, so that a damaged one is found in little memory.
     """
+    _quieten_reading()
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
@@ -195,6 +200,7 @@ def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
     absent = InputError(f"{directory.parent} has no checkpoint yet: train it first")
     if not directory.is_dir():
         raise absent
+    _quieten_reading()
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
@@ -212,6 +218,23 @@ def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
                 f"checkpoint {step} in {directory} cannot be read ({_reason(error)}): resume training, which falls back"
             ) from None
     return step, restored.state["parameters"], restored.meta
+
+
+@functools.cache
+def _quieten_reading() -> None:
+    """From now on, what cannot be read is said once, by the exception that is raised.
+
+    The storage layers read many arrays side by side. Where one fails, the others have nobody left to answer to, which Python prints as
+    exceptions that cannot be raised: of coroutines dropped unfinished, and in threads that no Python program began.
+    """
+    print_unraisable = sys.unraisablehook
+
+    def without_reading(unraisable):
+        dropped = asyncio.iscoroutine(unraisable.object) and "orbax" in unraisable.object.cr_code.co_filename
+        if not dropped and not isinstance(threading.current_thread(), threading._DummyThread):
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = without_reading
 
 
 def _reason(error: Exception) -> str:

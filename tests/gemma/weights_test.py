@@ -17,6 +17,8 @@ from tests.gemma import families
 from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import directory, imported, multimodal_model, torch_logits, torch_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def files(path):
     return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
@@ -144,8 +146,6 @@ import pathlib, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpgemma.gemma import hf_config, weights
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 directory = pathlib.Path({str(directory("gemma2"))!r})
 config = hf_config.read(directory)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))

@@ -20,7 +20,7 @@ from accounting.ledger import Ledger
 from accounting.mechanism import DpSgdMechanism
 from dpgemma import cli
 from dpgemma.training import checkpoint
-from tests.training.runs import COMMAND, ENVIRONMENT, call, flags, wait_for
+from tests.training.runs import COMMAND, ENVIRONMENT, call, flags, run, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -311,6 +311,23 @@ def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tm
     assert not (tmp_path / "sold").exists()
     done = call(*flags(text, workdir))
     assert done.returncode == 0 and "set aside" in done.stderr and "resuming at step 4" in done.stderr, done.stderr
+
+
+def test_damaged_arrays_are_said_once(workdir):
+    """The storage layers would print a traceback for every array that is not read because another cannot be."""
+    for path in (workdir / "checkpoints/6/state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    done = run("audit", workdir)
+    assert done.returncode == 1 and "checkpoint_unreadable in checkpoints/6" in done.stdout and done.stderr == ""
+    done = run("sample", f"--workdir={workdir}", "--prompt=a")
+    assert done.returncode == 2 and "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_large_checkpoint_is_read_in_parts(workdir, summaries, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_READ_AT_ONCE", 50_000)
+    assert checkpoint.summaries(workdir / "checkpoints") == summaries
 
 
 def test_exports_elsewhere_are_checked_on_request(workdir, tmp_path, capsys):
