@@ -11,7 +11,7 @@ FLAGS = "--xla_force_host_platform_device_count=2 --xla_gpu_deterministic_ops=tr
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compiles():
     """Programs without the compiler's costliest passes, for tests that mostly compile and that compare within a tolerance.
 

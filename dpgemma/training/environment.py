@@ -32,7 +32,7 @@ def description() -> str:
     options = [name for name in _OPTIONS if jax.config.values[name]]
     options.append(f"matmul precision {jax.config.jax_default_matmul_precision or 'default'}")
     # How many devices there are, the settings say; where a compiler writes its notes changes no bit.
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = set(os.environ.get("XLA_FLAGS", "").split())
     options += sorted(flag for flag in flags if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump")))
     return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, numpy {np.__version__}; {kind}; {', '.join(options)}"
 

@@ -141,7 +141,7 @@ def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]  # nothing half-written stays
 
 
-def test_default_workdir_and_declared_units(text, tmp_path, monkeypatch):
+def test_default_workdir_and_declared_units(text, tmp_path, monkeypatch, quick_compiles):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", f"--data={text}", "--sequence_length=32", "--batch_size=8", "--steps=1e0", "--noise_multiplier=1",
                  "--neighbouring_relation=add_or_remove", "--num_units=1e3"]  # fmt: skip

@@ -89,7 +89,7 @@ def test_sliding_layers_see_exactly_their_window():
     assert np.flatnonzero(difference).tolist() == [3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("config", [CAPPED, MIXED], ids=["attention", "recurrent"])
+@pytest.mark.parametrize("config", [CAPPED, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["attention", "recurrent"])
 def test_remat_changes_nothing_but_memory(config):
     params = random_parameters(config)
     total = lambda params, remat: decoder.hidden_states(config, params, IDS, remat=remat).sum()

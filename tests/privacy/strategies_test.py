@@ -115,7 +115,7 @@ def test_every_way_equals_the_definition(name, adapters=False):
                 assert relative(results[way].total, without[way].total) == 0.0, "a bad example is dropped, and nothing else changes"
 
 
-@pytest.mark.parametrize("name", families("vaultgemma_capped"))
+@pytest.mark.parametrize("name", families("gemma"))
 def test_every_way_equals_the_definition_with_adapters(name):
     test_every_way_equals_the_definition(name, adapters=True)
 

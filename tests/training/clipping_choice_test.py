@@ -62,7 +62,7 @@ def test_a_short_run_needs_no_trial(monkeypatch):
     assert clipping_choice.resolve(TrainConfig(mesh="data:1"), MODEL, 2)[0].clipping == "example_scan"
 
 
-def test_real_trials_are_timed_and_held_against_the_memory(monkeypatch):
+def test_real_trials_are_timed_and_held_against_the_memory(monkeypatch, quick_compiles):
     ways = (("example_scan", 1), ("ghost", 2))
     measured = clipping_choice.measure(LONG, MODEL, 2, ways)
     assert [(t.strategy, t.microbatch_size) for t in measured] == list(ways)

@@ -2,6 +2,7 @@ import random
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.training.runs import ENVIRONMENT, flags, run
 
@@ -14,6 +15,7 @@ def cache(tmp_path_factory):
     ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()  # else, where something has been compiled before without one, there is none from then on
 
 
 @pytest.fixture(scope="session")

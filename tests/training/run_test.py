@@ -156,7 +156,7 @@ def half_written(workdir):
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
     workdir = tmp_path / "run"
     arguments = flags(text, workdir, steps=5000, checkpoint_every=5000)
