@@ -8,7 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The second flag is one that training sets: with it, processes of their own find the programs that were compiled here, and the reverse.
 FLAGS = "--xla_force_host_platform_device_count=2 --xla_gpu_deterministic_ops=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+if FLAGS not in os.environ.get("XLA_FLAGS", ""):  # the workers of a parallel test run inherit them
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 
 @pytest.fixture
