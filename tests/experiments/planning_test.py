@@ -139,10 +139,12 @@ def test_plan_answers_with_a_certified_noise(fitted, tmp_path):
 
 def test_a_plan_beyond_the_data_knows_the_larger_presets(fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "certified", lambda *_: noise.Certified(0.7, 8.0))  # half a minute, and tested elsewhere
+    request = plan.Request(Budget(1e16, 1e6, 8, 1e-6, planted.LENGTH), extrapolate=True)
     names = plan._names(fitted, True)
     assert {"ladder_400k", "vaultgemma_1b", *fitted.sizes} <= set(names.values())
-    result = plan.answer(fitted, plan.Request(BUDGET, extrapolate=True), tmp_path)
-    assert result["model"] in names.values()
+    assert set(plan.sizes_to_search(fitted, request)) == set(names)
+    result = plan.answer(fitted, request, tmp_path)
+    assert result["extrapolated"] and result["notes"][0].startswith("extrapolated: ") and result["model"] in names.values()
 
 
 def test_a_law_survives_its_file(fitted, tmp_path):

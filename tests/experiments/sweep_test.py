@@ -22,8 +22,8 @@ from dpgemma import cli
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
 from experiments.sweep import folder as folder_lib
-from experiments.sweep import gpus, launchers, privacy, results, sweep, worker
 from experiments.sweep import grid as grid_lib
+from experiments.sweep import launchers, privacy, results, sweep, worker
 from tests.training.runs import COMMAND, call, wait_for
 
 TRAIN = dict(sequence_length=16, batch_size=4, max_batch_size=16, checkpoint_every=2, warmup_steps=1, schedule="constant")
@@ -436,48 +436,6 @@ def test_long_runs_and_those_to_fit_come_first_and_programs_in_common_stay_toget
     ]  # fmt: skip
 
 
-def test_processes_on_one_machine_see_gpus_of_their_own(tmp_path, monkeypatch):
-    """Without a GPU: what jax is told by the environment, in real processes. Names need not be numbers."""
-    monkeypatch.setattr(gpus, "usable", lambda: True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab, 5,1")
-    show = "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ.get('{}', ''))"
-    show = show.format("XLA_PYTHON_CLIENT_PREALLOCATE")
-    for slots, devices, expected, default in [
-        (None, 1, {"3 ", "GPU-ab ", "5 ", "1 "}, 4),
-        (None, 2, {"3,GPU-ab ", "5,1 "}, 2),
-        (None, 3, {"3,GPU-ab,5 "}, 1),
-        (5, 2, {"3,GPU-ab false", "5,1 false"}, 5),
-    ]:
-        pool = launchers.LocalPool(slots, devices)
-        assert pool.slots == default
-        files = [tmp_path / f"{slots}_{devices}_{i}" for i in range(pool.slots)]
-        outcomes = list(pool.run([[sys.executable, "-c", show, str(file)] for file in files]))
-        assert {code for _, code, _ in outcomes} == {0} and {file.read_text() for file in files} == expected
-    with pytest.raises(InputError, match="there are 4 GPUs here"):
-        launchers.LocalPool(None, 5)
-
-
-@pytest.mark.parametrize(
-    "platforms, visible, names",
-    [
-        ("cpu", "0", []), ("", "", []), ("", "-1", []), ("", "0,-1,1", ["0"]), ("cuda,cpu", "1, 0", ["1", "0"]), ("", None, None),
-    ],
-)  # fmt: skip
-def test_gpus_are_those_that_jax_would_use(platforms, visible, names, monkeypatch):
-    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: "jax_cuda13" in name or None)
-    monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    devices = [path for path in os.listdir("/dev") if path[:6] == "nvidia" and path[6:].isdecimal()]
-    assert gpus.here() == names if names is not None else len(gpus.here()) == len(devices)
-
-
-def test_parameters_of_slurm():
-    parsed = launchers.parse_parameters("partition=gpu,gres=gpu:1,timeout_min=60,mem_gb=1.5")
-    assert parsed == {"partition": "gpu", "gres": "gpu:1", "timeout_min": 60, "mem_gb": 1.5}
-
-
 @pytest.mark.slow
 def test_slurm_jobs_compute_the_same_bits(finished, tmp_path):
     pytest.importorskip("submitit")
@@ -502,22 +460,3 @@ def test_tasks_on_two_nodes_of_ray_compute_the_same_bits(finished, tmp_path):
         ray.shutdown()
         cluster.shutdown()
     assert not outcome.failed and (tmp_path / "out" / "results.csv").read_bytes() == (out / "results.csv").read_bytes()
-
-
-@pytest.mark.slow
-def test_a_task_of_ray_asks_for_a_gpu_where_the_cluster_has_some(tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setattr(gpus, "usable", lambda: True)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "include_dashboard": False})
-    try:
-        launcher = launchers.Ray(address=cluster.address)
-        assert launcher.slots == 2
-        show = "import os, sys, time; time.sleep(1); open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
-        files = [tmp_path / str(i) for i in range(4)]
-        outcomes = list(launcher.run([[sys.executable, "-c", show, str(file)] for file in files]))
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    assert {code for _, code, _ in outcomes} == {0} and {file.read_text() for file in files} == {"0", "1"}
