@@ -1,11 +1,12 @@
 """Epsilon of one or several DP-SGD mechanisms as a certified bracket, with a second accountant as a check.
 
-Formal guarantee: `Accountant.epsilon(delta, steps).upper` is an epsilon for which `steps` releases of the mechanisms, one after the
-other on the same data, are (epsilon, delta)-differentially private for a group of `group_size` units under their neighbouring relation,
-numerical error included. Adding and removing units are both computed; each release is replaced by a discrete loss that dominates it
-(accounting.privacy_loss), releases are composed with every error bounded (accounting.composition), and truncation is paid for
-(accounting.truncation). `lower` bounds the same epsilon from below, short of what truncation may have helped.
-Tested by tests/accounting/oracle_test.py::test_agreement_with_dp_accounting and
+Formal guarantee: `Accountant.epsilon(delta, steps).upper` is an epsilon for which `steps` releases of the mechanisms,
+one after the other on the same data, are (epsilon, delta)-differentially private for a group of `group_size` units
+under their neighbouring relation, numerical error included. Adding and removing units are both computed; each release
+is replaced by a discrete loss that dominates it (accounting.privacy_loss), releases are composed with every error
+bounded (accounting.composition), and truncation is paid for (accounting.truncation). `lower` bounds the same epsilon
+from below, short of what truncation may have helped. Tested by
+tests/accounting/oracle_test.py::test_agreement_with_dp_accounting and
 tests/accounting/accountant_test.py::test_upper_end_is_above_finer_grids; for groups by
 ::test_groups_agree_with_dp_accountings_mixture_of_gaussians there.
 """
@@ -57,7 +58,8 @@ class Accountant:
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
       group_size: k, units that one owner has at most; each is drawn by itself.
       bounds: names from accounting.support that may be used; by default all that hold.
-      claimed: False where noise was added but no guarantee is claimed: every epsilon is then infinite, and nothing is computed.
+      claimed: False where noise was added but no guarantee is claimed: every epsilon is then infinite, and nothing is
+        computed.
 
     Raises:
       InputError: a combination of sampler, neighbouring relation and bound that has no proof.
@@ -108,7 +110,9 @@ class Accountant:
         upper, lower, _ = self._bracket(delta, phases)
         cross_check = self._cross_check(delta, phases)
         if cross_check < lower * (1 - 1e-9):
-            raise ArithmeticError(f"the Renyi epsilon {cross_check} lies below the loss distribution's lower bound {lower}")
+            raise ArithmeticError(
+                f"the Renyi epsilon {cross_check} lies below the loss distribution's lower bound {lower}"
+            )
         return EpsilonBracket(min(upper, cross_check), lower, cross_check)
 
     def upper(self, delta: float, steps: int | None = None, interval: float | None = None) -> float:
@@ -135,7 +139,9 @@ class Accountant:
         return bound
 
     def quick_upper(self, delta: float, steps: int | None = None, tolerance: float = 5e-3) -> float:
-        """An upper end that a finer grid would lower by less than about `tolerance`; for tables, where no lower end is asked for."""
+        """An upper end that a finer grid would lower by less than about `tolerance`; for tables, where no lower end is
+        asked for.
+        """
         interval, bound = _COARSEST_INTERVAL, math.inf
         while True:
             previous, bound = bound, min(bound, self.upper(delta, steps, interval))
@@ -157,7 +163,9 @@ class Accountant:
         if not self._is_private(phases):
             return np.ones(epsilons.size)
         interval = self.interval_for(delta, steps)
-        plain = np.max([self._composition(delta, phases, interval, remove).deltas(epsilons) for remove in self._directions], axis=0)
+        plain = np.max(
+            [self._composition(delta, phases, interval, remove).deltas(epsilons) for remove in self._directions], axis=0
+        )
         extra = np.array([self._extra_delta(phases, epsilon) for epsilon in epsilons])
         # A larger epsilon never needs a larger delta.
         return np.minimum.accumulate(np.minimum(plain + extra, 1.0))
@@ -185,7 +193,9 @@ class Accountant:
         return self.claimed and all(m.is_private for m, _ in phases)
 
     def _allows(self, bound: str, m: DpSgdMechanism) -> bool:
-        return bound in support.allowed(m.scheme, m.neighbouring_relation, self._group_size) and bound in (self._bounds or support.BOUNDS)
+        return bound in support.allowed(m.scheme, m.neighbouring_relation, self._group_size) and bound in (
+            self._bounds or support.BOUNDS
+        )
 
     @property
     def _directions(self) -> tuple[bool, ...]:
@@ -204,7 +214,9 @@ class Accountant:
             previous_upper, previous_lower = upper, lower
             for remove in self._directions:
                 if uppers[remove] > lower:  # else the other direction is known to be worse
-                    uppers[remove] = min(uppers[remove], self._upper(delta, phases, interval, remove, hint=uppers[remove]))
+                    uppers[remove] = min(
+                        uppers[remove], self._upper(delta, phases, interval, remove, hint=uppers[remove])
+                    )
             upper = max(uppers.values())
             lower = max(lower, self._lower(delta, phases, interval, max(uppers, key=uppers.get), hint=upper))
             narrow = upper <= lower * (1 + self._relative_width) + _ABSOLUTE_WIDTH
@@ -219,7 +231,9 @@ class Accountant:
     def _finest_interval(self, delta: float, phases) -> float:
         """The smallest interval whose grid stays within memory."""
         tail = self._tail_mass(delta, phases)
-        sizes = [privacy_loss.grid_size(self._pair(m, remove), 1e-3, tail) for m, _ in phases for remove in self._directions]
+        sizes = [
+            privacy_loss.grid_size(self._pair(m, remove), 1e-3, tail) for m, _ in phases for remove in self._directions
+        ]
         return max(1e-3 * max(sizes) / _LARGEST_GRID, _FINEST_INTERVAL)
 
     def _tail_mass(self, delta: float, phases) -> float:
@@ -228,7 +242,8 @@ class Accountant:
         return 10.0 ** math.floor(math.log10(max(_TAIL_SHARE * delta / releases, 1e-300)))
 
     def _pair(self, m: DpSgdMechanism, remove: bool) -> GaussianMixturePair:
-        """The pair that dominates one release: of the group's k units j are drawn, with binomial probability, and shift it by j.
+        """The pair that dominates one release: of the group's k units j are drawn, with binomial probability, and shift
+        it by j.
 
         For k > 1 this is the mixture-of-Gaussians mechanism (Ganesh 2024, arXiv 2401.10294).
         """
@@ -237,7 +252,9 @@ class Accountant:
         components = tuple((shift, weight) for shift, weight in weights if weight > 0)
         return GaussianMixturePair(m.noise_multiplier, **{"upper" if remove else "lower": components})
 
-    def _discretise(self, kind: str, m: DpSgdMechanism, remove: bool, interval: float, tail_mass: float) -> DiscreteLoss:
+    def _discretise(
+        self, kind: str, m: DpSgdMechanism, remove: bool, interval: float, tail_mass: float
+    ) -> DiscreteLoss:
         pair = self._pair(m, remove)
         if kind == "optimistic":
             return privacy_loss.optimistic(pair, interval, tail_mass)
@@ -248,7 +265,9 @@ class Accountant:
             return privacy_loss.cut_tail(mixed, 100 * tail_mass)
         return plain
 
-    def _composition(self, delta: float, phases, interval: float, remove: bool, kind: str = "pessimistic") -> Composition:
+    def _composition(
+        self, delta: float, phases, interval: float, remove: bool, kind: str = "pessimistic"
+    ) -> Composition:
         tail = self._tail_mass(delta, phases)
         groups = [(self._discrete_loss(kind, m, remove, interval, tail), count) for m, count in phases]
         return Composition(groups, pessimistic=kind != "optimistic")
@@ -275,7 +294,9 @@ class Accountant:
 
     def _lower(self, delta: float, phases, interval: float, remove: bool, hint: float | None = None) -> float:
         tail = self._tail_mass(delta, phases)
-        if any(privacy_loss.grid_size(self._pair(m, remove), interval, tail) > _LARGEST_OPTIMISTIC_GRID for m, _ in phases):
+        if any(
+            privacy_loss.grid_size(self._pair(m, remove), interval, tail) > _LARGEST_OPTIMISTIC_GRID for m, _ in phases
+        ):
             return 0.0
         composed = self._composition(delta, phases, interval, remove, "optimistic")
         bound = composed.epsilon(delta, hint)
@@ -298,7 +319,9 @@ class Accountant:
         accountant = rdp_privacy_accountant.RdpAccountant(_RENYI_ORDERS)
         for m, count in phases:
             accountant.compose(m.event(count))
-        return smallest_epsilon(lambda d: float(accountant.get_epsilon(d)), delta, lambda epsilon: self._extra_delta(phases, epsilon))
+        return smallest_epsilon(
+            lambda d: float(accountant.get_epsilon(d)), delta, lambda epsilon: self._extra_delta(phases, epsilon)
+        )
 
 
 def epsilon(mechanism: DpSgdMechanism | Sequence[DpSgdMechanism], delta: float) -> EpsilonBracket:
@@ -306,7 +329,9 @@ def epsilon(mechanism: DpSgdMechanism | Sequence[DpSgdMechanism], delta: float) 
     return Accountant(mechanism).epsilon(delta)
 
 
-def smallest_epsilon(epsilon_at: Callable[[float], float], delta: float, extra_delta: Callable[[float], float]) -> float:
+def smallest_epsilon(
+    epsilon_at: Callable[[float], float], delta: float, extra_delta: Callable[[float], float]
+) -> float:
     """An epsilon at which the composed delta and extra_delta together stay within delta; inf if there is none.
 
     extra_delta grows with epsilon, so it is charged at an epsilon slightly above the one that is returned.

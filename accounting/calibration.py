@@ -1,6 +1,7 @@
 """Solving for the one omitted quantity of a privacy budget.
 
-Every solver ends on the private side: the returned mechanism's own upper epsilon has been computed and is at most the target.
+Every solver ends on the private side: the returned mechanism's own upper epsilon has been computed and is at most the
+target.
 """
 
 import dataclasses
@@ -22,24 +23,33 @@ def _meets(mechanism: DpSgdMechanism, epsilon: float, delta: float, interval: fl
     return Accountant(mechanism).upper(delta, interval=interval) <= epsilon
 
 
-def noise_multiplier(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolerance: float = 1e-5) -> DpSgdMechanism:
+def noise_multiplier(
+    mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolerance: float = 1e-5
+) -> DpSgdMechanism:
     """The mechanism with the smallest noise, to a relative `tolerance`, that meets (epsilon, delta).
 
     Raises:
       InputError: no noise multiplier up to LARGEST_NOISE does.
     """
-    at = lambda sigma: dataclasses.replace(mechanism, noise_multiplier=sigma)
+
+    def at(sigma):
+        return dataclasses.replace(mechanism, noise_multiplier=sigma)
+
     if not epsilon > 0:
         raise InputError(f"epsilon must be positive, got {epsilon:g}")
     if math.isinf(epsilon):
         return at(0.0)
-    coarse = lambda sigma: _meets(at(sigma), epsilon, delta, _COARSE)
+
+    def coarse(sigma):
+        return _meets(at(sigma), epsilon, delta, _COARSE)
+
     low, high = 0.25, 1.0
     while not coarse(high):
         low, high = high, 2 * high
         if high > LARGEST_NOISE:
             raise InputError(
-                f"no noise reaches epsilon {epsilon:g} at delta {delta:g} with this batch size, number of steps and maximum batch:"
+                f"no noise reaches epsilon {epsilon:g} at delta {delta:g} with this batch size, number of steps and"
+                " maximum batch:"
                 " raise epsilon or delta, or take fewer steps"
             )
     while coarse(low):
@@ -47,7 +57,10 @@ def noise_multiplier(mechanism: DpSgdMechanism, epsilon: float, delta: float, *,
     low, high = _shrink(coarse, low, high, 1e-2)
     # The interval that suffices at the coarse answer serves for all that follow.
     interval = Accountant(at(high)).interval_for(delta)
-    excess = lambda log_sigma: Accountant(at(math.exp(log_sigma))).upper(delta, interval=interval) - epsilon
+
+    def excess(log_sigma):
+        return Accountant(at(math.exp(log_sigma))).upper(delta, interval=interval) - epsilon
+
     while excess(math.log(low)) <= 0:
         low, high = low / 1.01, low
     sigma = math.exp(optimize.brentq(excess, math.log(low), math.log(high), xtol=tolerance / 2))
@@ -57,7 +70,9 @@ def noise_multiplier(mechanism: DpSgdMechanism, epsilon: float, delta: float, *,
 
 
 def steps(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, largest: int = LARGEST_COUNT) -> DpSgdMechanism:
-    """The mechanism with the most steps (at most `largest`) that meets (epsilon, delta); zero steps where one is too many."""
+    """The mechanism with the most steps (at most `largest`) that meets (epsilon, delta); zero steps where one is too
+    many.
+    """
     accountant = Accountant(mechanism)
     most = _largest_integer(lambda t: accountant.upper(delta, t) <= epsilon, 0, largest, start=max(1, mechanism.steps))
     return dataclasses.replace(mechanism, steps=most)
@@ -69,11 +84,16 @@ def expected_batch_size(mechanism: DpSgdMechanism, epsilon: float, delta: float)
     Raises:
       InputError: even a batch of one does not.
     """
-    at = lambda b: dataclasses.replace(mechanism, expected_batch_size=b)
+
+    def at(b):
+        return dataclasses.replace(mechanism, expected_batch_size=b)
+
     start = max(1, int(mechanism.num_units / math.sqrt(mechanism.steps)))
     best = _largest_integer(lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_units, start)
     if best == 0:
-        raise InputError(f"even an expected batch of 1 exceeds epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier")
+        raise InputError(
+            f"even an expected batch of 1 exceeds epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier"
+        )
     return at(best)
 
 
@@ -83,20 +103,28 @@ def num_units(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolera
     Raises:
       InputError: no number of units up to LARGEST_COUNT does.
     """
-    at = lambda n: dataclasses.replace(mechanism, num_units=n)
+
+    def at(n):
+        return dataclasses.replace(mechanism, num_units=n)
+
     fewest = math.ceil(mechanism.expected_batch_size)
     # At q = 1 / sqrt(steps) sampling begins to help; the search starts there and leaves out data sets far too small.
     high = math.ceil(fewest * math.sqrt(mechanism.steps))
     while not _meets(at(high), epsilon, delta):
         high *= 2
         if high > LARGEST_COUNT:
-            raise InputError(f"no number of units reaches epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier")
+            raise InputError(
+                f"no number of units reaches epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier"
+            )
     low = max(fewest, high // 2)
     while _meets(at(low), epsilon, delta):
         if low == fewest:
             return at(fewest)
         low, high = max(fewest, low // 2), low
-    excess = lambda log_n: Accountant(at(round(math.exp(log_n)))).upper(delta) - epsilon
+
+    def excess(log_n):
+        return Accountant(at(round(math.exp(log_n)))).upper(delta) - epsilon
+
     count = round(math.exp(optimize.brentq(excess, math.log(low), math.log(high), xtol=tolerance)))
     while not _meets(at(count), epsilon, delta):
         count = math.ceil(count * (1 + tolerance))
@@ -112,7 +140,8 @@ def _shrink(meets: Callable[[float], bool], low: float, high: float, tolerance: 
 
 
 def _largest_integer(meets: Callable[[int], bool], low: int, largest: int, start: int) -> int:
-    """The largest integer in [low, largest] that meets a condition which small numbers meet; low is taken to meet it."""
+    """The largest integer in [low, largest] that meets a condition which small numbers meet; low is taken to
+    meet it."""
     high = min(start, largest)
     while meets(high):
         if high == largest:

@@ -1,9 +1,9 @@
 """delta(epsilon) of many releases, from their discrete losses, with every source of numerical error bounded.
 
-A plain FFT leaves an error near 1e-16 times the number of steps in every probability, which is not small beside a delta of 1e-10.
-Here each loss is first tilted, p(l) e^(theta l) / M(theta), so that the composed loss is centred where epsilon lies and the error is
-relative to delta (exponential tilting, as in the saddle-point accountant of Alghamdi et al. 2022, arXiv 2208.09595). With K = log M,
-summed over all steps, and w(x) = (1 - e^-x) e^(-theta x) for x > 0:
+A plain FFT leaves an error near 1e-16 times the number of steps in every probability, which is not small beside a delta
+of 1e-10. Here each loss is first tilted, p(l) e^(theta l) / M(theta), so that the composed loss is centred where
+epsilon lies and the error is relative to delta (exponential tilting, as in the saddle-point accountant of Alghamdi et
+al. 2022, arXiv 2208.09595). With K = log M, summed over all steps, and w(x) = (1 - e^-x) e^(-theta x) for x > 0:
 
     delta(epsilon) = P[L = inf] + e^(K - theta epsilon) sum over l > epsilon of P_theta[L = l] w(l - epsilon)
 
@@ -26,7 +26,8 @@ _NEGLIGIBLE_SLACK, _TOLERABLE_SLACK = 1e-3, 1e-2
 # Tilted mass outside the window of the transform; it wraps around and is charged in full.
 _LOG_OUTSIDE = 40.0
 _TILTS = 8
-# Windows are bounded by Chernoff at these distances from theta, in units of the tilted loss's inverse standard deviation.
+# Windows are bounded by Chernoff at these distances from theta, in units of the tilted loss's inverse standard
+# deviation.
 _WINDOW_TILTS = (0.02, 0.1, 0.4, 1, 2, 5, 9)
 _PROFILE_TILTS, _SMALLEST_PROFILE_TILT = 5, 0.1
 _LARGEST_TRANSFORM = 2**22
@@ -98,9 +99,13 @@ class Composition:
         for _ in range(_TILTS):
             found, slack = self._solve(self._tilted(theta, _PRECISIONS[precision]), target)
             previous, bound = bound, tighter(bound, found)
-            if slack <= _NEGLIGIBLE_SLACK or (slack <= _TOLERABLE_SLACK and centred and abs(bound - previous) <= 1e-6 * abs(bound)):
+            if slack <= _NEGLIGIBLE_SLACK or (
+                slack <= _TOLERABLE_SLACK and centred and abs(bound - previous) <= 1e-6 * abs(bound)
+            ):
                 break
-            if not math.isfinite(slack):  # epsilon lies outside the window: rare, enormous losses dominate less at a smaller tilt
+            if not math.isfinite(
+                slack
+            ):  # epsilon lies outside the window: rare, enormous losses dominate less at a smaller tilt
                 theta *= 0.7
                 continue
             if slack > _TOLERABLE_SLACK and centred and precision + 1 < len(_PRECISIONS):
@@ -145,7 +150,9 @@ class Composition:
         At the best theta, theta K' - K = log(1 / delta); the left side grows with theta at the rate theta K''.
         """
         log_inverse = -math.log(delta)
-        theta = self._newton(math.sqrt(2 * log_inverse / self._cumulant(0.0)[2]), lambda t, k, m, v: (t * m - k - log_inverse, t * v))
+        theta = self._newton(
+            math.sqrt(2 * log_inverse / self._cumulant(0.0)[2]), lambda t, k, m, v: (t * m - k - log_inverse, t * v)
+        )
         return theta, (self._cumulant(theta)[0] + log_inverse) / theta
 
     def _tilt_centred_at(self, epsilon: float, start: float) -> float:
@@ -167,7 +174,8 @@ class Composition:
         return theta
 
     def _window(self, theta: float, log_moment: float, variance: float) -> tuple[float, float]:
-        """Losses (low, high) outside which the tilted composition has at most 2 e^-_LOG_OUTSIDE, by Chernoff's bound."""
+        """Losses (low, high) outside which the tilted composition has at most 2 e^-_LOG_OUTSIDE, by Chernoff's
+        bound."""
         tilts = [t / math.sqrt(variance) for t in _WINDOW_TILTS]
         high = min((self._cumulant(theta + s)[0] - log_moment + _LOG_OUTSIDE) / s for s in tilts)
         low = max((log_moment - self._cumulant(theta - s)[0] - _LOG_OUTSIDE) / s for s in tilts)
@@ -200,16 +208,20 @@ class Composition:
             rounding = (64 + theta * float(np.abs(losses).max())) * _UNIT_ROUNDOFF
             relative_error += count * (float(tilted @ loss.mass_error[loss.probabilities > 0]) + rounding)
         probabilities = np.roll(fft.irfft(product, size), shift - first)
-        # `**` multiplies count - 1 times, by repeated squaring or through logarithms; four roundings are allowed for each factor.
+        # `**` multiplies count - 1 times, by repeated squaring or through logarithms; four roundings are allowed for
+        # each factor.
         powers = sum(count for _, count in self._groups) * 4 * unit
         error += (powers + transform_error) * float(np.linalg.norm(probabilities))
         start = offset + interval * first
         outside = 2 * math.exp(-_LOG_OUTSIDE)
         probabilities = probabilities.astype(np.float64)
-        return _Tilted(theta, log_moment, centre, start, interval, probabilities, error, math.expm1(relative_error), outside)
+        return _Tilted(
+            theta, log_moment, centre, start, interval, probabilities, error, math.expm1(relative_error), outside
+        )
 
     def _log_deltas(self, t: _Tilted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bins x, relative to the centre of the tilt; a bound of log delta at each; the share in it that numerical error may have.
+        """Bins x, relative to the centre of the tilt; a bound of log delta at each; the share in it that numerical
+        error may have.
 
         Further from the centre the weights leave the range of float64.
         """
@@ -218,13 +230,20 @@ class Composition:
         x, p = x[inside], np.maximum(t.probabilities[inside], 0.0)
         if not x.size:
             return x, x, x
-        suffix_sum = lambda terms: np.cumsum(terms[::-1])[::-1]
+
+        def suffix_sum(terms):
+            return np.cumsum(terms[::-1])[::-1]
+
         decay = np.exp(-t.theta * x)
         # sum over l >= x of P_theta (e^(-theta l) - e^x e^(-(theta + 1) l))
         value = suffix_sum(p * decay) - np.exp(x) * suffix_sum(p * np.exp(-(t.theta + 1) * x))
         slack = self._slack(t, x) * decay
         if self._pessimistic:
-            bound = np.maximum(value, 0.0) * (1 + t.relative_error) + slack + math.exp(-_LARGEST_EXPONENT * t.theta / (t.theta + 1))
+            bound = (
+                np.maximum(value, 0.0) * (1 + t.relative_error)
+                + slack
+                + math.exp(-_LARGEST_EXPONENT * t.theta / (t.theta + 1))
+            )
         else:
             bound = value * (1 - min(t.relative_error, 1.0)) - slack
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -237,13 +256,15 @@ class Composition:
             return np.ones_like(epsilons)
         place = np.floor((epsilons - t.centre - x[0]) / t.interval).astype(int)
         left, right = (np.clip(i, 0, x.size - 1) for i in (place, place + 1))
-        # Between two bins delta is convex in e^epsilon, so the chord between the two bounds lies above it; beyond the last it only falls.
+        # Between two bins delta is convex in e^epsilon, so the chord between the two bounds lies above it; beyond the
+        # last it only falls.
         share = np.clip(np.expm1(epsilons - t.centre - x[left]) / math.expm1(t.interval), 0.0, 1.0)
         high, low = (np.exp(np.minimum(log_delta[i], 0.0)) for i in (left, right))
         return np.where(place >= 0, high + (low - high) * share, 1.0)
 
     def _solve(self, t: _Tilted | None, delta: float) -> tuple[float, float]:
-        """The epsilon in the window where the bound of delta crosses its target, and the share of numerical error in delta there.
+        """The epsilon in the window where the bound of delta crosses its target, and the share of numerical error in
+        delta there.
 
         inf or -inf where it does not cross, which is trivially a bound.
         """
@@ -264,7 +285,9 @@ class Composition:
         return t.centre + x[last] + math.log1p(math.expm1(t.interval) * share), slack[last]
 
     def _slack(self, t: _Tilted, x) -> float:
-        """Bound of the error of the sum in the module's formula: transform round-off through |w|_2, wrapped mass through max w."""
+        """Bound of the error of the sum in the module's formula: transform round-off through |w|_2, wrapped mass
+        through max w.
+        """
         distance = x - x[0]
         w = -np.expm1(-distance) * np.exp(-t.theta * distance)
         return t.error * float(np.linalg.norm(w)) + t.outside

@@ -1,13 +1,13 @@
 """What an epsilon means: attacks that a run withstands, derived from delta at many epsilons.
 
-A mechanism is (epsilon, delta(epsilon))-differentially private for every epsilon at once. Whoever tells two neighbouring data sets apart
-with a false-positive rate alpha therefore misses at a rate of at least
+A mechanism is (epsilon, delta(epsilon))-differentially private for every epsilon at once. Whoever tells two
+neighbouring data sets apart with a false-positive rate alpha therefore misses at a rate of at least
 
     f(alpha) = max over epsilon of max(0, 1 - delta - e^epsilon alpha, e^-epsilon (1 - delta - alpha))
 
-(Wasserman and Zhou 2010; Dong, Roth and Su 2022, arXiv 1905.02383, proposition 2.12). With finitely many epsilons, and upper bounds of
-delta, f is a lower bound of the true trade-off curve, so everything below is on the safe side. Tested by
-tests/accounting/conversions_test.py::test_no_likelihood_ratio_attack_beats_the_tradeoff_curve.
+(Wasserman and Zhou 2010; Dong, Roth and Su 2022, arXiv 1905.02383, proposition 2.12). With finitely many epsilons, and
+upper bounds of delta, f is a lower bound of the true trade-off curve, so everything below is on the safe side. Tested
+by tests/accounting/conversions_test.py::test_no_likelihood_ratio_attack_beats_the_tradeoff_curve.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ class PrivacyProfile:
     def gaussian_mu(self, smallest_delta: float) -> float:
         """mu of a Gaussian mechanism that is nowhere more private, as far as `smallest_delta` reaches.
 
-        At every epsilon from 0 to the one where delta falls to `smallest_delta`, N(0, 1) against N(mu, 1) has at least the delta of this
-        mechanism. Further out a subsampled mechanism resembles no Gaussian.
+        At every epsilon from 0 to the one where delta falls to `smallest_delta`, N(0, 1) against N(mu, 1) has at least
+        the delta of this mechanism. Further out a subsampled mechanism resembles no Gaussian.
 
         Returns:
           mu; inf where no finite one is large enough.
@@ -66,7 +66,10 @@ class PrivacyProfile:
         # Between two known epsilons delta is at most the left one's, and the Gaussian's at least the right one's.
         known = np.flatnonzero(self.deltas[:-1] >= smallest_delta)
         left, right = self.deltas[known], self.epsilons[known + 1]
-        covers = lambda mu: bool(np.all(gaussian_delta(right, mu) >= left))
+
+        def covers(mu):
+            return bool(np.all(gaussian_delta(right, mu) >= left))
+
         low, high = 0.0, 1.0
         while not covers(high):
             low, high = high, 2 * high
@@ -81,7 +84,9 @@ class PrivacyProfile:
 def gaussian_delta(epsilon, mu: float) -> np.ndarray:
     """delta of N(mu, 1) against N(0, 1) at each epsilon, mu > 0 (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
     epsilon = np.asarray(epsilon, dtype=float)
-    return np.maximum(special.ndtr(mu / 2 - epsilon / mu) - np.exp(epsilon + special.log_ndtr(-mu / 2 - epsilon / mu)), 0.0)
+    return np.maximum(
+        special.ndtr(mu / 2 - epsilon / mu) - np.exp(epsilon + special.log_ndtr(-mu / 2 - epsilon / mu)), 0.0
+    )
 
 
 def profile(accountant: Accountant, delta: float, epsilon: float, points: int = 1000) -> PrivacyProfile:

@@ -1,4 +1,5 @@
-"""Epsilon over the steps of a run, for a progress bar: computed on a few points, never below the true bound in between."""
+"""Epsilon over the steps of a run, for a progress bar: computed on a few points, never below the true bound in
+between."""
 
 import bisect
 import math
@@ -7,12 +8,14 @@ from accounting.accountant import Accountant
 
 
 class EpsilonCurve:
-    """A staircase above epsilon(steps): the upper bound of the next computed point, which is at least that of any step before it.
+    """A staircase above epsilon(steps): the upper bound of the next computed point, which is at least that of any step
+    before it.
 
     Formal guarantee: `at(steps)` is never below the accountant's upper bound after `steps` releases. Tested by
     tests/accounting/accountant_test.py::test_live_curve_never_shows_less_than_the_bound.
 
-    A point is computed when its first step is asked for, so that a long run pays as it goes and a resumed one only for what is left.
+    A point is computed when its first step is asked for, so that a long run pays as it goes and a resumed one only for
+    what is left.
     """
 
     def __init__(self, accountant: Accountant, delta: float, points: int = 16):
@@ -35,6 +38,8 @@ class EpsilonCurve:
             # A coarse grid is cheap, and no worse than the certified epsilon of the whole run.
             whole, interval = self._accountant.epsilon(self._delta).upper, self._accountant.interval_for(self._delta)
             self._epsilons[point] = (
-                whole if point == self._accountant.steps else min(whole, self._accountant.upper(self._delta, point, interval))
+                whole
+                if point == self._accountant.steps
+                else min(whole, self._accountant.upper(self._delta, point, interval))
             )
         return self._epsilons[point]

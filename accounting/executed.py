@@ -11,7 +11,8 @@ from accounting.mechanism import DpSgdMechanism
 
 _MECHANISM = [field.name for field in dataclasses.fields(DpSgdMechanism)]
 _FACTS = {
-    "run_id": str, "config_sha256": str, "seal": str, "privacy_unit": str, "model": str, "sequence_length": int, "parameters": int,
+    "run_id": str, "config_sha256": str, "seal": str, "privacy_unit": str, "model": str, "sequence_length": int,
+    "parameters": int,
     "trained_parameters": int, "architecture": dict, "init_sha256": (str, type(None)),
     "secret_keys": bool, "held_out_units": (int, type(None)), "delta": (int, float), "epsilon": (int, float),
 }  # fmt: skip
@@ -47,16 +48,20 @@ class Executed:
     @property
     def is_as_planned(self) -> bool:
         """Whether every step had the declared sampling, noise and cap, and none was beyond the plan."""
-        return self.steps <= self.planned.steps and all(m == dataclasses.replace(self.planned, steps=m.steps) for m in self.mechanisms)
+        return self.steps <= self.planned.steps and all(
+            m == dataclasses.replace(self.planned, steps=m.steps) for m in self.mechanisms
+        )
 
     @property
     def claims_privacy(self) -> bool:
-        """Whether noise that nobody can know was added towards a finite epsilon. Otherwise the run answers for nothing."""
+        """Whether noise that nobody can know was added towards a finite epsilon. Otherwise the run answers for
+        nothing."""
         return self.has_secret_keys and math.isfinite(self.declared["epsilon"])
 
     @property
     def has_secret_keys(self) -> bool:
-        """Whether sampling and noise came from the operating system's randomness, not from a seed that anyone may know."""
+        """Whether sampling and noise came from the operating system's randomness, not from a seed that anyone
+        may know."""
         return self.declared["secret_keys"]
 
     def accountant(self) -> Accountant:
@@ -73,13 +78,18 @@ class Executed:
             found.append("the target epsilon is infinite: noise is added, but no guarantee is claimed")
         elif self.delta > 1 / m.num_units:
             found.append(
-                f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish some unit in the"
+                f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish"
+                " some unit in the"
                 " clear and still satisfy the definition; choose a delta well below 1/N"
             )
         if not self.has_secret_keys:
-            found.append("sampling and noise were made from a public seed: they hide nothing, and no guarantee can hold")
+            found.append(
+                "sampling and noise were made from a public seed: they hide nothing, and no guarantee can hold"
+            )
         if not self.is_as_planned:
-            found.append("the executed steps differ from the declared mechanism; epsilon is derived from what was executed")
+            found.append(
+                "the executed steps differ from the declared mechanism; epsilon is derived from what was executed"
+            )
         return found
 
 
@@ -111,4 +121,6 @@ def _mechanism(planned: DpSgdMechanism, group: tuple, steps: int) -> DpSgdMechan
     # The declared batch is kept where it gives the recorded probability: dividing back would round.
     same = probability == planned.sampling_probability
     batch = planned.expected_batch_size if same else probability * planned.num_units
-    return dataclasses.replace(planned, expected_batch_size=batch, noise_multiplier=noise, max_batch_size=cap, steps=steps)
+    return dataclasses.replace(
+        planned, expected_batch_size=batch, noise_multiplier=noise, max_batch_size=cap, steps=steps
+    )

@@ -38,14 +38,22 @@ def _draw_tradeoff(axes, profile: PrivacyProfile) -> None:
     axes.plot([0, 1], [1, 0], color=_INK, linestyle="--", linewidth=1, label="random guessing")
     axes.plot(rates, profile.tradeoff(rates), color=_ACCENT, label="the best attack, at most this good")
     axes.fill_between(rates, profile.tradeoff(rates), 1 - rates, color=_ACCENT, alpha=0.12, linewidth=0)
-    axes.set(xlabel="false-positive rate", ylabel="false-negative rate", title="Telling whether a unit took part", xlim=(0, 1), ylim=(0, 1))
+    axes.set(
+        xlabel="false-positive rate",
+        ylabel="false-negative rate",
+        title="Telling whether a unit took part",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
     axes.legend(frameon=False, loc="upper right", fontsize=9)
 
 
 def _figure(draw_all: Sequence, width: float):
     import matplotlib
 
-    matplotlib.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
+    )
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * len(draw_all), 3.4), layout="constrained")
@@ -69,13 +77,17 @@ def svgs(points: Sequence[tuple[int, float]], target: float | None, profile: Pri
         # Identifiers must differ between the plots of one page, and not from one writing of it to the next.
         with matplotlib.rc_context({"svg.hashsalt": f"plot {number}"}):
             buffer = io.StringIO()
-            _figure([draw], 5.6).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+            _figure([draw], 5.6).savefig(
+                buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            )
         text = buffer.getvalue()
         elements.append(text[text.index("<svg") :])
     return elements
 
 
-def save(path: pathlib.Path, points: Sequence[tuple[int, float]], target: float | None, profile: PrivacyProfile | None) -> None:
+def save(
+    path: pathlib.Path, points: Sequence[tuple[int, float]], target: float | None, profile: PrivacyProfile | None
+) -> None:
     """Writes the plots side by side.
 
     Raises:

@@ -1,12 +1,12 @@
 """What was really executed: an append-only, hash-chained file of public facts.
 
-One JSON object per line. Every line carries the SHA-256 of the line before it and its own content, so that an edited, removed,
-repeated or reordered line breaks the chain. The chain has no key: it finds accidents and partial edits, not someone who rewrites
-the whole file; for that, deposit the head hash elsewhere, or let every line carry an HMAC of its hash under a private key as well. No
-line holds a wall-clock time or anything that depends on private data.
+One JSON object per line. Every line carries the SHA-256 of the line before it and its own content, so that an edited,
+removed, repeated or reordered line breaks the chain. The chain has no key: it finds accidents and partial edits, not
+someone who rewrites the whole file; for that, deposit the head hash elsewhere, or let every line carry an HMAC of its
+hash under a private key as well. No line holds a wall-clock time or anything that depends on private data.
 
-A step is written before it is executed, and at most once: a resumed run executes it again with the same batch and the same noise,
-which releases nothing new.
+A step is written before it is executed, and at most once: a resumed run executes it again with the same batch and the
+same noise, which releases nothing new.
 """
 
 import dataclasses
@@ -69,12 +69,16 @@ def inspect(text: str) -> tuple[list[Line], list[Problem]]:
     rows = text.split("\n")
     problems = []
     if rows.pop() != "":
-        problems.append(Problem("truncated", len(rows) + 1, "the last line is cut off; the file was truncated or edited"))
+        problems.append(
+            Problem("truncated", len(rows) + 1, "the last line is cut off; the file was truncated or edited")
+        )
     lines = []
     for number, row in enumerate(rows, start=1):
         line = _parse(row)
         if line is None:
-            problems.append(Problem("unparsable", number, f"line {number} is not a ledger record; the file was edited or damaged"))
+            problems.append(
+                Problem("unparsable", number, f"line {number} is not a ledger record; the file was edited or damaged")
+            )
         else:
             problem = _break(number, line, lines, rows) if len(problems) < _MOST_PROBLEMS else None
             problems += [problem] if problem else []
@@ -101,7 +105,10 @@ def _break(number: int, line: Line, before: list[Line], rows: list[str]) -> Prob
     spelt = line.text == _canonical({**line.record, **seals})
     if spelt and line.record["n"] == expected and line.hash == _seal(last.hash if last else GENESIS, line.record):
         return None
-    problem = lambda kind, message: Problem(kind, number, f"line {number} does not continue the hash chain; {message}")
+
+    def problem(kind, message):
+        return Problem(kind, number, f"line {number} does not continue the hash chain; {message}")
+
     if any(line.text == other.text for other in before):
         return problem("ledger_line_repeated", "it is a line that stands further up already")
     if line.record["n"] != expected and line.hash == _seal(_hash_of(line.record["n"] - 1, rows), line.record):
@@ -215,7 +222,9 @@ class Ledger:
             return
         known = self._steps.get(step)
         if known is None or any(known[name] != value for name, value in group.items()):
-            raise InputError(f"{self.path}: step {step} does not follow what the ledger records; this is another run's ledger")
+            raise InputError(
+                f"{self.path}: step {step} does not follow what the ledger records; this is another run's ledger"
+            )
 
     def sync(self) -> None:
         """Returns when the file is on disk."""

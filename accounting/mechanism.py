@@ -22,15 +22,18 @@ class DpSgdMechanism:
     """`steps` releases of a Poisson-sampled sum of clipped gradients plus Gaussian noise, divided by a public constant.
 
     Attributes:
-      num_units: N, privacy units that can be drawn. Public: under zero_out because neighbours have the same N, under add_or_remove
-        because the user declares it.
+      num_units: N, privacy units that can be drawn. Public: under zero_out because neighbours have the same N, under
+        add_or_remove because the user declares it.
       expected_batch_size: B = q N, in units; also the divisor of the noised sum.
-      max_batch_size: truncation cap (a uniformly random subset of an overfull batch is kept), or None for plain Poisson.
+      max_batch_size: truncation cap (a uniformly random subset of an overfull batch is kept), or None for plain
+        Poisson.
       noise_multiplier: sigma, standard deviation of the noise in units of the clip norm; 0 means no privacy.
       clip_norm: C, L2 bound of one unit's contribution; inf means no privacy.
       steps: T, number of releases.
-      neighbouring_relation: zero_out (one unit replaced by an empty one, which keeps its place in every draw) or add_or_remove.
-      sampler: poisson, or fixed: batches laid out beforehand, each unit in at most ceil(T B / N) of them, and no help from sampling.
+      neighbouring_relation: zero_out (one unit replaced by an empty one, which keeps its place in every draw) or
+        add_or_remove.
+      sampler: poisson, or fixed: batches laid out beforehand, each unit in at most ceil(T B / N) of them, and no help
+        from sampling.
     """
 
     num_units: int
@@ -44,16 +47,21 @@ class DpSgdMechanism:
 
     def __post_init__(self):
         if self.neighbouring_relation not in RELATIONS:
-            raise InputError(f"neighbouring relation must be one of {', '.join(RELATIONS)}, got {self.neighbouring_relation!r}")
+            raise InputError(
+                f"neighbouring relation must be one of {', '.join(RELATIONS)}, got {self.neighbouring_relation!r}"
+            )
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.num_units < 1 or self.steps < 0:
-            raise InputError(f"need at least one unit and no negative steps, got {self.num_units} units, {self.steps} steps")
+            raise InputError(
+                f"need at least one unit and no negative steps, got {self.num_units} units, {self.steps} steps"
+            )
         if self.num_units > MOST_UNITS or self.steps > MOST_STEPS:
             raise InputError(f"there may be at most {MOST_UNITS:.0e} units and {MOST_STEPS:.0e} steps")
         if not 0 < self.expected_batch_size <= self.num_units:
             raise InputError(
-                f"expected batch size {self.expected_batch_size:g} must be above 0 and at most the {self.num_units} privacy units:"
+                f"expected batch size {self.expected_batch_size:g} must be above 0 and at most the {self.num_units}"
+                " privacy units:"
                 " lower the batch size or use more data"
             )
         if self.max_batch_size is not None and self.max_batch_size < 1:
@@ -62,13 +70,16 @@ class DpSgdMechanism:
             raise InputError(f"noise multiplier must be finite and not negative, got {self.noise_multiplier}")
         if self.noise_multiplier and not SMALLEST_NOISE <= self.noise_multiplier <= LARGEST_NOISE:
             raise InputError(
-                f"a noise multiplier must be 0 or lie between {SMALLEST_NOISE:g} and {LARGEST_NOISE:g}, got {self.noise_multiplier:g}: less"
+                f"a noise multiplier must be 0 or lie between {SMALLEST_NOISE:g} and {LARGEST_NOISE:g}, got"
+                f" {self.noise_multiplier:g}: less"
                 " hides nothing, and more leaves nothing to learn"
             )
         if not self.clip_norm > 0:
             raise InputError(f"clip norm must be positive, got {self.clip_norm}")
         if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
-            raise InputError("an infinite clip norm has no finite noise: give a finite --clip_norm, or --epsilon=inf for no privacy")
+            raise InputError(
+                "an infinite clip norm has no finite noise: give a finite --clip_norm, or --epsilon=inf for no privacy"
+            )
 
     @property
     def sampling_probability(self) -> float:
@@ -77,7 +88,9 @@ class DpSgdMechanism:
 
     @property
     def noise_batch_ratio(self) -> float:
-        """sigma / B: the noise on the mean gradient in units of the clip norm, which scaling laws for private training are written in."""
+        """sigma / B: the noise on the mean gradient in units of the clip norm, which scaling laws for private training
+        are written in.
+        """
         return self.noise_multiplier / self.expected_batch_size
 
     @property
@@ -112,8 +125,11 @@ class DpSgdMechanism:
         }
 
     def event(self, releases: int):
-        """The dp-accounting event of `releases` releases without truncation, whose cost the accountant adds to delta."""
+        """The dp-accounting event of `releases` releases without truncation, whose cost the accountant adds to
+        delta."""
         import dp_accounting
 
-        release = dp_accounting.PoissonSampledDpEvent(self.inclusion_probability, dp_accounting.GaussianDpEvent(self.noise_multiplier))
+        release = dp_accounting.PoissonSampledDpEvent(
+            self.inclusion_probability, dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        )
         return dp_accounting.SelfComposedDpEvent(release, releases)

@@ -25,7 +25,8 @@ td + td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 th { font-weight: 600; }
 figure { margin: 0; } svg { width: 100%; height: auto; max-width: 40rem; display: block; }
 code { font-size: .85em; overflow-wrap: anywhere; }
-@media print { body { max-width: none; padding: 0; font-size: 10.5pt; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
+@media print { body { max-width: none; padding: 0; font-size: 10.5pt; }
+  h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 
 
@@ -45,11 +46,15 @@ def render(executed: Executed, content: dict, meaning: Meaning, points: Sequence
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{escape(_status(executed))}</p>',
         f'<div class="{"" if private else "none"}"><p class="number">ε = {_number(content["epsilon"])}</p>'
-        f'<p class="lead">at δ = {content["delta"]!r}, for one unit: {escape(report.unit_text(executed.declared))}.</p></div>',
+        f'<p class="lead">at δ = {content["delta"]!r}, for one unit:'
+        f" {escape(report.unit_text(executed.declared))}.</p></div>",
         _section("Statement", f"<p>{escape(content['statement'])}</p>"),
         _section("Who may see what", _table(("", ""), _audience(private))),
         _section("Parameters", _table(("", ""), _parameters(executed, content))),
-        *(_section(heading, f"<figure>{plot}</figure>{note}") for (heading, note), plot in zip(_PLOT_TEXTS, plots, strict=False)),
+        *(
+            _section(heading, f"<figure>{plot}</figure>{note}")
+            for (heading, note), plot in zip(_PLOT_TEXTS, plots, strict=False)
+        ),
         *(_tables(meaning) if private else []),
         _section("Compute", _table(("", ""), _compute(executed))),
         _section("Deviations", _deviations(content["deviations"])),
@@ -58,7 +63,9 @@ def render(executed: Executed, content: dict, meaning: Meaning, points: Sequence
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
     )
 
 
@@ -66,7 +73,8 @@ _PLOT_TEXTS = (
     ("Epsilon over the steps", '<p class="quiet">Upper bounds; what any checkpoint up to a step has spent.</p>'),
     (
         "What an attacker can do",
-        '<p class="quiet">Somebody who knows everything but whether one unit took part makes at least these errors. On the dashed line'
+        '<p class="quiet">Somebody who knows everything but whether one unit took part makes at least these errors. On'
+        " the dashed line"
         " nothing better than guessing is possible; the shaded gap is all that the model can give away.</p>",
     ),
 )
@@ -104,9 +112,20 @@ def _audience(private: bool) -> list[tuple[str, str]]:
     if not private:
         return [("Nothing may be shown", "This run has no guarantee. Treat its model like the data themselves.")]
     return [
-        ("Anyone", "the model, every checkpoint, this report, config.json, ledger.jsonl, metrics.jsonl and samples from the model"),
-        ("The operator only", "the folder private/, the terminal's output, and losses on the training or the held-out units"),
-        ("Not protected", "what many units have in common, held-out units, and the choice of settings or tokenizer by looking at the data"),
+        (
+            "Anyone",
+            "the model, every checkpoint, this report, config.json, ledger.jsonl, metrics.jsonl and samples from the"
+            " model",
+        ),
+        (
+            "The operator only",
+            "the folder private/, the terminal's output, and losses on the training or the held-out units",
+        ),
+        (
+            "Not protected",
+            "what many units have in common, held-out units, and the choice of settings or tokenizer by looking at the"
+            " data",
+        ),
     ]
 
 
@@ -117,7 +136,10 @@ def _parameters(executed: Executed, content: dict) -> list[tuple[str, str]]:
         ("Neighbouring data sets", f"{content['neighbouring_relation']}: {report.relation_text(executed.planned)}"),
         ("Units", _number(content["num_units"])),
         ("Sampling", f"{content['sampler']}, probability {content['sampling_probability']:.6g}"),
-        ("Expected batch", f"{_number(content['expected_batch_size'])} units, at most {_number(content['max_batch_size'])}"),
+        (
+            "Expected batch",
+            f"{_number(content['expected_batch_size'])} units, at most {_number(content['max_batch_size'])}",
+        ),
         ("Noise multiplier", _number(content["noise_multiplier"])),
         ("Noise-batch ratio", f"{_number(content['noise_batch_ratio'])} (noise on the mean gradient, in clip norms)"),
         ("Clip norm", _number(content["clip_norm"])),
@@ -136,13 +158,14 @@ def _tables(meaning: Meaning) -> list[str]:
     return [
         _section(
             "Owners of several units",
-            "<p>Somebody whose data fill several units is protected by the epsilon in their line, at the same delta.</p>"
-            + _table(("Units", "Epsilon"), groups),
+            "<p>Somebody whose data fill several units is protected by the epsilon in their line, at the same"
+            " delta.</p>" + _table(("Units", "Epsilon"), groups),
         ),
         _section(
             "Membership attacks",
             _table(("False-positive rate", "Units detected, at most"), attacks)
-            + f"<p>The two rates differ by at most {report.upper(meaning.membership_advantage, 4)}. As far as delta reaches, the run is"
+            + f"<p>The two rates differ by at most {report.upper(meaning.membership_advantage, 4)}. As far as delta"
+            " reaches, the run is"
             f" at least as private as a Gaussian mechanism with μ = {report.upper(meaning.gaussian_mu, 4)}.</p>",
         ),
         _section("Delta at other epsilons", _table(("Epsilon", "Delta"), deltas)),
@@ -152,8 +175,12 @@ def _tables(meaning: Meaning) -> list[str]:
 def _model_size(declared: dict) -> str:
     """How many, how many of them were trained, and where they started."""
     everything, trained = declared["parameters"], declared["trained_parameters"]
-    text = _number(everything) if trained == everything else f"{_number(everything)}, {_number(trained)} of them trained"
-    return text if declared["init_sha256"] is None else f"{text}; from a checkpoint with SHA-256 {declared['init_sha256']}"
+    text = (
+        _number(everything) if trained == everything else f"{_number(everything)}, {_number(trained)} of them trained"
+    )
+    return (
+        text if declared["init_sha256"] is None else f"{text}; from a checkpoint with SHA-256 {declared['init_sha256']}"
+    )
 
 
 def _compute(executed: Executed) -> list[tuple[str, str]]:
@@ -175,7 +202,8 @@ def _deviations(deviations: Sequence[str]) -> str:
 def _checking(executed: Executed, content: dict) -> str:
     resumes = sum(event["kind"] == "resume" for event in executed.events)
     return (
-        "<p><code>dpgemma audit WORKDIR</code> derives epsilon again from the ledger alone and compares it with everything else in the"
+        "<p><code>dpgemma audit WORKDIR</code> derives epsilon again from the ledger alone and compares it with"
+        " everything else in the"
         f" folder. {escape(report.seal_text(executed.declared))} The run was resumed {resumes} times.</p>"
         f"<p>Ledger head when this was written:<br><code>{escape(content['ledger_head'])}</code></p>"
     )

@@ -3,10 +3,10 @@
 A release is described by a dominating pair of distributions (P, Q) on the line; its loss at x is log(dP/dQ)(x), and
 delta(epsilon) = P[E] - e^epsilon Q[E] maximised over events E. Both discretisations start from bins of x:
 
-- pessimistic: the P and Q masses of a bin are split between the two grid losses around it so that both masses are kept ("connect
-  the dots", Doroshenko et al. 2022, arXiv 2207.04380): the discrete pair dominates (P, Q);
-- optimistic: neighbouring bins, split at random where needed, are merged into atoms whose losses lie on the grid. Merging and
-  splitting are post-processing, so the discrete pair is dominated by (P, Q).
+- pessimistic: the P and Q masses of a bin are split between the two grid losses around it so that both masses are kept
+  ("connect the dots", Doroshenko et al. 2022, arXiv 2207.04380): the discrete pair dominates (P, Q);
+- optimistic: neighbouring bins, split at random where needed, are merged into atoms whose losses lie on the grid.
+  Merging and splitting are post-processing, so the discrete pair is dominated by (P, Q).
 """
 
 import dataclasses
@@ -47,7 +47,9 @@ class GaussianMixturePair:
         if not components:
             return np.zeros_like(x)
         exponents = [(2 * mean * x - mean**2) / (2 * self.sigma**2) for mean, _ in components]
-        near = sum(w * np.expm1(np.minimum(u, _LARGEST_EXPONENT)) for u, (_, w) in zip(exponents, components, strict=True))
+        near = sum(
+            w * np.expm1(np.minimum(u, _LARGEST_EXPONENT)) for u, (_, w) in zip(exponents, components, strict=True)
+        )
         rest = 1 - math.fsum(w for _, w in components)
         far = np.full_like(x, math.log(rest) if rest > 0 else -np.inf)
         for u, (_, w) in zip(exponents, components, strict=True):
@@ -66,11 +68,16 @@ class GaussianMixturePair:
                     np.array([*exponents, np.full_like(x, math.log(rest) if rest > 0 else -np.inf)])
                     - functools.reduce(np.maximum, exponents, 0.0)
                 )
-                total += sign * np.dot([mean / self.sigma**2 for mean, _ in components], likelihoods[:-1]) / likelihoods.sum(axis=0)
+                total += (
+                    sign
+                    * np.dot([mean / self.sigma**2 for mean, _ in components], likelihoods[:-1])
+                    / likelihoods.sum(axis=0)
+                )
         return total
 
     def inverse_loss(self, losses):
-        """x with loss(x) = losses; -inf or inf where the loss never gets there. Accurate to rounding for one component."""
+        """x with loss(x) = losses; -inf or inf where the loss never gets there. Accurate to rounding for one
+        component."""
         if len(self.upper) + len(self.lower) == 1:
             (mean, weight), sign = ((*self.upper, *self.lower)[0], 1 if self.upper else -1)
             signed = sign * losses
@@ -133,7 +140,8 @@ class _Masses:
 def _normal_intervals(z):
     """N(0, 1) masses between ascending z, taken from the nearer tail, and their relative rounding errors.
 
-    A tail at z is exp(-z^2 / 2) times something smooth, so rounding costs a multiple of z^2; 4 covers what scipy loses, with room.
+    A tail at z is exp(-z^2 / 2) times something smooth, so rounding costs a multiple of z^2; 4 covers what scipy loses,
+    with room.
     """
     left, right = special.ndtr(z), special.ndtr(-z)
     with np.errstate(invalid="ignore"):  # the whole line has no nearer tail
@@ -189,8 +197,8 @@ def pessimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) ->
     finite = np.isfinite(edges)
     residual = np.abs(pair.loss(edges[finite]) - grid[finite]).max(initial=0.0)
     m, g = pair.interval_masses(edges), grid[:-1]
-    # The upper end's share b solves (p - b) e^-g + b e^-(g + interval) = q. Near zero the difference p - q is the accurate form.
-    # Rounding is decided towards the upper end.
+    # The upper end's share b solves (p - b) e^-g + b e^-(g + interval) = q. Near zero the difference p - q is the
+    # accurate form. Rounding is decided towards the upper end.
     near, decay, growth = np.abs(g) < 1, np.expm1(-np.clip(g, -1, 1)), np.exp(np.clip(g, -1, 1))
     excess = np.where(near, (m.p * decay + m.difference) * growth, m.p - _scaled(m.q, g))
     doubt = np.where(near, (m.p * np.abs(decay) * m.error + m.difference_error) * growth, 2 * m.p * m.error)
@@ -200,7 +208,9 @@ def pessimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) ->
     below, _, beyond = pair.interval_masses(np.array([-np.inf, edges[0], edges[-1], np.inf])).p
     masses[0] += below
     rounding = 64 * _UNIT_ROUNDOFF * (1 + np.abs(grid).max())
-    return DiscreteLoss(masses, first, interval, 0.0, float(beyond), residual + rounding, np.append(m.error, m.error[-1]))
+    return DiscreteLoss(
+        masses, first, interval, 0.0, float(beyond), residual + rounding, np.append(m.error, m.error[-1])
+    )
 
 
 def _scaled(q, g):
@@ -225,8 +235,8 @@ def optimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) -> 
 def _merge(p: list[float], q: list[float], difference: list[float], interval: float) -> tuple[np.ndarray, float]:
     """Merges neighbouring atoms, ordered by loss, into atoms whose losses lie on a grid.
 
-    Walking upwards, an atom that would lift the group's loss above its grid point is split: part of it completes the group, the rest
-    begins the next. A last group that stays short goes to the grid point below it.
+    Walking upwards, an atom that would lift the group's loss above its grid point is split: part of it completes the
+    group, the rest begins the next. A last group that stays short goes to the grid point below it.
 
     Args:
       p, q, difference: P mass, Q mass and p - q of each atom.
@@ -242,7 +252,11 @@ def _merge(p: list[float], q: list[float], difference: list[float], interval: fl
     group_p = group_q = group_difference = 0.0
     index = 0
     while index < len(p) and (index == 0 or loss_of(p[index], q[index], difference[index]) < lowest + interval):
-        group_p, group_q, group_difference = group_p + p[index], group_q + q[index], group_difference + difference[index]
+        group_p, group_q, group_difference = (
+            group_p + p[index],
+            group_q + q[index],
+            group_difference + difference[index],
+        )
         index += 1
     offset = loss_of(group_p, group_q, group_difference)
     masses = {0: group_p}
@@ -273,7 +287,9 @@ def _merge(p: list[float], q: list[float], difference: list[float], interval: fl
 
 
 def mixture(first: DiscreteLoss, second: DiscreteLoss, weight: float) -> DiscreteLoss:
-    """The loss that is `second` with probability `weight`, known to the observer, and `first` otherwise; both on one grid."""
+    """The loss that is `second` with probability `weight`, known to the observer, and `first` otherwise; both on one
+    grid.
+    """
     start = min(first.first, second.first)
     end = max(loss.first + loss.probabilities.size for loss in (first, second))
     masses, error = np.zeros(end - start), np.zeros(end - start)
@@ -287,7 +303,9 @@ def mixture(first: DiscreteLoss, second: DiscreteLoss, weight: float) -> Discret
 
 
 def cut_tail(loss: DiscreteLoss, mass: float) -> DiscreteLoss:
-    """Makes the largest losses, of `mass` together at most, infinite: rare enormous losses would spoil the tilt for all others."""
+    """Makes the largest losses, of `mass` together at most, infinite: rare enormous losses would spoil the tilt for all
+    others.
+    """
     beyond = np.cumsum(loss.probabilities[::-1])[::-1]
     keep = max(1, int(np.count_nonzero(beyond > mass)))
     cut = float(beyond[keep]) if keep < beyond.size else 0.0

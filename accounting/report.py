@@ -1,6 +1,7 @@
 """The privacy report of a run: what was spent, in numbers and in a paragraph that a lawyer can read.
 
-Everything in it is a function of the ledger up to one line, whose hash it names; so whoever holds the ledger can write it again.
+Everything in it is a function of the ledger up to one line, whose hash it names; so whoever holds the ledger can write
+it again.
 """
 
 import decimal
@@ -23,9 +24,11 @@ _UNITS = {
     "example": "one record of the training data, of which the first {sequence_length} tokens are used",
 }
 _RELATIONS = {
-    "zero_out": "the two data sets differ in the content of one unit, which one of them replaces by an empty unit; the number of"
+    "zero_out": "the two data sets differ in the content of one unit, which one of them replaces by an empty unit; the"
+    " number of"
     " units is public",
-    ADD_OR_REMOVE: "the two data sets differ in the presence of one unit; the number of units was declared by the operator and not"
+    ADD_OR_REMOVE: "the two data sets differ in the presence of one unit; the number of units was declared by the"
+    " operator and not"
     " taken from the data",
 }
 
@@ -33,13 +36,16 @@ _RELATIONS = {
 def round_up(value: float, digits: int = 4) -> float:
     """The smallest decimal of `digits` places that is not below `value`: an upper bound must not be rounded down.
 
-    A number that is such a decimal already stays as it is, so an auditor who rounds a reported number again gets the same.
+    A number that is such a decimal already stays as it is, so an auditor who rounds a reported number again gets the
+    same.
     """
     if not math.isfinite(value):
         return value
     # In decimals: 0.1569 * 10**4 is 1569.0000000000002 in binary, and would go up to 0.157.
     enough = decimal.Context(prec=400)
-    return float(decimal.Decimal(repr(float(value))).quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_CEILING, enough))
+    return float(
+        decimal.Decimal(repr(float(value))).quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_CEILING, enough)
+    )
 
 
 def upper(value: float, digits: int = 6) -> str:
@@ -85,7 +91,8 @@ def mechanism_text(mechanism: DpSgdMechanism) -> str:
     m = mechanism
     cap = "" if m.max_batch_size is None else f", at most {m.max_batch_size} of them"
     return (
-        f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, Gaussian noise of {m.noise_multiplier:.6g} times"
+        f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, Gaussian noise of"
+        f" {m.noise_multiplier:.6g} times"
         f" that norm on their sum, batches drawn by Poisson sampling with probability {m.sampling_probability:.6g} from"
         f" {m.num_units} units{cap})"
     )
@@ -96,7 +103,8 @@ def clipping_text(declared: dict) -> str:
     quantile = declared.get("clip_quantile")
     if quantile is not None:
         return (
-            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the units' norms, by counts whose own"
+            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the units' norms,"
+            " by counts whose own"
             " noise is part of the noise multiplier."
         )
     if declared.get("clip_scaling") == "automatic":
@@ -110,7 +118,8 @@ def origin_text(declared: Sequence[dict]) -> str:
     if not digests:
         return ""
     return (
-        f" Training started from an existing checkpoint (SHA-256 {', '.join(digests)}): what that one reveals about the data it was made"
+        f" Training started from an existing checkpoint (SHA-256 {', '.join(digests)}): what that one reveals about"
+        " the data it was made"
         " from is NOT covered."
     )
 
@@ -127,28 +136,43 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
         )
     if not executed.claims_privacy:
         return (
-            f"NO PRIVACY CLAIMED: the target epsilon is infinite. Noise of {m.noise_multiplier:.6g} times the clip norm was added to"
-            " every sum, as in a study of what noise costs, but no guarantee was derived, and nothing should be released as private."
-            + ("" if executed.has_secret_keys else " That noise was made from a public seed and can be taken off again.")
+            f"NO PRIVACY CLAIMED: the target epsilon is infinite. Noise of {m.noise_multiplier:.6g} times the clip"
+            " norm was added to"
+            " every sum, as in a study of what noise costs, but no guarantee was derived, and nothing should be"
+            " released as private."
+            + (
+                ""
+                if executed.has_secret_keys
+                else " That noise was made from a public seed and can be taken off again."
+            )
         )
     held_out = declared.get("held_out_units")
     count = "An undisclosed number of" if held_out is None else held_out
     held = (
-        f" {count} further units were held out by a secret random assignment, are not among the {m.num_units}, and are NOT covered:"
-        " the loss measured on them was shown to the operator, and any choice based on it may reveal something about them."
+        f" {count} further units were held out by a secret random assignment, are not among the {m.num_units}, and are"
+        " NOT covered:"
+        " the loss measured on them was shown to the operator, and any choice based on it may reveal something about"
+        " them."
         if held_out != 0
         else ""
     )
     origin = origin_text([declared])
     return (
-        f"The trained parameters are ({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private with respect to one"
-        f" unit, which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every"
+        f"The trained parameters are ({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private"
+        " with respect to one"
+        f" unit, which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers the final"
+        " parameters and every"
         f" checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
         + clipping_text(declared)
-        + " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what content one unit took"
-        " part. It does not hide facts that many units share: a person who appears in k units is protected less, roughly k times"
-        " epsilon and worse. It does not cover the folder private/ (secret keys, raw losses and norms), the progress shown on the"
-        " operator's terminal, the choice of settings by earlier runs on the same data, or the tokenizer." + origin + held
+        + " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what"
+        " content one unit took"
+        " part. It does not hide facts that many units share: a person who appears in k units is protected less,"
+        " roughly k times"
+        " epsilon and worse. It does not cover the folder private/ (secret keys, raw losses and norms), the progress"
+        " shown on the"
+        " operator's terminal, the choice of settings by earlier runs on the same data, or the tokenizer."
+        + origin
+        + held
     )
 
 
@@ -200,9 +224,15 @@ def exported_weights(event: dict) -> dict[str, str]:
 def seal_text(declared: dict) -> str:
     """What the ledger's chain can and cannot show."""
     if declared["seal"] == KEYED_CHAIN:
-        return "Every line carries an HMAC under a key in private/: nobody without that key can rewrite the ledger unnoticed."
+        return (
+            "Every line carries an HMAC under a key in private/: nobody without that key can rewrite the ledger"
+            " unnoticed."
+        )
     assert declared["seal"] == CHAIN
-    return "The chain has no key: it finds accidents and partial edits. Deposit the head hash elsewhere to rule out a rewritten ledger."
+    return (
+        "The chain has no key: it finds accidents and partial edits. Deposit the head hash elsewhere to rule out a"
+        " rewritten ledger."
+    )
 
 
 def digest(content: bytes) -> str:
@@ -227,7 +257,8 @@ def model_card(report: dict, step: int) -> str:
     """README.md of an export: the run's privacy statement and the numbers behind it."""
     rows = [
         "epsilon", "epsilon_lower_numeric", "delta", "privacy_unit", "neighbouring_relation", "num_units", "sampler",
-        "expected_batch_size", "max_batch_size", "sampling_probability", "noise_multiplier", "noise_batch_ratio", "clip_norm", "steps",
+        "expected_batch_size", "max_batch_size", "sampling_probability", "noise_multiplier", "noise_batch_ratio",
+        "clip_norm", "steps",
         "accountant", "cross_check", "run_id", "ledger_head",
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {report[name]} |" for name in rows)
@@ -255,6 +286,6 @@ def plain_card() -> str:
 
 ## Privacy
 
-No differentially private training was done here: these are the weights of another directory, in another layout of files. Whatever
-guarantee they came with is stated there, and nothing is added to it.
+No differentially private training was done here: these are the weights of another directory in another layout of
+files. Whatever guarantee they came with is stated there, and nothing is added to it.
 """

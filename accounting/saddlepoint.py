@@ -1,8 +1,9 @@
 """A fast estimate of the noise that a budget needs, for searches over thousands of configurations. It is no bound.
 
-The saddle-point accountant (Alghamdi et al. 2023, arXiv 2208.09595) writes delta(epsilon) as an integral of exp(F(z)), with
-F(z) = K(z) - epsilon z - ln z - ln(1 + z) and K the cumulant generating function of the composed privacy loss, and takes the integrand's
-Gaussian shape and next terms at its saddle point. Whatever a search settles on must be certified by accounting.calibration.
+The saddle-point accountant (Alghamdi et al. 2023, arXiv 2208.09595) writes delta(epsilon) as an integral of exp(F(z)),
+with F(z) = K(z) - epsilon z - ln z - ln(1 + z) and K the cumulant generating function of the composed privacy loss, and
+takes the integrand's Gaussian shape and next terms at its saddle point. Whatever a search settles on must be certified
+by accounting.calibration.
 """
 
 import math
@@ -20,13 +21,18 @@ SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e7
 
 
 def _cumulants(z, probability, noise):
-    """K(z) and its first four derivatives for one release, arrays [P]: the loss of removing a unit, under the data that hold it."""
+    """K(z) and its first four derivatives for one release, arrays [P]: the loss of removing a unit, under the data that
+    hold it.
+    """
     low, high = -_WIDTH * noise, z + 1 + _WIDTH * noise
     x = low[:, None] + (high - low)[:, None] * np.linspace(0.0, 1.0, _NODES)
     variance = (noise**2)[:, None]
     with np.errstate(divide="ignore"):  # the logarithm of 1 - q where q is 1
-        loss = np.logaddexp(np.log1p(-probability)[:, None], np.log(probability)[:, None] + (2 * x - 1) / (2 * variance))
-    # The density with the unit is exp(loss) times the one without it, so that tilting by z leaves exp((z + 1) loss) of the latter.
+        loss = np.logaddexp(
+            np.log1p(-probability)[:, None], np.log(probability)[:, None] + (2 * x - 1) / (2 * variance)
+        )
+    # The density with the unit is exp(loss) times the one without it, so that tilting by z leaves exp((z + 1) loss) of
+    # the latter.
     exponent = (z + 1)[:, None] * loss - x**2 / (2 * variance)
     top = exponent.max(axis=1, keepdims=True)
     weight = np.exp(exponent - top)
@@ -41,7 +47,9 @@ def _cumulants(z, probability, noise):
 
 
 def _saddle(epsilon, probability, noise, releases) -> np.ndarray:
-    """ln of the z > 0 at which F has its only minimum, arrays [P]: Newton's method, kept between the ends that are known to enclose it."""
+    """ln of the z > 0 at which F has its only minimum, arrays [P]: Newton's method, kept between the ends that are
+    known to enclose it.
+    """
     mu = probability * np.sqrt(releases * np.expm1(np.minimum(noise**-2.0, 50.0)))
     log_z = np.log(np.maximum(epsilon, math.sqrt(epsilon) * mu) / mu**2 + 1.0)
     low, high = np.full(log_z.shape, -25.0), np.full(log_z.shape, 25.0)
@@ -77,22 +85,27 @@ def _log_delta(epsilon, probability, noise, releases) -> tuple[np.ndarray, np.nd
 
 
 def noise_multiplier(epsilon: float, delta: float, sampling_probability, steps) -> tuple[np.ndarray, np.ndarray]:
-    """An estimate of the noise multiplier with which Poisson-sampled DP-SGD meets (epsilon, delta) under add/remove, and its reliability.
+    """An estimate of the noise multiplier with which Poisson-sampled DP-SGD meets (epsilon, delta) under add/remove,
+    and its reliability.
 
-    Where few steps with one dominating draw make up the tail (small q with small noise), the integrand is not Gaussian at all.
+    Where few steps with one dominating draw make up the tail (small q with small noise), the integrand is not Gaussian
+    at all.
 
     Args:
       sampling_probability: q in (0, 1], any shape.
       steps: T, the same shape.
 
     Returns:
-      (float64 of that shape, NaN where it lies outside [SMALLEST_NOISE, LARGEST_NOISE]; bool, whether the expansion converges).
+      (float64 of that shape, NaN where it lies outside [SMALLEST_NOISE, LARGEST_NOISE]; bool, whether the expansion
+      converges).
 
     Raises:
       InputError: a budget that is none.
     """
     if not (0 < epsilon < math.inf and 0 < delta < 1):
-        raise InputError(f"a budget needs a positive finite epsilon and a delta between 0 and 1, got ({epsilon:g}, {delta:g})")
+        raise InputError(
+            f"a budget needs a positive finite epsilon and a delta between 0 and 1, got ({epsilon:g}, {delta:g})"
+        )
     q, t = np.broadcast_arrays(np.asarray(sampling_probability, float), np.asarray(steps, float))
     shape, q, t = q.shape, q.ravel(), t.ravel()
     # What the central limit theorem says (Bu et al. 2020, arXiv 1911.11607) is where the search begins.
@@ -110,7 +123,10 @@ def noise_multiplier(epsilon: float, delta: float, sampling_probability, steps) 
         excess = np.where(np.isfinite(excess), excess, 1e3)  # far below the noise that is needed
         above = excess > 0
         low[active], at_low[active] = np.where(above, x[active], low[active]), np.where(above, excess, at_low[active])
-        high[active], at_high[active] = np.where(above, high[active], x[active]), np.where(above, at_high[active], excess)
+        high[active], at_high[active] = (
+            np.where(above, high[active], x[active]),
+            np.where(above, at_high[active], excess),
+        )
         active = active[(np.abs(excess) > 1e-3) & (high[active] - low[active] > 1e-6)]
         if not len(active):
             break
@@ -120,7 +136,9 @@ def noise_multiplier(epsilon: float, delta: float, sampling_probability, steps) 
 
 
 def _between(low, high, at_low, at_high) -> np.ndarray:
-    """The next trial: by the secant where both ends are known and close, a step outward where one is not, else the middle."""
+    """The next trial: by the secant where both ends are known and close, a step outward where one is not, else the
+    middle.
+    """
     with np.errstate(invalid="ignore"):
         secant = low + (high - low) * at_low / (at_low - at_high)
         trial = np.where(np.isnan(at_low), high - 0.7, np.where(np.isnan(at_high), low + 0.7, secant))
@@ -133,7 +151,9 @@ def _between(low, high, at_low, at_high) -> np.ndarray:
 
 
 def gaussian_noise_multiplier(epsilon: float, delta: float, releases) -> np.ndarray:
-    """The noise of so many releases without any help from sampling: closed form (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
+    """The noise of so many releases without any help from sampling: closed form (Balle and Wang 2018, arXiv 1805.06530,
+    theorem 8).
+    """
     low, high = 1e-4, 1e6  # of mu, the ratio of sensitivity to noise after composition
 
     def delta_at(mu):

@@ -1,4 +1,6 @@
-"""Which accountant may be used for which sampler under which neighbouring relation; everything else is refused, with the reason."""
+"""Which accountant may be used for which sampler under which neighbouring relation; everything else is refused, with
+the reason.
+"""
 
 from collections.abc import Iterable
 
@@ -31,7 +33,9 @@ def _reason(scheme: str, relation: str, bound: str, group_size: int) -> str:
     if (scheme, relation) == ("fixed", ADD_OR_REMOVE):
         return "adding or removing a unit moves the others between fixed batches: use zero_out, or Poisson sampling"
     if scheme == "truncated_poisson" and relation == ADD_OR_REMOVE and bound in (DISPLACEMENT, TRUNCATED_LOSS):
-        return "it needs a public number of units, which add_or_remove keeps private: use zero_out, or the additive bound"
+        return (
+            "it needs a public number of units, which add_or_remove keeps private: use zero_out, or the additive bound"
+        )
     if group_size > 1 and bound not in _FOR_GROUPS:
         return "it is derived for one unit, not for a group: use the loss distribution"
     return f"it is a bound for a truncated batch, and {scheme} sampling has none"

@@ -52,7 +52,9 @@ def meaning(accountant: Accountant, delta: float) -> Meaning:
     deltas = [(e, delta if e == epsilon else profile.delta(e)) for e in _round_epsilons(epsilon)]
     # A larger group never has a smaller epsilon; a coarser grid may say so by a hair.
     groups = [(k, max(e for _, e in groups[: i + 1])) for i, (k, _) in enumerate(groups)]
-    return Meaning(tuple(groups), tuple(attacks), tuple(deltas), profile.membership_advantage, profile.gaussian_mu(delta), profile)
+    return Meaning(
+        tuple(groups), tuple(attacks), tuple(deltas), profile.membership_advantage, profile.gaussian_mu(delta), profile
+    )
 
 
 def _round_epsilons(epsilon: float) -> list[float]:
@@ -72,6 +74,7 @@ def text(result: Meaning) -> str:
     lines += [f"{upper(epsilon):>19}  {upper(delta, 4)}" for epsilon, delta in result.deltas]
     lines += [
         "",
-        f"membership advantage at most {upper(result.membership_advantage, 4)}; Gaussian mu at most {upper(result.gaussian_mu, 4)}",
+        f"membership advantage at most {upper(result.membership_advantage, 4)}; Gaussian mu at most"
+        f" {upper(result.gaussian_mu, 4)}",
     ]
     return "\n".join(lines)

@@ -12,7 +12,8 @@ from accounting.executed import Executed
 from accounting.mechanism import DpSgdMechanism
 from accounting.truncation import additive_delta, displacement_delta
 
-# Shape eta of the truncated negative binomial distribution of the number of trials; infinity is the Poisson distribution.
+# Shape eta of the truncated negative binomial distribution of the number of trials; infinity is the Poisson
+# distribution.
 DISTRIBUTIONS = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
 
 
@@ -20,8 +21,8 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
     """What the ledgers of several runs prove; finished or not, every executed step counts.
 
     Raises:
-      InputError: a folder without a sound ledger, a run whose noise was no secret, the same run twice, or runs whose guarantees speak of
-        different things.
+      InputError: a folder without a sound ledger, a run whose noise was no secret, the same run twice, or runs whose
+        guarantees speak of different things.
     """
     found = {}
     for folder in folders:
@@ -30,10 +31,18 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
             raise InputError(f"{folder} is no run directory: it has no ledger.jsonl")
         found[folder] = executed_lib.of(ledger.read(path))
         if not found[folder].has_secret_keys:
-            raise InputError(f"the noise of {folder} was made from a public seed: it hides nothing, so no epsilon holds for that run")
+            raise InputError(
+                f"the noise of {folder} was made from a public seed: it hides nothing, so no epsilon holds for that run"
+            )
     if not any(run.mechanisms for run in found.values()):
         raise InputError("none of the runs has executed a step")
-    for what in ("privacy_unit", "sequence_length", "neighbouring_relation", "vocab_size", "number of units, held-out ones included"):
+    for what in (
+        "privacy_unit",
+        "sequence_length",
+        "neighbouring_relation",
+        "vocab_size",
+        "number of units, held-out ones included",
+    ):
         values = {str(_compared(run, what)) for run in found.values()}
         if len(values) > 1:
             raise InputError(f"the runs differ in {what} ({', '.join(sorted(values))}): their guarantees do not add up")
@@ -62,7 +71,8 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
     who = "This run is" if len(found) == 1 else f"All {len(found)} runs together are"
     return (
         f"{who} ({report.round_up(epsilon)}, {float(delta)!r})-differentially private with respect to one unit, which"
-        f" is {report.unit_text(first.declared)}. Neighbouring data sets: {report.relation_text(first.planned)}. This covers every"
+        f" is {report.unit_text(first.declared)}. Neighbouring data sets: {report.relation_text(first.planned)}. This"
+        " covers every"
         " checkpoint of every run, and every choice between them that looks at nothing else of the data."
         + report.origin_text([run.declared for run in found.values()])
     )
@@ -71,11 +81,12 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
 def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution: str, delta: float) -> float:
     """Epsilon of running the mechanism K times, each with settings drawn at random, and releasing the best result only.
 
-    Formal guarantee: where K is drawn from `distribution` with mean `trials`, independently of the data, nothing but the best trial's
-    parameters is released, and trials are compared by their parameters alone (and data that the guarantee does not speak of, such as a
-    public validation set), the selection is (epsilon, delta)-differentially private (Papernot and Steinke 2021, arXiv 2110.03620,
-    theorems 2 and 6, as dp-accounting computes them). A choice by a loss on the units themselves is not covered: that loss would have to
-    be part of what each trial releases privately. Nor is a fixed number of trials: that is the composition of all of them. Tested by
+    Formal guarantee: where K is drawn from `distribution` with mean `trials`, independently of the data, nothing but
+    the best trial's parameters is released, and trials are compared by their parameters alone (and data that the
+    guarantee does not speak of, such as a public validation set), the selection is (epsilon, delta)-differentially
+    private (Papernot and Steinke 2021, arXiv 2110.03620, theorems 2 and 6, as dp-accounting computes them). A choice by
+    a loss on the units themselves is not covered: that loss would have to be part of what each trial releases
+    privately. Nor is a fixed number of trials: that is the composition of all of them. Tested by
     tests/accounting/tuning_test.py::test_pitfall_25_random_search_costs_what_papernot_and_steinke_prove.
 
     Args:
@@ -98,10 +109,14 @@ def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution
     event = dp_event.RepeatAndSelectDpEvent(mechanism.event(releases), trials, DISTRIBUTIONS[distribution])
     accountant = rdp_privacy_accountant.RdpAccountant()
     accountant.compose(event)
-    # What truncation costs in all trials together. The displacement bound holds because its rare steps do not depend on the data, and
-    # because leaving out the trials that have one keeps each of these distributions in its family, with a smaller mean.
+    # What truncation costs in all trials together. The displacement bound holds because its rare steps do not depend on
+    # the data, and because leaving out the trials that have one keeps each of these distributions in its family, with a
+    # smaller mean.
     costs = [lambda epsilon: additive_delta(mechanism, epsilon, releases)]
     if support.DISPLACEMENT in support.allowed(mechanism.scheme, mechanism.neighbouring_relation):
         costs.append(lambda epsilon: displacement_delta(mechanism, releases))
-    extra = lambda epsilon: trials * min(cost(epsilon) for cost in costs)
+
+    def extra(epsilon):
+        return trials * min(cost(epsilon) for cost in costs)
+
     return smallest_epsilon(lambda d: float(accountant.get_epsilon(d)), delta, extra)

@@ -1,7 +1,7 @@
 """The program `dpgemma COMMAND --flags`.
 
-Exit codes: 0 done, 1 the check found something or a run of a sweep failed, 2 bad input. Nothing heavy is imported before a command runs,
-so that --help answers at once.
+Exit codes: 0 done, 1 the check found something or a run of a sweep failed, 2 bad input. Nothing heavy is imported
+before a command runs, so that --help answers at once.
 """
 
 import importlib
@@ -27,7 +27,9 @@ _HELP = ("--help", "-h", "-help", "help")
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: dpgemma COMMAND [--flags]", "", *lines, "", "dpgemma COMMAND --help lists the flags of one command."])
+    return "\n".join(
+        ["usage: dpgemma COMMAND [--flags]", "", *lines, "", "dpgemma COMMAND --help lists the flags of one command."]
+    )
 
 
 def _fail(message: str) -> int:

@@ -6,7 +6,8 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The second flag is one that training sets: with it, processes of their own find the programs that were compiled here, and the reverse.
+# The second flag is one that training sets: with it, processes of their own find the programs that were compiled here,
+# and the reverse.
 FLAGS = "--xla_force_host_platform_device_count=2 --xla_gpu_deterministic_ops=true"
 if FLAGS not in os.environ.get("XLA_FLAGS", ""):  # the workers of a parallel test run inherit them
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
@@ -14,7 +15,8 @@ if FLAGS not in os.environ.get("XLA_FLAGS", ""):  # the workers of a parallel te
 
 @pytest.fixture
 def quick_compiles():
-    """Programs without the compiler's costliest passes, for tests that mostly compile and that compare within a tolerance.
+    """Programs without the compiler's costliest passes, for tests that mostly compile and that compare within a
+    tolerance.
 
     Tests of bits, of rounding and of whole runs have the programs that users have.
     """

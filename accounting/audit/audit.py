@@ -1,4 +1,6 @@
-"""The audit of a run directory: epsilon derived again from the ledger alone, and compared with everything else that the folder holds."""
+"""The audit of a run directory: epsilon derived again from the ledger alone, and compared with everything else that the
+folder holds.
+"""
 
 import functools
 import json
@@ -20,8 +22,9 @@ def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[
     """Everything that does not agree. Nothing is written, and nothing depends on where the folder lies.
 
     Args:
-      checkpoints: each checkpoint of the folder as a dict: `step` (of its folder), `meta` (its JSON item), `optimizer_count` (counted
-        in its state), `parameters_sha256` (of its state), or `step` and `error` where it cannot be read.
+      checkpoints: each checkpoint of the folder as a dict: `step` (of its folder), `meta` (its JSON item),
+        `optimizer_count` (counted in its state), `parameters_sha256` (of its state), or `step` and `error` where it
+        cannot be read.
       exports: exported folders to check besides those inside the run's.
 
     Raises:
@@ -51,7 +54,9 @@ class _Audit:
             try:
                 rederived = self._derive(executed).upper
             except (ArithmeticError, TypeError, ValueError) as error:
-                self.findings.append(Finding("ledger_edited", "ledger.jsonl", f"no epsilon can be derived from its facts ({error})"))
+                self.findings.append(
+                    Finding("ledger_edited", "ledger.jsonl", f"no epsilon can be derived from its facts ({error})")
+                )
                 executed = None
         if executed is not None:
             self.findings += ledger_checks.budget(executed, rederived)
@@ -59,7 +64,9 @@ class _Audit:
                 self._documents(lines, executed)
                 self._exports(lines, exports)
             except (ArithmeticError, TypeError, ValueError) as error:
-                self.findings.append(Finding("ledger_edited", "ledger.jsonl", f"no report can be derived from its facts ({error})"))
+                self.findings.append(
+                    Finding("ledger_edited", "ledger.jsonl", f"no report can be derived from its facts ({error})")
+                )
             self._checkpoints(lines, executed, checkpoints)
         else:
             for name in ("config.json", "report.json"):
@@ -139,32 +146,40 @@ class _Audit:
         # A run that was stopped before its first report has none.
         if (content := self._content("report.json", required="report" in events)) is not None:
             self.findings += document_checks.reported(content, lines, self._derive)
-        self.findings += document_checks.page(self._content("report.html", required=False), lines, self._reported("statement"))
+        self.findings += document_checks.page(
+            self._content("report.html", required=False), lines, self._reported("statement")
+        )
         if (content := self._content("metrics.jsonl", required="checkpoint" in events)) is not None:
             self.findings += document_checks.metrics(content, lines, executed.steps)
         if not executed.finished:
-            self.notices.append(f"the run is unfinished: {executed.steps} of {executed.planned.steps} steps are recorded")
+            self.notices.append(
+                f"the run is unfinished: {executed.steps} of {executed.planned.steps} steps are recorded"
+            )
 
     def _checkpoints(self, lines: list[ledger_lib.Line], executed: Executed, checkpoints: Sequence[dict]) -> None:
         for stored in checkpoints:
             self.findings += document_checks.checkpoint(stored, lines, executed.steps)
         known = [event["step"] for event in executed.events if event["kind"] == "checkpoint"]
         present = {stored["step"] for stored in checkpoints}
-        # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next is whole. There may
-        # be none before.
+        # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next
+        # is whole. There may be none before.
         lost = not executed.finished and len(set(known)) == 1
         if known and not lost and not present & set(known[-1:] if executed.finished else known):
             self.findings.append(Finding("missing_file", f"checkpoints/{known[-1]}", "the ledger recorded it last"))
 
     def _exports(self, lines: list[ledger_lib.Line], exports: Sequence[pathlib.Path]) -> None:
-        inside = sorted({path.parent for path in secrecy_checks.other_files(self.workdir) if path.suffix == report.WEIGHTS_SUFFIX})
+        inside = sorted(
+            {path.parent for path in secrecy_checks.other_files(self.workdir) if path.suffix == report.WEIGHTS_SUFFIX}
+        )
         for folder in [*inside, *(folder for folder in exports if folder not in inside)]:
             name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
             self.findings += export_checks.export(folder, name, lines, self._derive)
 
     def _secrecy(self, lines: list[ledger_lib.Line]) -> None:
         others = secrecy_checks.other_files(self.workdir)
-        exported = {digest for line in lines if line.record["kind"] == "export" for digest in line.record["files"].values()}
+        exported = {
+            digest for line in lines if line.record["kind"] == "export" for digest in line.record["files"].values()
+        }
         self.findings += secrecy_checks.leaks(self.workdir, others, exported)
         if (self.workdir / "private").exists():
             self.findings += secrecy_checks.permissions(self.workdir / "private")

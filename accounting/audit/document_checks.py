@@ -17,7 +17,8 @@ _COMPUTED = ("epsilon", "epsilon_lower_numeric", "cross_check")
 _TOLERANCE = 1e-6
 _CONFIG_NAMES = {"batch_size": "expected_batch_size"}
 _CONFIG_FIELDS = (
-    "num_units", "batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps", "neighbouring_relation", "epsilon", "delta",
+    "num_units", "batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps", "neighbouring_relation",
+    "epsilon", "delta",
     "privacy_unit", "sequence_length", "model",
 )  # fmt: skip
 _METRICS = {"step", "epsilon", "learning_rate"}
@@ -37,7 +38,9 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     declared = {name: report.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in _CONFIG_FIELDS}
     differing = [name for name in _CONFIG_FIELDS if stored.get(name) != declared[name]]
     for name in differing:
-        yield Finding("config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger")
+        yield Finding(
+            "config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger"
+        )
     if not differing:
         yield Finding("config_edited", where, "its SHA-256 is not the one that the ledger's start event recorded")
 
@@ -53,12 +56,18 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
         return
     if run_id != lines[0].record.get("run_id"):
         yield Finding(
-            "ledger_foreign", "ledger.jsonl", f"it is the ledger of run {lines[0].record.get('run_id')}, the report's is {run_id}"
+            "ledger_foreign",
+            "ledger.jsonl",
+            f"it is the ledger of run {lines[0].record.get('run_id')}, the report's is {run_id}",
         )
         return
     hashes = [line.hash for line in lines]
     if head not in hashes:
-        yield Finding("ledger_cut", "ledger.jsonl", f"the report was written at ledger head {head}, which the ledger does not have")
+        yield Finding(
+            "ledger_cut",
+            "ledger.jsonl",
+            f"the report was written at ledger head {head}, which the ledger does not have",
+        )
     known = lines[: hashes.index(head) + 1] if head in hashes else lines
     executed = executed_lib.of([line.record for line in known])
     expected = report.encode(_expected(executed, derive(executed), stored, head))
@@ -73,7 +82,9 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
         # A crash between ledger and report leaves the one before; so much is allowed while the run goes on.
         executed = executed_lib.of([line.record for line in lines])
         if executed.finished or own not in digests[-2:]:
-            yield Finding("report_stale", where, "the ledger knows a later report; the training command writes it again")
+            yield Finding(
+                "report_stale", where, "the ledger knows a later report; the training command writes it again"
+            )
 
 
 def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict, head: str) -> dict:
@@ -108,11 +119,15 @@ def page(content: bytes | None, lines: Sequence[Line], statement: str | None) ->
     import html
 
     digests = [
-        line.record["files"]["report.html"] for line in lines if line.record["kind"] == "report" and "report.html" in line.record["files"]
+        line.record["files"]["report.html"]
+        for line in lines
+        if line.record["kind"] == "report" and "report.html" in line.record["files"]
     ]
     if content is None:
         if digests:
-            yield Finding("missing_file", "report.html", "the ledger recorded one; the training command writes it again")
+            yield Finding(
+                "missing_file", "report.html", "the ledger recorded one; the training command writes it again"
+            )
         return
     if report.digest(content) not in digests[-1:]:
         yield Finding("report_edited", "report.html", "it is not the page that the ledger recorded last")
@@ -138,7 +153,9 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
             surplus = sorted(keys - _METRICS)
             kind = "raw_values_public" if surplus else "metrics_edited"
             yield Finding(
-                kind, f"{where} line {number}", f"it holds {', '.join(sorted(keys))}; only {', '.join(sorted(_METRICS))} are public"
+                kind,
+                f"{where} line {number}",
+                f"it holds {', '.join(sorted(keys))}; only {', '.join(sorted(_METRICS))} are public",
             )
             return
     if len(rows) > steps:
@@ -150,7 +167,11 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
             if len(rows) < step and any(place > i and earlier < step for place, earlier in resumed):
                 continue  # this checkpoint was lost, and the run has not come so far again
             if report.digest(b"".join(rows[:step])) != line.record["metrics_sha256"]:
-                yield Finding("metrics_edited", where, f"its first {step} lines are not those that the ledger recorded at step {step}")
+                yield Finding(
+                    "metrics_edited",
+                    where,
+                    f"its first {step} lines are not those that the ledger recorded at step {step}",
+                )
                 return
 
 
@@ -168,15 +189,21 @@ def checkpoint(stored: dict, lines: Sequence[Line], steps: int) -> Iterator[Find
     counts = {"folder": stored["step"], "record": meta["step"], "recorded count": meta["optimizer_count"]}
     counts["optimizer"] = stored["optimizer_count"]
     if len(set(counts.values())) > 1:
-        yield Finding("checkpoint_disagrees", where, "its step counts differ: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+        yield Finding(
+            "checkpoint_disagrees", where, "its step counts differ: " + ", ".join(f"{k} {v}" for k, v in counts.items())
+        )
     if max(counts.values()) > steps:
-        yield Finding("steps_beyond_ledger", where, f"{max(counts.values())} steps were taken, the ledger records {steps}")
+        yield Finding(
+            "steps_beyond_ledger", where, f"{max(counts.values())} steps were taken, the ledger records {steps}"
+        )
     place = meta["ledger_lines"] - 1
     line = lines[place] if 0 <= place < len(lines) else None
     if line is None or line.hash != meta["ledger_head"]:
         message = f"the ledger does not have its head {meta['ledger_head']} at line {place + 1}"
         yield Finding("checkpoint_disagrees", where, message)
     elif line.record["kind"] != "checkpoint" or line.record["step"] != meta["step"]:
-        yield Finding("checkpoint_disagrees", where, f"line {place + 1} of the ledger is not the event of this checkpoint")
+        yield Finding(
+            "checkpoint_disagrees", where, f"line {place + 1} of the ledger is not the event of this checkpoint"
+        )
     elif line.record["parameters_sha256"] != stored["parameters_sha256"]:
         yield Finding("checkpoint_disagrees", where, "its parameters are not those whose SHA-256 the ledger recorded")

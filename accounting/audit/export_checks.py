@@ -25,7 +25,11 @@ def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Deriv
       name: how findings call it.
     """
     weights = {path.name: report.file_digest(path) for path in weight_files(folder)}
-    places = [i for i, line in enumerate(lines) if line.record["kind"] == "export" and report.exported_weights(line.record) == weights]
+    places = [
+        i
+        for i, line in enumerate(lines)
+        if line.record["kind"] == "export" and report.exported_weights(line.record) == weights
+    ]
     if not places:
         for file, digest in weights.items():
             yield Finding("export_unknown", f"{name}/{file}", f"no export event of the ledger has its SHA-256 {digest}")
@@ -47,7 +51,9 @@ def _digest(path: pathlib.Path) -> str | None:
     return report.file_digest(path) if path.is_file() else None
 
 
-def _card(path: pathlib.Path, name: str, lines: Sequence[Line], place: int, derive: Derive, *, recorded: bool) -> Iterator[Finding]:
+def _card(
+    path: pathlib.Path, name: str, lines: Sequence[Line], place: int, derive: Derive, *, recorded: bool
+) -> Iterator[Finding]:
     """The model card against the one that the ledger gives just before the export."""
     executed = executed_lib.of([line.record for line in lines[:place]])
     bracket = derive(executed)
@@ -65,6 +71,8 @@ def _card(path: pathlib.Path, name: str, lines: Sequence[Line], place: int, deri
     # Numbers that another machine rounds differently are no difference where the ledger knows the card's very text.
     if (differing and not recorded) or any(row.startswith("| epsilon |") for row in differing):
         for row in differing:
-            yield Finding("model_card_disagrees", f"{name}/{CARD}", f"the ledger gives {row[:120]!r}, the card does not have it")
+            yield Finding(
+                "model_card_disagrees", f"{name}/{CARD}", f"the ledger gives {row[:120]!r}, the card does not have it"
+            )
     elif not recorded:
         yield Finding("export_edited", f"{name}/{CARD}", "its SHA-256 is not the one that the ledger recorded")

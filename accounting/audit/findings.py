@@ -83,11 +83,15 @@ class AuditResult:
 
     def text(self) -> str:
         """For a terminal."""
-        shown = lambda value: "none" if value is None else "inf" if not math.isfinite(value) else f"{value:g}"
+
+        def shown(value):
+            return "none" if value is None else "inf" if not math.isfinite(value) else f"{value:g}"
+
         state = "finished" if self.finished else "unfinished"
         lines = [
             f"{'consistent' if self.consistent else 'INCONSISTENT'}: {state} run, {self.steps} steps,"
-            f" epsilon {shown(self.epsilon_reported)} reported, {shown(self.epsilon_rederived)} re-derived from the ledger"
+            f" epsilon {shown(self.epsilon_reported)} reported, {shown(self.epsilon_rederived)} re-derived from the"
+            " ledger"
         ]
         lines += [f"finding: {finding.kind} in {finding.where}: {finding.message}" for finding in self.findings]
         lines += [f"deviation: {line}" for line in self.deviations]

@@ -13,7 +13,12 @@ WHERE = "ledger.jsonl"
 MALFORMED = "malformed"
 _NUMBER = (int, float)
 _FIELDS = {
-    "step": {"step": int, "sampling_probability": _NUMBER, "noise_multiplier": _NUMBER, "max_batch_size": (int, type(None))},
+    "step": {
+        "step": int,
+        "sampling_probability": _NUMBER,
+        "noise_multiplier": _NUMBER,
+        "max_batch_size": (int, type(None)),
+    },
     "resume": {"step": int, "environment": str},
     "checkpoint": {"step": int, "metrics_sha256": str, "parameters_sha256": str},
     "evaluation": {"step": int, "units": str},
@@ -24,7 +29,9 @@ _FIELDS = {
 
 
 def well_formed(lines: Sequence[Line]) -> tuple[list[Line], list[Finding]]:
-    """The lines with those that no program wrote marked as such, and what is wrong with them; so that later checks can rely on types."""
+    """The lines with those that no program wrote marked as such, and what is wrong with them; so that later checks can
+    rely on types.
+    """
     kept, findings = [], []
     for number, line in enumerate(lines, 1):
         problem = None if number == 1 and line.record["kind"] == "start" else _malformed(line.record)
@@ -65,7 +72,9 @@ def events(lines: Sequence[Line]) -> Iterator[Finding]:
                 yield Finding(kind, where, f"step {record['step']} where step {steps} should follow")
             steps = record["step"] + 1
         elif record["kind"] != "start" and record.get("step", 0) > steps:
-            message = f"a {record['kind']} event at step {record['step']}, but only {steps} steps are recorded before it"
+            message = (
+                f"a {record['kind']} event at step {record['step']}, but only {steps} steps are recorded before it"
+            )
             yield Finding("steps_beyond_ledger", where, message)
 
 
@@ -90,10 +99,14 @@ def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
     """Whether the executed steps stay within the declared target, but for what rounding on another machine explains."""
     target = executed.declared["epsilon"]
     if epsilon > target * (1 + 1e-6) and not math.isinf(target):
-        yield Finding("budget_exceeded", WHERE, f"the executed steps cost epsilon {epsilon:g}, the declared target is {target:g}")
+        yield Finding(
+            "budget_exceeded", WHERE, f"the executed steps cost epsilon {epsilon:g}, the declared target is {target:g}"
+        )
 
 
-def macs(executed: Executed, lines: Sequence[Line], key: bytes | None, seal: str | None) -> tuple[list[Finding], list[str]]:
+def macs(
+    executed: Executed, lines: Sequence[Line], key: bytes | None, seal: str | None
+) -> tuple[list[Finding], list[str]]:
     """(findings, notices) about the lines' HMACs.
 
     Args:
@@ -101,7 +114,13 @@ def macs(executed: Executed, lines: Sequence[Line], key: bytes | None, seal: str
       seal: with which the run was started, as private/ remembers it.
     """
     if seal == ledger_lib.KEYED_CHAIN != executed.declared.get("seal"):
-        return [Finding("mac_invalid", WHERE, "the run was started with HMACs under its key, and this ledger claims to need none")], []
+        return [
+            Finding(
+                "mac_invalid",
+                WHERE,
+                "the run was started with HMACs under its key, and this ledger claims to need none",
+            )
+        ], []
     if executed.declared.get("seal") != ledger_lib.KEYED_CHAIN:
         return [], ["the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"]
     if key is None:

@@ -13,7 +13,8 @@ PUBLIC_FILES = ("config.json", "ledger.jsonl", "report.json", "report.html", "me
 FOLDERS = ("private", "checkpoints")
 _READ_AT_MOST = 64 * 2**20
 _RAW = re.compile(
-    rb"\b(?:(?:train|training|private|held_out)[_ ]?)?(?:loss(?:es)?|grad(?:ient)?[_ ]?norms?|norm_quantiles|bits_per_byte)\b"
+    rb"\b(?:(?:train|training|private|held_out)[_ ]?)?(?:loss(?:es)?|grad(?:ient)?[_"
+    rb" ]?norms?|norm_quantiles|bits_per_byte)\b"
     rb"[\"']?\s*[:=,]?\s*[\[(]?\s*-?\d",
     re.IGNORECASE,
 )
@@ -26,7 +27,11 @@ def permissions(private: pathlib.Path) -> Iterator[Finding]:
             yield Finding("missing_file", name, "the run has no keys; restore them or keep this copy without private/")
         elif stat.S_IMODE(path.stat().st_mode) & 0o077:
             mode = stat.S_IMODE(path.stat().st_mode)
-            yield Finding("key_readable", name, f"its mode is {mode:o}, so others can read it; take their rights away with chmod go=")
+            yield Finding(
+                "key_readable",
+                name,
+                f"its mode is {mode:o}, so others can read it; take their rights away with chmod go=",
+            )
 
 
 def other_files(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -34,7 +39,12 @@ def other_files(workdir: pathlib.Path) -> list[pathlib.Path]:
     found = []
     for path in sorted(workdir.rglob("*")):
         parts = path.relative_to(workdir).parts
-        if parts[0] not in FOLDERS and not (len(parts) == 1 and parts[0] in PUBLIC_FILES) and path.is_file() and not path.is_symlink():
+        if (
+            parts[0] not in FOLDERS
+            and not (len(parts) == 1 and parts[0] in PUBLIC_FILES)
+            and path.is_file()
+            and not path.is_symlink()
+        ):
             found.append(path)
     return found
 
@@ -43,11 +53,14 @@ def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[
     """Raw losses and norms, copies of private files, and keys, in any file outside private/ and checkpoints/.
 
     Args:
-      exported: digests of files that the program wrote with an export: a vocabulary may well hold the word loss and a number behind it.
+      exported: digests of files that the program wrote with an export: a vocabulary may well hold the word loss and a
+        number behind it.
     """
     private = workdir / "private"
     keys = _keys(private / "keys.json")
-    copies = {report.file_digest(path): path.name for path in private.rglob("*") if path.is_file() and path.stat().st_size}
+    copies = {
+        report.file_digest(path): path.name for path in private.rglob("*") if path.is_file() and path.stat().st_size
+    }
     public = [path for path in (workdir / name for name in PUBLIC_FILES) if path.is_file()]
     for path in [*public, *files]:
         name = str(path.relative_to(workdir))
@@ -61,12 +74,18 @@ def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[
             yield Finding("raw_values_public", name, f"it is a copy of private/{copies[report.file_digest(path)]}")
         elif found := _RAW.search(content):
             shown = found.group().decode(errors="replace")
-            yield Finding("raw_values_public", name, f"it seems to hold raw values of private data ({shown!r}); keep it in private/")
+            yield Finding(
+                "raw_values_public",
+                name,
+                f"it seems to hold raw values of private data ({shown!r}); keep it in private/",
+            )
 
 
 def _keys(path: pathlib.Path) -> list[bytes]:
     try:
         stored = json.loads(path.read_text())
-        return [form for value in stored.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))]
+        return [
+            form for value in stored.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))
+        ]
     except (OSError, ValueError, AttributeError):
         return []

@@ -28,17 +28,26 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.count("max_batch_size", None, "Truncation cap of a batch; omitted, plain Poisson sampling.", fv)
     command_flags.count("batch_multiple", None, "Plan the cap, a multiple of this, at a cost of 0.1 % of delta.", fv)
     command_flags.choice("neighbouring_relation", ADD_OR_REMOVE, RELATIONS, "Neighbouring data sets.", fv)
-    command_flags.choice("sampler", POISSON, SAMPLERS, "How batches are formed; fixed is what no sampling at all would cost.", fv)
+    command_flags.choice(
+        "sampler", POISSON, SAMPLERS, "How batches are formed; fixed is what no sampling at all would cost.", fv
+    )
     command_flags.switch("tables", "Also say what epsilon means: owners of several units, attacks, other deltas.", fv)
-    command_flags.string("plot", None, "Write epsilon over the steps and the trade-off curve to this .svg, .png or .pdf file.", fv)
+    command_flags.string(
+        "plot", None, "Write epsilon over the steps and the trade-off curve to this .svg, .png or .pdf file.", fv
+    )
     command_flags.number(
         "trials",
         None,
-        "Expected number of random-search trials of which only the best is released, chosen by no loss on the units themselves.",
+        "Expected number of random-search trials of which only the best is released, chosen by no loss on the units"
+        " themselves.",
         fv,
     )
-    command_flags.choice("trials_distribution", "geometric", _TRIALS, "Distribution from which the number of trials is drawn.", fv)
-    command_flags.string("compose", None, "Folders of runs on the same data, separated by commas: epsilon of all together.", fv)
+    command_flags.choice(
+        "trials_distribution", "geometric", _TRIALS, "Distribution from which the number of trials is drawn.", fv
+    )
+    command_flags.string(
+        "compose", None, "Folders of runs on the same data, separated by commas: epsilon of all together.", fv
+    )
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
@@ -84,10 +93,15 @@ def _plan(fv: flags.FlagValues) -> int:
     }
     if fv.trials is not None:
         result["trials"] = {"mean": fv.trials, "distribution": fv.trials_distribution}
-        result["epsilon_best_trial"] = tuning.random_search_epsilon(mechanism, fv.trials, fv.trials_distribution, fv.delta)
+        result["epsilon_best_trial"] = tuning.random_search_epsilon(
+            mechanism, fv.trials, fv.trials_distribution, fv.delta
+        )
     _print(fv, result, accountant, given["epsilon"], solved=_RESULT_NAMES.get(omitted[0], omitted[0]))
     if result["delta"] > 1 / result["num_units"]:
-        print(f"warning: delta is above 1/N = {1 / result['num_units']:.3g}: choose a delta well below it", file=sys.stderr)
+        print(
+            f"warning: delta is above 1/N = {1 / result['num_units']:.3g}: choose a delta well below it",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -142,7 +156,9 @@ def solve(given: dict, delta: float, cap: int | None, relation: str, sampler: st
 
 
 def _compose(fv: flags.FlagValues) -> int:
-    given = [name for name in (*_QUANTITIES, "max_batch_size", "batch_multiple", "trials") if fv[name].value is not None]
+    given = [
+        name for name in (*_QUANTITIES, "max_batch_size", "batch_multiple", "trials") if fv[name].value is not None
+    ]
     given += [name for name in ("neighbouring_relation", "sampler", "trials_distribution") if fv[name].present]
     if given:
         raise InputError(f"--compose takes everything from the runs' ledgers: drop --{given[0]}")
@@ -152,7 +168,9 @@ def _compose(fv: flags.FlagValues) -> int:
     runs = tuning.runs([pathlib.Path(folder) for folder in fv.compose.split(",") if folder])
     deltas = {run.delta for run in runs.values()}
     if len(deltas) > 1 and not fv["delta"].present:
-        raise InputError(f"the runs have different deltas ({', '.join(f'{d:g}' for d in sorted(deltas))}): say which with --delta")
+        raise InputError(
+            f"the runs have different deltas ({', '.join(f'{d:g}' for d in sorted(deltas))}): say which with --delta"
+        )
     delta = fv.delta if fv["delta"].present else deltas.pop()
     accountant = Accountant([mechanism for run in runs.values() for mechanism in run.mechanisms])
     result = _bracket(accountant, delta)
@@ -201,7 +219,10 @@ def _print(fv: flags.FlagValues, result: dict, accountant, target: float | None,
         else:
             print(f"{name:<24} {_shown(name, value)}{'   (solved)' if name == solved else ''}")
     if fv.tables:
-        print(("" if fv.trials is None else "\nof a single trial, all of whose results may be seen:") + tables.text(meaning))
+        print(
+            ("" if fv.trials is None else "\nof a single trial, all of whose results may be seen:")
+            + tables.text(meaning)
+        )
 
 
 def _shown(name: str, value) -> str:

@@ -1,4 +1,6 @@
-"""dpgemma audit WORKDIR: derives a run's epsilon again from its ledger, and compares it with everything else in the folder."""
+"""dpgemma audit WORKDIR: derives a run's epsilon again from its ledger, and compares it with everything else in the
+folder.
+"""
 
 import json
 import pathlib
@@ -14,7 +16,9 @@ POSITIONAL = "workdir"
 
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string("workdir", None, "Folder of the run; also given without the flag's name.", fv)
-    command_flags.string("export", None, "Exported folders outside the run's to check with it, separated by commas.", fv)
+    command_flags.string(
+        "export", None, "Exported folders outside the run's to check with it, separated by commas.", fv
+    )
     command_flags.switch("json", "Print one JSON object.", fv)
 
 

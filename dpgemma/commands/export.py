@@ -14,18 +14,23 @@ _AS_STORED = "as_stored"
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string("workdir", None, "Folder of the run.", fv)
     command_flags.string(
-        "init_from", None, "Hugging Face directory to write anew; with --workdir, where the model lies that the run started from.", fv
+        "init_from", None, "Hugging Face directory to write anew; with --workdir, where the model lies that the run"
+                           " started from.", fv
     )  # fmt: skip
     command_flags.string("out", None, "Folder to write; must not exist or be empty.", fv)
     command_flags.switch("merge", "Adds a run's adapters into the weights and writes a whole model.", fv)
-    command_flags.choice("dtype", _AS_STORED, (_AS_STORED, "float32", "bfloat16"), "Type of the written weights; merged are float32.", fv)
+    command_flags.choice(
+        "dtype", _AS_STORED, (_AS_STORED, "float32", "bfloat16"), "Type of the written weights; merged are float32.", fv
+    )
 
 
 def run(fv: flags.FlagValues) -> int:
     if not fv.out:
         raise InputError("say where to write: --out=FOLDER")
     if not (fv.workdir or fv.init_from):
-        raise InputError("say which model to write: --workdir=FOLDER of a run, or --init_from=FOLDER in Hugging Face format")
+        raise InputError(
+            "say which model to write: --workdir=FOLDER of a run, or --init_from=FOLDER in Hugging Face format"
+        )
     out = pathlib.Path(fv.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: choose another --out")

@@ -11,21 +11,32 @@ from accounting.mechanism import RELATIONS, ZERO_OUT
 from dpgemma import user_cache
 from dpgemma.commands import command_flags
 
-DESCRIPTION = "Find the best model, batch and number of steps for a compute, a privacy and a data budget, by a scaling law."
+DESCRIPTION = (
+    "Find the best model, batch and number of steps for a compute, a privacy and a data budget, by a scaling law."
+)
 
 
 def define_flags(fv: flags.FlagValues) -> None:
-    command_flags.number("compute", None, "Floating-point operations to spend: 6 x parameters x batch x tokens x steps.", fv)
+    command_flags.number(
+        "compute", None, "Floating-point operations to spend: 6 x parameters x batch x tokens x steps.", fv
+    )
     command_flags.count("num_units", None, "Number of privacy units that there are.", fv)
     command_flags.number("epsilon", None, "Target epsilon.", fv)
     command_flags.number("delta", None, "Target delta.", fv)
-    command_flags.choice("neighbouring_relation", ZERO_OUT, RELATIONS, "Neighbouring data sets, for which the noise is certified.", fv)
+    command_flags.choice(
+        "neighbouring_relation", ZERO_OUT, RELATIONS, "Neighbouring data sets, for which the noise is certified.", fv
+    )
     command_flags.string(
-        "law", None, "law.json of a sweep, or a results table (.csv, .parquet) to fit first; by default the law of this package.", fv
+        "law",
+        None,
+        "law.json of a sweep, or a results table (.csv, .parquet) to fit first; by default the law of this package.",
+        fv,
     )
     command_flags.switch("any_size", "Search model sizes between those that were trained too.", fv)
     command_flags.switch("extrapolate", "Allow sizes, steps and noise outside of what the law was fitted to.", fv)
-    command_flags.string("figures", None, "Also draw the scaling figures for this law into a new folder, with a page.", fv)
+    command_flags.string(
+        "figures", None, "Also draw the scaling figures for this law into a new folder, with a page.", fv
+    )
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
@@ -36,7 +47,9 @@ def run(fv: flags.FlagValues) -> int:
     if not 0 < fv.delta < 1:
         raise InputError(f"--delta must lie between 0 and 1, got {fv.delta:g}")
     if not 0 < fv.epsilon < math.inf:
-        raise InputError(f"--epsilon must be positive and finite, got {fv.epsilon:g}: without privacy no noise has to be planned")
+        raise InputError(
+            f"--epsilon must be positive and finite, got {fv.epsilon:g}: without privacy no noise has to be planned"
+        )
     from accounting import report
     from experiments.laws import fitting
     from experiments.planning import plan

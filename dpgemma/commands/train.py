@@ -12,7 +12,9 @@ DESCRIPTION = "Train a Gemma under a privacy budget. Run the same command again 
 
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.define_from_dataclass(TrainConfig, fv)
-    command_flags.string("workdir", None, "Folder of the run; by default runs/<first 8 digits of the settings' hash>.", fv)
+    command_flags.string(
+        "workdir", None, "Folder of the run; by default runs/<first 8 digits of the settings' hash>.", fv
+    )
 
 
 def run(fv: flags.FlagValues) -> int:

@@ -22,7 +22,8 @@ class Dataset:
         return len(self.training)
 
     def batch(self, units: np.ndarray, slots: int) -> tuple[dict, np.ndarray]:
-        """Rows (arrays [slots, S]) of the drawn units in front and zeros behind, and the mask of the drawn. Shapes are public constants.
+        """Rows (arrays [slots, S]) of the drawn units in front and zeros behind, and the mask of the drawn. Shapes are
+        public constants.
 
         Where more units were declared than there are, the numbers beyond the last one stand for units without content.
         """
@@ -31,8 +32,12 @@ class Dataset:
 
 
 def spread(batch: dict, mask: np.ndarray, devices: int) -> tuple[dict, np.ndarray]:
-    """Deals slots out to devices in turn, so that each has its units in front and as many as any other, to within one."""
-    deal = lambda x: np.ascontiguousarray(np.swapaxes(x.reshape(-1, devices, *x.shape[1:]), 0, 1)).reshape(x.shape)
+    """Deals slots out to devices in turn, so that each has its units in front and as many as any other, to
+    within one."""
+
+    def deal(x):
+        return np.ascontiguousarray(np.swapaxes(x.reshape(-1, devices, *x.shape[1:]), 0, 1)).reshape(x.shape)
+
     return {name: deal(column) for name, column in batch.items()}, deal(mask)
 
 

@@ -1,7 +1,8 @@
 """Records for fine-tuning into rows, the privacy units of `--privacy_unit=example`.
 
-Formal guarantee: row i is a function of record i alone, and nothing of a record is in any other row: changing one record changes one
-privacy unit. Tested by tests/data/examples_test.py::test_pitfall_19_a_record_is_one_row_and_touches_no_other.
+Formal guarantee: row i is a function of record i alone, and nothing of a record is in any other row: changing one
+record changes one privacy unit. Tested by
+tests/data/examples_test.py::test_pitfall_19_a_record_is_one_row_and_touches_no_other.
 """
 
 from collections.abc import Iterable
@@ -24,8 +25,8 @@ def is_example(record: dict) -> bool:
 def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_field: str) -> Rows:
     """One row per record, cut at `length` tokens and filled with pad.
 
-    A record with `prompt` and `response` is scored on the response and the eos that closes it, one with `messages` on the model's turns,
-    one with text on all of it.
+    A record with `prompt` and `response` is scored on the response and the eos that closes it, one with `messages` on
+    the model's turns, one with text on all of it.
 
     Raises:
       InputError: no records, none with anything to learn, or one without the fields; names it by its number.
@@ -44,7 +45,9 @@ def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_fie
         raise InputError("the data are empty: there is no record to train on")
     rows = Rows(np.stack(tokens), np.stack(scored))
     if not rows.scored.any():
-        raise InputError(f"every prompt fills the {length} tokens of a row, so there is nothing to learn: raise --sequence_length")
+        raise InputError(
+            f"every prompt fills the {length} tokens of a row, so there is nothing to learn: raise --sequence_length"
+        )
     return rows
 
 
@@ -64,5 +67,7 @@ def _text(record: dict, field: str) -> bytes:
     if isinstance(value, str):
         return utf8(value)
     if not isinstance(value, bytes):
-        raise InputError(f"no text in its field {field!r}; an example has {PROMPT} and {RESPONSE}, {MESSAGES}, or --text_field")
+        raise InputError(
+            f"no text in its field {field!r}; an example has {PROMPT} and {RESPONSE}, {MESSAGES}, or --text_field"
+        )
     return value

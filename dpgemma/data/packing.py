@@ -1,8 +1,8 @@
 """Documents into rows of equal length, the privacy units of `--privacy_unit=sequence`.
 
-Formal guarantee: every token of every document lies in exactly one row, and rows do not overlap: changing one row's content changes
-one privacy unit. A document longer than a row spans several units, and a short row may join several documents.
-Tested by tests/data/data_test.py::test_pitfall_19_every_token_lies_in_exactly_one_row.
+Formal guarantee: every token of every document lies in exactly one row, and rows do not overlap: changing one row's
+content changes one privacy unit. A document longer than a row spans several units, and a short row may join several
+documents. Tested by tests/data/data_test.py::test_pitfall_19_every_token_lies_in_exactly_one_row.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,8 @@ from dpgemma.data.rows import Rows
 
 
 def pack(documents: Iterable[bytes], tokenizer, length: int) -> Rows:
-    """Rows of `length` tokens: documents, each closed by eos, one after the other; the last row is filled with pad. All text is scored.
+    """Rows of `length` tokens: documents, each closed by eos, one after the other; the last row is filled with pad. All
+    text is scored.
 
     Raises:
       InputError: no text at all.

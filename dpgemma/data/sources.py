@@ -1,6 +1,7 @@
 """Where documents come from: the synthetic corpus, text files, JSONL files, and TFDS data sets already on disk.
 
-Every source yields records, or the documents in one of their fields as bytes, in a fixed order. Nothing is ever downloaded.
+Every source yields records, or the documents in one of their fields as bytes, in a fixed order. Nothing is ever
+downloaded.
 """
 
 import glob
@@ -27,7 +28,8 @@ def documents(data: str, text_field: str = "text") -> Iterator[bytes]:
         text = record.get(text_field)
         if not isinstance(text, (bytes, str)):
             raise InputError(
-                f"record {number} of --data={data} has no text in field {text_field!r}: see --text_field, or --privacy_unit=example for"
+                f"record {number} of --data={data} has no text in field {text_field!r}: see --text_field, or"
+                " --privacy_unit=example for"
                 " records with prompt and response or with messages"
             )
         yield text if isinstance(text, bytes) else utf8(text)
@@ -37,8 +39,8 @@ def records(data: str, text_field: str = "text") -> Iterator[dict]:
     """The records that --data names.
 
     Args:
-      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", a path or glob of text files (one record each, with one field) or of .jsonl files
-        (one record per line).
+      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", a path or glob of text files (one record each, with one field)
+        or of .jsonl files (one record per line).
       text_field: what the only field is called where the source has no names for fields.
 
     Raises:
@@ -58,7 +60,9 @@ def records(data: str, text_field: str = "text") -> Iterator[dict]:
 def _files(data: str) -> list[pathlib.Path]:
     paths = [pathlib.Path(p) for p in sorted(glob.glob(os.path.expanduser(data))) if os.path.isfile(p)]
     if not paths:
-        raise InputError(f"no file matches --data={data}: give a text or .jsonl file, a glob, tfds:NAME, or {SYNTHETIC}")
+        raise InputError(
+            f"no file matches --data={data}: give a text or .jsonl file, a glob, tfds:NAME, or {SYNTHETIC}"
+        )
     return paths
 
 
@@ -88,7 +92,8 @@ def _prepared_builder(name: str):
     except Exception as error:  # TFDS raises many types, ModuleNotFoundError for other formats among them
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"cannot read TFDS data set {name!r} ({reason}): prepare it on disk first, in ArrayRecord format, with a train split"
+            f"cannot read TFDS data set {name!r} ({reason}): prepare it on disk first, in ArrayRecord format, with a"
+            " train split"
         ) from None
 
 

@@ -99,7 +99,16 @@ _PLANS = [
     "Stop {drug}, keep a symptom diary.",
     "X-ray if no better after {n} days.",
 ]
-_DRUGS = ["amoxicillin", "ibuprofen", "lisinopril", "metformin", "omeprazole", "sertraline", "loratadine", "atorvastatin"]
+_DRUGS = [
+    "amoxicillin",
+    "ibuprofen",
+    "lisinopril",
+    "metformin",
+    "omeprazole",
+    "sertraline",
+    "loratadine",
+    "atorvastatin",
+]
 _WARDS = ["Harbour Street Clinic", "Northgate Practice", "Linden Health Centre", "Riverside Surgery"]
 _OPENINGS = [
     "{name}, {age}, presents with {complaint}.",
@@ -112,7 +121,8 @@ def note(rng: random.Random) -> str:
     """One fictional note of a few hundred characters."""
     name = f"{rng.choice(_GIVEN)} {rng.choice(_FAMILY)}"
     values = dict(
-        name=name, age=rng.randint(4, 95), complaint=rng.choice(_COMPLAINTS), s=rng.randint(100, 170), d=rng.randint(60, 100),
+        name=name, age=rng.randint(4, 95), complaint=rng.choice(_COMPLAINTS), s=rng.randint(100, 170),
+        d=rng.randint(60, 100),
         p=rng.randint(52, 104), t=f"{rng.uniform(36.0, 39.5):.1f}", w=rng.randint(41, 118), n=rng.randint(2, 21),
         drug=rng.choice(_DRUGS), mg=rng.choice((5, 10, 20, 50, 100, 250, 500)),
     )  # fmt: skip
@@ -126,7 +136,8 @@ def note(rng: random.Random) -> str:
     ]
     if rng.random() < 0.5:
         lines.append(
-            f"Next of kin: {rng.choice(_GIVEN)} {rng.choice(_FAMILY)}, phone 0{rng.randint(100, 999)} {rng.randint(100000, 999999)}."
+            f"Next of kin: {rng.choice(_GIVEN)} {rng.choice(_FAMILY)}, phone 0{rng.randint(100, 999)}"
+            f" {rng.randint(100000, 999999)}."
         )
     if rng.random() < 0.3:
         lines.append(f"Portal password on file: {''.join(rng.choices('abcdefghijkmnpqrstuvwxyz23456789', k=10))}.")

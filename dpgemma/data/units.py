@@ -7,15 +7,19 @@ from dpgemma.gemma.tokenizer import Tokenizer, check_ids
 AUTO, SEQUENCE, EXAMPLE = "auto", "sequence", "example"
 
 
-def rows(privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, length: int, vocab_size: int) -> tuple[str, Rows]:
+def rows(
+    privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, length: int, vocab_size: int
+) -> tuple[str, Rows]:
     """The privacy unit and its rows.
 
     Args:
-      privacy_unit: "sequence" packs documents into rows; "example" gives every record a row; "auto" takes the latter where the first
-        record has the fields of an example. The choice is one of format and never depends on what the fields hold.
+      privacy_unit: "sequence" packs documents into rows; "example" gives every record a row; "auto" takes the latter
+        where the first record has the fields of an example. The choice is one of format and never depends on what the
+        fields hold.
 
     Raises:
-      InputError: no data, records without the fields, or tokens that the model's embedding of `vocab_size` rows does not have.
+      InputError: no data, records without the fields, or tokens that the model's embedding of `vocab_size` rows does
+        not have.
     """
     if privacy_unit == AUTO:
         first = next(iter(sources.records(data, text_field)), {})

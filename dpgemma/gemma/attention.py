@@ -2,9 +2,9 @@
 
 Shape letters as in `layers`; S is the number of keys and G = N / K the number of query heads that share a key head.
 
-The ways of computing causal attention agree to rounding: "dense" holds all scores of a row at once; "blockwise" holds one tile of
-them, forward and backward (Dao et al. 2022, arXiv 2205.14135), and skips tiles that no query can see; "fused" is
-jax.nn.dot_product_attention, which knows windows but no soft-caps.
+The ways of computing causal attention agree to rounding: "dense" holds all scores of a row at once; "blockwise" holds
+one tile of them, forward and backward (Dao et al. 2022, arXiv 2205.14135), and skips tiles that no query can see;
+"fused" is jax.nn.dot_product_attention, which knows windows but no soft-caps.
 """
 
 import functools
@@ -32,7 +32,10 @@ class Attention(nnx.Module):
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         c = config
         self.config = c
-        project = lambda name, heads: Linear((c.d_model, heads, c.head_dim), lora=c.adapter(name), rngs=rngs)
+
+        def project(name, heads):
+            return Linear((c.d_model, heads, c.head_dim), lora=c.adapter(name), rngs=rngs)
+
         self.q = project("q_proj", c.num_heads)
         self.k = project("k_proj", c.num_kv_heads)
         self.v = project("v_proj", c.num_kv_heads)
@@ -54,7 +57,8 @@ class Attention(nnx.Module):
         return self._join(causal(q, k, v, self.config, is_sliding, implementation))
 
     def cached(self, x, angles, is_sliding, cache, positions):
-        """The same for tokens that follow others: their keys and values go into the cache, and they see all of it up to themselves.
+        """The same for tokens that follow others: their keys and values go into the cache, and they see all of it up to
+        themselves.
 
         Args:
           x: [B, T, D].
@@ -67,11 +71,16 @@ class Attention(nnx.Module):
         """
         q, k, v = self._project(x, angles)
         rows = jnp.arange(x.shape[0])[:, None]
-        keys, values = (old.at[rows, positions].set(new.astype(old.dtype), mode="drop") for old, new in zip(cache, (k, v), strict=True))
+        keys, values = (
+            old.at[rows, positions].set(new.astype(old.dtype), mode="drop")
+            for old, new in zip(cache, (k, v), strict=True)
+        )
         t, s = positions[:, :, None], jnp.arange(keys.shape[1])
         window = jnp.where(is_sliding, self.config.window, keys.shape[1])
         visible_BxTxS = (s <= t) & (s > t - window)
-        mixed = _softmax_mix(q, keys.astype(q.dtype), values.astype(q.dtype), visible_BxTxS[:, None, None], self.config.attention_cap)
+        mixed = _softmax_mix(
+            q, keys.astype(q.dtype), values.astype(q.dtype), visible_BxTxS[:, None, None], self.config.attention_cap
+        )
         return self._join(mixed), (keys, values)
 
     def _project(self, x, angles):
@@ -89,7 +98,9 @@ class Attention(nnx.Module):
 
 
 def causal(q, k, v, config: GemmaConfig, is_sliding, implementation: str):
-    """Causal attention of scaled queries [..., T, K, G, H] over keys and values [..., T, K, H]; the result is shaped like the queries."""
+    """Causal attention of scaled queries [..., T, K, G, H] over keys and values [..., T, K, H]; the result is shaped
+    like the queries.
+    """
     length = q.shape[-4]
     if implementation == "auto":
         implementation = "dense" if length <= LONGEST_DENSE else "blockwise"
@@ -117,18 +128,27 @@ def _fused(q, k, v, config: GemmaConfig, is_sliding):
     if config.attention_cap is not None:
         raise ValueError("fused attention knows no soft-caps: use blockwise or dense")
     batch, (length, kv_heads, groups, width) = q.shape[:-4], q.shape[-4:]
-    flat = lambda x, heads: x.reshape(-1, length, heads, width)
+
+    def flat(x, heads):
+        return x.reshape(-1, length, heads, width)
+
     on_gpu = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
 
     def attend(window, q, k, v):
         kernel = "cudnn" if on_gpu else "xla"
-        return jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True, local_window_size=window, implementation=kernel)
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=1.0, is_causal=True, local_window_size=window, implementation=kernel
+        )
 
     # The kernel wants its window as a constant; layers of one kind need no choice.
     branches = {FULL: functools.partial(attend, None), SLIDING: functools.partial(attend, (config.window - 1, 0))}
     kinds = sorted(set(config.layer_types) & set(branches))
     operands = flat(q, kv_heads * groups), flat(k, kv_heads), flat(v, kv_heads)
-    mixed = branches[kinds[0]](*operands) if len(kinds) == 1 else jax.lax.cond(is_sliding, branches[SLIDING], branches[FULL], *operands)
+    mixed = (
+        branches[kinds[0]](*operands)
+        if len(kinds) == 1
+        else jax.lax.cond(is_sliding, branches[SLIDING], branches[FULL], *operands)
+    )
     return mixed.reshape(*batch, length, kv_heads, groups, width)
 
 
@@ -197,7 +217,12 @@ def _blockwise_backward(cap, residuals, d_out):
     # What the softmax's normaliser takes back: the row sums of the output times its cotangent.
     taken = jnp.moveaxis((out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1), -3, -1)
     taken = _tiles(taken, taken.ndim - 1)
-    q_tiles, k_tiles, v_tiles, d_tiles = _tiles(q, axis_q), _tiles(k, axis_k), _tiles(v, axis_k), _tiles(d_out.astype(q.dtype), axis_q)
+    q_tiles, k_tiles, v_tiles, d_tiles = (
+        _tiles(q, axis_q),
+        _tiles(k, axis_k),
+        _tiles(v, axis_k),
+        _tiles(d_out.astype(q.dtype), axis_q),
+    )
     count = q_tiles.shape[-4] // BLOCK
 
     def key_tile(dq, j):
@@ -223,7 +248,10 @@ def _blockwise_backward(cap, residuals, d_out):
         return dq, (dk, dv)
 
     dq, (dk, dv) = jax.lax.scan(key_tile, jnp.zeros(q_tiles.shape, jnp.float32), jnp.arange(count))
-    join = lambda x: jnp.moveaxis(x, 0, -4).reshape(*x.shape[1:-3], count * BLOCK, *x.shape[-2:])[..., :length, :, :]
+
+    def join(x):
+        return jnp.moveaxis(x, 0, -4).reshape(*x.shape[1:-3], count * BLOCK, *x.shape[-2:])[..., :length, :, :]
+
     return dq[..., :length, :, :, :].astype(q.dtype), join(dk).astype(k.dtype), join(dv).astype(v.dtype), None
 
 

@@ -1,7 +1,7 @@
 """Conversations as token ids, in Gemma's turn markup.
 
-<start_of_turn>user\\n...<end_of_turn>\\n<start_of_turn>model\\n...<end_of_turn>\\n; what a system message says stands before the first
-user turn's text, as in the chat template of the published models.
+<start_of_turn>user\\n...<end_of_turn>\\n<start_of_turn>model\\n...<end_of_turn>\\n; what a system message says stands
+before the first user turn's text, as in the chat template of the published models.
 """
 
 import numpy as np
@@ -15,7 +15,8 @@ _SYSTEM = "system"
 
 
 def turns(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] of a conversation without bos, and which of them the model would have written: each answer with its end-of-turn token.
+    """Ids [n] of a conversation without bos, and which of them the model would have written: each answer with its
+    end-of-turn token.
 
     Args:
       messages: each has a `role` (system first, user, assistant or model) and a `content`.

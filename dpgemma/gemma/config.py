@@ -1,8 +1,9 @@
 """The architecture of a Gemma decoder as one frozen dataclass.
 
-Every switch that distinguishes the published text decoders is a field here (Gemma 1, 2, 3, VaultGemma, RecurrentGemma); everything else
-is constant across the family. The parameterisation is the published one (norms multiply by 1 + w, the embedding is stored unscaled):
-under DP-SGD clip norm and noise act in parameter space, so another parameterisation would be another mechanism.
+Every switch that distinguishes the published text decoders is a field here (Gemma 1, 2, 3, VaultGemma, RecurrentGemma);
+everything else is constant across the family. The parameterisation is the published one (norms multiply by 1 + w, the
+embedding is stored unscaled): under DP-SGD clip norm and noise act in parameter space, so another parameterisation
+would be another mechanism.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ MODEL_TYPES = ("vaultgemma", "gemma", "gemma2", "gemma3_text", "recurrent_gemma"
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base frequency, the factor by which positions are divided, and the share of each head that is rotated."""
+    """Rotary embedding: base frequency, the factor by which positions are divided, and the share of each head that is
+    rotated.
+    """
 
     theta: float = 10_000.0
     linear_factor: float = 1.0
@@ -25,7 +28,8 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): y = x W + (alpha / rank) (x A) B, with A random and B zero at first.
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): y = x W + (alpha / rank) (x A) B, with A random and B zero
+    at first.
 
     Attributes:
       rank: columns of A.
@@ -90,11 +94,29 @@ class GemmaConfig:
     def __post_init__(self):
         if self.model_type not in MODEL_TYPES:
             raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {self.model_type!r}")
-        sizes = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length", "window", "query_scalar")
-        whole = [name for name in (*sizes[:-1], "conv_width") if type(getattr(self, name)) is not int or getattr(self, name) < 1]
+        sizes = (
+            "vocab_size",
+            "d_model",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "d_ff",
+            "max_length",
+            "window",
+            "query_scalar",
+        )
+        whole = [
+            name
+            for name in (*sizes[:-1], "conv_width")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1
+        ]
         if whole:
             raise ValueError(f"{', '.join(whole)} must be a positive whole number")
-        positive = [self.query_scalar, self.norm_eps, *(cap for cap in (self.attention_cap, self.final_cap) if cap is not None)]
+        positive = [
+            self.query_scalar,
+            self.norm_eps,
+            *(cap for cap in (self.attention_cap, self.final_cap) if cap is not None),
+        ]
         if not all(type(value) in (int, float) and 0 < value < float("inf") for value in positive):
             raise ValueError("query_scalar, norm_eps and soft-caps must be positive numbers")
         if self.num_heads % self.num_kv_heads:
@@ -103,9 +125,13 @@ class GemmaConfig:
             raise ValueError(f"all layers must rotate the same, even part of head_dim ({self.head_dim})")
         unknown = set(self.layer_types) - {FULL, SLIDING, RECURRENT}
         if unknown or not self.layer_types:
-            raise ValueError(f"layer_types must name {FULL}, {SLIDING} or {RECURRENT} for every layer, got {sorted(unknown)}")
+            raise ValueError(
+                f"layer_types must name {FULL}, {SLIDING} or {RECURRENT} for every layer, got {sorted(unknown)}"
+            )
         if RECURRENT in self.layer_types and (self.lru_width <= 0 or self.lru_width % self.num_heads):
-            raise ValueError(f"lru_width ({self.lru_width}) must be a positive multiple of num_heads ({self.num_heads})")
+            raise ValueError(
+                f"lru_width ({self.lru_width}) must be a positive multiple of num_heads ({self.num_heads})"
+            )
 
     @classmethod
     def from_dict(cls, content: dict) -> "GemmaConfig":

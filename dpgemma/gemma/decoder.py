@@ -1,7 +1,8 @@
 """The Gemma decoder as a pure function of its parameters.
 
-`init_parameters` returns a plain nested dict of float32 arrays; the parameters of all blocks of a kind are stacked along a leading layer
-axis. `hidden_states` and `logits` take that dict, so that a trainer needs to know nothing about modules.
+`init_parameters` returns a plain nested dict of float32 arrays; the parameters of all blocks of a kind are stacked
+along a leading layer axis. `hidden_states` and `logits` take that dict, so that a trainer needs to know nothing about
+modules.
 """
 
 import functools
@@ -26,7 +27,9 @@ class Block(nnx.Module):
     """One decoder layer: pre-norm residual mixing of tokens, then pre-norm residual feed-forward."""
 
     def __init__(self, config: GemmaConfig, stack: str, *, rngs: nnx.Rngs):
-        norm = lambda: RMSNorm(config.d_model, config.norm_eps)
+        def norm():
+            return RMSNorm(config.d_model, config.norm_eps)
+
         self.post_norms = config.post_norms
         self.pre_mixer_norm = norm()
         self.mixer = _MIXERS[stack](config, rngs=rngs)
@@ -149,9 +152,14 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
     extras = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), extras)
     rest = stacks[repetitions * period :]
     if rest:
-        tail = {stack: jax.tree.map(lambda leaf, n=inside[stack]: leaf[repetitions * n :], layers[stack]) for stack in set(rest)}
+        tail = {
+            stack: jax.tree.map(lambda leaf, n=inside[stack]: leaf[repetitions * n :], layers[stack])
+            for stack in set(rest)
+        }
         x, last = apply_period(x, tail, rest)
-        extras |= {stack: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), extras[stack], last[stack]) for stack in last}
+        extras |= {
+            stack: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), extras[stack], last[stack]) for stack in last
+        }
     return x, extras
 
 
@@ -169,16 +177,20 @@ def _layers(config: GemmaConfig, parameters: dict, **beside) -> dict:
 
 def _angles(config: GemmaConfig, positions):
     """Rotary angles [2, ..., R/2] of full and of sliding layers."""
-    return jnp.stack([rotary_angles(positions, config.head_dim, rope) for rope in (config.rope_full, config.rope_sliding)])
+    return jnp.stack(
+        [rotary_angles(positions, config.head_dim, rope) for rope in (config.rope_full, config.rope_sliding)]
+    )
 
 
-def hidden_states(config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.float32, remat: str = "none", attention: str = "auto"):
+def hidden_states(
+    config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.float32, remat: str = "none", attention: str = "auto"
+):
     """Final-norm outputs [..., T, D] of tokens [..., T].
 
     Args:
       dtype: type of the activations and matrix products (float32 or bfloat16); norms, scores and softmax stay float32.
-      remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input, "dots" keeps the results of
-        matrix products with weights only.
+      remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input, "dots" keeps
+        the results of matrix products with weights only.
       attention: how attention is computed; "auto" takes dense scores for short rows and tiles of them for long ones.
 
     Raises:
@@ -213,8 +225,8 @@ def hidden_states(config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.fl
 
 
 def init_cache(config: GemmaConfig, batch: int, size: int, dtype=jnp.float32) -> dict:
-    """What `extend` knows of no tokens yet: keys and values [L, B, S, K, H] of attention layers; states [L, B, W] in float32 and the
-    convolution's inputs [L, B, C - 1, W] of recurrent ones."""
+    """What `extend` knows of no tokens yet: keys and values [L, B, S, K, H] of attention layers; states [L, B, W] in
+    float32 and the convolution's inputs [L, B, C - 1, W] of recurrent ones."""
     attention, recurrent = _counts(config)[ATTENTION_BLOCKS], _counts(config)[RECURRENT_BLOCKS]
     keys = (attention, batch, size, config.num_kv_heads, config.head_dim)
     state, inputs = (recurrent, batch, config.lru_width), (recurrent, batch, config.conv_width - 1, config.lru_width)
@@ -230,7 +242,8 @@ def extend(config: GemmaConfig, parameters: dict, cache: dict, tokens, positions
     Args:
       tokens: [B, T].
       positions: int32 [B, T], counted from 0 in every row.
-      valid: bool [B, T]; tokens that are not valid come last in a row, change nothing, and have outputs without meaning.
+      valid: bool [B, T]; tokens that are not valid come last in a row, change nothing, and have outputs without
+        meaning.
 
     Returns:
       The outputs and the new cache.

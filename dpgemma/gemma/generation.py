@@ -21,7 +21,8 @@ class Sampling:
     Attributes:
       temperature: logits are divided by it; 0 takes the likeliest token.
       top_k: only the k likeliest tokens; None for all.
-      top_p: only the smallest set of likeliest tokens whose probabilities reach p (Holtzman et al. 2019, arXiv 1904.09751).
+      top_p: only the smallest set of likeliest tokens whose probabilities reach p (Holtzman et al. 2019, arXiv
+        1904.09751).
       seed: of the choice. Row i of a batch draws from a stream of its own.
     """
 
@@ -65,14 +66,20 @@ def _choose(logits, sampling: Sampling, keys, position):
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
 def _read(config: GemmaConfig, parameters, cache, tokens, positions, lengths, dtype):
-    """Reads PREFILL tokens; returns the hidden state of each row's last prompt token (if it is among them) and the cache."""
-    hidden, cache = decoder.extend(config, parameters, cache, tokens, positions, positions < lengths[:, None], dtype=dtype)
+    """Reads PREFILL tokens; returns the hidden state of each row's last prompt token (if it is among them) and the
+    cache.
+    """
+    hidden, cache = decoder.extend(
+        config, parameters, cache, tokens, positions, positions < lengths[:, None], dtype=dtype
+    )
     last = jnp.clip(lengths - 1 - positions[:, 0], 0, tokens.shape[1] - 1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 8))
-def _continue(config: GemmaConfig, sampling: Sampling, parameters, cache, hidden, lengths, limits, stop, new_tokens: int, keys):
+def _continue(
+    config: GemmaConfig, sampling: Sampling, parameters, cache, hidden, lengths, limits, stop, new_tokens: int, keys
+):
     """Up to `new_tokens` tokens for every row, until all have stopped: ids [B, new_tokens], -1 where there is none."""
     rows = lengths.shape[0]
 
@@ -86,7 +93,9 @@ def _continue(config: GemmaConfig, sampling: Sampling, parameters, cache, hidden
         done = done | (token[:, None] == stop).any(axis=1) | (step >= limits)
         ids = ids.at[:, step].set(jnp.where(done, -1, token))
         positions = (lengths + step)[:, None]
-        hidden, cache = decoder.extend(config, parameters, cache, token[:, None], positions, ~done[:, None], dtype=hidden.dtype)
+        hidden, cache = decoder.extend(
+            config, parameters, cache, token[:, None], positions, ~done[:, None], dtype=hidden.dtype
+        )
         return step + 1, cache, hidden[:, 0], ids, done
 
     ids = jnp.full((rows, new_tokens), -1, jnp.int32)
@@ -130,6 +139,8 @@ def generate(
     limits = np.minimum(max_new_tokens, config.max_length - lengths)
     new_tokens = int(limits.max())
     ids = np.asarray(
-        _continue(config, sampling, parameters, cache, hidden, lengths, limits, np.array(stop, np.int32), new_tokens, keys)
-    )  # fmt: skip
+        _continue(
+            config, sampling, parameters, cache, hidden, lengths, limits, np.array(stop, np.int32), new_tokens, keys
+        )
+    )
     return [row[: np.argmax(row < 0)] if (row < 0).any() else row for row in ids]

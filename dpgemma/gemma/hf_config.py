@@ -1,8 +1,8 @@
 """config.json of Hugging Face directories, read and written.
 
-The class defaults of transformers are another model's, so nothing is ever taken from them: what a file leaves out comes from the
-published model (a preset) that agrees with everything the file does say, or the file is refused. What is written names every value, in
-the spelling of transformers 4 and of 5.
+The class defaults of transformers are another model's, so nothing is ever taken from them: what a file leaves out comes
+from the published model (a preset) that agrees with everything the file does say, or the file is refused. What is
+written names every value, in the spelling of transformers 4 and of 5.
 """
 
 import dataclasses
@@ -85,14 +85,19 @@ def special_ids(directory: pathlib.Path) -> dict:
     """What a directory's config.json, or the text part of it, says of bos, eos and pad; eos may be a list."""
     content = json.loads((directory / "config.json").read_text())
     content = {**content, **(content.get("text_config") or {})}
-    return {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if content.get(name) is not None}
+    return {
+        name: content[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if content.get(name) is not None
+    }
 
 
 def from_hf_config(content: dict) -> GemmaConfig:
     """The decoder of a config.json; the text part of a multimodal one.
 
     Raises:
-      InputError: another architecture, a switch that this decoder does not have, or a value that neither the file nor a preset gives.
+      InputError: another architecture, a switch that this decoder does not have, or a value that neither the file nor a
+        preset gives.
     """
     if content.get("model_type") == _MULTIMODAL:
         content = {"model_type": "gemma3_text", **content["text_config"]}
@@ -101,12 +106,16 @@ def from_hf_config(content: dict) -> GemmaConfig:
         raise InputError(f"model_type {model_type!r} is not supported: use one of {', '.join(_CLASSES)}, {_MULTIMODAL}")
     _refuse_other_switches(content)
     fields = _fields(model_type, content)
-    wanted = {field.name for field in dataclasses.fields(GemmaConfig) if field.name != "lora"} - set(_family(model_type))
+    wanted = {field.name for field in dataclasses.fields(GemmaConfig) if field.name != "lora"} - set(
+        _family(model_type)
+    )
     missing = sorted(wanted - set(fields))
     if missing:
         fits = [p for p in PRESETS.values() if all(getattr(p, name) == value for name, value in fields.items())]
         if not fits or any(getattr(p, name) != getattr(fits[0], name) for p in fits for name in missing):
-            raise InputError(f"it does not determine {', '.join(missing)}, and no published model agrees with the rest: add them")
+            raise InputError(
+                f"it does not determine {', '.join(missing)}, and no published model agrees with the rest: add them"
+            )
         fields |= {name: getattr(fits[0], name) for name in missing}
     return GemmaConfig(**_family(model_type), **fields)
 
@@ -126,7 +135,11 @@ def _refuse_other_switches(content: dict) -> None:
     activation = content.get("hidden_activation") or content.get("hidden_act") or _ACTIVATIONS[0]
     if activation not in _ACTIVATIONS or (activation == "gelu" and content["model_type"] != "gemma"):
         raise InputError(f"activation {activation!r} is not supported: the Gemma models use {_ACTIVATIONS[0]}")
-    for key, value in {"attention_bias": False, "tie_word_embeddings": True, "use_bidirectional_attention": False}.items():
+    for key, value in {
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": False,
+    }.items():
         if (content.get(key) if content.get(key) is not None else value) != value:
             raise InputError(f"{key}={content[key]} is not supported: the Gemma decoders have {value}")
 
@@ -162,7 +175,9 @@ def _layer_types(model_type: str, content: dict) -> tuple[str, ...] | None:
     layers = content["num_hidden_layers"]
     if model_type == "recurrent_gemma":
         kinds = {"recurrent": RECURRENT, "attention": SLIDING}
-        period = tuple(kinds[name] for name in content.get("block_types") or content.get("_block_types") or content["block_types"])
+        period = tuple(
+            kinds[name] for name in content.get("block_types") or content.get("_block_types") or content["block_types"]
+        )
     elif content.get("layer_types"):
         if len(content["layer_types"]) != layers:
             raise InputError(f"layer_types names {len(content['layer_types'])} layers, num_hidden_layers {layers}")
@@ -179,7 +194,11 @@ def _layer_types(model_type: str, content: dict) -> tuple[str, ...] | None:
 def _ropes(model_type: str, content: dict) -> dict:
     """Both rotary embeddings, as far as the file determines them."""
     nested = content.get("rope_parameters") or {}
-    share = content.get("partial_rotary_factor", nested.get("partial_rotary_factor", 0.5)) if model_type == "recurrent_gemma" else 1.0
+    share = (
+        content.get("partial_rotary_factor", nested.get("partial_rotary_factor", 0.5))
+        if model_type == "recurrent_gemma"
+        else 1.0
+    )
     if model_type != "gemma3_text":
         stated = {**(content.get("rope_scaling") or {}), **nested}
         stated.setdefault("rope_theta", content.get("rope_theta"))
@@ -236,8 +255,13 @@ def to_hf_config(config: GemmaConfig, special_ids: dict, dtype: str = "float32")
 
 
 def _family_keys(c: GemmaConfig) -> dict:
-    floats = lambda cap: None if cap is None else float(cap)
-    plain = {"rope_theta": c.rope_full.theta, "rope_parameters": {"rope_theta": c.rope_full.theta, "rope_type": "default"}}
+    def floats(cap):
+        return None if cap is None else float(cap)
+
+    plain = {
+        "rope_theta": c.rope_full.theta,
+        "rope_parameters": {"rope_theta": c.rope_full.theta, "rope_type": "default"},
+    }
     if c.model_type == "gemma":
         return {"hidden_act": "gelu_pytorch_tanh", **plain}
     if c.model_type == "recurrent_gemma":

@@ -2,8 +2,8 @@
 
 Weights are touched by `privacy.operations` only, which knows how each enters the norm of a gradient.
 
-Shape letters: T tokens, D model width, N query heads, K key-value heads, H head width, F feed-forward width, V vocabulary.
-A leading `...` stands for any batch axes. Weights are cast to the activations' type where they are used.
+Shape letters: T tokens, D model width, N query heads, K key-value heads, H head width, F feed-forward width, V
+vocabulary. A leading `...` stands for any batch axes. Weights are cast to the activations' type where they are used.
 """
 
 import math
@@ -22,13 +22,21 @@ class Linear(nnx.Module):
     """A linear layer, with an optional bias and an optional adapter.
 
     Args:
-      shape: of the weight: the axes that it contracts, then those that it gives; a matrix [fan-in, fan-out] with its axes split.
+      shape: of the weight: the axes that it contracts, then those that it gives; a matrix [fan-in, fan-out] with its
+        axes split.
       inputs: how many axes it contracts.
       gain: of the random weights, relative to a standard deviation of fan-in ** -0.5.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], *, inputs: int = 1, gain: float = 1.0, bias: bool = False, lora: Lora | None = None, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        *,
+        inputs: int = 1,
+        gain: float = 1.0,
+        bias: bool = False,
+        lora: Lora | None = None,
+        rngs: nnx.Rngs,
     ):
         self.inputs, self.lora = inputs, lora
         bound = math.prod(shape[:inputs]) ** -0.5
@@ -36,7 +44,9 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[inputs:]))
         if lora is not None:
-            self.lora_a = nnx.Param(jax.random.uniform(rngs.params(), (*shape[:inputs], lora.rank), minval=-bound, maxval=bound))
+            self.lora_a = nnx.Param(
+                jax.random.uniform(rngs.params(), (*shape[:inputs], lora.rank), minval=-bound, maxval=bound)
+            )
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, *shape[inputs:])))
 
     def __call__(self, x):
@@ -66,7 +76,9 @@ class Embedder(nnx.Module):
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.bfloat16_scale = config.bfloat16_scale
         # Small, so that a token's own row in the residual stream does not make the first predictions copy it.
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)) * EMBEDDING_SCALE)
+        self.embedding = nnx.Param(
+            jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)) * EMBEDDING_SCALE
+        )
 
     def encode(self, tokens, dtype):
         rows = operations.embedding(tokens, self.embedding[...], dtype)
@@ -81,19 +93,25 @@ def soft_cap(x, cap: float | None):
 
 
 def rotary_angles(positions, head_dim: int, rope: Rope):
-    """Angles [..., R/2] at positions [...] of the half-split rotary embedding of the first R = share * H entries of each head."""
+    """Angles [..., R/2] at positions [...] of the half-split rotary embedding of the first R = share * H entries of
+    each head.
+    """
     rotated = int(head_dim * rope.share)
     inverse_frequency = rope.theta ** -(jnp.arange(rotated // 2, dtype=jnp.float32) * 2 / rotated)
     return positions.astype(jnp.float32)[..., None] / rope.linear_factor * inverse_frequency
 
 
 def rotate(x_TxNxH, angles):
-    """Rotates the pairs (i, i + R/2) of every head by that position's angles [..., T, R/2]; entries from R on stay as they are."""
+    """Rotates the pairs (i, i + R/2) of every head by that position's angles [..., T, R/2]; entries from R on stay as
+    they are.
+    """
     half = angles.shape[-1]
     x_f32 = x_TxNxH.astype(jnp.float32)
     first, second, rest = x_f32[..., :half], x_f32[..., half : 2 * half], x_f32[..., 2 * half :]
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x_TxNxH.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(
+        x_TxNxH.dtype
+    )
 
 
 def residual_gain(config: GemmaConfig) -> float:
@@ -106,7 +124,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         c = config
-        options = lambda name: dict(bias=c.biases, lora=c.adapter(name), rngs=rngs)
+
+        def options(name):
+            return dict(bias=c.biases, lora=c.adapter(name), rngs=rngs)
+
         self.gate = Linear((c.d_model, c.d_ff), **options("gate_proj"))
         self.up = Linear((c.d_model, c.d_ff), **options("up_proj"))
         self.down = Linear((c.d_ff, c.d_model), gain=residual_gain(c), **options("down_proj"))

@@ -1,8 +1,9 @@
 """Low-rank adapters: which parameters are trained, how adapters are folded into the weights, and PEFT's files.
 
-Formal guarantee: `split` sorts every parameter into exactly one of two trees, and where a model has adapters the trainable one holds
-their matrices and nothing else. The trainer differentiates, clips and noises that tree alone, so frozen weights are a function of the
-public checkpoint. Tested by tests/training/lora_test.py::test_pitfall_20_exactly_the_adapters_are_clipped_and_noised.
+Formal guarantee: `split` sorts every parameter into exactly one of two trees, and where a model has adapters the
+trainable one holds their matrices and nothing else. The trainer differentiates, clips and noises that tree alone, so
+frozen weights are a function of the public checkpoint. Tested by
+tests/training/lora_test.py::test_pitfall_20_exactly_the_adapters_are_clipped_and_noised.
 """
 
 import json
@@ -44,7 +45,9 @@ def adapters(config: GemmaConfig, rank: int, alpha: float, targets: str) -> Lora
     names = known if targets == ALL else tuple(name.strip() for name in targets.split(",") if name.strip())
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise InputError(f"--lora_targets={targets} names no linear layer of this model: use {ALL}, or some of {','.join(known)}")
+        raise InputError(
+            f"--lora_targets={targets} names no linear layer of this model: use {ALL}, or some of {','.join(known)}"
+        )
     if rank < 1 or not 0 < alpha < float("inf"):
         raise InputError(f"--lora_rank must be at least 1 and --lora_alpha positive, got {rank} and {alpha:g}")
     return Lora(rank, alpha, names)
@@ -79,7 +82,9 @@ def fold(config: GemmaConfig, parameters: dict) -> dict:
             result = np.empty(leaf.shape, np.float32)
             for i in range(len(result)):
                 rank = a.shape[-1]
-                product = np.asarray(a[i], np.float32).reshape(-1, rank) @ np.asarray(b[i], np.float32).reshape(rank, -1)
+                product = np.asarray(a[i], np.float32).reshape(-1, rank) @ np.asarray(b[i], np.float32).reshape(
+                    rank, -1
+                )
                 result[i] = np.asarray(leaf[i], np.float32) + scale * product.reshape(result[i].shape)
             folded[path] = result
     return weights.tree_of(folded)
@@ -100,7 +105,9 @@ def _fan_in(weight: Weight, shape: tuple[int, ...]) -> int:
     return shape[0] if weight.path[-1] == "lora_b" else int(np.prod(shape[:-1]))
 
 
-def save_peft(config: GemmaConfig, trainable: dict, directory: pathlib.Path, base: str, *, multimodal: bool = False) -> None:
+def save_peft(
+    config: GemmaConfig, trainable: dict, directory: pathlib.Path, base: str, *, multimodal: bool = False
+) -> None:
     """Writes adapter_model.safetensors and adapter_config.json.
 
     Args:
@@ -109,14 +116,17 @@ def save_peft(config: GemmaConfig, trainable: dict, directory: pathlib.Path, bas
     """
     leaves, tensors = weights.leaves(trainable), {}
     for weight in _table(config):
-        for i, array in zip(weights.layers_of(config, weight), np.asarray(leaves[weight.path], np.float32), strict=True):
+        for i, array in zip(
+            weights.layers_of(config, weight), np.asarray(leaves[weight.path], np.float32), strict=True
+        ):
             name = weight.name.replace(".model.layers", f".model.{_TEXT_TOWER}layers") if multimodal else weight.name
             tensors[name.format(i)] = weights.to_file(array, weight, _fan_in(weight, array.shape))
     save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
     lora = config.lora
     targets = rf".*{re.escape(_TEXT_TOWER)}.*\.({'|'.join(lora.targets)})" if multimodal else list(lora.targets)
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": lora.alpha,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
+        "lora_alpha": lora.alpha,
         "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
         "use_dora": False, "modules_to_save": None, "inference_mode": True,
     }  # fmt: skip

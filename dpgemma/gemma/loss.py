@@ -28,8 +28,8 @@ def cross_entropy(hidden, embedding_VxD, targets, *, final_cap: float | None = N
     """Negative log-likelihood [..., T] in nats of targets [..., T] given hidden states [..., T, D].
 
     Args:
-      chunk: words of the vocabulary whose logits exist at a time, in the forward and in the backward pass; by default all of them where
-        they are few.
+      chunk: words of the vocabulary whose logits exist at a time, in the forward and in the backward pass; by default
+        all of them where they are few.
     """
     vocab_size = embedding_VxD.shape[0]
     if chunk is None:
@@ -60,8 +60,8 @@ class CrossEntropy:
     def forward(self, hidden_NxD, embedding_VxD, targets_N):
         """Losses [N] and what the backward pass needs.
 
-        A running maximum and a rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018, arXiv 1805.02867,
-        algorithm 3); logits are kept only where one chunk holds them all.
+        A running maximum and a rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018,
+        arXiv 1805.02867, algorithm 3); logits are kept only where one chunk holds them all.
         """
         vocab_size = embedding_VxD.shape[0]
         if self.chunk == vocab_size:
@@ -82,12 +82,14 @@ class CrossEntropy:
         start = (jnp.full(targets_N.shape, -jnp.inf), jnp.zeros(targets_N.shape))
         (maximum, total), _ = jax.lax.scan(accumulate, start, self._chunks(embedding_VxD))
         log_total = maximum + jnp.log(total)
-        of_target = soft_cap(_dot("nd,nd->n", hidden_NxD, embedding_VxD[targets_N].astype(hidden_NxD.dtype)), self.final_cap)
+        of_target = soft_cap(
+            _dot("nd,nd->n", hidden_NxD, embedding_VxD[targets_N].astype(hidden_NxD.dtype)), self.final_cap
+        )
         return log_total - of_target, (hidden_NxD, embedding_VxD, targets_N, log_total, None)
 
     def backward(self, residuals, d_losses_N, use):
-        """The gradient [N, D] by the hidden states, and `use(delta [N, C])` of every chunk, stacked; delta is the gradient by the logits
-        before the cap, in the type of the hidden states."""
+        """The gradient [N, D] by the hidden states, and `use(delta [N, C])` of every chunk, stacked; delta is the
+        gradient by the logits before the cap, in the type of the hidden states."""
         hidden_NxD, embedding_VxD, targets_N, log_total, kept = residuals
 
         def of_chunk(words_CxD, first, z):
@@ -95,7 +97,9 @@ class CrossEntropy:
             delta = jnp.exp(z - log_total[:, None]) - (targets_N[:, None] == number)
             if self.final_cap is not None:
                 delta = delta * (1 - (z / self.final_cap) ** 2)
-            delta = jnp.where(number < embedding_VxD.shape[0], delta * d_losses_N[:, None], 0.0).astype(hidden_NxD.dtype)
+            delta = jnp.where(number < embedding_VxD.shape[0], delta * d_losses_N[:, None], 0.0).astype(
+                hidden_NxD.dtype
+            )
             return _dot("nc,cd->nd", delta, words_CxD.astype(hidden_NxD.dtype)), use(delta)
 
         def add_chunk(d_hidden, xs):

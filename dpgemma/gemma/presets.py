@@ -9,15 +9,20 @@ def _pattern(period: tuple[str, ...], layers: int) -> tuple[str, ...]:
 
 def _gemma1(layers: int, d_model: int, heads: int, kv_heads: int, d_ff: int) -> GemmaConfig:
     return GemmaConfig(
-        vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=256, d_ff=d_ff, max_length=8192,
+        vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=256, d_ff=d_ff,
+        max_length=8192,
         layer_types=(FULL,) * layers, window=8192, query_scalar=256, model_type="gemma",
     )  # fmt: skip
 
 
-def _gemma2(layers: int, d_model: int, heads: int, kv_heads: int, head_dim: int, d_ff: int, query_scalar: int) -> GemmaConfig:
+def _gemma2(
+    layers: int, d_model: int, heads: int, kv_heads: int, head_dim: int, d_ff: int, query_scalar: int
+) -> GemmaConfig:
     return GemmaConfig(
-        vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff, max_length=8192,
-        layer_types=_pattern((SLIDING, FULL), layers), window=4096, query_scalar=query_scalar, post_norms=True, attention_cap=50.0,
+        vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff,
+        max_length=8192,
+        layer_types=_pattern((SLIDING, FULL), layers), window=4096, query_scalar=query_scalar, post_norms=True,
+        attention_cap=50.0,
         final_cap=30.0, model_type="gemma2",
     )  # fmt: skip
 
@@ -25,11 +30,16 @@ def _gemma2(layers: int, d_model: int, heads: int, kv_heads: int, head_dim: int,
 def _gemma3(
     layers: int, d_model: int, heads: int, kv_heads: int, head_dim: int, d_ff: int, query_scalar: int, *, large: bool
 ) -> GemmaConfig:
-    """`large`: from 4B on, with the vocabulary of the multimodal files, a longer window and context, and scaled global positions."""
+    """`large`: from 4B on, with the vocabulary of the multimodal files, a longer window and context, and scaled global
+    positions.
+    """
     return GemmaConfig(
-        vocab_size=262_208 if large else 262_144, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff,
-        max_length=131_072 if large else 32_768, layer_types=_pattern((SLIDING,) * 5 + (FULL,), layers), window=1024 if large else 512,
-        query_scalar=query_scalar, qk_norm=True, post_norms=True, rope_full=Rope(1e6, 8.0 if large else 1.0), rope_sliding=Rope(1e4),
+        vocab_size=262_208 if large else 262_144, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, d_ff=d_ff,
+        max_length=131_072 if large else 32_768, layer_types=_pattern((SLIDING,) * 5 + (FULL,), layers),
+        window=1024 if large else 512,
+        query_scalar=query_scalar, qk_norm=True, post_norms=True, rope_full=Rope(1e6, 8.0 if large else 1.0),
+        rope_sliding=Rope(1e4),
         model_type="gemma3_text",
     )  # fmt: skip
 
@@ -38,7 +48,8 @@ def _recurrent(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
     rope = Rope(share=0.5)
     return GemmaConfig(
         vocab_size=256_000, d_model=d_model, num_heads=heads, num_kv_heads=1, head_dim=256, d_ff=d_ff, max_length=8192,
-        layer_types=_pattern((RECURRENT, RECURRENT, SLIDING), layers), window=2048, query_scalar=256, final_cap=30.0, rope_full=rope,
+        layer_types=_pattern((RECURRENT, RECURRENT, SLIDING), layers), window=2048, query_scalar=256, final_cap=30.0,
+        rope_full=rope,
         rope_sliding=rope, biases=True, bfloat16_scale=True, lru_width=d_model, model_type="recurrent_gemma",
     )  # fmt: skip
 
@@ -46,7 +57,8 @@ def _recurrent(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
 def _ladder(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
     """VaultGemma's block, small, on bytes: sizes for sweeps whose law is to be read off within an hour."""
     return GemmaConfig(
-        vocab_size=260, d_model=d_model, num_heads=heads, num_kv_heads=heads, head_dim=d_model // heads, d_ff=d_ff, max_length=256,
+        vocab_size=260, d_model=d_model, num_heads=heads, num_kv_heads=heads, head_dim=d_model // heads, d_ff=d_ff,
+        max_length=256,
         layer_types=(FULL,) * layers, window=128, query_scalar=d_model // heads,
     )  # fmt: skip
 
@@ -54,7 +66,8 @@ def _ladder(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
 PRESETS = {
     # VaultGemma's block at a size that trains in minutes on two cores; the vocabulary is the byte tokenizer's.
     "tiny": GemmaConfig(
-        vocab_size=260, d_model=96, num_heads=4, num_kv_heads=4, head_dim=24, d_ff=256, max_length=256, layer_types=(FULL,) * 2,
+        vocab_size=260, d_model=96, num_heads=4, num_kv_heads=4, head_dim=24, d_ff=256, max_length=256,
+        layer_types=(FULL,) * 2,
         window=128, query_scalar=24,
     ),
     "ladder_20k": _ladder(2, 24, 2, 64),

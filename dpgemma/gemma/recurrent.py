@@ -1,7 +1,7 @@
 """RecurrentGemma's second kind of mixing: a real-gated linear recurrent unit behind a short causal convolution.
 
-De et al. 2024, "Griffin", arXiv 2402.19427, sections 2.3 and 2.4. W is the unit's width, C the taps of the convolution. The recurrence
-runs in float32 in any compute type.
+De et al. 2024, "Griffin", arXiv 2402.19427, sections 2.3 and 2.4. W is the unit's width, C the taps of the convolution.
+The recurrence runs in float32 in any compute type.
 """
 
 import jax
@@ -41,7 +41,9 @@ class CausalConvolution(nnx.Module):
         w, length = operations.vector(self.w[...]).astype(x.dtype), x.shape[-2]
         joined = jnp.concatenate([before.astype(x.dtype), x], axis=-2)
         taps = range(w.shape[1])
-        return sum(joined[..., k : k + length, :] * w[:, k] for k in taps) + operations.vector(self.bias[...]).astype(x.dtype)
+        return sum(joined[..., k : k + length, :] * w[:, k] for k in taps) + operations.vector(self.bias[...]).astype(
+            x.dtype
+        )
 
 
 class BlockDiagonal(nnx.Module):
@@ -60,13 +62,16 @@ class BlockDiagonal(nnx.Module):
 
 
 class RgLru(nnx.Module):
-    """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t with log a_t = -8 r_t softplus(Lambda); the first token of all starts afresh."""
+    """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t with log a_t = -8 r_t softplus(Lambda); the first token of all starts
+    afresh.
+    """
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         width = config.lru_width
         self.input_gate = BlockDiagonal(width, config.num_heads, rngs=rngs)
         self.recurrent_gate = BlockDiagonal(width, config.num_heads, rngs=rngs)
-        # Uniform a^2 in [0.81, 0.998] at r = 1: softplus(Lambda) = -log(a^2) / 2 up to the sharpness, which the published start leaves out.
+        # Uniform a^2 in [0.81, 0.998] at r = 1: softplus(Lambda) = -log(a^2) / 2 up to the sharpness, which the
+        # published start leaves out.
         square = jax.random.uniform(rngs.params(), (width,), minval=0.9**2, maxval=0.999**2)
         self.recurrent_param = nnx.Param(jnp.log(jnp.expm1(-0.5 * jnp.log(square))))
 
@@ -87,7 +92,9 @@ class RgLru(nnx.Module):
         multiplier = jnp.where(is_first, 1.0, _bounded_sqrt(1 - jnp.exp(2 * log_a)))
         a = jnp.where(valid, jnp.where(is_first, 0.0, jnp.exp(log_a)), 1.0)
         b = jnp.where(valid, multiplier * gate_i * x_f32, 0.0)
-        decay, states = jax.lax.associative_scan(lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, b), axis=-2)
+        decay, states = jax.lax.associative_scan(
+            lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, b), axis=-2
+        )
         return states + decay * state[..., None, :]
 
 
@@ -97,7 +104,10 @@ class Recurrent(nnx.Module):
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         c = config
         self.taps, self.width = c.conv_width, c.lru_width
-        options = lambda name: dict(bias=True, lora=c.adapter(name), rngs=rngs)
+
+        def options(name):
+            return dict(bias=True, lora=c.adapter(name), rngs=rngs)
+
         self.linear_x = Linear((c.d_model, c.lru_width), **options("linear_x"))
         self.linear_y = Linear((c.d_model, c.lru_width), **options("linear_y"))
         self.linear_out = Linear((c.lru_width, c.d_model), gain=residual_gain(c), **options("linear_out"))

@@ -13,7 +13,11 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 # Text towers inside multimodal files, and what lies beside them.
-_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+_PREFIXES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
@@ -68,7 +72,9 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / INDEX_FILE
     if not index.is_file():
         if not (directory / SINGLE_FILE).is_file():
-            raise InputError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a directory with safetensors weights")
+            raise InputError(
+                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a directory with safetensors weights"
+            )
         return [directory / SINGLE_FILE]
     try:
         names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})

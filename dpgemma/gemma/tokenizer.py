@@ -1,4 +1,6 @@
-"""Text to token ids and back. Special ids come from the tokenizer's own files; ours are Gemma's: pad 0, eos 1, bos 2, unk 3."""
+"""Text to token ids and back. Special ids come from the tokenizer's own files; ours are Gemma's: pad 0, eos 1, bos 2,
+unk 3.
+"""
 
 import dataclasses
 import json
@@ -12,7 +14,14 @@ from accounting.errors import InputError
 BYTE = "byte"
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 # What a directory may hold beside these; an export copies whatever is there.
-FILES = (MODEL_FILE, JSON_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+FILES = (
+    MODEL_FILE,
+    JSON_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 _SPECIALS = 4
 
@@ -72,21 +81,28 @@ class SentencePieceTokenizer:
 
         if not pathlib.Path(self.path).is_file():
             raise InputError(
-                f"no tokenizer file at {self.path}: give a SentencePiece .model file, a Hugging Face directory, or --tokenizer={BYTE}"
+                f"no tokenizer file at {self.path}: give a SentencePiece .model file, a Hugging Face directory, or"
+                f" --tokenizer={BYTE}"
             )
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=self.path)
         except (RuntimeError, OSError):
-            raise InputError(f"{self.path} is not a SentencePiece model: give a .model file, or --tokenizer={BYTE}") from None
+            raise InputError(
+                f"{self.path} is not a SentencePiece model: give a .model file, or --tokenizer={BYTE}"
+            ) from None
         self.vocab_size = self._pieces.vocab_size()
-        self.pad, self.eos, self.bos = (max(0, i) for i in (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.bos_id()))
+        self.pad, self.eos, self.bos = (
+            max(0, i) for i in (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.bos_id())
+        )
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.asarray(self._pieces.encode(text.decode("utf-8", errors="replace")), np.int32)
 
     def decode(self, ids) -> bytes:
         specials = {self.pad, self.eos, self.bos}
-        return self._pieces.decode([int(i) for i in ids if int(i) not in specials and int(i) < self.vocab_size]).encode()
+        return self._pieces.decode(
+            [int(i) for i in ids if int(i) not in specials and int(i) < self.vocab_size]
+        ).encode()
 
     def token_id(self, token: str) -> int | None:
         found = self._pieces.piece_to_id(token)
@@ -107,7 +123,9 @@ class JsonTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:  # the library raises its own errors as plain Exceptions
-            raise InputError(f"{self._path} is no tokenizer ({str(error).splitlines()[0]}): download it again") from None
+            raise InputError(
+                f"{self._path} is no tokenizer ({str(error).splitlines()[0]}): download it again"
+            ) from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
@@ -123,11 +141,15 @@ class JsonTokenizer:
         return found
 
     def encode(self, text: bytes) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids, np.int32)
+        return np.asarray(
+            self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids, np.int32
+        )
 
     def decode(self, ids) -> bytes:
         specials = {self.pad, self.eos, self.bos}
-        return self._tokenizer.decode([int(i) for i in ids if int(i) not in specials], skip_special_tokens=True).encode()
+        return self._tokenizer.decode(
+            [int(i) for i in ids if int(i) not in specials], skip_special_tokens=True
+        ).encode()
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -157,13 +179,19 @@ def _siblings(path: pathlib.Path) -> list[pathlib.Path]:
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
     """Raises InputError where a tokenizer has more tokens than an embedding has rows."""
     if tokenizer.vocab_size > rows:
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {rows}: choose another of the two")
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {rows}: choose another of the two"
+        )
 
 
 def check_ids(ids: np.ndarray, rows: int) -> None:
-    """Raises InputError for ids beyond an embedding: text that holds a token which the tokenizer knows and the model does not."""
+    """Raises InputError for ids beyond an embedding: text that holds a token which the tokenizer knows and the model
+    does not.
+    """
     if ids.size and ids.max() >= rows:
-        raise InputError(f"the text holds tokens beyond the {rows} that the model knows: remove them, or choose another tokenizer")
+        raise InputError(
+            f"the text holds tokens beyond the {rows} that the model knows: remove them, or choose another tokenizer"
+        )
 
 
 def utf8(text: str) -> bytes:
@@ -172,7 +200,8 @@ def utf8(text: str) -> bytes:
 
 
 def load(spec: str) -> Tokenizer:
-    """The tokenizer that --tokenizer names: "byte", a SentencePiece model, or a Hugging Face directory with either of its files.
+    """The tokenizer that --tokenizer names: "byte", a SentencePiece model, or a Hugging Face directory with either of
+    its files.
 
     Raises:
       InputError: nothing of the kind there.
@@ -186,4 +215,6 @@ def load(spec: str) -> Tokenizer:
         return JsonTokenizer(path)
     if (path / MODEL_FILE).is_file():
         return SentencePieceTokenizer(str(path / MODEL_FILE))
-    raise InputError(f"{spec} has neither {JSON_FILE} nor {MODEL_FILE}: give another --tokenizer, or --tokenizer={BYTE}")
+    raise InputError(
+        f"{spec} has neither {JSON_FILE} nor {MODEL_FILE}: give another --tokenizer, or --tokenizer={BYTE}"
+    )

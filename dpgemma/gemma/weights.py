@@ -38,7 +38,9 @@ class Weight:
 def _pair(stack: str, here: str, there: str, layout: str, *, bias: bool = False) -> list[Weight]:
     path = (stack, *here.split("."))
     name = f"model.layers.{{}}.{there}"
-    return [Weight((*path, "w"), f"{name}.weight", layout)] + ([Weight((*path, "bias"), f"{name}.bias")] if bias else [])
+    return [Weight((*path, "w"), f"{name}.weight", layout)] + (
+        [Weight((*path, "bias"), f"{name}.bias")] if bias else []
+    )
 
 
 def _norms(model_type: str) -> dict[str, str]:
@@ -64,14 +66,21 @@ def table(config: GemmaConfig) -> list[Weight]:
     stacks = {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}
     for stack in (stack for stack, layers in stacks.items() if layers):
         layer = "model.layers.{}."
-        weights += [Weight((stack, here, "scale"), f"{layer}{there}.weight") for here, there in _norms(config.model_type).items()]
+        weights += [
+            Weight((stack, here, "scale"), f"{layer}{there}.weight")
+            for here, there in _norms(config.model_type).items()
+        ]
         for name in ("gate", "up", "down"):
             weights += _pair(stack, f"mlp.{name}", f"{mlp}.{name}_proj", LINEAR, bias=config.biases)
         if stack == ATTENTION_BLOCKS:
             for here, there in {"q": "q", "k": "k", "v": "v", "out": "o"}.items():
-                weights += _pair(stack, f"mixer.{here}", f"{mixer}.{there}_proj", LINEAR, bias=config.biases and here == "out")
+                weights += _pair(
+                    stack, f"mixer.{here}", f"{mixer}.{there}_proj", LINEAR, bias=config.biases and here == "out"
+                )
             if config.qk_norm:
-                weights += [Weight((stack, "mixer", f"{x}_norm", "scale"), f"{layer}{mixer}.{x}_norm.weight") for x in "qk"]
+                weights += [
+                    Weight((stack, "mixer", f"{x}_norm", "scale"), f"{layer}{mixer}.{x}_norm.weight") for x in "qk"
+                ]
             continue
         for name in ("linear_x", "linear_y", "linear_out"):
             weights += _pair(stack, f"mixer.{name}", f"{mixer}.{name}", LINEAR, bias=True)
@@ -86,7 +95,9 @@ def table(config: GemmaConfig) -> list[Weight]:
 
 def layers_of(config: GemmaConfig, weight: Weight) -> tuple[int, ...]:
     """Numbers of the layers that a stacked parameter holds; none for the parameters outside of layers."""
-    return {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}.get(weight.path[0], ())
+    return {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}.get(
+        weight.path[0], ()
+    )
 
 
 def leaves(tree: dict, prefix: tuple[str, ...] = ()) -> dict:
@@ -117,7 +128,9 @@ def file_shape(shape: tuple[int, ...], weight: Weight, fan_in: int) -> tuple[int
 def to_file(array: np.ndarray, weight: Weight, fan_in: int) -> np.ndarray:
     if weight.layout == LINEAR:
         array = array.reshape(fan_in, -1).T
-    return np.ascontiguousarray(array.reshape(file_shape(array.shape, weight, fan_in) if weight.layout == CHANNELS else array.shape))
+    return np.ascontiguousarray(
+        array.reshape(file_shape(array.shape, weight, fan_in) if weight.layout == CHANNELS else array.shape)
+    )
 
 
 def from_file(array: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.ndarray:
@@ -125,7 +138,9 @@ def from_file(array: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.n
 
 
 def fan_in(config: GemmaConfig, weight: Weight, shape: tuple[int, ...]) -> int:
-    """Rows of a linear layer's matrix: the axes that it contracts. Attention's output contracts two (heads and their width)."""
+    """Rows of a linear layer's matrix: the axes that it contracts. Attention's output contracts two (heads and their
+    width).
+    """
     contracted = 2 if weight.path[1:3] == ("mixer", "out") else 1
     return math.prod(shape[:contracted])
 
@@ -190,7 +205,9 @@ def _load_one(config: GemmaConfig, checkpoint: TensorFiles, weight: Weight, shap
             rows = range(*index[0].indices(shape[0]))
             return np.asarray(checkpoint.read(names[0], slice(rows.start, rows.stop))[(slice(None), *index[1:])], dtype)
         chosen = names[index[0]]
-        result = np.empty((len(chosen), *(len(range(*s.indices(n))) for s, n in zip(index[1:], shape[1:], strict=True))), dtype)
+        result = np.empty(
+            (len(chosen), *(len(range(*s.indices(n))) for s, n in zip(index[1:], shape[1:], strict=True))), dtype
+        )
         for i, name in enumerate(chosen):
             result[i] = from_file(checkpoint.read(name), weight, shape[1:])[index[1:]]
         return result
@@ -218,8 +235,12 @@ def tensors(config: GemmaConfig, parameters: dict, dtype=None) -> Iterator[tuple
             yield name, to_file(one, weight, fan_in(config, weight, one.shape))
 
 
-def save(config: GemmaConfig, parameters: dict, directory: pathlib.Path, dtype=None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the safetensors files, with an index if one file is not enough; one file's tensors are in memory at a time."""
+def save(
+    config: GemmaConfig, parameters: dict, directory: pathlib.Path, dtype=None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes the safetensors files, with an index if one file is not enough; one file's tensors are in memory at a
+    time.
+    """
     shard, places, sizes = {}, {}, []
 
     def flush():
@@ -237,8 +258,14 @@ def save(config: GemmaConfig, parameters: dict, directory: pathlib.Path, dtype=N
     if len(sizes) == 1:
         (directory / places[EMBEDDING]).rename(directory / SINGLE_FILE)
         return
-    final = {f"model-{i + 1:05d}.safetensors": f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors" for i in range(len(sizes))}
+    final = {
+        f"model-{i + 1:05d}.safetensors": f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors"
+        for i in range(len(sizes))
+    }
     for old, new in final.items():
         (directory / old).rename(directory / new)
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {name: final[place] for name, place in places.items()}}
+    index = {
+        "metadata": {"total_size": sum(sizes)},
+        "weight_map": {name: final[place] for name, place in places.items()},
+    }
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")

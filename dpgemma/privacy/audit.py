@@ -1,9 +1,9 @@
 """How a loss uses its parameters, found out from its shapes alone.
 
-Formal guarantee: where `uses_of` returns, every parameter reaches the loss through uses that are listed, each by an operation of
-`privacy.operations` on whole layers of it, and no layer twice by one rule, so that the norms which those operations' rules give add up to
-the norm of the whole gradient. Anything else is refused by name while the loss is traced, before any data is seen.
-Tested by tests/privacy/audit_test.py.
+Formal guarantee: where `uses_of` returns, every parameter reaches the loss through uses that are listed, each by an
+operation of `privacy.operations` on whole layers of it, and no layer twice by one rule, so that the norms which those
+operations' rules give add up to the norm of the whole gradient. Anything else is refused by name while the loss is
+traced, before any data is seen. Tested by tests/privacy/audit_test.py.
 """
 
 import collections
@@ -28,12 +28,18 @@ def uses_of(loss, params, example) -> Uses:
       params, example: arrays, tracers or shapes; only shapes and types are looked at.
 
     Raises:
-      UntrackedUse: a parameter is opened by anything but an operation with a rule, or a layer of it is used more than once by one.
+      UntrackedUse: a parameter is opened by anything but an operation with a rule, or a layer of it is used more than
+        once by one.
     """
-    abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    def abstract(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
     params, uses = abstract(params), Uses()
     taps = [{} for _ in jax.tree.leaves(params)]
-    jaxpr = jax.make_jaxpr(lambda values, example: loss(boxes(values, taps, uses=uses), example))(params, abstract(example)).jaxpr
+    jaxpr = jax.make_jaxpr(lambda values, example: loss(boxes(values, taps, uses=uses), example))(
+        params, abstract(example)
+    ).jaxpr
     leaves, names = jax.tree.leaves(params), leaf_names(params)
     shards = {var: _Shard.of(name, leaf, uses) for var, name, leaf in zip(jaxpr.invars, names, leaves, strict=False)}
     used = collections.defaultdict(list)
@@ -43,16 +49,22 @@ def uses_of(loss, params, example) -> Uses:
         count = max(collections.Counter(layers).values())
         if count > 1:
             rule, _, name = mark.partition(":")
-            raise UntrackedUse(f"parameter {name} is used {count} times by {rule}: ghost norms need one use of each layer")
+            raise UntrackedUse(
+                f"parameter {name} is used {count} times by {rule}: ghost norms need one use of each layer"
+            )
     for name, rules in uses.items():
         if len(rules) > 1 and set(rules) != _TOGETHER:
-            raise UntrackedUse(f"parameter {name} is used by {' and '.join(rules)}: no rule knows of the two gradients' inner product")
+            raise UntrackedUse(
+                f"parameter {name} is used by {' and '.join(rules)}: no rule knows of the two gradients' inner product"
+            )
     return uses
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """Which layers of a parameter a variable of a jaxpr holds: numbers [S, *layer axes], for every round S of the loops around it."""
+    """Which layers of a parameter a variable of a jaxpr holds: numbers [S, *layer axes], for every round S of the loops
+    around it.
+    """
 
     name: str
     layers: np.ndarray
@@ -77,7 +89,10 @@ class _Shard:
         match eqn.primitive.name:
             case "slice":
                 parts = zip(
-                    eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"] or (1,) * len(before), strict=True
+                    eqn.params["start_indices"],
+                    eqn.params["limit_indices"],
+                    eqn.params["strides"] or (1,) * len(before),
+                    strict=True,
                 )
                 parts = [slice(*part) for part in parts]
                 whole = all(part == slice(0, n, 1) for part, n in zip(parts[self.axes :], rest, strict=True))
@@ -101,7 +116,8 @@ class _Shard:
 
 def _opened(name: str) -> UntrackedUse:
     return UntrackedUse(
-        f"parameter {name} reaches the loss outside of the operations that have a norm rule (dpgemma.privacy.operations): ghost norms"
+        f"parameter {name} reaches the loss outside of the operations that have a norm rule"
+        " (dpgemma.privacy.operations): ghost norms"
         " would miss a part of its gradient; use one of them, or --clipping=example_scan"
     )
 
@@ -119,7 +135,9 @@ def _marks(jaxpr, shards: dict):
         given = [None if isinstance(atom, Literal) else shards.get(atom) for atom in eqn.invars]
         if eqn.primitive.name == "name" and eqn.params["name"].startswith(MAPPED) and eqn.invars[0].aval.ndim:
             name = eqn.params["name"].removeprefix(MAPPED)
-            raise UntrackedUse(f"parameter {name} is used under vmap within one example: ghost norms need its rows in one call")
+            raise UntrackedUse(
+                f"parameter {name} is used under vmap within one example: ghost norms need its rows in one call"
+            )
         if eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK):
             mark = eqn.params["name"].removeprefix(MARK)
             if given[0] is None:  # it came out of something that is not followed, so nobody knows which layers it holds
@@ -138,7 +156,9 @@ def _marks(jaxpr, shards: dict):
 
 
 def _given_to(eqn, sub, given: list) -> dict:
-    """Which inputs of an inner jaxpr hold parameters: they are the last operands of its equation (a cond has its index before them)."""
+    """Which inputs of an inner jaxpr hold parameters: they are the last operands of its equation (a cond has its index
+    before them).
+    """
     if len(given) < len(sub.invars):
         return {} if not any(given) else _refused(next(filter(None, given)))
     given = given[len(given) - len(sub.invars) :]

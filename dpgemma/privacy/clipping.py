@@ -1,11 +1,11 @@
 """Sums of per-example gradients, each scaled to a bounded L2 norm.
 
-Formal guarantee: for any two batches that differ in one unit, present or absent, whatever its content (NaN, inf and overflow
-included), the two exact sums of what `clipped_sum` adds differ by at most `sensitivity` in L2; the contribution of a single unit has
-norm at most `sensitivity` in any compute type, rounding included (for strategies that never hold one unit's gradient: as ghost_norms
-states it). Padding contributes exact zeros. Adding the contributions rounds like any float32 sum.
-Tested by tests/privacy/clipping_test.py::test_pitfall_2_neighbour_difference_is_bounded and
-::test_pitfall_12_released_norm_never_exceeds_clip_norm.
+Formal guarantee: for any two batches that differ in one unit, present or absent, whatever its content (NaN, inf and
+overflow included), the two exact sums of what `clipped_sum` adds differ by at most `sensitivity` in L2; the
+contribution of a single unit has norm at most `sensitivity` in any compute type, rounding included (for strategies that
+never hold one unit's gradient: as ghost_norms states it). Padding contributes exact zeros. Adding the contributions
+rounds like any float32 sum. Tested by tests/privacy/clipping_test.py::test_pitfall_2_neighbour_difference_is_bounded
+and ::test_pitfall_12_released_norm_never_exceeds_clip_norm.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from dpgemma.privacy import ghost, measured, norms
 
-# How gradients are computed: one example at a time; from the operands of one kept backward pass; the same, every operation of every
-# layer bounded by itself; all at once, as the definition says.
+# How gradients are computed: one example at a time; from the operands of one kept backward pass; the same, every
+# operation of every layer bounded by itself; all at once, as the definition says.
 EXAMPLE_SCAN, GHOST, PER_LAYER, VMAP = "example_scan", "ghost", "per_layer", "vmap"
 STRATEGIES = (EXAMPLE_SCAN, GHOST, PER_LAYER, VMAP)
 
@@ -30,7 +30,8 @@ SCALINGS = (CLIP, NORMALISE, AUTOMATIC)
 # Bu et al. 2023, "Automatic clipping" (arXiv 2206.07136), section 4: what keeps small gradients small.
 STABILISER = 0.01
 
-# Squares of float32 numbers below 1e-19 vanish. With a clip norm of at least this, what vanishes is below one part in 1e12 of it.
+# Squares of float32 numbers below 1e-19 vanish. With a clip norm of at least this, what vanishes is below one part in
+# 1e12 of it.
 SMALLEST_CLIP_NORM = 1e-6
 
 _FEW = 8
@@ -51,8 +52,9 @@ class ClippedSum:
     """A float32 sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to.
 
     Attributes:
-      count: where it was asked for, the sum over the units of +1/2 for a norm of at most C and -1/2 for a larger one; nothing for a
-        norm of zero, as an empty unit has, and for one that is not finite. Sensitivity 1/2 whether a unit goes or an empty one replaces it.
+      count: where it was asked for, the sum over the units of +1/2 for a norm of at most C and -1/2 for a larger one;
+        nothing for a norm of zero, as an empty unit has, and for one that is not finite. Sensitivity 1/2 whether a unit
+        goes or an empty one replaces it.
     """
 
     total: Any
@@ -113,7 +115,9 @@ def _held(gradient_of_example):
     """One microbatch by gradients that are held, each with its norm."""
 
     def microbatch(loss, params, examples, keep, scaling: Scaling):
-        of_example = lambda example: gradient_of_example(loss, params, example)
+        def of_example(example):
+            return gradient_of_example(loss, params, example)
+
         if keep.shape == (1,):
             one = of_example(jax.tree.map(lambda x: x[0], examples))
             losses, gradients, lengths = jax.tree.map(lambda x: x[None], one)
@@ -123,9 +127,15 @@ def _held(gradient_of_example):
 
         def weighted(leaf):
             # A select, not a product with zero: 0 * inf is NaN.
-            term = lambda i: jnp.where(keep[i], leaf[i].astype(jnp.float32) * factors[i], 0.0)
+            def term(i):
+                return jnp.where(keep[i], leaf[i].astype(jnp.float32) * factors[i], 0.0)
+
             # Few terms are added one by one, which fuses into a single pass over the total.
-            return sum(map(term, range(len(leaf)))) if len(leaf) <= _FEW else jax.vmap(term)(jnp.arange(len(leaf))).sum(axis=0)
+            return (
+                sum(map(term, range(len(leaf))))
+                if len(leaf) <= _FEW
+                else jax.vmap(term)(jnp.arange(len(leaf))).sum(axis=0)
+            )
 
         return jax.tree.map(weighted, gradients), lengths, losses
 
@@ -174,33 +184,40 @@ def clipped_sum(
     Trailing padding is not computed at all: the loop ends after the last microbatch that holds an example.
 
     Args:
-      loss: scalar loss of one example (a unit of several rows is one example: the norm is that of its gradient); must not depend on any
-        other example.
+      loss: scalar loss of one example (a unit of several rows is one example: the norm is that of its gradient); must
+        not depend on any other example.
       params: tree of parameters; exactly these are differentiated.
       batch: tree of arrays with a leading axis of B examples.
       mask: bool [B]; false marks padding, whose content is ignored.
       clip_norm: C, the L2 bound per example; inf turns clipping off (non-finite gradients are dropped all the same).
-      strategy: "example_scan" holds the gradients of a small microbatch; "vmap" does so as the definition says, for tests;
-        "ghost" never holds one; "per_layer" bounds every operation of every layer by itself, all bounds together making C.
+      strategy: "example_scan" holds the gradients of a small microbatch; "vmap" does so as the definition says, for
+        tests; "ghost" never holds one; "per_layer" bounds every operation of every layer by itself, all bounds together
+        making C.
       microbatch_size: examples at a time.
-      scaling: "clip" to C, "normalise" (the same divided by C: sensitivity 1) or "automatic" (divided by norm + stabiliser: the same).
-      thresholds: of "per_layer": "uniform", by "dimension" (in proportion to the square root of a group's size), or for the name of every
-        parameter an array of its layers' shares, which are scaled to the norm that they have together.
+      scaling: "clip" to C, "normalise" (the same divided by C: sensitivity 1) or "automatic" (divided by norm +
+        stabiliser: the same).
+      thresholds: of "per_layer": "uniform", by "dimension" (in proportion to the square root of a group's size), or for
+        the name of every parameter an array of its layers' shares, which are scaled to the norm that they have
+        together.
       counted: whether to count the units whose norm is at most C, for `adaptive`.
-      gathered: inside shard_map, for every leaf of params the tracking.Gathered axis of which this device holds a shard, or None; "ghost"
-        and "per_layer" only. The sums of such leaves are shards of the sum over all devices; those of the others, of this one.
+      gathered: inside shard_map, for every leaf of params the tracking.Gathered axis of which this device holds a
+        shard, or None; "ghost" and "per_layer" only. The sums of such leaves are shards of the sum over all devices;
+        those of the others, of this one.
 
     Returns:
       ClippedSum, with per-example losses and norms for private use.
 
     Raises:
-      ValueError: unknown strategy or scaling, a clip norm that is not at least SMALLEST_CLIP_NORM, or B not a multiple of microbatch_size.
+      ValueError: unknown strategy or scaling, a clip norm that is not at least SMALLEST_CLIP_NORM, or B not a multiple
+        of microbatch_size.
       tracking.UntrackedUse: "ghost" or "per_layer" where a parameter is used by anything but privacy.operations.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"clipping must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if gathered is not None and strategy not in (GHOST, PER_LAYER):
-        raise ValueError(f"{strategy} holds whole gradients, which sharded parameters are meant to avoid: use {GHOST} or {PER_LAYER}")
+        raise ValueError(
+            f"{strategy} holds whole gradients, which sharded parameters are meant to avoid: use {GHOST} or {PER_LAYER}"
+        )
     rule = Scaling(scaling, clip_norm, stabiliser)
     size, batch_size = microbatch_size, mask.shape[0]
     if batch_size % size:
@@ -214,10 +231,16 @@ def clipped_sum(
 
     def add_microbatch(i, carry):
         total, lengths, losses = carry
-        window = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size)
+
+        def window(x):
+            return jax.lax.dynamic_slice_in_dim(x, i * size, size)
+
         keep = window(mask)
         one, length, value = method(loss, params, jax.tree.map(window, batch), keep, rule)
-        write = lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, jnp.where(keep, x.astype(jnp.float32), 0.0), i * size, 0)
+
+        def write(xs, x):
+            return jax.lax.dynamic_update_slice_in_dim(xs, jnp.where(keep, x.astype(jnp.float32), 0.0), i * size, 0)
+
         return jax.tree.map(jnp.add, total, one), write(lengths, length), write(losses, value)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
@@ -232,13 +255,15 @@ def clipped_sum(
     count = None
     if counted:
         halves = jnp.where(lengths <= clip_norm, 0.5, -0.5)
-        # A unit of nothing counts as an absent one: as a half, its place taken by a unit's content would move the count by a whole.
+        # A unit of nothing counts as an absent one: as a half, its place taken by a unit's content would move the count
+        # by a whole.
         count = jnp.where(mask & (lengths > 0) & jnp.isfinite(lengths), halves, 0.0).sum()
     return ClippedSum(total, PrivateStats(lengths, losses), sensitivity=rule.sensitivity, count=count)
 
 
 def sum_over_devices(clipped: ClippedSum, axis_name: str, gathered: list | None = None) -> ClippedSum:
-    """Adds the sums of devices that hold disjoint units (inside shard_map). One unit lies on one device: same sensitivity.
+    """Adds the sums of devices that hold disjoint units (inside shard_map). One unit lies on one device: same
+    sensitivity.
 
     Args:
       gathered: as clipped_sum was given it; what is a shard of such a sum already stays as it is.

@@ -36,13 +36,22 @@ class Parameter:
     def of(cls, leaf, uses: dict[str, tracking.Use], gathered=None) -> "Parameter":
         layers = leaf.ndim - len(next(iter(uses.values())).shape) if uses else 0
         if gathered and not layers - leaf.ndim <= gathered.axis < 0:
-            raise ValueError(f"axis {gathered.axis} of a parameter {leaf.shape} with {layers} layer axes cannot be spread over devices")
+            raise ValueError(
+                f"axis {gathered.axis} of a parameter {leaf.shape} with {layers} layer axes cannot be spread over"
+                " devices"
+            )
         return cls(leaf.shape, layers, uses, gathered)
 
     def taps(self, batch: int) -> dict:
         """Zeros for every array that the rules need: [*layer axes, B, ...]."""
-        shape = lambda tap: (*self.shape[: self.layers], batch, *tap.shape)
-        return {rule: {name: jnp.zeros(shape(tap), tap.dtype) for name, tap in use.taps.items()} for rule, use in self.uses.items()}
+
+        def shape(tap):
+            return (*self.shape[: self.layers], batch, *tap.shape)
+
+        return {
+            rule: {name: jnp.zeros(shape(tap), tap.dtype) for name, tap in use.taps.items()}
+            for rule, use in self.uses.items()
+        }
 
     def axes(self) -> dict:
         """Where B lies in each of them."""
@@ -70,7 +79,9 @@ class Kept:
     def norms(self) -> ghost_norms.Norms:
         """Of the whole gradient, [B]."""
         of_parameter = [jax.tree.map(lambda x: x.sum(axis=0), self._norms(taps)) for taps in self.taps if taps]
-        return functools.reduce(ghost_norms.Norms.__add__, of_parameter, ghost_norms.Norms(*[jnp.zeros(self.losses.shape)] * 3))
+        return functools.reduce(
+            ghost_norms.Norms.__add__, of_parameter, ghost_norms.Norms(*[jnp.zeros(self.losses.shape)] * 3)
+        )
 
     def group_norms(self) -> list[dict]:
         """For every parameter and each rule by which it is used, of each layer by itself, [L, B]."""
@@ -90,7 +101,10 @@ class Kept:
         Raises:
           ValueError: an unknown word; or a name, a number of layers or a share that does not fit.
         """
-        weights = [{rule: _weight(thresholds, name, p) for rule in p.uses} for name, p in zip(self.names, self.parameters, strict=True)]
+        weights = [
+            {rule: _weight(thresholds, name, p) for rule in p.uses}
+            for name, p in zip(self.names, self.parameters, strict=True)
+        ]
         # Groups of one parameter overlap, so their bounds add before they are squared.
         together = math.sqrt(sum(float(np.square(sum(groups.values())).sum()) for groups in weights if groups))
         return [{rule: jnp.asarray(w / together, jnp.float32) for rule, w in groups.items()} for groups in weights]
@@ -103,7 +117,10 @@ class Kept:
           keep_B: bool; examples that are not kept contribute exact zeros.
         """
         if not isinstance(factors, list):
-            factors = [{rule: jnp.broadcast_to(factors, (p.num_layers, *factors.shape)) for rule in p.uses} for p in self.parameters]
+            factors = [
+                {rule: jnp.broadcast_to(factors, (p.num_layers, *factors.shape)) for rule in p.uses}
+                for p in self.parameters
+            ]
         sums = [self._weighted_sum(*item, keep_B) for item in zip(self.parameters, self.taps, factors, strict=True)]
         return self.structure.unflatten(sums)
 
@@ -130,7 +147,9 @@ def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
         return np.full(parameter.num_layers, math.sqrt(math.prod(next(iter(parameter.uses.values())).shape)))
     if isinstance(thresholds, str) or name not in thresholds:
         given = thresholds if isinstance(thresholds, str) else "thresholds"
-        raise ValueError(f"{given} has no share for parameter {name}: use {UNIFORM}, {BY_DIMENSION} or a share for every name")
+        raise ValueError(
+            f"{given} has no share for parameter {name}: use {UNIFORM}, {BY_DIMENSION} or a share for every name"
+        )
     weight = np.broadcast_to(np.asarray(thresholds[name], float), (parameter.num_layers,))
     if not (np.isfinite(weight) & (weight > 0)).all():
         raise ValueError(f"the shares of parameter {name} must be positive and finite, got {thresholds[name]}")
@@ -151,14 +170,18 @@ def backward(loss, params, examples, gathered: list | None = None) -> Kept:
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     leaves, structure = jax.tree.flatten(params)
     gathered = gathered or [None] * len(leaves)
-    whole = [jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, gathered, strict=True)]
+    whole = [
+        jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, gathered, strict=True)
+    ]
     uses = audit.uses_of(loss, structure.unflatten(whole), example)
     names = tracking.leaf_names(params)
     parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, gathered, strict=True)]
     batch = jax.tree.leaves(examples)[0].shape[0]
 
     def losses(taps):
-        of_example = lambda taps, example: loss(tracking.boxes(params, taps, gathered=gathered), example)
+        def of_example(taps, example):
+            return loss(tracking.boxes(params, taps, gathered=gathered), example)
+
         return jax.vmap(of_example, in_axes=([p.axes() for p in parameters], 0))(taps, examples)
 
     values, pull_back = jax.vjp(losses, [p.taps(batch) for p in parameters])

@@ -1,14 +1,16 @@
-"""Norms and weighted sums of per-example gradients out of what a single backward pass leaves, without the gradients themselves.
+"""Norms and weighted sums of per-example gradients out of what a single backward pass leaves, without the gradients
+themselves.
 
-Of every product y = x W the backward pass keeps the input x and the output's cotangent g of each example (the book-keeping of Bu et al.
-2023, arXiv 2210.00038): the gradient's squared norm |x' g|^2 follows from them in one of two ways, and so does the sum over the examples
-of factor * x' g. Norm and sum are made from the very same arrays, which is what makes the sum's bound provable in bfloat16: in a second
-backward pass everything would be rounded anew.
+Of every product y = x W the backward pass keeps the input x and the output's cotangent g of each example (the
+book-keeping of Bu et al. 2023, arXiv 2210.00038): the gradient's squared norm |x' g|^2 follows from them in one of two
+ways, and so does the sum over the examples of factor * x' g. Norm and sum are made from the very same arrays, which is
+what makes the sum's bound provable in bfloat16: in a second backward pass everything would be rounded anew.
 
-Formal guarantee: `weighted_sum` of one example, with a factor of at most C / `Norms.bound`, has L2 norm at most C. What a lower type rounds
-of the scaled operand is bounded for every input; what float32 sums of n terms lose is taken as 2 sqrt(n) unit roundoffs (Higham and
-Mary 2019, doi 10.1137/18M1226312, theorem 2.4: the chance of more is negligible where roundings are not adversarial).
-Tested by tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm.
+Formal guarantee: `weighted_sum` of one example, with a factor of at most C / `Norms.bound`, has L2 norm at most C. What
+a lower type rounds of the scaled operand is bounded for every input; what float32 sums of n terms lose is taken as 2
+sqrt(n) unit roundoffs (Higham and Mary 2019, doi 10.1137/18M1226312, theorem 2.4: the chance of more is negligible
+where roundings are not adversarial). Tested by
+tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm.
 """
 
 import dataclasses
@@ -22,9 +24,10 @@ from dpgemma.privacy import operations
 from dpgemma.privacy.operations import EMBEDDING, HEAD, LINEAR, PRECISION, VECTOR
 from dpgemma.privacy.tracking import UntrackedUse, Use
 
-# Time of a floating-point operation of each way to a product's norm, relative to that of an ordinary product: "instantiate" forms the
-# gradient of one example and squares it, "gram" multiplies the T x T inner products of inputs and of cotangents. On TPU from the
-# compiler's cycles for a layer of VaultGemma; equal on CPU (0.99 and 0.97 by experiments/benchmarks/norm_rules.py) and where not measured.
+# Time of a floating-point operation of each way to a product's norm, relative to that of an ordinary product:
+# "instantiate" forms the gradient of one example and squares it, "gram" multiplies the T x T inner products of inputs
+# and of cotangents. On TPU from the compiler's cycles for a layer of VaultGemma; equal on CPU (0.99 and 0.97 by
+# experiments/benchmarks/norm_rules.py) and where not measured.
 COSTS = {"tpu": {"instantiate": 1.7, "gram": 1.4}}
 
 _ROUNDOFF = 2.0**-24
@@ -91,18 +94,25 @@ def _lengths(x_TxP):
 
 
 def _instantiated(x_TxP, g_KxTxQ) -> tuple[jax.Array, jax.Array]:
-    of_chunk = lambda g_TxQ: _square_sum(_dot("tp,tq->pq", x_TxP, g_TxQ))
+    def of_chunk(g_TxQ):
+        return _square_sum(_dot("tp,tq->pq", x_TxP, g_TxQ))
+
     square = of_chunk(g_KxTxQ[0]) if len(g_KxTxQ) == 1 else jax.lax.map(of_chunk, g_KxTxQ).sum()
     return square, square * _sum_error(x_TxP.shape[1], *g_KxTxQ.shape)
 
 
 def _gram(x_TxP, g_KxTxQ) -> tuple[jax.Array, jax.Array]:
     length = x_TxP.shape[0]
-    of_chunk = lambda total, g_TxQ: (total + _dot("tq,sq->ts", g_TxQ, g_TxQ), None)
+
+    def of_chunk(total, g_TxQ):
+        return (total + _dot("tq,sq->ts", g_TxQ, g_TxQ), None)
+
     gram_TxT, _ = jax.lax.scan(of_chunk, jnp.zeros((length, length)), g_KxTxQ)
     square = (_dot("tp,sp->ts", x_TxP, x_TxP) * gram_TxT).sum(axis=-1).sum()
     terms = jnp.sum(jnp.square(_lengths(x_TxP)) * jnp.diagonal(gram_TxT))
-    return square, jnp.maximum(terms, square) * _sum_error(x_TxP.shape[1], g_KxTxQ.shape[0] * g_KxTxQ.shape[2], 4 * length)
+    return square, jnp.maximum(terms, square) * _sum_error(
+        x_TxP.shape[1], g_KxTxQ.shape[0] * g_KxTxQ.shape[2], 4 * length
+    )
 
 
 def _product_norms(x_TxP, g_KxTxQ, platform: str) -> Norms:
@@ -127,7 +137,9 @@ def _vector_norms(gradient) -> Norms:
 
 
 def _row_norms(ids_T, g_TxD) -> Norms:
-    """Of the gradient that adds g_t to the row of word id_t: rows of a word that occurs c times are summed, and counted c times."""
+    """Of the gradient that adds g_t to the row of word id_t: rows of a word that occurs c times are summed, and counted
+    c times.
+    """
     same_TxT = (ids_T[:, None] == ids_T[None, :]).astype(jnp.float32)
     rows_TxD = _dot("ts,sd->td", same_TxT, g_TxD.astype(jnp.float32))
     square = jnp.sum(jnp.square(rows_TxD).sum(axis=-1) / same_TxT.sum(axis=-1))
@@ -136,11 +148,15 @@ def _row_norms(ids_T, g_TxD) -> Norms:
 
 
 def _tied_norms(rows: dict, head: dict, platform: str) -> Norms:
-    """Of an embedding that is looked up at the input and multiplies the head: two gradients that meet in the rows of input words."""
+    """Of an embedding that is looked up at the input and multiplies the head: two gradients that meet in the rows of
+    input words.
+    """
     ids_T, g_TxD, h_TxD, delta_KxTxC = rows["ids"].astype(jnp.int32), rows["g"], head["h"], head["delta"]
     one, two = _row_norms(rows["ids"], g_TxD), _product_norms(h_TxD, delta_KxTxC, platform)
     chunk = delta_KxTxC.shape[2]
-    delta_SxT = delta_KxTxC[ids_T // chunk, :, ids_T % chunk]  # what the head says, at every t, of the word at the input s
+    delta_SxT = delta_KxTxC[
+        ids_T // chunk, :, ids_T % chunk
+    ]  # what the head says, at every t, of the word at the input s
     rows_SxD = _dot("st,td->sd", delta_SxT, h_TxD)
     cross = jnp.sum((g_TxD.astype(jnp.float32) * rows_SxD).sum(axis=-1))
     slack = jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD)) * _sum_error(*g_TxD.shape)
@@ -179,9 +195,16 @@ def weighted_sum(use: Use, taps: dict, factors_B, keep_B):
     """
     # Selects, not products with zero: 0 * inf is NaN, and the factor of a bad example may be NaN itself.
     factors_B = jnp.where(keep_B, factors_B, 0.0)
-    axes = lambda x: (len(x), *[1] * (x.ndim - 1))
-    kept = lambda x: jnp.where(keep_B.reshape(axes(x)), x, 0)
-    scaled = lambda x: (kept(x).astype(jnp.float32) * factors_B.reshape(axes(x))).astype(x.dtype)
+
+    def axes(x):
+        return (len(x), *[1] * (x.ndim - 1))
+
+    def kept(x):
+        return jnp.where(keep_B.reshape(axes(x)), x, 0)
+
+    def scaled(x):
+        return (kept(x).astype(jnp.float32) * factors_B.reshape(axes(x))).astype(x.dtype)
+
     match use.rule:
         case operations.VECTOR:
             gradient = taps["gradient"].astype(jnp.float32)

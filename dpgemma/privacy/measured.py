@@ -1,7 +1,8 @@
 """The gradient of one example together with its norm, which is taken piece by piece where the pieces are made.
 
-Formal guarantee: the norm is that of the very arrays that are returned, whatever their type, up to the rounding that norms.margin bounds.
-Tested by tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm and
+Formal guarantee: the norm is that of the very arrays that are returned, whatever their type, up to the rounding that
+norms.margin bounds. Tested by
+tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm and
 tests/privacy/audit_test.py::test_pitfall_2_a_scan_measures_what_it_cannot_track_on_the_whole_gradient.
 """
 
@@ -21,8 +22,8 @@ _MEASURED = (VECTOR, LINEAR)
 def gradient(loss, params, example):
     """(loss, gradient tree, its L2 norm) of one example.
 
-    What an accelerator would otherwise read once more, it has at hand while the gradient of each layer is made. A loss that uses
-    parameters in ways that privacy.operations does not know gets the same, one reading later.
+    What an accelerator would otherwise read once more, it has at hand while the gradient of each layer is made. A loss
+    that uses parameters in ways that privacy.operations does not know gets the same, one reading later.
     """
     try:
         uses = audit.uses_of(loss, params, example)
@@ -52,9 +53,13 @@ def gradient(loss, params, example):
 
 def _taps(parameter: Parameter) -> dict:
     if EMBEDDING in parameter.uses:
-        return {EMBEDDING: {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in parameter.uses[EMBEDDING].taps.items()}}
+        return {
+            EMBEDDING: {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in parameter.uses[EMBEDDING].taps.items()}
+        }
     columns = [
-        math.prod(use.shape[use.inputs :] if use.inputs else use.shape[-1:]) for use in parameter.uses.values() if use.rule in _MEASURED
+        math.prod(use.shape[use.inputs :] if use.inputs else use.shape[-1:])
+        for use in parameter.uses.values()
+        if use.rule in _MEASURED
     ]
     return {SQUARES: jnp.zeros((*parameter.shape[: parameter.layers], columns[0]))} if columns else {}
 
@@ -62,6 +67,7 @@ def _taps(parameter: Parameter) -> dict:
 def plain_gradient(loss, params, example):
     """The same, by any loss."""
     value, gradient = jax.value_and_grad(loss)(params, example)
-    # Without the barrier a compiler may compute the gradient twice, for the norm and for the product, and round it differently.
+    # Without the barrier a compiler may compute the gradient twice, for the norm and for the product, and round it
+    # differently.
     gradient = jax.lax.optimization_barrier(gradient)
     return value, gradient, norms.l2_norm(gradient)

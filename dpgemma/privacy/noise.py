@@ -1,10 +1,10 @@
 """Gaussian noise on a clipped sum, once, from a secret key.
 
-Formal guarantee: `add_gaussian_noise` adds to every coordinate of a ClippedSum, zero coordinates included, an independent sample
-of standard deviation noise_multiplier * sensitivity. The noise of step t is a function of (secret key, t) alone, whatever the
-devices that compute it. Independence rests on Threefry-2x32 under four independent 64-bit keys per step, taken from a 256-bit
-secret by BLAKE2b; a sample is the scaled sum of four normals, because one float32 normal ends at 5.4 standard deviations, where a
-delta of 1e-10 still has mass, and because four keys make 256 bits.
+Formal guarantee: `add_gaussian_noise` adds to every coordinate of a ClippedSum, zero coordinates included, an
+independent sample of standard deviation noise_multiplier * sensitivity. The noise of step t is a function of (secret
+key, t) alone, whatever the devices that compute it. Independence rests on Threefry-2x32 under four independent 64-bit
+keys per step, taken from a 256-bit secret by BLAKE2b; a sample is the scaled sum of four normals, because one float32
+normal ends at 5.4 standard deviations, where a delta of 1e-10 still has mass, and because four keys make 256 bits.
 Tested by tests/privacy/noise_test.py::test_pitfall_13_noise_is_gaussian_to_the_tails and
 ::test_pitfall_7_two_devices_give_the_same_noise_bits.
 """
@@ -25,7 +25,9 @@ DRAWS = 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoisedSum:
-    """A clipped sum after noise: safe to release as far as the accountant's epsilon says. `count` as in ClippedSum, noised."""
+    """A clipped sum after noise: safe to release as far as the accountant's epsilon says. `count` as in ClippedSum,
+    noised.
+    """
 
     total: Any
     count: jax.Array | None = None
@@ -63,12 +65,15 @@ def standard_normal(key_data, leaf_index: int, shape: tuple[int, ...]):
     return jax.lax.scan(add_draw, jnp.zeros(shape), jnp.asarray(key_data))[0] * DRAWS**-0.5
 
 
-def add_gaussian_noise(clipped: ClippedSum, noise_multiplier: float, key_data, count_noise: float | None = None) -> NoisedSum:
-    """Adds N(0, (noise_multiplier * sensitivity)^2) to every coordinate; nothing where noise_multiplier is zero (no privacy).
+def add_gaussian_noise(
+    clipped: ClippedSum, noise_multiplier: float, key_data, count_noise: float | None = None
+) -> NoisedSum:
+    """Adds N(0, (noise_multiplier * sensitivity)^2) to every coordinate; nothing where noise_multiplier is zero (no
+    privacy).
 
     Args:
-      noise_multiplier: a number; or a traced one, so that one compiled program serves any noise, whose caller has checked that it is
-        positive and finite.
+      noise_multiplier: a number; or a traced one, so that one compiled program serves any noise, whose caller has
+        checked that it is positive and finite.
       count_noise: standard deviation of the noise on a sum's count; must be given for a sum that has one.
 
     Raises:
@@ -86,7 +91,9 @@ def add_gaussian_noise(clipped: ClippedSum, noise_multiplier: float, key_data, c
         raise ValueError(f"count_noise must be positive and finite, got {count_noise:g}")
     scale = noise_multiplier * clipped.sensitivity
     if not (0 < clipped.sensitivity < float("inf") if traced else 0 < scale < float("inf")):
-        raise ValueError(f"noise multiplier {noise_multiplier} and sensitivity {clipped.sensitivity:g} give no finite noise")
+        raise ValueError(
+            f"noise multiplier {noise_multiplier} and sensitivity {clipped.sensitivity:g} give no finite noise"
+        )
     leaves, structure = jax.tree.flatten(clipped.total)
     noised = [leaf + scale * standard_normal(key_data, i, leaf.shape) for i, leaf in enumerate(leaves)]
     count = None if clipped.count is None else clipped.count + count_noise * standard_normal(key_data, len(leaves), ())

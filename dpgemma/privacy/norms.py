@@ -1,7 +1,8 @@
 """L2 norms in float32 whose rounding error is known.
 
-The order of additions is fixed: an ordinary reduction may add a million numbers in sequence, and its float32 result can then be too
-small by more than any constant margin. Sums run over leading axes, in runs of whole tiles, so that no number has to change its place.
+The order of additions is fixed: an ordinary reduction may add a million numbers in sequence, and its float32 result can
+then be too small by more than any constant margin. Sums run over leading axes, in runs of whole tiles, so that no
+number has to change its place.
 """
 
 import math
@@ -14,7 +15,9 @@ _RADIX, _LONGEST, _TILE = 8, 64, 8
 
 
 def _split(length: int) -> int:
-    """How many terms of an axis are added at a time: at most 64, a divisor if there is one, leaving whole tiles if it can."""
+    """How many terms of an axis are added at a time: at most 64, a divisor if there is one, leaving whole tiles if it
+    can.
+    """
     divisors = [n for n in range(2, min(length, _LONGEST) + 1) if length % n == 0]
     whole = [n for n in divisors if length // n % _TILE == 0]
     return max(whole or divisors, default=_LONGEST)
@@ -68,11 +71,12 @@ def l2_norm(tree) -> jax.Array:
 
 
 def margin(tree) -> float:
-    """By how much a clip factor is lowered, relatively, so that rounding can never carry a clipped gradient above the norm.
+    """By how much a clip factor is lowered, relatively, so that rounding can never carry a clipped gradient above the
+    norm.
 
-    Where no term passes through more than n additions, with u = 2^-24, the computed sum of squares is at least (1 - (1 + n) u) times the
-    true one, so the norm is low by at most half of that; square root, division, the rounded bound and the final product add one u each
-    on hardware that rounds correctly and a few on hardware that does not.
+    Where no term passes through more than n additions, with u = 2^-24, the computed sum of squares is at least (1 - (1
+    + n) u) times the true one, so the norm is low by at most half of that; square root, division, the rounded bound and
+    the final product add one u each on hardware that rounds correctly and a few on hardware that does not.
     """
     leaves = [leaf.shape or (1,) for leaf in jax.tree.leaves(tree)]
     # Column sums may be kept layer by layer, so that what `total` adds is longer than the last axes alone.

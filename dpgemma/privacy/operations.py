@@ -1,9 +1,10 @@
 """The operations through which parameters reach a loss. Each has a rule of the same name in `ghost_norms`.
 
-Given plain arrays, each is its own definition and nothing else. Given a `Tracked` box, it computes the same and leaves in the
-cotangents of the box's taps what the rule needs of one example: nothing of this crosses examples, so it can be mapped over them. Of a
-box that does not keep operands, it leaves the gradient's sum of squares instead, taken where the gradient is made; only the rows that
-an embedding looks up are kept in any case, because a gradient of all words, zero but for them, would be a waste.
+Given plain arrays, each is its own definition and nothing else. Given a `Tracked` box, it computes the same and leaves
+in the cotangents of the box's taps what the rule needs of one example: nothing of this crosses examples, so it can be
+mapped over them. Of a box that does not keep operands, it leaves the gradient's sum of squares instead, taken where the
+gradient is made; only the rows that an embedding looks up are kept in any case, because a gradient of all words, zero
+but for them, would be a waste.
 """
 
 import functools
@@ -22,7 +23,8 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 
 def vector(w):
-    """A parameter that is small beside the activations (scale, bias, taps of a convolution, blocks of a gate), for any use whatever.
+    """A parameter that is small beside the activations (scale, bias, taps of a convolution, blocks of a gate), for any
+    use whatever.
 
     Tracked, every example gets a copy of its own, whose gradient is that example's: exact for whatever is done with it.
     """
@@ -37,9 +39,11 @@ def vector(w):
 
 
 def linear(x, w, inputs: int = 1):
-    """x [..., in...] times w [in..., out...], of which the first `inputs` axes are contracted; the result is [..., out...].
+    """x [..., in...] times w [in..., out...], of which the first `inputs` axes are contracted; the result is [...,
+    out...].
 
-    As one product of two matrices: with several free axes XLA's CPU backend takes up to twice as long for the gradients.
+    As one product of two matrices: with several free axes XLA's CPU backend takes up to twice as long for the
+    gradients.
     """
     fan_in, fan_out = math.prod(w.shape[:inputs]), math.prod(w.shape[inputs:])
     shape = (*x.shape[: x.ndim - inputs], *w.shape[inputs:])
@@ -77,7 +81,9 @@ _tracked_product.defvjp(_tracked_product_forward, _tracked_product_backward)
 
 
 def _measured(w, tap):
-    """The parameter itself; where there is a tap, with the column sums of its gradient's squares in the tap's cotangent."""
+    """The parameter itself; where there is a tap, with the column sums of its gradient's squares in the tap's
+    cotangent.
+    """
     return w if tap is None else _with_squares(w, tap)
 
 
@@ -89,7 +95,8 @@ def _with_squares(w, tap):
 def _with_squares_backward(_, gradient):
     rounded = gradient.astype(jnp.float32)
     if gradient.dtype != jnp.float32:
-        # A cast may be left out by a compiler, so that it would square other numbers than those that it stores; this may not.
+        # A cast may be left out by a compiler, so that it would square other numbers than those that it stores; this
+        # may not.
         kind = jnp.finfo(gradient.dtype)
         rounded = jax.lax.reduce_precision(rounded, kind.nexp, kind.nmant)
     return rounded.astype(gradient.dtype), norms.column_squares(rounded)
@@ -104,7 +111,10 @@ def embedding(tokens, words_VxD, dtype):
         return words_VxD[tokens].astype(dtype)
     shape = (*tokens.shape, words_VxD.shape[1])
     if words_VxD.uses is not None:
-        taps = {"ids": jax.ShapeDtypeStruct((tokens.size,), jnp.float32), "g": jax.ShapeDtypeStruct((tokens.size, shape[-1]), dtype)}
+        taps = {
+            "ids": jax.ShapeDtypeStruct((tokens.size,), jnp.float32),
+            "g": jax.ShapeDtypeStruct((tokens.size, shape[-1]), dtype),
+        }
         return record(words_VxD, Use(EMBEDDING, words_VxD.shape, taps), jax.ShapeDtypeStruct(shape, dtype), tokens)
     if EMBEDDING not in words_VxD.taps:
         return words_VxD.open()[tokens].astype(dtype)
@@ -138,7 +148,8 @@ def head(core, hidden_NxD, words_VxD, targets_N):
       core: hashable, with
         chunk: C, how many words at a time;
         forward(hidden, words, targets) -> (losses [N], residuals);
-        backward(residuals, d_losses [N], use) -> (gradient [N, D] by the hidden states, what `use` made of delta [N, C], the gradient
+        backward(residuals, d_losses [N], use) -> (gradient [N, D] by the hidden states, what `use` made of delta [N,
+        C], the gradient
           by one chunk's logits in the type of the hidden states, stacked over the K = ceil(V / C) chunks).
     """
     if isinstance(words_VxD, Tracked) and words_VxD.uses is None and not words_VxD.keep:
@@ -149,7 +160,9 @@ def head(core, hidden_NxD, words_VxD, targets_N):
         chunks = -(-words_VxD.shape[0] // core.chunk)
         delta = jax.ShapeDtypeStruct((chunks, hidden_NxD.shape[0], core.chunk), hidden_NxD.dtype)
         taps = {"h": jax.ShapeDtypeStruct(hidden_NxD.shape, hidden_NxD.dtype), "delta": delta}
-        return record(words_VxD, Use(HEAD, words_VxD.shape, taps), jax.ShapeDtypeStruct(targets_N.shape, jnp.float32), hidden_NxD)
+        return record(
+            words_VxD, Use(HEAD, words_VxD.shape, taps), jax.ShapeDtypeStruct(targets_N.shape, jnp.float32), hidden_NxD
+        )
     return _tracked_head(core, hidden_NxD, words_VxD.open(), targets_N, words_VxD.taps[HEAD])
 
 
@@ -166,7 +179,10 @@ def _head_forward(core, hidden_NxD, words_VxD, targets_N):
 def _head_backward(core, residuals, d_losses_N):
     hidden_NxD, words_VxD, residuals = residuals
     product = functools.partial(jnp.einsum, "nc,nd->cd", precision=PRECISION, preferred_element_type=jnp.float32)
-    use = lambda delta_NxC: product(delta_NxC, hidden_NxD).astype(words_VxD.dtype)
+
+    def use(delta_NxC):
+        return product(delta_NxC, hidden_NxD).astype(words_VxD.dtype)
+
     d_hidden, d_words_KxCxD = core.backward(residuals, d_losses_N, use)
     return d_hidden, d_words_KxCxD.reshape(-1, words_VxD.shape[1])[: words_VxD.shape[0]], None
 

@@ -1,11 +1,11 @@
 """Poisson sampling of unit indices in time and memory proportional to the batch.
 
-Formal guarantee: in every step each of the N units is drawn independently with probability q, up to float64 rounding (a relative
-error of about 1e-15 in q); where more than `max_batch_size` are drawn, a uniformly random subset of that size is kept. The draw of
-step t is a function of (secret key, t, N, q, max_batch_size) alone and independent of every other step, under the assumption that
-ChaCha20 is a pseudo-random function.
-Tested by tests/privacy/poisson_test.py::test_inclusion_is_uniform, ::test_pairs_are_independent, ::test_batch_size_is_binomial and
-::test_pitfall_6_truncation_keeps_a_uniform_subset.
+Formal guarantee: in every step each of the N units is drawn independently with probability q, up to float64 rounding (a
+relative error of about 1e-15 in q); where more than `max_batch_size` are drawn, a uniformly random subset of that size
+is kept. The draw of step t is a function of (secret key, t, N, q, max_batch_size) alone and independent of every other
+step, under the assumption that ChaCha20 is a pseudo-random function.
+Tested by tests/privacy/poisson_test.py::test_inclusion_is_uniform, ::test_pairs_are_independent,
+::test_batch_size_is_binomial and ::test_pitfall_6_truncation_keeps_a_uniform_subset.
 """
 
 import dataclasses

@@ -34,7 +34,9 @@ class UntrackedUse(TypeError):
     """A parameter reaches the loss by a way that no norm rule covers."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "taps"], meta_fields=["name", "keep", "gathered", "uses"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value", "taps"], meta_fields=["name", "keep", "gathered", "uses"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tracked:
     """A parameter as the loss sees it: its shape is known, its value is for operations with a norm rule only.
@@ -44,7 +46,8 @@ class Tracked:
       taps: arrays of zeros whose cotangents carry what norms need out of the backward pass.
       name: of the parameter, for messages.
       keep: whether the operations keep their operands, instead of forming gradients.
-      gathered: where the value is a shard, which axis it is one of; operations gather it over the devices where they use it.
+      gathered: where the value is a shard, which axis it is one of; operations gather it over the devices where they
+        use it.
       uses: the list that an audit fills; None outside of audits.
     """
 
@@ -82,7 +85,8 @@ class Tracked:
 
     def __jax_array__(self):
         raise UntrackedUse(
-            f"parameter {self.name} is used outside of the operations that have a norm rule (dpgemma.privacy.operations): ghost norms"
+            f"parameter {self.name} is used outside of the operations that have a norm rule"
+            " (dpgemma.privacy.operations): ghost norms"
             " would miss a part of its gradient; use one of them, or --clipping=example_scan"
         )
 
@@ -123,10 +127,14 @@ class Uses(dict):
 
 
 def record(box: Tracked, use: Use, output: jax.ShapeDtypeStruct, *inputs):
-    """What an operation returns while it is audited: zeros, made to depend on marks of its use of the box and on its other inputs."""
+    """What an operation returns while it is audited: zeros, made to depend on marks of its use of the box and on its
+    other inputs.
+    """
     known = box.uses.setdefault(box.name, {}).setdefault(use.rule, use)
     if known != use:
-        raise UntrackedUse(f"parameter {box.name} is used twice by {use.rule}, with different shapes: ghost norms need one use of each")
+        raise UntrackedUse(
+            f"parameter {box.name} is used twice by {use.rule}, with different shapes: ghost norms need one use of each"
+        )
     marks = [checkpoint_name(box.value, MARK + f"{use.rule}:{box.name}")]
     # A scalar here; an array where the operation is mapped over an axis that the parameter does not have.
     marks += [checkpoint_name(x.reshape(-1)[0].astype(jnp.float32), MAPPED + box.name) for x in inputs]
@@ -141,12 +149,16 @@ def _once(x, name):
 
 @_once.defjvp
 def _once_jvp(name, primals, tangents):
-    raise UntrackedUse(f"the loss differentiates through parameter {name}: ghost norms know the loss's own gradient only")
+    raise UntrackedUse(
+        f"the loss differentiates through parameter {name}: ghost norms know the loss's own gradient only"
+    )
 
 
 def leaf_names(tree) -> list[str]:
     """Names of a tree's leaves in order, path entries joined by slashes."""
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def boxes(params, taps: list[dict], *, keep: bool = True, gathered: list | None = None, uses: Uses | None = None):

@@ -1,10 +1,11 @@
 """Checkpoints: parameters, optimizer state and the place in the ledger in one atomic Orbax step.
 
-A checkpoint names the ledger's length and head hash at its own event, which is on disk before it and names the SHA-256 of its parameters;
-so each fixes the other.
+A checkpoint names the ledger's length and head hash at its own event, which is on disk before it and names the SHA-256
+of its parameters; so each fixes the other.
 
-Formal guarantee: parameters that are not those with which a run's ledger was written are neither trained further, nor sampled from, nor
-exported under its report. Tested by tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones.
+Formal guarantee: parameters that are not those with which a run's ledger was written are neither trained further, nor
+sampled from, nor exported under its report. Tested by
+tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones.
 """
 
 import asyncio
@@ -59,15 +60,19 @@ class Checkpoints:
         count = optimizer.update_count(state.optimizer_state)
         meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
         state_dict = state.as_dict()
-        # The storage layers raise a failed write once here and print it again from their own threads, some as the program ends.
+        # The storage layers raise a failed write once here and print it again from their own threads, some as the
+        # program ends.
         hooks = sys.excepthook, sys.unraisablehook
         sys.excepthook = sys.unraisablehook = lambda *_: None
         try:
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta)))
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta))
+            )
             self._manager.wait_until_finished()
         except Exception as error:  # a full disk comes back as one of many types
             raise InputError(
-                f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the same command again;"
+                f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the"
+                " same command again;"
                 " the checkpoints before it are kept"
             ) from None
         sys.excepthook, sys.unraisablehook = hooks
@@ -96,13 +101,22 @@ class Checkpoints:
                 if not sound:
                     raise ValueError(f"its counters disagree with its number {step}")
             except Exception as error:  # whatever the storage layers raise on damaged files
-                warn(f"checkpoint {step} cannot be read ({_reason(error)}); it is set aside and the one before it is used")
+                warn(
+                    f"checkpoint {step} cannot be read ({_reason(error)}); it is set aside and the one before it is"
+                    " used"
+                )
                 self._set_aside(step)
                 continue
             if not ledger.begins_with(meta["ledger_lines"], meta["ledger_head"]):
-                raise InputError(f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger edited")
+                raise InputError(
+                    f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger"
+                    " edited"
+                )
             if not is_recorded(meta, digest(state.parameters), ledger.records):
-                warn(f"checkpoint {step} holds other parameters than the ledger recorded; it is set aside and the one before it is used")
+                warn(
+                    f"checkpoint {step} holds other parameters than the ledger recorded; it is set aside and the one"
+                    " before it is used"
+                )
                 self._set_aside(step)
                 continue
             return step, state
@@ -175,7 +189,9 @@ def _summary(manager: ocp.CheckpointManager, step: int) -> dict:
 
 
 def _together(leaves: Sequence) -> list[range]:
-    """Numbers of neighbouring arrays that are read together: those of at most _READ_AT_ONCE bytes in all, or one larger one."""
+    """Numbers of neighbouring arrays that are read together: those of at most _READ_AT_ONCE bytes in all, or one larger
+    one.
+    """
     ends, size = [0], 0
     for i, leaf in enumerate(leaves):
         bytes_ = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
@@ -188,11 +204,14 @@ def _together(leaves: Sequence) -> list[range]:
 
 def _restore_tree(manager: ocp.CheckpointManager, step: int, template):
     arguments = ocp.checkpoint_utils.construct_restore_args(template)
-    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(item=template, restore_args=arguments)))
+    return manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(item=template, restore_args=arguments))
+    )
 
 
 def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
-    """(step, parameter tree, meta) of the latest checkpoint on one device, wherever it was saved; for sampling and export.
+    """(step, parameter tree, meta) of the latest checkpoint on one device, wherever it was saved; for sampling and
+    export.
 
     Raises:
       InputError: there is none, or it cannot be read.
@@ -224,8 +243,9 @@ def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
 def _quieten_reading() -> None:
     """From now on, what cannot be read is said once, by the exception that is raised.
 
-    The storage layers read many arrays side by side. Where one fails, the others have nobody left to answer to, which Python prints as
-    exceptions that cannot be raised: of coroutines dropped unfinished, and in threads that no Python program began.
+    The storage layers read many arrays side by side. Where one fails, the others have nobody left to answer to, which
+    Python prints as exceptions that cannot be raised: of coroutines dropped unfinished, and in threads that no Python
+    program began.
     """
     print_unraisable = sys.unraisablehook
 

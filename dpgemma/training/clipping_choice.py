@@ -26,8 +26,15 @@ from dpgemma.training.config import AUTO, TrainConfig
 from dpgemma.training.step import sharded_clipped_sum
 
 # The ways that compute the same sum, with units at a time; the smaller of two that are equally fast comes first.
-CANDIDATES = ((clipping.EXAMPLE_SCAN, 1), (clipping.EXAMPLE_SCAN, 2), (clipping.EXAMPLE_SCAN, 4), (clipping.GHOST, 1), (clipping.GHOST, 4))
-# Below this many floating-point operations on a CPU, a run takes minutes: trials would take longer than they could save.
+CANDIDATES = (
+    (clipping.EXAMPLE_SCAN, 1),
+    (clipping.EXAMPLE_SCAN, 2),
+    (clipping.EXAMPLE_SCAN, 4),
+    (clipping.GHOST, 1),
+    (clipping.GHOST, 4),
+)
+# Below this many floating-point operations on a CPU, a run takes minutes: trials would take longer than they could
+# save.
 WORTH_A_TRIAL = 3e14
 _REPETITIONS = 2
 # Share of a device's memory that parameters, optimizer and one microbatch may take.
@@ -37,7 +44,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "dpgemma")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One way and what it took: seconds per unit and device, and bytes of temporary memory; or why it cannot be taken."""
+    """One way and what it took: seconds per unit and device, and bytes of temporary memory; or why it cannot
+    be taken."""
 
     strategy: str
     microbatch_size: int
@@ -76,7 +84,9 @@ def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> tuple[TrainCon
     """
     if config.clipping != AUTO:
         return dataclasses.replace(config, microbatch_size=config.microbatch_size or 1), None
-    ways = [way for way in CANDIDATES if config.microbatch_size in (None, way[1])] or [(clipping.EXAMPLE_SCAN, config.microbatch_size)]
+    ways = [way for way in CANDIDATES if config.microbatch_size in (None, way[1])] or [
+        (clipping.EXAMPLE_SCAN, config.microbatch_size)
+    ]
     operations = 6.0 * decoder.num_parameters(model) * config.sequence_length * config.batch_size * config.steps
     if jax.default_backend() == "cpu" and operations < WORTH_A_TRIAL:
         return _chosen(config, *ways[0], "the run is too short for a trial to pay")
@@ -105,7 +115,9 @@ def measure(config: TrainConfig, model: GemmaConfig, bos: int, ways) -> list[Tri
     """Compiles and times the clipped sum of a few rows of random tokens in every way that fits."""
     mesh = mesh_lib.make(config.mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    loss = loss_lib.row_loss(model, bos=bos, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention)
+    loss = loss_lib.row_loss(
+        model, bos=bos, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention
+    )
     shapes = lora.split(model, decoder.parameter_shapes(model))
     # Trained parameters are float32; frozen ones are as their file has them, most often bfloat16.
     trainable, frozen = (
@@ -136,7 +148,8 @@ def _timed(way, loss, trainable, frozen, batch, mesh, limit: float | None) -> Tr
     mask = np.ones(len(batch["tokens"]), bool)
     compiled = run.lower(trainable, frozen, batch, mask).compile()
     memory = compiled.memory_analysis()
-    # Beside what the program holds, there are the sum, its noised copy and the optimizer's two numbers for each trained parameter.
+    # Beside what the program holds, there are the sum, its noised copy and the optimizer's two numbers for each trained
+    # parameter.
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + 4 * 4 * decoder.count(trainable)
     if limit is not None and needed > _MEMORY_SHARE * limit:
         refused = f"needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}"
@@ -160,7 +173,14 @@ def memory_limit(mesh) -> float | None:
 def _key(config: TrainConfig, model: GemmaConfig) -> str:
     facts = {
         "model": dataclasses.asdict(model),
-        "settings": [config.sequence_length, config.dtype, config.remat, config.attention, config.mesh, config.microbatch_size],
+        "settings": [
+            config.sequence_length,
+            config.dtype,
+            config.remat,
+            config.attention,
+            config.mesh,
+            config.microbatch_size,
+        ],
         "devices": [jax.devices()[0].device_kind, jax.device_count(), os.cpu_count()],
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }

@@ -1,7 +1,7 @@
 """What decides the last bits of a step, besides the run's settings: versions and devices.
 
-A step that is executed again must give the very same sums: its noise is the same, so two results that are rounded differently would
-differ by something that has no noise on it.
+A step that is executed again must give the very same sums: its noise is the same, so two results that are rounded
+differently would differ by something that has no noise on it.
 """
 
 import os
@@ -33,7 +33,9 @@ def description() -> str:
     options.append(f"matmul precision {jax.config.jax_default_matmul_precision or 'default'}")
     # How many devices there are, the settings say; where a compiler writes its notes changes no bit.
     flags = set(os.environ.get("XLA_FLAGS", "").split())
-    options += sorted(flag for flag in flags if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump")))
+    options += sorted(
+        flag for flag in flags if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump"))
+    )
     return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, numpy {np.__version__}; {kind}; {', '.join(options)}"
 
 
@@ -48,8 +50,8 @@ def _cpu() -> str:
 def check_repeats(records: list[dict], step: int, here: str) -> None:
     """Refuses to execute steps again elsewhere than where they were executed first.
 
-    Formal guarantee: whatever is lost and executed again, no two different sums are ever released with the same noise, because a step is
-    repeated only in the environment in which its bits are the same. Tested by
+    Formal guarantee: whatever is lost and executed again, no two different sums are ever released with the same noise,
+    because a step is repeated only in the environment in which its bits are the same. Tested by
     tests/training/run_test.py::test_steps_are_repeated_in_their_own_environment_alone.
 
     Args:
@@ -66,6 +68,7 @@ def check_repeats(records: list[dict], step: int, here: str) -> None:
             there = record["environment"]
         if record["kind"] == "step" and record["step"] >= step and there != here:
             raise InputError(
-                f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: its noise would be"
+                f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: its"
+                " noise would be"
                 " the same and its rounding not; go on where it was executed, or start another run in a new --workdir"
             )

@@ -41,8 +41,8 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
 
     Adapters are written alone, in PEFT's format, unless they are merged into the weights that they belong to.
 
-    Formal guarantee: the card's epsilon is that of a ledger to which the written parameters' checkpoint is bound. Tested by
-    tests/training/finetune_test.py::test_a_foreign_checkpoint_gets_no_privacy_card.
+    Formal guarantee: the card's epsilon is that of a ledger to which the written parameters' checkpoint is bound.
+    Tested by tests/training/finetune_test.py::test_a_foreign_checkpoint_gets_no_privacy_card.
 
     Raises:
       InputError: the checkpoint belongs to another ledger.
@@ -54,7 +54,8 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
         done = executed_lib.of(ledger.records)
         if done.steps < model.step or not ledger.begins_with(model.ledger_lines, model.ledger_head):
             raise InputError(
-                f"checkpoint {model.step} belongs to another ledger than the one with {done.steps} steps: one of them was cut or exchanged;"
+                f"checkpoint {model.step} belongs to another ledger than the one with {done.steps} steps: one of them"
+                " was cut or exchanged;"
                 " run dpgemma audit"
             )
         accountant = done.accountant()
@@ -77,7 +78,9 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
 
 
 def export_directory(model: Model, out: pathlib.Path, dtype=None) -> None:
-    """Writes the model of a Hugging Face directory anew: the text decoder alone, in one spelling, with the tokenizer files there are."""
+    """Writes the model of a Hugging Face directory anew: the text decoder alone, in one spelling, with the tokenizer
+    files there are.
+    """
     with folder(out) as temporary:
         _write_model(model, model.parameters, temporary, dtype)
         _write_tokenizer([model.base / name for name in FILES if (model.base / name).is_file()], temporary)
@@ -88,7 +91,9 @@ def _write_model(model: Model, parameters: dict, directory: pathlib.Path, dtype)
     known = hf_config.special_ids(model.base) if model.base is not None and model.base.is_dir() else {}
     ids = known if model.tokenizer is None else _special_ids(model.tokenizer, known)
     weights.save(model.config, parameters, directory, dtype)
-    content = hf_config.to_hf_config(model.config, ids, np.dtype(dtype or parameters["embedder"]["embedding"].dtype).name)
+    content = hf_config.to_hf_config(
+        model.config, ids, np.dtype(dtype or parameters["embedder"]["embedding"].dtype).name
+    )
     (directory / "config.json").write_text(json.dumps(content, indent=1) + "\n")
     generation = model.base / _GENERATION if known else None
     if generation is not None and ids == known and generation.is_file():

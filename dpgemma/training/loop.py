@@ -47,7 +47,8 @@ def stop_on_signal():
 
 
 class Trainer:
-    """One run. Its mechanism, built once from the resolved configuration, is all that sampler, step, ledger and report see of it.
+    """One run. Its mechanism, built once from the resolved configuration, is all that sampler, step, ledger and report
+    see of it.
 
     Attributes:
       first_step: with which `train` began.
@@ -59,15 +60,21 @@ class Trainer:
         self.mechanism = plan.mechanism_of(config)
         self.accountant = Accountant(self.mechanism, claimed=math.isfinite(config.epsilon))
         if self.accountant.upper(config.delta) > config.epsilon:
-            raise InputError(f"{config.steps} steps would exceed epsilon {config.epsilon:g}: take fewer steps or start another run")
+            raise InputError(
+                f"{config.steps} steps would exceed epsilon {config.epsilon:g}: take fewer steps or start another run"
+            )
         self.mesh = mesh_lib.make(config.mesh)
         self.optimizer = optimizer_lib.make(config)
         self.first_step = 0
         self.interrupted = False
-        self.computation = dict(bos=tokenizer.bos, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention)
+        self.computation = dict(
+            bos=tokenizer.bos, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention
+        )
 
     def train(self) -> float | None:
-        """Runs to the last step; returns bits per byte on the held-out rows (NaN if there are none), or None if a signal came first."""
+        """Runs to the last step; returns bits per byte on the held-out rows (NaN if there are none), or None if a
+        signal came first.
+        """
         with Checkpoints(self.run.checkpoints, self.config.keep_checkpoints) as checkpoints:
             with contextlib.closing(self.run.open_ledger()) as ledger:
                 for deviation in executed.of(ledger.records).deviations:
@@ -75,14 +82,20 @@ class Trainer:
                 self.first_step, state, frozen = self._start_or_resume(checkpoints, ledger)
                 step, state = self._take_steps(self.first_step, state, frozen, checkpoints, ledger)
                 if step < self.mechanism.steps:
-                    progress.inform(f"stopped at step {step} of {self.mechanism.steps}; the same command goes on from here")
+                    progress.inform(
+                        f"stopped at step {step} of {self.mechanism.steps}; the same command goes on from here"
+                    )
                     return None
                 return self._finish(lora.join(state.parameters, frozen), ledger)
 
     def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState, dict]:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         trainable, frozen = self.start.parameters(self.config.seed, replicated)
-        clip_norm = None if self.config.clip_quantile is None else jax.device_put(jnp.float32(self.config.clip_norm), replicated)
+        clip_norm = (
+            None
+            if self.config.clip_quantile is None
+            else jax.device_put(jnp.float32(self.config.clip_norm), replicated)
+        )
         state = TrainState(trainable, jax.jit(self.optimizer.init, out_shardings=replicated)(trainable), clip_norm)
         here = environment.description()
         if len(ledger.records) == 1 and ledger.records[0]["environment"] == here:  # the start event alone
@@ -94,7 +107,9 @@ class Trainer:
             progress.inform(f"resuming at step {step} of {self.mechanism.steps}")
         return step, state, frozen
 
-    def _take_steps(self, first: int, state: TrainState, frozen: dict, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState]:
+    def _take_steps(
+        self, first: int, state: TrainState, frozen: dict, checkpoints: Checkpoints, ledger: Ledger
+    ) -> tuple[int, TrainState]:
         config, mechanism, keys = self.config, self.mechanism, self.run.keys()
         if first == mechanism.steps:
             return first, state
@@ -132,7 +147,9 @@ class Trainer:
 
     def _finish(self, parameters: dict, ledger: Ledger) -> float:
         data = self.data
-        bits = loss_lib.bits_per_byte(self.start.model, parameters, data.rows, data.held_out, self.tokenizer, **self.computation)
+        bits = loss_lib.bits_per_byte(
+            self.start.model, parameters, data.rows, data.held_out, self.tokenizer, **self.computation
+        )
         with open(self.run.private / "held_out.jsonl", "a") as file:
             file.write(json.dumps({"step": self.mechanism.steps, "bits_per_byte": bits}) + "\n")
         if not ledger.finished:
@@ -140,5 +157,7 @@ class Trainer:
             ledger.append("finish", step=self.mechanism.steps)
             ledger.sync()
         reporting.write(self.run, ledger, self.accountant, with_page=True)
-        progress.inform(f"ledger head {ledger.head}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed")
+        progress.inform(
+            f"ledger head {ledger.head}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"
+        )
         return bits

@@ -16,7 +16,8 @@ _EVALUATION_BATCH = 32
 
 
 def token_losses(config: GemmaConfig, parameters, row: dict, *, bos: int, **options):
-    """Negative log-likelihoods [..., S] of a row's tokens, each from bos and the tokens before it; zero where they are not scored.
+    """Negative log-likelihoods [..., S] of a row's tokens, each from bos and the tokens before it; zero where they are
+    not scored.
 
     Args:
       row: tokens and scored, each [..., S], as in data.rows.
@@ -33,8 +34,8 @@ def token_losses(config: GemmaConfig, parameters, row: dict, *, bos: int, **opti
 def row_loss(config: GemmaConfig, **options):
     """loss(trainable, frozen, row): mean over the scored tokens of this row; zero where there are none.
 
-    Formal guarantee: it is a function of one row and the parameters; no other row, and no token behind the last scored one, has a part
-    in it. Tested by tests/training/loss_test.py::
+    Formal guarantee: it is a function of one row and the parameters; no other row, and no token behind the last scored
+    one, has a part in it. Tested by tests/training/loss_test.py::
     test_pitfall_18_neither_the_number_nor_the_content_of_unscored_tokens_behind_matters.
     """
 
@@ -52,5 +53,8 @@ def bits_per_byte(config: GemmaConfig, parameters, rows: Rows, numbers: np.ndarr
     for first in range(0, len(numbers), _EVALUATION_BATCH):
         chunk = rows.take(numbers[first : first + _EVALUATION_BATCH], _EVALUATION_BATCH)
         nats += float(losses(parameters, chunk).sum())
-        size += sum(len(tokenizer.decode(tokens[scored])) for tokens, scored in zip(chunk["tokens"], chunk["scored"], strict=True))
+        size += sum(
+            len(tokenizer.decode(tokens[scored]))
+            for tokens, scored in zip(chunk["tokens"], chunk["scored"], strict=True)
+        )
     return nats / math.log(2) / size if size else math.nan

@@ -15,7 +15,8 @@ _MOST_DEVICES = 10**6  # what jax can be asked for at all
 
 
 def resolve(mesh: str) -> str:
-    """ "auto" as "data:N" with every device; a CPU is split into one device per core first. Call before any other use of JAX.
+    """ "auto" as "data:N" with every device; a CPU is split into one device per core first. Call before any other use
+    of JAX.
 
     Raises:
       InputError: not of the form data:N, or more devices than there are.
@@ -30,7 +31,9 @@ def resolve(mesh: str) -> str:
     if mesh == "auto":
         return f"{DATA_AXIS}:{available}"
     if int(count) > available:
-        raise InputError(f"--mesh={mesh} asks for {count} devices, but there are {available}: lower it, or use --mesh=auto")
+        raise InputError(
+            f"--mesh={mesh} asks for {count} devices, but there are {available}: lower it, or use --mesh=auto"
+        )
     return mesh
 
 

@@ -8,7 +8,9 @@ FINAL_SHARE = 0.1
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then decay to a tenth of it at the last step. A function of public constants and the step."""
+    """Linear warm-up to the peak, then decay to a tenth of it at the last step. A function of public constants and the
+    step.
+    """
     peak, decay_steps = config.learning_rate, max(1, config.steps - config.warmup_steps)
     decay = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=FINAL_SHARE),

@@ -48,26 +48,35 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
       config: with clipping and microbatch_size chosen.
       counted_units: training units that the data hold.
       devices: N of the mesh; the cap is a multiple of it.
-      epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target would be passed.
+      epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target
+        would be passed.
 
     Raises:
       InputError: a combination that cannot be trained or has no guarantee.
     """
     num_units = check(config, counted_units)
     multiple = devices * config.microbatch_size
-    # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the smaller it is.
+    # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the
+    # smaller it is.
     planned_for = math.inf if config.noise_multiplier is not None and not epsilon_given else config.epsilon
     cap = config.max_batch_size
     if cap is None:
-        cap = truncation.plan_max_batch_size(num_units, config.batch_size, config.steps, planned_for, config.delta, multiple=multiple)
+        cap = truncation.plan_max_batch_size(
+            num_units, config.batch_size, config.steps, planned_for, config.delta, multiple=multiple
+        )
     elif cap < config.batch_size:
-        raise InputError(f"--max_batch_size={cap} is below the expected batch of {config.batch_size}: raise it or omit it")
+        raise InputError(
+            f"--max_batch_size={cap} is below the expected batch of {config.batch_size}: raise it or omit it"
+        )
     elif cap % multiple:
         raise InputError(
-            f"--max_batch_size={cap} must be a multiple of {multiple} ({devices} devices, {config.microbatch_size} units at a time):"
+            f"--max_batch_size={cap} must be a multiple of {multiple} ({devices} devices, {config.microbatch_size}"
+            " units at a time):"
             f" use {-(-cap // multiple) * multiple}"
         )
-    resolved = dataclasses.replace(config, num_units=num_units, max_batch_size=cap, noise_multiplier=config.noise_multiplier or 0.0)
+    resolved = dataclasses.replace(
+        config, num_units=num_units, max_batch_size=cap, noise_multiplier=config.noise_multiplier or 0.0
+    )
     mechanism = mechanism_of(resolved)
     if config.noise_multiplier is None:
         mechanism = calibration.noise_multiplier(mechanism, config.epsilon, config.delta)
@@ -79,7 +88,8 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
     affordable = calibration.steps(mechanism, config.epsilon, config.delta, largest=config.steps).steps
     if affordable == 0:
         raise InputError(
-            f"--noise_multiplier={config.noise_multiplier:g} passes epsilon {config.epsilon:g} in the first step: raise either"
+            f"--noise_multiplier={config.noise_multiplier:g} passes epsilon {config.epsilon:g} in the first step:"
+            " raise either"
         )
     return dataclasses.replace(resolved, steps=affordable)
 
@@ -92,21 +102,33 @@ def check(config: TrainConfig, counted_units: int) -> int:
     """
     num_units = _units(config, counted_units)
     if config.batch_size > num_units:
-        raise InputError(f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data")
+        raise InputError(
+            f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data"
+        )
     if config.clip_norm < SMALLEST_CLIP_NORM:
-        raise InputError(f"--clip_norm={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}")
+        raise InputError(
+            f"--clip_norm={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}"
+        )
     return num_units
 
 
 def _units(config: TrainConfig, counted: int) -> int:
     if config.neighbouring_relation == ADD_OR_REMOVE:
         if config.num_units is None:
-            raise InputError("under --neighbouring_relation=add_or_remove the number of units is private: declare it with --num_units")
+            raise InputError(
+                "under --neighbouring_relation=add_or_remove the number of units is private: declare it with"
+                " --num_units"
+            )
         if counted > config.num_units:
-            raise InputError(f"the data hold more training units than the declared --num_units={config.num_units}: raise the declaration")
+            raise InputError(
+                f"the data hold more training units than the declared --num_units={config.num_units}: raise the"
+                " declaration"
+            )
         return config.num_units
     if config.num_units not in (None, counted):
-        raise InputError(f"--num_units={config.num_units} differs from the {counted} training units counted: omit it under zero_out")
+        raise InputError(
+            f"--num_units={config.num_units} differs from the {counted} training units counted: omit it under zero_out"
+        )
     return counted
 
 
@@ -118,12 +140,19 @@ def start_event(config: TrainConfig, start: StartingPoint, held_out: int, *, sec
       secret_keys: whether the keys came from the operating system.
     """
     facts = dataclasses.asdict(mechanism_of(config)) | {"secret_keys": secret_keys}
-    facts.update(epsilon=config.epsilon, delta=config.delta, privacy_unit=config.privacy_unit, sequence_length=config.sequence_length)
+    facts.update(
+        epsilon=config.epsilon,
+        delta=config.delta,
+        privacy_unit=config.privacy_unit,
+        sequence_length=config.sequence_length,
+    )
     facts.update(clip_scaling=config.clip_scaling, clip_quantile=config.clip_quantile)
     facts.update(model=start.name, architecture=dataclasses.asdict(start.model), init_sha256=start.sha256)
     shapes = decoder.parameter_shapes(start.model)
     trainable, _ = lora.split(start.model, shapes)
-    facts.update(parameters=decoder.count(shapes), trained_parameters=decoder.count(trainable), seal=SEALS[config.ledger_seal])
+    facts.update(
+        parameters=decoder.count(shapes), trained_parameters=decoder.count(trainable), seal=SEALS[config.ledger_seal]
+    )
     # Under add_or_remove a count of units would be a count of the private data.
     facts.update(held_out_units=held_out if config.neighbouring_relation == ZERO_OUT else None)
     return report.encode(facts)
@@ -133,7 +162,8 @@ def summary(config: TrainConfig, start: StartingPoint, path) -> str:
     """One line for the terminal."""
     m = mechanism_of(config)
     privacy = (
-        f"epsilon {config.epsilon:.4g} at delta {config.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
+        f"epsilon {config.epsilon:.4g} at delta {config.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm"
+        f" {m.clip_norm:g}"
     )
     size = f"{m.num_units} units, batch {config.batch_size} (at most {m.max_batch_size}), {m.steps} steps"
     if not m.is_private:

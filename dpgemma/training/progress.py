@@ -1,7 +1,8 @@
 """What the operator sees while a run goes on, and the two metric files.
 
-metrics.jsonl holds public values only. Losses, norms and batch sizes of private data go to private/metrics.jsonl, and the loss to the
-operator's terminal; where standard error is no terminal it may be kept by somebody else, so the loss is left out.
+metrics.jsonl holds public values only. Losses, norms and batch sizes of private data go to private/metrics.jsonl, and
+the loss to the operator's terminal; where standard error is no terminal it may be kept by somebody else, so the loss is
+left out.
 """
 
 import hashlib
@@ -36,7 +37,11 @@ class Progress:
     def update(self, epsilon: float, loss: float) -> None:
         rate = self._bar.format_dict["rate"] or 0.0
         units = rate * self._units
-        parts = [f"epsilon {epsilon:.3g}/{self._target:.3g}", f"{units:.0f} units/s", f"{units * self._tokens:.0f} tokens/s"]
+        parts = [
+            f"epsilon {epsilon:.3g}/{self._target:.3g}",
+            f"{units:.0f} units/s",
+            f"{units * self._tokens:.0f} tokens/s",
+        ]
         if self._shows_loss:
             parts.append(f"private loss {loss:.3f}")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)

@@ -10,11 +10,13 @@ from dpgemma.training.run_directory import RunDirectory
 def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = None, *, with_page: bool) -> dict:
     """Writes report.json, and report.html if asked, unless the files there are the ledger's latest; returns the report.
 
-    The ledger learns the files' hashes before they are replaced: a crash in between leaves older files that it knows too.
+    The ledger learns the files' hashes before they are replaced: a crash in between leaves older files that it knows
+    too.
 
     Args:
-      accountant: that of the run's mechanism, if one is at hand; used where it is that of what was executed, to the step. An audit knows
-        nothing else, and the last digit of a bracket depends on the number of steps that it was made for.
+      accountant: that of the run's mechanism, if one is at hand; used where it is that of what was executed, to the
+        step. An audit knows nothing else, and the last digit of a bracket depends on the number of steps that it was
+        made for.
     """
     executed = executed_lib.of(ledger.records)
     mechanisms = executed.mechanisms or (executed.planned,)

@@ -1,7 +1,7 @@
 """The folder of one run: what is public, what is private, and who may go on with it.
 
-A new run's folder is written under a temporary name and appears complete: configuration, keys and an opened ledger together, or not
-at all. Secret keys are 256 bits from the operating system. They lie in private/keys.json (0600, in a
+A new run's folder is written under a temporary name and appears complete: configuration, keys and an opened ledger
+together, or not at all. Secret keys are 256 bits from the operating system. They lie in private/keys.json (0600, in a
 folder of mode 0700) and nowhere else.
 """
 
@@ -23,7 +23,9 @@ from dpgemma.training.config import OPERATIONAL
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """256-bit secrets: which units are drawn, which noise is added, which units are held out, the data's fingerprint, the ledger's HMAC."""
+    """256-bit secrets: which units are drawn, which noise is added, which units are held out, the data's fingerprint,
+    the ledger's HMAC.
+    """
 
     sampling: bytes = dataclasses.field(repr=False)
     noise: bytes = dataclasses.field(repr=False)
@@ -45,7 +47,9 @@ class Keys:
             stored = json.loads(path.read_text())
             keys = {field.name: bytes.fromhex(stored[field.name]) for field in dataclasses.fields(cls)}
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is damaged: without its keys this run cannot go on; start another in a new --workdir") from None
+            raise InputError(
+                f"{path} is damaged: without its keys this run cannot go on; start another in a new --workdir"
+            ) from None
         if any(len(key) != 32 for key in keys.values()):
             raise InputError(f"{path} holds keys of another length: it was not written by this program")
         return cls(**keys)
@@ -103,7 +107,9 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
+            raise InputError(
+                f"another process is training in {self.path}: wait for it, or choose another --workdir"
+            ) from None
 
     def unlock(self) -> None:
         """Lets others have the run before this process ends."""
@@ -121,19 +127,26 @@ class RunDirectory:
         differing = [name for name in config if name not in OPERATIONAL and stored.get(name) != config[name]]
         if differing:
             changes = ", ".join(f"{name} ({stored.get(name)} there, {config[name]} here)" for name in differing)
-            raise InputError(f"{self.path} belongs to another configuration: {changes}; give the same flags or another --workdir")
+            raise InputError(
+                f"{self.path} belongs to another configuration: {changes}; give the same flags or another --workdir"
+            )
         try:
             known = json.loads(self.data_file.read_text())["fingerprint"]
         except (OSError, ValueError, KeyError):
-            raise InputError(f"{self.data_file} is missing or damaged: the run cannot tell whether the data are its own") from None
+            raise InputError(
+                f"{self.data_file} is missing or damaged: the run cannot tell whether the data are its own"
+            ) from None
         if known != fingerprint:
-            raise InputError(f"the data differ from those that {self.path} was started with: give the same data or another --workdir")
+            raise InputError(
+                f"the data differ from those that {self.path} was started with: give the same data or another --workdir"
+            )
         with contextlib.closing(self.open_ledger()) as ledger:
             facts = ledger.records[0]
         differing = [name for name in start_event if facts.get(name) != start_event[name]]
         if differing:
             raise InputError(
-                f"{self.path} started from something else: {', '.join(differing)} differ from its ledger; give the same --init_from or"
+                f"{self.path} started from something else: {', '.join(differing)} differ from its ledger; give the"
+                " same --init_from or"
                 " another --workdir"
             )
 
@@ -147,13 +160,18 @@ def open_existing(path: pathlib.Path) -> RunDirectory | None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
     run = RunDirectory(path)
-    files = {"keys (private/keys.json)": run.keys_file, "ledger (ledger.jsonl)": run.ledger_file, "config.json": run.config_file}
+    files = {
+        "keys (private/keys.json)": run.keys_file,
+        "ledger (ledger.jsonl)": run.ledger_file,
+        "config.json": run.config_file,
+    }
     missing = [name for name, file in files.items() if not file.is_file()]
     if len(missing) == len(files):
         raise InputError(f"{path} is neither empty nor the folder of a run: choose another --workdir")
     if missing:
         raise InputError(
-            f"{path} is a run without its {' and '.join(missing)}: going on could spend the budget twice; restore what is missing, or"
+            f"{path} is a run without its {' and '.join(missing)}: going on could spend the budget twice; restore what"
+            " is missing, or"
             " choose another --workdir"
         )
     run.lock()
@@ -192,7 +210,9 @@ def ledger_key(keys: Keys, config: dict) -> bytes | None:
 
 
 def fingerprint(keys: Keys, rows) -> str:
-    """Keyed hash of the packed data; kept in private/, because an unkeyed one would let anyone test a guess of the data."""
+    """Keyed hash of the packed data; kept in private/, because an unkeyed one would let anyone test a guess of the
+    data.
+    """
     digest = hashlib.blake2b(key=keys.fingerprint, digest_size=32)
     for column in (rows.tokens, rows.scored):
         digest.update(repr(column.shape).encode())

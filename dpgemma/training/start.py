@@ -40,7 +40,9 @@ class StartingPoint:
           sharding: of every array; by default the first device.
         """
         key = jax.random.key(seed)
-        random = jax.jit(lambda key: lora.split(self.model, decoder.init_parameters(self.model, key))[0], out_shardings=sharding)
+        random = jax.jit(
+            lambda key: lora.split(self.model, decoder.init_parameters(self.model, key))[0], out_shardings=sharding
+        )
         if self.directory is None:
             return random(key), {}
         if self.model.lora is None:
@@ -57,7 +59,9 @@ def of(config: TrainConfig) -> StartingPoint:
     if config.init_from is None:
         name = config.model or DEFAULT_MODEL
         if name not in PRESETS:
-            raise InputError(f"--model={name} is no preset: choose one of {', '.join(PRESETS)}, or give --init_from=FOLDER")
+            raise InputError(
+                f"--model={name} is no preset: choose one of {', '.join(PRESETS)}, or give --init_from=FOLDER"
+            )
         point = StartingPoint(name, PRESETS[name])
     else:
         if config.model is not None:
@@ -71,7 +75,8 @@ def of(config: TrainConfig) -> StartingPoint:
         point = StartingPoint(model.model_type, model, directory, directory_digest(directory))
     if config.sequence_length > point.model.max_length:
         raise InputError(
-            f"--sequence_length={config.sequence_length} exceeds the {point.model.max_length} tokens of {point.name}'s context: lower it"
+            f"--sequence_length={config.sequence_length} exceeds the {point.model.max_length} tokens of {point.name}'s"
+            " context: lower it"
         )
     if point.model.attention_cap is not None and config.attention == "fused":
         raise InputError(f"--attention=fused cannot cap scores as {point.name} does: use blockwise or dense")

@@ -66,7 +66,8 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)
     if not checkpoint.is_recorded(meta, checkpoint.digest(parameters), _records(run)):
         raise InputError(
-            f"checkpoint {step} of {workdir} belongs to another ledger or holds other parameters than it recorded: run dpgemma audit"
+            f"checkpoint {step} of {workdir} belongs to another ledger or holds other parameters than it recorded: run"
+            " dpgemma audit"
         )
     if base and sha256 is None:
         raise InputError(f"{workdir} started from random weights: drop --init_from")
@@ -75,9 +76,13 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     needs_base = config.lora is not None and with_base
     brings_tokenizer = directory is not None and settings["tokenizer"] == settings["init_from"]
     if (base or needs_base or brings_tokenizer) and not directory.is_dir():
-        raise InputError(f"the model that this run started from is not at {directory} any more: say where with --init_from=FOLDER")
+        raise InputError(
+            f"the model that this run started from is not at {directory} any more: say where with --init_from=FOLDER"
+        )
     if (base or needs_base) and start.directory_digest(directory) != sha256:
-        raise InputError(f"{directory} is not the model that this run started from: its SHA-256 differs; give another --init_from")
+        raise InputError(
+            f"{directory} is not the model that this run started from: its SHA-256 differs; give another --init_from"
+        )
     if needs_base:
         parameters = lora.join(parameters, weights.load(config, directory))
     tokenizer = tokenizer_lib.load(str(directory) if brings_tokenizer else settings["tokenizer"])

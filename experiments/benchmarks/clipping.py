@@ -1,14 +1,17 @@
-"""Per-example clipping against ordinary training: our strategies, jax_privacy's clipped_grad and Opacus, on the same machine.
+"""Per-example clipping against ordinary training: our strategies, jax_privacy's clipped_grad and Opacus, on the same
+machine.
 
-Every row takes one batch of the same random tokens and leaves the (clipped) sum of gradients in float32. Every program is first tried at
-several microbatch sizes; the best of each then run in turn, round after round, and medians of the rounds' ratios are reported against
-the non-private step at its own best microbatch. On a CPU each JAX program runs on one device per core, as the trainer does.
-Memory is XLA's temporary memory where one device takes the whole batch, with activations recomputed (--remat) on both sides, against the
-non-private step that takes it all at once; that of torch, which has no such analysis, is how far a step raises the resident memory of a
-process of its own. Prints a table to standard error and one JSON object.
+Every row takes one batch of the same random tokens and leaves the (clipped) sum of gradients in float32. Every program
+is first tried at several microbatch sizes; the best of each then run in turn, round after round, and medians of the
+rounds' ratios are reported against the non-private step at its own best microbatch. On a CPU each JAX program runs on
+one device per core, as the trainer does. Memory is XLA's temporary memory where one device takes the whole batch, with
+activations recomputed (--remat) on both sides, against the non-private step that takes it all at once; that of torch,
+which has no such analysis, is how far a step raises the resident memory of a process of its own. Prints a table to
+standard error and one JSON object.
 
-    python -m experiments.benchmarks.clipping                                       # 30M parameters on a CPU, with Opacus
-    python -m experiments.benchmarks.clipping --model=vaultgemma_1b --sequence_length=1024 --dtype=bfloat16 --step_remat=block --no-torch
+    python -m experiments.benchmarks.clipping                                       # 30M parameters on a CPU, with
+    Opacus python -m experiments.benchmarks.clipping --model=vaultgemma_1b --sequence_length=1024 --dtype=bfloat16
+    --step_remat=block --no-torch
 """
 
 import argparse
@@ -47,15 +50,23 @@ class Programs:
         from experiments.benchmarks.forward_backward import MODEL
 
         self.model = MODEL if arguments.model == BENCHMARK else PRESETS[arguments.model]
-        self.batch_size, self.length, self.dtype = arguments.batch, arguments.sequence_length, jnp.dtype(arguments.dtype)
+        self.batch_size, self.length, self.dtype = (
+            arguments.batch,
+            arguments.sequence_length,
+            jnp.dtype(arguments.dtype),
+        )
         self.mesh = mesh_lib.make(mesh)
-        tokens = np.random.default_rng(0).integers(4, self.model.vocab_size, (self.batch_size, self.length)).astype(np.int32)
+        tokens = (
+            np.random.default_rng(0).integers(4, self.model.vocab_size, (self.batch_size, self.length)).astype(np.int32)
+        )
         self.batch = {"tokens": tokens, "scored": np.ones(tokens.shape, bool)}
 
     @functools.cached_property
     def parameters(self):
         replicated = jax.sharding.NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(functools.partial(decoder.init_parameters, self.model), out_shardings=replicated)(jax.random.key(0))
+        return jax.jit(functools.partial(decoder.init_parameters, self.model), out_shardings=replicated)(
+            jax.random.key(0)
+        )
 
     def make(self, name: str, size: int, remat: str):
         """A program, by a row's name and how many sequences of a device are computed at once."""
@@ -64,7 +75,9 @@ class Programs:
         if name in OURS:
             mask = jnp.ones(self.batch_size, bool)
             way = dict(strategy=name, microbatch_size=size)
-            return lambda params, batch: sharded_clipped_sum(of_row, params, {}, batch, mask, 1.0, self.mesh, **way).total
+            return lambda params, batch: (
+                sharded_clipped_sum(of_row, params, {}, batch, mask, 1.0, self.mesh, **way).total
+            )
 
         def non_private(params, rows):
             losses = loss.token_losses(self.model, params, rows, **options)
@@ -74,12 +87,19 @@ class Programs:
             parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
             if len(parts["tokens"]) == 1:
                 return jax.grad(non_private)(params, rows)
-            add = lambda total, part: (jax.tree.map(jnp.add, total, jax.grad(non_private)(params, part)), None)
+
+            def add(total, part):
+                return (jax.tree.map(jnp.add, total, jax.grad(non_private)(params, part)), None)
+
             return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)[0]
 
         def jax_privacy_sum(params, rows):
             clip = jax_privacy.clipping.clipped_grad(
-                lambda p, row: of_row(p, {}, row), l2_clip_norm=1.0, batch_argnums=1, keep_batch_dim=False, microbatch_size=size
+                lambda p, row: of_row(p, {}, row),
+                l2_clip_norm=1.0,
+                batch_argnums=1,
+                keep_batch_dim=False,
+                microbatch_size=size,
             )
             return clip(params, rows)
 
@@ -99,7 +119,10 @@ class Programs:
         """The compiled program as a function without arguments; None where it does not fit in memory."""
         try:
             compiled = self.compile(name, size, remat)
-            run = lambda: jax.block_until_ready(compiled(self.parameters, self.batch))
+
+            def run():
+                return jax.block_until_ready(compiled(self.parameters, self.batch))
+
             run()
             return run
         except jax.errors.JaxRuntimeError as error:
@@ -111,7 +134,9 @@ class Programs:
 
     def auto(self, remat: str) -> tuple[str, int]:
         """What --clipping=auto takes for this model on these devices."""
-        config = TrainConfig(sequence_length=self.length, mesh=mesh_lib.resolve("auto"), dtype=self.dtype.name, remat=remat)
+        config = TrainConfig(
+            sequence_length=self.length, mesh=mesh_lib.resolve("auto"), dtype=self.dtype.name, remat=remat
+        )
         per_device = self.batch_size // self.mesh.size
         ways = [way for way in clipping_choice.CANDIDATES if per_device % way[1] == 0]
         trials = clipping_choice.measure(config, self.model, 2, ways)
@@ -142,7 +167,9 @@ def with_start(tokens):
 def torch_memory(name: str, arguments) -> int | None:
     """Peak memory of one torch step, in a process of its own."""
     command = [sys.executable, "-m", __spec__.name, f"--torch_memory_of={name}", f"--batch={arguments.batch}"]
-    done = subprocess.run([*command, f"--sequence_length={arguments.sequence_length}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, f"--sequence_length={arguments.sequence_length}"], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -157,7 +184,10 @@ def sizes_of(name: str, per_device: int) -> list[int]:
 def memory_of(arguments, sizes: dict, names: list[str]) -> tuple[dict, int]:
     """Temporary bytes of every row, and of the non-private step at the full batch; see the module."""
     alone = Programs(arguments, "data:1")
-    bytes_of = lambda name, size: alone.temporary_bytes(name, size, arguments.remat)
+
+    def bytes_of(name, size):
+        return alone.temporary_bytes(name, size, arguments.remat)
+
     memory = {name: bytes_of(*size) if name == "auto" else bytes_of(name, size) for name, size in sizes.items()}
     memory |= {name: torch_memory(name, arguments) for name in names if name.startswith(("opacus", "torch"))}
     return memory, bytes_of("non_private", arguments.batch)
@@ -187,14 +217,22 @@ def measure(arguments) -> dict:
         taken = {name: timed(steps[name]) for name in order}
         if number:  # the first warms up
             rounds.append(taken)
-    memory, full_batch = memory_of(arguments, {name: size for name, (size, _) in best.items()} | {"auto": chosen}, list(steps))
-    ratio = lambda name, base: statistics.median(taken[name] / taken[base] for taken in rounds)
+    memory, full_batch = memory_of(
+        arguments, {name: size for name, (size, _) in best.items()} | {"auto": chosen}, list(steps)
+    )
+
+    def ratio(name, base):
+        return statistics.median(taken[name] / taken[base] for taken in rounds)
+
     rows = []
     for name in steps:
         size = chosen[1] if name == "auto" else best.get(name, (programs.batch_size,))[0]
         row = {"name": f"jax_privacy_mb{size}" if name == "jax_privacy" else name, "microbatch_size": size}
         row |= {"time_ratio": ratio(name, "non_private"), "seconds": statistics.median(taken[name] for taken in rounds)}
-        row |= {"memory_ratio": memory[name] / full_batch if memory.get(name) else None, "temporary_bytes": memory.get(name)}
+        row |= {
+            "memory_ratio": memory[name] / full_batch if memory.get(name) else None,
+            "temporary_bytes": memory.get(name),
+        }
         rows.append(row)
     peers = [name for name in steps if name.startswith(("jax_privacy", "opacus"))]
     tokens = programs.batch_size * programs.length
@@ -202,7 +240,8 @@ def measure(arguments) -> dict:
         "rows": rows,
         "auto": {"strategy": chosen[0], "microbatch_size": chosen[1]},
         "auto_against": {name: ratio("auto", name) for name in ("non_private", *peers)},
-        "baseline": f"non_private by {best['non_private'][0]}; memory: all of the batch at once on one device, remat={arguments.remat}",
+        "baseline": f"non_private by {best['non_private'][0]}; memory: all of the batch at once on one device,"
+        f" remat={arguments.remat}",
         "full_batch_temporary_bytes": full_batch,
         "tried": tried,
         "parameters": decoder.num_parameters(programs.model),
@@ -225,10 +264,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences in all")
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--step_remat", default="none", choices=decoder.REMAT_POLICIES, help="what the timed programs recompute")
-    parser.add_argument("--remat", default="block", choices=decoder.REMAT_POLICIES, help="what the programs whose memory counts recompute")
+    parser.add_argument(
+        "--step_remat", default="none", choices=decoder.REMAT_POLICIES, help="what the timed programs recompute"
+    )
+    parser.add_argument(
+        "--remat",
+        default="block",
+        choices=decoder.REMAT_POLICIES,
+        help="what the programs whose memory counts recompute",
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="compare with torch and Opacus too")
+    parser.add_argument(
+        "--torch", action=argparse.BooleanOptionalAction, default=True, help="compare with torch and Opacus too"
+    )
     parser.add_argument("--torch_memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="JSON is printed in any case; accepted for uniformity")
     arguments = parser.parse_args()
@@ -236,14 +284,19 @@ def main() -> None:
         from experiments.benchmarks import torch_peer
         from experiments.benchmarks.forward_backward import MODEL
 
-        tokens = np.random.default_rng(0).integers(4, MODEL.vocab_size, (arguments.batch, arguments.sequence_length + 1))
+        tokens = np.random.default_rng(0).integers(
+            4, MODEL.vocab_size, (arguments.batch, arguments.sequence_length + 1)
+        )
         make = torch_peer.steps(MODEL, arguments.sequence_length, arguments.batch)[arguments.torch_memory_of]
         print(json.dumps(torch_peer.peak_bytes(make(), torch_peer.tokens_of(tokens))))
         return
     result = measure(arguments)
     for row in result["rows"]:
         memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
-        print(f"{row['name']:20s} by {row['microbatch_size']:<3d} time {row['time_ratio']:.3f}  memory {memory}", file=sys.stderr)
+        print(
+            f"{row['name']:20s} by {row['microbatch_size']:<3d} time {row['time_ratio']:.3f}  memory {memory}",
+            file=sys.stderr,
+        )
     packages = ("jax", "jaxlib", "jax-privacy", *(("torch", "opacus") if arguments.torch else ()))
     result["versions"] = {name: importlib.metadata.version(name) for name in packages}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,9 +1,9 @@
 """Cycles and memory of per-example clipping on a TPU v6e, by its compiler, with no TPU at hand.
 
-Every program accumulates the gradients of 64 sequences per chip: ours, the ordinary gradient and jax_privacy's clipped_grad, each at
-several microbatch sizes, for bfloat16 parameters and a float32 accumulator. Cycles are the compiler's own static estimates (see
-tpu_cycles: plausible to some 20 % between programs with a similar mix of operations; absolute times must not be derived from them).
-Prints a table to standard error and one JSON object.
+Every program accumulates the gradients of 64 sequences per chip: ours, the ordinary gradient and jax_privacy's
+clipped_grad, each at several microbatch sizes, for bfloat16 parameters and a float32 accumulator. Cycles are the
+compiler's own static estimates (see tpu_cycles: plausible to some 20 % between programs with a similar mix of
+operations; absolute times must not be derived from them). Prints a table to standard error and one JSON object.
 """
 
 import argparse
@@ -34,9 +34,23 @@ from experiments.benchmarks import tpu_cycles
 
 SEQUENCES = 64
 CHIP, CHIPS = "v6e:2x2x1", "v6e:4x4x1"
-REPLICATED = ("non_private:2", "non_private:4", "non_private:8", "example_scan:1", "example_scan:2", "ghost:1", "ghost:2")
+REPLICATED = (
+    "non_private:2",
+    "non_private:4",
+    "non_private:8",
+    "example_scan:1",
+    "example_scan:2",
+    "ghost:1",
+    "ghost:2",
+)
 PEERS = ("jax_privacy:1", "jax_privacy:2", "jax_privacy:4")
-SHARDED = ("non_private_sharded:1", "non_private_sharded:2", "non_private_sharded:4", "ghost_sharded:1", "ghost_sharded:2")
+SHARDED = (
+    "non_private_sharded:1",
+    "non_private_sharded:2",
+    "non_private_sharded:4",
+    "ghost_sharded:1",
+    "ghost_sharded:2",
+)
 
 
 def check_for_libtpu(command: str) -> None:
@@ -67,16 +81,29 @@ class Compiler:
         at_once, rounds = int(size) * mesh.size, SEQUENCES // int(size)
         axes = [_spread_axis(leaf.shape, mesh.size) if sharded else None for leaf in jax.tree.leaves(self.shapes)]
         structure = jax.tree.structure(self.shapes)
-        specs = structure.unflatten([_spec(leaf, axis) for leaf, axis in zip(jax.tree.leaves(self.shapes), axes, strict=True)])
+        specs = structure.unflatten(
+            [_spec(leaf, axis) for leaf, axis in zip(jax.tree.leaves(self.shapes), axes, strict=True)]
+        )
         gathered = [None if axis is None else tracking.Gathered("chips", axis) for axis in axes]
-        place = lambda leaf, spec, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, spec))
-        tree = lambda dtype: jax.tree.map(functools.partial(place, dtype=dtype), self.shapes, specs)
+
+        def place(leaf, spec, dtype):
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, spec))
+
+        def tree(dtype):
+            return jax.tree.map(functools.partial(place, dtype=dtype), self.shapes, specs)
+
         rows = PartitionSpec(None, "chips")
         row = jax.ShapeDtypeStruct((rounds, at_once, self.length), bool)
         batch = {"tokens": place(row, rows, jnp.int32), "scored": place(row, rows, jnp.bool_)}
         gradient = getattr(self, name.removesuffix("_sharded"))
 
-        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, specs, rows), out_specs=(specs, PartitionSpec(None)), check_vma=False)
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(specs, specs, rows),
+            out_specs=(specs, PartitionSpec(None)),
+            check_vma=False,
+        )
         def step(params, total, batch):
             def add(total, rows):
                 one, private = gradient(params, rows, gathered)
@@ -119,7 +146,9 @@ class Compiler:
 
 
 def _spread_axis(shape: tuple[int, ...], chips: int) -> int | None:
-    """The longest axis that divides over the chips, counted from the end; None for small arrays. Layer axes are short and never chosen."""
+    """The longest axis that divides over the chips, counted from the end; None for small arrays. Layer axes are short
+    and never chosen.
+    """
     axes = [i for i, n in enumerate(shape) if n % chips == 0 and n >= 8 * chips] if math.prod(shape) > 2**20 else []
     return max(axes, key=lambda i: shape[i]) - len(shape) if axes else None
 
@@ -138,7 +167,12 @@ def measure(compiler: Compiler, program: str, keep: str | None) -> dict:
             file.write(text)
     cycles = tpu_cycles.of(text, rounds)
     name, _, size = program.partition(":")
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return {
         "name": f"jax_privacy_mb{size}" if name == "jax_privacy" else name,
         "sequences_at_once": int(size),
@@ -171,7 +205,10 @@ def main() -> None:
     parser.add_argument("--model", default="vaultgemma_1b")
     parser.add_argument("--sequence_length", type=int, default=1024)
     parser.add_argument(
-        "--programs", nargs="*", default=[*REPLICATED, *PEERS, *SHARDED], help="NAME:SEQUENCES_AT_ONCE, some of the default"
+        "--programs",
+        nargs="*",
+        default=[*REPLICATED, *PEERS, *SHARDED],
+        help="NAME:SEQUENCES_AT_ONCE, some of the default",
     )
     parser.add_argument("--keep", help="folder for the optimised programs' texts")
     parser.add_argument("--json", action="store_true", help="JSON is printed in any case; accepted for uniformity")
@@ -180,15 +217,20 @@ def main() -> None:
     compiler, rows = Compiler(arguments.model, arguments.sequence_length), []
     for program in arguments.programs:
         rows.append(row := measure(compiler, program, arguments.keep))
-        mega = f"{row['cycles_per_sequence'] / 1e6:.1f} ({row['cycles_per_sequence_raw'] / 1e6:.1f} raw) Mcycles a sequence"
-        print(f"{program:24s} {mega}, {row['hbm_bytes'] / 2**30:.2f} GiB, compiled in {row['compile_seconds']:.0f} s", file=sys.stderr)
+        mega, raw = row["cycles_per_sequence"] / 1e6, row["cycles_per_sequence_raw"] / 1e6
+        cycles = f"{mega:.1f} ({raw:.1f} raw) Mcycles a sequence"
+        print(
+            f"{program:24s} {cycles}, {row['hbm_bytes'] / 2**30:.2f} GiB, compiled in {row['compile_seconds']:.0f} s",
+            file=sys.stderr,
+        )
     compare(rows)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-privacy")}
     content = {
         "model": arguments.model,
         "sequence_length": arguments.sequence_length,
         "rows": rows,
-        "baseline": "non_private at its best number of sequences at once, by cycles with zero-fills corrected; _raw without correction",
+        "baseline": "non_private at its best number of sequences at once, by cycles with zero-fills corrected; _raw"
+        " without correction",
         "versions": versions,
         "hardware": "TPU v6e, compiler estimates on a host without one; sharded: parameters over 16 chips",
     }

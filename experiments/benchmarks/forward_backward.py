@@ -1,7 +1,9 @@
-"""Forward and backward pass of a 30M-parameter VaultGemma: dpgemma against transformers with torch in eager mode, on the same weights.
+"""Forward and backward pass of a 30M-parameter VaultGemma: dpgemma against transformers with torch in eager mode, on
+the same weights.
 
-Both sides compute the mean next-token loss of a batch and its gradient in float32. They run in turn within one process; medians are
-reported, at the full batch and at each side's best microbatch (gradients of microbatches added up). Prints one JSON object.
+Both sides compute the mean next-token loss of a batch and its gradient in float32. They run in turn within one process;
+medians are reported, at the full batch and at each side's best microbatch (gradients of microbatches added up). Prints
+one JSON object.
 """
 
 import argparse
@@ -22,16 +24,20 @@ from dpgemma.gemma import decoder, hf_config, loss, weights
 from dpgemma.gemma.config import FULL, GemmaConfig
 
 MODEL = GemmaConfig(
-    vocab_size=16_384, d_model=448, num_heads=4, num_kv_heads=4, head_dim=112, d_ff=1792, max_length=1024, layer_types=(FULL,) * 7,
+    vocab_size=16_384, d_model=448, num_heads=4, num_kv_heads=4, head_dim=112, d_ff=1792, max_length=1024,
+    layer_types=(FULL,) * 7,
     window=128, query_scalar=112,
 )  # fmt: skip
 
 
 def dpgemma_step(parameters):
     """step(tokens [B, S + 1], microbatch) -> loss, with the gradient computed."""
-    mean_loss = lambda p, tokens: loss.cross_entropy(
-        decoder.hidden_states(MODEL, p, tokens[:, :-1]), p["embedder"]["embedding"], tokens[:, 1:]
-    ).mean()
+
+    def mean_loss(p, tokens):
+        return loss.cross_entropy(
+            decoder.hidden_states(MODEL, p, tokens[:, :-1]), p["embedder"]["embedding"], tokens[:, 1:]
+        ).mean()
+
     gradient = jax.jit(jax.value_and_grad(mean_loss))
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
@@ -71,7 +77,9 @@ def torch_model():
 def measure(batch: int, length: int, repetitions: int) -> dict:
     parameters = decoder.init_parameters(MODEL, jax.random.key(0))
     model = torch_model()
-    model.load_state_dict({n: torch.tensor(np.array(t)) for n, t in weights.tensors(MODEL, parameters)} | tied(model), strict=True)
+    model.load_state_dict(
+        {n: torch.tensor(np.array(t)) for n, t in weights.tensors(MODEL, parameters)} | tied(model), strict=True
+    )
     steps = {"dpgemma": dpgemma_step(parameters), "transformers_torch": torch_step(model)}
     tokens = np.random.default_rng(0).integers(4, MODEL.vocab_size, (batch, length + 1)).astype(np.int32)
     sizes = [2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
@@ -92,9 +100,12 @@ def measure(batch: int, length: int, repetitions: int) -> dict:
         "batch": batch,
         "sequence_length": length,
         "time_ratio_full_batch": medians["dpgemma", batch] / full,
-        "time_ratio_best_microbatches": medians["dpgemma", best["dpgemma"]] / medians["transformers_torch", best["transformers_torch"]],
+        "time_ratio_best_microbatches": medians["dpgemma", best["dpgemma"]]
+        / medians["transformers_torch", best["transformers_torch"]],
         "best_microbatch": best,
-        "rows": [{"name": name, "microbatch": size, "time_ratio": value / full} for (name, size), value in medians.items()],
+        "rows": [
+            {"name": name, "microbatch": size, "time_ratio": value / full} for (name, size), value in medians.items()
+        ],
         "repetitions": repetitions,
     }
 
@@ -113,7 +124,11 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments.batch, arguments.sequence_length, arguments.repetitions)
     result["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")}
-    result["hardware"] = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch_threads": torch.get_num_threads()}
+    result["hardware"] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+        "torch_threads": torch.get_num_threads(),
+    }
     print(json.dumps(result, indent=1))
 
 

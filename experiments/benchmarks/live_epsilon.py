@@ -1,7 +1,7 @@
 """What the live epsilon of the progress bar costs, as a share of the training time of the same run.
 
-Trains a small model through the command line's own path and times every call that shows epsilon, against the time from the first step
-to the last. Prints one JSON object.
+Trains a small model through the command line's own path and times every call that shows epsilon, against the time from
+the first step to the last. Prints one JSON object.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def measure(steps: int, batch_size: int) -> dict:
         trainer.train()
         certified = [trainer.accountant.epsilon(trainer.config.delta, t).upper for t in (1, steps // 3, steps)]
         curve = EpsilonCurve(trainer.accountant, trainer.config.delta)
-        never_below = all(at(curve, t) >= e * (1 - 1e-9) for t, e in zip((1, steps // 3, steps), certified, strict=True))
+        never_below = all(
+            at(curve, t) >= e * (1 - 1e-9) for t, e in zip((1, steps // 3, steps), certified, strict=True)
+        )
     training = first_and_last[1] - first_and_last[0]
     return {
         "steps": steps,
@@ -61,7 +63,11 @@ def main() -> None:
     arguments = parser.parse_args()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy", "scipy", "dp-accounting")}
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    print(json.dumps({"rows": [measure(arguments.steps, arguments.batch_size)], "versions": versions, "hardware": hardware}))
+    print(
+        json.dumps(
+            {"rows": [measure(arguments.steps, arguments.batch_size)], "versions": versions, "hardware": hardware}
+        )
+    )
 
 
 if __name__ == "__main__":

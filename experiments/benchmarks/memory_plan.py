@@ -1,9 +1,10 @@
-"""Memory of a whole private training step on one device of 80 GB, by ahead-of-time compilation for a TPU v5p (95 GiB), with no TPU at hand.
+"""Memory of a whole private training step on one device of 80 GB, by ahead-of-time compilation for a TPU v5p (95 GiB),
+with no TPU at hand.
 
-The step is the trainer's own: gradients clipped one sequence at a time (--clipping=example_scan), noise, AdamW; bfloat16 compute,
-activations recomputed block by block, rows of 1024 tokens. Trained parameters, both moments and the sum of gradients are float32;
-frozen parameters bfloat16. What another compiler keeps in temporary buffers will differ; what is held throughout will not.
-Prints a table to standard error and one JSON object.
+The step is the trainer's own: gradients clipped one sequence at a time (--clipping=example_scan), noise, AdamW;
+bfloat16 compute, activations recomputed block by block, rows of 1024 tokens. Trained parameters, both moments and the
+sum of gradients are float32; frozen parameters bfloat16. What another compiler keeps in temporary buffers will differ;
+what is held throughout will not. Prints a table to standard error and one JSON object.
 """
 
 import argparse
@@ -42,7 +43,10 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
         config = dataclasses.replace(config, lora=lora.adapters(config, rank, float(rank), "all"))
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[:1]
     one = Mesh(np.array(device), (mesh.DATA_AXIS,), axis_types=(AxisType.Auto,))
-    place = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(one, PartitionSpec()))
+
+    def place(leaf, dtype):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(one, PartitionSpec()))
+
     trainable, frozen = lora.split(config, decoder.parameter_shapes(config))
     trainable = jax.tree.map(lambda leaf: place(leaf, jnp.float32), trainable)
     frozen = jax.tree.map(lambda leaf: place(leaf, jnp.bfloat16), frozen)
@@ -57,7 +61,12 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
     mask = place(jax.ShapeDtypeStruct((rows,), bool), jnp.bool_)
     start = time.perf_counter()
     memory = step.lower(TrainState(trainable, moments), frozen, batch, mask, keys).compile().memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return {
         "model": name,
         "lora_rank": rank,
@@ -83,10 +92,22 @@ def main() -> None:
     rows = []
     for name in arguments.plans:
         model, _, rank = name.partition(":")
-        rows.append(row := plan(model, int(rank) if rank else None, arguments.sequence_length, arguments.rows, arguments.microbatch_size))
-        print(f"{name:20s} {row['bytes'] / 1e9:.1f} GB, of which {row['state_bytes'] / 1e9:.1f} are held throughout", file=sys.stderr)
+        rows.append(
+            row := plan(
+                model, int(rank) if rank else None, arguments.sequence_length, arguments.rows, arguments.microbatch_size
+            )
+        )
+        print(
+            f"{name:20s} {row['bytes'] / 1e9:.1f} GB, of which {row['state_bytes'] / 1e9:.1f} are held throughout",
+            file=sys.stderr,
+        )
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    content = {"rows": rows, "sequence_length": arguments.sequence_length, "device_bytes": DEVICE_BYTES, "versions": versions}
+    content = {
+        "rows": rows,
+        "sequence_length": arguments.sequence_length,
+        "device_bytes": DEVICE_BYTES,
+        "versions": versions,
+    }
     print(json.dumps(content | {"hardware": f"{TOPOLOGY}, compiled on a host without one"}, indent=1))
 
 

@@ -1,7 +1,7 @@
 """What the two ways to the norm of a product's gradient cost per floating-point operation, against the product itself.
 
-This is where ghost_norms.COSTS comes from. The shapes are those of small and middle-sized models at several lengths; medians over shapes
-of interleaved rounds. Prints one JSON object.
+This is where ghost_norms.COSTS comes from. The shapes are those of small and middle-sized models at several lengths;
+medians over shapes of interleaved rounds. Prints one JSON object.
 """
 
 import argparse
@@ -23,9 +23,16 @@ BATCH = 4
 
 def ways(length: int, fan_in: int, fan_out: int) -> dict:
     """For each way, a compiled function of operands and its floating-point operations."""
-    gram = lambda x, g: ghost_norms._gram(x, g[None])[0]
-    instantiate = lambda x, g: ghost_norms._instantiated(x, g[None])[0]
-    of_batch = lambda f: jax.jit(jax.vmap(f))
+
+    def gram(x, g):
+        return ghost_norms._gram(x, g[None])[0]
+
+    def instantiate(x, g):
+        return ghost_norms._instantiated(x, g[None])[0]
+
+    def of_batch(f):
+        return jax.jit(jax.vmap(f))
+
     product = 2 * BATCH * length * fan_in * fan_out
     return {
         "product": (jax.jit(lambda x, g: jnp.einsum("btp,btq->pq", x, g)), product),
@@ -56,7 +63,9 @@ def main() -> None:
         rows.append({"rows": length, "fan_in": fan_in, "fan_out": fan_out} | relative)
     content = {"rows": rows} | {name: statistics.median(row[name] for row in rows) for name in ("instantiate", "gram")}
     hardware = {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0))}
-    print(json.dumps(content | {"versions": {"jax": importlib.metadata.version("jax")}, "hardware": hardware}, indent=1))
+    print(
+        json.dumps(content | {"versions": {"jax": importlib.metadata.version("jax")}, "hardware": hardware}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What a plan is worth: the configuration that the law chooses against the one that is best without privacy, both trained privately.
+"""What a plan is worth: the configuration that the law chooses against the one that is best without privacy, both
+trained privately.
 
     python -m experiments.benchmarks.planned_training --data=tinyshakespeare.txt --compute=5e12
 
-Both runs are the ordinary `dpgemma train`, with the same epsilon, delta, data and compute, and the learning rate that the law gives for
-each. The baseline is what one gets by adding noise to the best non-private configuration: Chinchilla's model size for the compute (the
-nearest that has a name) and the physical batch of the law's own sweep. Prints one JSON object.
+Both runs are the ordinary `dpgemma train`, with the same epsilon, delta, data and compute, and the learning rate that
+the law gives for each. The baseline is what one gets by adding noise to the best non-private configuration:
+Chinchilla's model size for the compute (the nearest that has a name) and the physical batch of the law's own sweep.
+Prints one JSON object.
 """
 
 import argparse
@@ -27,7 +29,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--law", type=pathlib.Path)
     parser.add_argument("--compute", type=float, default=5e12)
-    parser.add_argument("--num_units", type=int, default=15_680, help="training rows that the data hold, nine tenths of all")
+    parser.add_argument(
+        "--num_units", type=int, default=15_680, help="training rows that the data hold, nine tenths of all"
+    )
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--repetitions", type=int, default=2, help="runs of each configuration, with new keys")
@@ -41,7 +45,9 @@ def main() -> None:
             # Side by side, one core each, so that whatever else the machine does meets both.
             running = {
                 name: subprocess.Popen(
-                    command(configuration, settings, fitted.sequence_length, f"{folder}/{name}_{i}"), stdout=subprocess.PIPE, text=True
+                    command(configuration, settings, fitted.sequence_length, f"{folder}/{name}_{i}"),
+                    stdout=subprocess.PIPE,
+                    text=True,
                 )
                 for name, configuration in configurations.items()
             }
@@ -54,7 +60,12 @@ def main() -> None:
         configurations[name]["held_out_bits_per_byte"] = values
     means = {name: statistics.mean(values) for name, values in losses.items()}
     result = {
-        "budget": {"compute": budget.compute, "num_units": budget.num_units, "epsilon": budget.epsilon, "delta": budget.delta},
+        "budget": {
+            "compute": budget.compute,
+            "num_units": budget.num_units,
+            "epsilon": budget.epsilon,
+            "delta": budget.delta,
+        },
         **configurations,
         "margin_bits_per_byte": means["non_private_optimum"] - means["planned"],
         "relative_margin": 1 - means["planned"] / means["non_private_optimum"],
@@ -66,7 +77,10 @@ def main() -> None:
 def planned(fitted: fitting.FittedLaw, budget: Budget) -> dict:
     """What `dpgemma plan` answers."""
     answer = plan.answer(fitted, plan.Request(budget, relation="zero_out"), user_cache.folder())
-    return {name: answer[name] for name in ("model", "parameters", "expected_batch_size", "steps", "learning_rate", "predicted_loss")}
+    return {
+        name: answer[name]
+        for name in ("model", "parameters", "expected_batch_size", "steps", "learning_rate", "predicted_loss")
+    }
 
 
 def best_without_privacy(fitted: fitting.FittedLaw, budget: Budget) -> dict:
@@ -75,7 +89,9 @@ def best_without_privacy(fitted: fitting.FittedLaw, budget: Budget) -> dict:
     name, size = min(fitted.sizes.items(), key=lambda item: abs(item[1] / parameters - 1))
     batch = round(fitted.physical_batch)
     steps = round(budget.compute / (6 * budget.sequence_length * size * batch))
-    sigma = float(noise.NoiseSurface(budget.epsilon, budget.delta, user_cache.folder())(steps, batch / budget.num_units))
+    sigma = float(
+        noise.NoiseSurface(budget.epsilon, budget.delta, user_cache.folder())(steps, batch / budget.num_units)
+    )
     place = size, steps, sigma / batch
     return {
         "model": name,
@@ -90,8 +106,19 @@ def best_without_privacy(fitted: fitting.FittedLaw, budget: Budget) -> dict:
 def command(configuration: dict, settings, sequence_length: int, workdir: str) -> list[str]:
     names = {"model": "model", "expected_batch_size": "batch_size", "steps": "steps", "learning_rate": "learning_rate"}
     flags = {flag: configuration[name] for name, flag in names.items()}
-    flags |= {"data": settings.data, "epsilon": settings.epsilon, "delta": settings.delta, "sequence_length": sequence_length}
-    flags |= {"schedule": "constant", "warmup_steps": 20, "mesh": "data:1", "clipping": "example_scan", "microbatch_size": 4}
+    flags |= {
+        "data": settings.data,
+        "epsilon": settings.epsilon,
+        "delta": settings.delta,
+        "sequence_length": sequence_length,
+    }
+    flags |= {
+        "schedule": "constant",
+        "warmup_steps": 20,
+        "mesh": "data:1",
+        "clipping": "example_scan",
+        "microbatch_size": 4,
+    }
     flags |= {"checkpoint_every": 1000, "workdir": workdir}
     return [sys.executable, "-m", "dpgemma", "train", *(f"--{name}={value}" for name, value in flags.items())]
 

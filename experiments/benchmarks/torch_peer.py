@@ -1,8 +1,8 @@
 """A plain torch module of VaultGemma's shape that Opacus accepts, and its steps without and with per-example clipping.
 
-Opacus refuses transformers' VaultGemma (an embedding with a buffer for its scale, a tied head). This module has the same blocks (norm,
-rotary attention, GeGLU) out of torch.nn's own layers, an unscaled embedding and a head of its own: it has one matrix of vocabulary by
-width more, whose gradient a tied one would share.
+Opacus refuses transformers' VaultGemma (an embedding with a buffer for its scale, a tied head). This module has the
+same blocks (norm, rotary attention, GeGLU) out of torch.nn's own layers, an unscaled embedding and a head of its own:
+it has one matrix of vocabulary by width more, whose gradient a tied one would share.
 """
 
 import contextlib
@@ -28,16 +28,30 @@ class Block(nn.Module):
     def __init__(self, config: GemmaConfig):
         super().__init__()
         width, heads, self.head = config.d_model, config.num_heads, config.head_dim
-        norm = lambda: nn.RMSNorm(width, eps=config.norm_eps)
-        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+
+        def norm():
+            return nn.RMSNorm(width, eps=config.norm_eps)
+
+        def linear(inputs, outputs):
+            return nn.Linear(inputs, outputs, bias=False)
+
         self.mixer_norm, self.ffw_norm = norm(), norm()
-        self.q, self.k, self.v = (linear(width, n * self.head) for n in (heads, config.num_kv_heads, config.num_kv_heads))
+        self.q, self.k, self.v = (
+            linear(width, n * self.head) for n in (heads, config.num_kv_heads, config.num_kv_heads)
+        )
         self.out = linear(heads * self.head, width)
-        self.gate, self.up, self.down = linear(width, config.d_ff), linear(width, config.d_ff), linear(config.d_ff, width)
+        self.gate, self.up, self.down = (
+            linear(width, config.d_ff),
+            linear(width, config.d_ff),
+            linear(config.d_ff, width),
+        )
 
     def forward(self, x, cos, sin):
         y = self.mixer_norm(x)
-        split = lambda z: z.unflatten(-1, (-1, self.head)).transpose(1, 2)
+
+        def split(z):
+            return z.unflatten(-1, (-1, self.head)).transpose(1, 2)
+
         q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -71,7 +85,8 @@ class Model(nn.Module):
 
 
 def steps(config: GemmaConfig, length: int, batch: int) -> dict:
-    """For each way, step(tokens [B, S + 1]) that leaves the gradient in the parameters, clipped to norm 1 for each row."""
+    """For each way, step(tokens [B, S + 1]) that leaves the gradient in the parameters, clipped to norm 1 for
+    each row."""
 
     def plain():
         model = Model(config, length)
@@ -115,8 +130,8 @@ def steps(config: GemmaConfig, length: int, batch: int) -> dict:
 
 
 def peak_bytes(step, tokens) -> int | None:
-    """How far one step, after a first, raises this process's resident memory; None where the system does not say. Give it a process of
-    its own: what other code left behind would be reused."""
+    """How far one step, after a first, raises this process's resident memory; None where the system does not say. Give
+    it a process of its own: what other code left behind would be reused."""
     step(tokens)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

@@ -1,9 +1,11 @@
-"""Cycles of a program compiled for TPU, as its compiler estimates them: every instruction's own estimate, times how often it runs.
+"""Cycles of a program compiled for TPU, as its compiler estimates them: every instruction's own estimate, times how
+often it runs.
 
-cost_analysis() of such a program is of no use here: its optimal_seconds are negative and its FLOPs count the body of a loop once. The
-optimised HLO holds an estimate for each instruction and, in the condition of each loop, how often it is repeated. This is a static
-estimate: transfers do not overlap with compute, and what collectives wait for is not in it. Filling a buffer with a constant is
-estimated about nine times too slow (89 bytes a cycle where the addition beside it gets 780), so cycles of such fills are kept apart.
+cost_analysis() of such a program is of no use here: its optimal_seconds are negative and its FLOPs count the body of a
+loop once. The optimised HLO holds an estimate for each instruction and, in the condition of each loop, how often it is
+repeated. This is a static estimate: transfers do not overlap with compute, and what collectives wait for is not in it.
+Filling a buffer with a constant is estimated about nine times too slow (89 bytes a cycle where the addition beside it
+gets 780), so cycles of such fills are kept apart.
 """
 
 import collections

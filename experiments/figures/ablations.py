@@ -1,4 +1,6 @@
-"""Figure 6: the best loss where one of steps, model size and batch is fixed, as one of epsilon, units and compute varies."""
+"""Figure 6: the best loss where one of steps, model size and batch is fixed, as one of epsilon, units and compute
+varies.
+"""
 
 import dataclasses
 import math
@@ -39,7 +41,8 @@ class Ablation:
 
 
 def panels(asked: Study, compute: float, num_units: float, epsilon: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each of COLUMNS (its values, the lowest losses): steps are the longest run and quarter powers of two below it."""
+    """Of each of COLUMNS (its values, the lowest losses): steps are the longest run and quarter powers of two
+    below it."""
     shortest, longest = asked.law.domain.steps
     steps = longest * 2.0 ** (-np.arange(math.floor(4 * math.log2(longest / shortest) + 1e-9), -1, -1) / 4)
     # A search has batches of its own and lets the steps follow; here the batch follows.
@@ -65,7 +68,9 @@ def _by_batch(found: Candidates | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def computes(asked: Study, centre: float, num_units: float, count: int = _COMPUTES) -> tuple[float, ...]:
-    """The centre and its neighbours a factor of 10 apart (100 where the law reaches over eight decades), within the law's range."""
+    """The centre and its neighbours a factor of 10 apart (100 where the law reaches over eight decades), within the
+    law's range.
+    """
     low, high = asked.compute_range(num_units)
     factor = 100.0 if high / low > 1e8 else 10.0
     around = [centre * factor**k for k in range(-6, 7)]
@@ -74,7 +79,11 @@ def computes(asked: Study, centre: float, num_units: float, count: int = _COMPUT
 
 
 def ablations(
-    asked: Study, centre: tuple[float, float, float], epsilons: Sequence[float], num_units: Sequence[float], compute: Sequence[float]
+    asked: Study,
+    centre: tuple[float, float, float],
+    epsilons: Sequence[float],
+    num_units: Sequence[float],
+    compute: Sequence[float],
 ) -> list[Ablation]:
     """The three rows.
 
@@ -126,13 +135,19 @@ def plot(rows: Sequence[Ablation], centre: tuple[float, float, float]) -> Plot:
     drawn = []
     for row in rows:
         colours = drawing.ordered(len(row.curves))
-        keys = tuple(Key(name[row.varied](curve.value), colour) for curve, colour in zip(row.curves, colours, strict=True))
-        drawn.append(Row(tuple(panel(row, column, colours) for column in COLUMNS), keys, f"{_HEADINGS[row.varied]} varies"))
+        keys = tuple(
+            Key(name[row.varied](curve.value), colour) for curve, colour in zip(row.curves, colours, strict=True)
+        )
+        drawn.append(
+            Row(tuple(panel(row, column, colours) for column in COLUMNS), keys, f"{_HEADINGS[row.varied]} varies")
+        )
     return Plot(
         "fig6",
         "What a wrong choice costs",
-        "The lowest predicted loss with the number of steps, the model size or the batch fixed and all else at its best, around"
-        f" epsilon {e:g}, {drawing.number(n)} units and {drawing.power(c)} FLOP; dots are the best of each line, and what is far"
+        "The lowest predicted loss with the number of steps, the model size or the batch fixed and all else at its"
+        " best, around"
+        f" epsilon {e:g}, {drawing.number(n)} units and {drawing.power(c)} FLOP; dots are the best of each line, and"
+        " what is far"
         " worse is cut off.",
         tuple(drawn),
     )

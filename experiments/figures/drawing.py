@@ -15,7 +15,8 @@ INK, ACCENT, QUIET = "#333333", "#0b5fa5", "#767676"
 UNORDERED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 _STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.labelcolor": INK, "text.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.labelcolor": INK,
+    "text.color": INK,
     "xtick.color": "#555555", "ytick.color": "#555555", "axes.titlelocation": "left", "lines.linewidth": 1.7,
     "mathtext.default": "regular",
 }  # fmt: skip
@@ -64,7 +65,10 @@ def ordered(count: int) -> list[str]:
     import matplotlib
     from matplotlib import colors
 
-    return [colors.to_hex(matplotlib.colormaps["viridis"](x)) for x in (np.linspace(0.8, 0.05, count) if count > 1 else [0.3])]
+    return [
+        colors.to_hex(matplotlib.colormaps["viridis"](x))
+        for x in (np.linspace(0.8, 0.05, count) if count > 1 else [0.3])
+    ]
 
 
 def save(plot: Plot, folder: pathlib.Path) -> None:
@@ -86,7 +90,13 @@ def save(plot: Plot, folder: pathlib.Path) -> None:
                 handles = [_handle(key) for key in row.keys]
                 place, columns = ("outside right upper", 1) if beside else ("outside upper center", len(handles))
                 part.legend(
-                    handles=handles, loc=place, ncols=columns, frameon=False, title=row.heading or None, columnspacing=1.2, handlelength=1.6
+                    handles=handles,
+                    loc=place,
+                    ncols=columns,
+                    frameon=False,
+                    title=row.heading or None,
+                    columnspacing=1.2,
+                    handlelength=1.6,
                 )
         figure.savefig(folder / f"{plot.name}.svg", format="svg", metadata=_METADATA)
         figure.savefig(folder / f"{plot.name}.png", dpi=160)
@@ -120,7 +130,15 @@ def _draw(axes, draw: Callable) -> None:
     if not axes.has_data():
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
-        axes.text(0.5, 0.5, "no configuration lies\nwithin the law's data", transform=axes.transAxes, ha="center", va="center", color=QUIET)
+        axes.text(
+            0.5,
+            0.5,
+            "no configuration lies\nwithin the law's data",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            color=QUIET,
+        )
 
 
 def _handle(key: Key):
@@ -131,7 +149,9 @@ def _handle(key: Key):
         return Patch(color=key.colour, alpha=0.25, linewidth=0, label=key.label)
     if key.mark in ("dot", "ring"):
         face = key.colour if key.mark == "dot" else "white"
-        return Line2D([], [], linestyle="", marker="o", color=key.colour, markerfacecolor=face, markersize=5, label=key.label)
+        return Line2D(
+            [], [], linestyle="", marker="o", color=key.colour, markerfacecolor=face, markersize=5, label=key.label
+        )
     style = {"line": "-", "dashed": "--", "dotted": ":"}[key.mark]
     return Line2D([], [], linestyle=style, color=key.colour, label=key.label)
 

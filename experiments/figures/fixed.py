@@ -11,7 +11,8 @@ from experiments.figures.drawing import Key, Plot, Row
 from experiments.figures.study import Study
 
 LESS = 5  # the second optimum has this share of the compute
-# Where on the logarithmic range of steps the smallest, the middle and the largest model train: in arXiv 2501.18914 the larger, the longer.
+# Where on the logarithmic range of steps the smallest, the middle and the largest model train: in arXiv 2501.18914 the
+# larger, the longer.
 _PLACES = (0.25, 0.5, 0.75)
 
 
@@ -57,14 +58,18 @@ def configurations(asked: Study, sizes: dict[str, float], compute: float, num_un
     return found
 
 
-def compare(asked: Study, sizes: dict[str, float], compute: float, num_units: float, epsilons: Sequence[float]) -> Comparison:
+def compare(
+    asked: Study, sizes: dict[str, float], compute: float, num_units: float, epsilons: Sequence[float]
+) -> Comparison:
     """The losses over epsilon.
 
     Args:
       sizes: the models that were trained, by name.
     """
     chosen = configurations(asked, sizes, compute, num_units)
-    losses = [np.array([asked.loss(c.parameters, c.steps, c.batch_size, num_units, e) for e in epsilons]) for c in chosen]
+    losses = [
+        np.array([asked.loss(c.parameters, c.steps, c.batch_size, num_units, e) for e in epsilons]) for c in chosen
+    ]
     best, less = (np.array([asked.best_loss(compute / share, num_units, e) for e in epsilons]) for share in (1, LESS))
     return Comparison(num_units, compute, np.array(epsilons), chosen, losses, best, less)
 
@@ -80,13 +85,16 @@ def plot(found: Comparison) -> Plot:
         axes.set_xscale("log", base=2)
         axes.set(xlabel="epsilon", ylabel="cross entropy (nats)")
 
-    text = lambda c: f"{drawing.number(c.parameters)}: {math.floor(c.steps + 0.5)} steps of {drawing.number(c.batch_size)}"
+    def text(c):
+        return f"{drawing.number(c.parameters)}: {math.floor(c.steps + 0.5)} steps of {drawing.number(c.batch_size)}"
+
     keys = [Key(text(c), colour) for c, colour in zip(found.configurations, colours, strict=True)]
     keys += [Key("best for this compute", drawing.INK), Key(f"best for 1/{LESS} of it", drawing.INK, "dashed")]
     return Plot(
         "fig5",
         "Fixed configurations against the best",
         f"Predicted loss over epsilon of configurations that all spend {drawing.power(found.compute)} FLOP on"
-        f" {drawing.number(found.num_units)} units, against the best for each epsilon with that compute and with a fifth of it.",
+        f" {drawing.number(found.num_units)} units, against the best for each epsilon with that compute and with a"
+        " fifth of it.",
         (Row((draw,), tuple(keys)),),
     )

@@ -1,4 +1,6 @@
-"""Figure 3: the loss against the compute for several numbers of units, and the tokens per parameter of the best configurations."""
+"""Figure 3: the loss against the compute for several numbers of units, and the tokens per parameter of the best
+configurations.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ class TokensPerParameter:
 
     Attributes:
       compute, ratio: [n]; NaN where the law knows no configuration.
-      at_end: [n], mask of the points whose model is the smallest or the largest of the law's, which are bounds and no optima.
+      at_end: [n], mask of the points whose model is the smallest or the largest of the law's, which are bounds and no
+        optima.
     """
 
     epsilon: float
@@ -33,11 +36,14 @@ def losses(asked: Study, num_units: Sequence[float], epsilon: float) -> list[Fro
     return study.frontiers(asked, num_units, [epsilon])
 
 
-def tokens_per_parameter(asked: Study, num_units: float, epsilons: Sequence[float], every: int = 3) -> list[TokensPerParameter]:
+def tokens_per_parameter(
+    asked: Study, num_units: float, epsilons: Sequence[float], every: int = 3
+) -> list[TokensPerParameter]:
     """3c.
 
     Args:
-      every: of so many points of a frontier one is kept; the loss is so flat around its minimum that neighbours differ by chance.
+      every: of so many points of a frontier one is kept; the loss is so flat around its minimum that neighbours differ
+        by chance.
     """
     found = study.frontiers(asked, [num_units], epsilons)
     at_end = [asked.at_largest(curve.parameters) | asked.at_smallest(curve.parameters) for curve in found]
@@ -48,10 +54,17 @@ def tokens_per_parameter(asked: Study, num_units: float, epsilons: Sequence[floa
 
 
 def without_privacy(asked: Study, non_private: NonPrivate, physical_batch: float) -> tuple[np.ndarray, np.ndarray]:
-    """(compute, tokens per parameter) of the law's optimum without noise, NaN where it lies outside of what was trained."""
+    """(compute, tokens per parameter) of the law's optimum without noise, NaN where it lies outside of what was
+    trained.
+    """
     domain = asked.law.domain
-    tokens_of = lambda steps: steps * physical_batch * asked.sequence_length
-    compute = np.geomspace(6 * domain.parameters[0] * tokens_of(domain.steps[0]), 6 * domain.parameters[1] * tokens_of(domain.steps[1]), 50)
+
+    def tokens_of(steps):
+        return steps * physical_batch * asked.sequence_length
+
+    compute = np.geomspace(
+        6 * domain.parameters[0] * tokens_of(domain.steps[0]), 6 * domain.parameters[1] * tokens_of(domain.steps[1]), 50
+    )
     parameters, tokens = np.array([non_private.optimum(operations) for operations in compute]).T
     inside = domain.contains(parameters, tokens / tokens_of(1), domain.ratio[0])
     return compute, np.where(inside, tokens / parameters, np.nan)
@@ -71,21 +84,31 @@ def plot_losses(panels: Sequence[list[Frontier]]) -> Plot:
                     text = drawing.number(curve.parameters[curve.knee])
                     # The lower a curve, the lower its label, so that they do not meet where the knees do.
                     axes.annotate(
-                        text, (x, y), xytext=(6, 12 + 13 * (len(found) - 1 - i)), textcoords="offset points", color=colour, fontsize=8.5,
-                        fontweight="bold", arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2},
+                        text, (x, y), xytext=(6, 12 + 13 * (len(found) - 1 - i)), textcoords="offset points",
+                        color=colour, fontsize=8.5,
+                        fontweight="bold",
+                        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2},
                     )  # fmt: skip
             axes.set(
-                xscale="log", yscale="log", xlabel="compute (FLOP)", ylabel="cross entropy (nats)", title=f"epsilon {found[0].epsilon:g}"
+                xscale="log",
+                yscale="log",
+                xlabel="compute (FLOP)",
+                ylabel="cross entropy (nats)",
+                title=f"epsilon {found[0].epsilon:g}",
             )
             drawing.plain_ticks(axes.yaxis)
 
         return draw
 
-    keys = tuple(Key(f"{drawing.number(curve.num_units)} units", colour) for curve, colour in zip(panels[0], colours, strict=True))
+    keys = tuple(
+        Key(f"{drawing.number(curve.num_units)} units", colour)
+        for curve, colour in zip(panels[0], colours, strict=True)
+    )
     return Plot(
         "fig3ab",
         "What more compute brings",
-        "The lowest predicted loss of each compute or less, for several numbers of units; the dot is the least compute within 1 % of the"
+        "The lowest predicted loss of each compute or less, for several numbers of units; the dot is the least compute"
+        " within 1 % of the"
         " lowest loss of all, with the size of its model.",
         (Row(tuple(panel(found) for found in panels), (*keys, Key("enough compute", drawing.QUIET, "dot"))),),
     )
@@ -97,9 +120,21 @@ def plot_tokens(found: list[TokensPerParameter], num_units: float, clean: tuple[
 
     def draw(axes):
         for curve, colour in zip(found, colours, strict=True):
-            drawing.line(axes, curve.compute, np.where(curve.at_end, np.nan, curve.ratio), colour, marker="o", markersize=2.5)
+            drawing.line(
+                axes, curve.compute, np.where(curve.at_end, np.nan, curve.ratio), colour, marker="o", markersize=2.5
+            )
             ends = np.where(curve.at_end, curve.ratio, np.nan)
-            drawing.line(axes, curve.compute, ends, colour, linestyle="", marker="o", markerfacecolor="white", markersize=3.5, alpha=0.6)
+            drawing.line(
+                axes,
+                curve.compute,
+                ends,
+                colour,
+                linestyle="",
+                marker="o",
+                markerfacecolor="white",
+                markersize=3.5,
+                alpha=0.6,
+            )
         drawing.line(axes, compute, ratio, drawing.INK)
         if axes.has_data():
             axes.axhline(CHINCHILLA, color=drawing.INK, linestyle="--", linewidth=1)
@@ -112,7 +147,8 @@ def plot_tokens(found: list[TokensPerParameter], num_units: float, clean: tuple[
     return Plot(
         "fig3c",
         "Tokens per parameter",
-        f"Tokens seen per parameter by the best configuration for each compute with {drawing.number(num_units)} units; rings are at the"
+        f"Tokens seen per parameter by the best configuration for each compute with {drawing.number(num_units)} units;"
+        " rings are at the"
         " smallest or the largest model of the law, where the true optimum may lie beyond.",
         (Row((draw,), tuple(keys)),),
     )

@@ -46,7 +46,10 @@ def field(x: str, y: str, powers: dict[str, Sequence[int]], noise: Callable[[flo
       noise: from epsilon to the noise multiplier of (steps, sampling probability), at DELTA.
     """
     xs, ys = (2.0 ** np.array(powers[name], float) for name in (x, y))
-    at = lambda u, v: _ratio(FIXED | {x: u[:, None], y: v[None, :]}, noise)
+
+    def at(u, v):
+        return _ratio(FIXED | {x: u[:, None], y: v[None, :]}, noise)
+
     ratio = at(xs, ys)
     return Field(x, y, xs, ys, ratio, at(2 * xs, ys) / ratio - 1, at(xs, 2 * ys) / ratio - 1)
 
@@ -66,8 +69,10 @@ def plot(fields: Sequence[Field]) -> Plot:
     return Plot(
         "fig4",
         "Which budget lowers the noise most",
-        f"Each arrow shows how much of the noise-batch ratio doubling the budget of either axis takes away, at {STEPS:,} steps and delta"
-        f" {DELTA:g} (accounting alone, no law): it points towards the budget that helps more, and the grey lines are the ratio.",
+        "Each arrow shows how much of the noise-batch ratio doubling the budget of either axis takes away, at"
+        f" {STEPS:,} steps and delta"
+        f" {DELTA:g} (accounting alone, no law): it points towards the budget that helps more, and the grey lines are"
+        " the ratio.",
         (Row(tuple(_panel(found) for found in fields)),),
     )
 
@@ -85,14 +90,17 @@ def _panel(found: Field):
         x, y = np.meshgrid(np.log2(found.xs), np.log2(found.ys), indexing="ij")
         ratio = np.ma.masked_invalid(np.log10(found.ratio))
         if ratio.count():
-            lines = axes.contour(x, y, ratio, levels=np.arange(-12, 3), colors="#b5b5b5", linewidths=0.9, linestyles="-")
+            lines = axes.contour(
+                x, y, ratio, levels=np.arange(-12, 3), colors="#b5b5b5", linewidths=0.9, linestyles="-"
+            )
             axes.clabel(lines, fmt=lambda level: f"$10^{{{level:.0f}}}$", fontsize=7.5)
         u, v = -found.along_x, -found.along_y
         there = np.isfinite(u) & np.isfinite(v)
         cell = (np.ptp(x) / max(1, len(found.xs) - 1), np.ptp(y) / max(1, len(found.ys) - 1))
         # Half, which is what doubling the batch or units can bring, is as long as the distance of two arrows.
         axes.quiver(
-            x[there], y[there], 2 * 0.9 * cell[0] * u[there], 2 * 0.9 * cell[1] * v[there], angles="xy", scale_units="xy", scale=1,
+            x[there], y[there], 2 * 0.9 * cell[0] * u[there], 2 * 0.9 * cell[1] * v[there], angles="xy",
+            scale_units="xy", scale=1,
             color=drawing.ACCENT, width=0.006, headwidth=4, headlength=4.5, headaxislength=4,
         )  # fmt: skip
         for axis, values in ((axes.xaxis, found.xs), (axes.yaxis, found.ys)):

@@ -31,23 +31,27 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
 p, ul { max-width: 46rem; } .quiet { color: #666; font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; }
-th, td { text-align: right; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums;
+th, td { text-align: right; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #eee;
+         font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 th { font-weight: 600; } th.text, td.text { text-align: left; }
 figure { margin: 0; } figcaption { max-width: 46rem; color: #444; margin-top: .4rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: .75rem 1rem; }
 svg { width: 100%; height: auto; max-width: 30rem; display: block; }
-.keys { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: .3rem 0; padding: 0; list-style: none; font-size: .9rem; }
+.keys { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: .3rem 0; padding: 0;
+        list-style: none; font-size: .9rem; }
 .keys li { display: flex; align-items: center; gap: .4rem; }
 .mark { display: inline-block; width: 1.4rem; height: 0; border-top: 3px solid; }
 .dashed { border-top-style: dashed; border-top-width: 2px; } .dotted { border-top-style: dotted; }
 .band { height: .8rem; border: 0; background: currentColor; opacity: .25; }
 .dot, .ring { width: .6rem; height: .6rem; border: 2px solid; border-radius: 50%; } .dot { background: currentColor; }
-@media print { body { max-width: none; padding: 0; font-size: 10.5pt; } h2, h3 { break-after: avoid; } svg, tr { break-inside: avoid; }
+@media print { body { max-width: none; padding: 0; font-size: 10.5pt; }
+  h2, h3 { break-after: avoid; } svg, tr { break-inside: avoid; }
   .panels { grid-template-columns: repeat(3, 1fr); } }
 """
 _TABLE = (
-    "The least compute whose predicted loss is within 1 % of the lowest over all compute; a row that ends at the edge of what was trained"
+    "The least compute whose predicted loss is within 1 % of the lowest over all compute; a row that ends at the edge"
+    " of what was trained"
     " is a bound and no optimum."
 )
 
@@ -93,9 +97,15 @@ def build(fitted: FittedLaw, asked: Study, budget: Budget, scale: Scale) -> list
     """Every figure, in the order of the paper."""
     units, epsilon, compute = budget.num_units, budget.epsilon, budget.compute
     centre = (epsilon, units, compute)
-    with_own = lambda values, own: sorted({*values, own})
+
+    def with_own(values, own):
+        return sorted({*values, own})
+
     surfaces: dict[float, NoiseSurface] = {}
-    for_fields = lambda e: surfaces.setdefault(e, NoiseSurface(e, noise_fields.DELTA, user_cache.folder()))
+
+    def for_fields(e):
+        return surfaces.setdefault(e, NoiseSurface(e, noise_fields.DELTA, user_cache.folder()))
+
     return [
         optima.plot(optima.curves(asked, units, scale.epsilons)),
         loss_curves.plot_losses([loss_curves.losses(asked, scale.num_units, e) for e in scale.loss_epsilons]),
@@ -124,8 +134,10 @@ def render(fitted: FittedLaw, budget: Budget, plots: Sequence[Plot], rows: Seque
     title = "Scaling figures of a law"
     body = [
         f"<h1>{title}</h1>",
-        f"<p>The law was fitted to {_html(domain_text(fitted.law.domain))}. Curves end where these do: nothing is extrapolated.</p>",
-        f"<p>Privacy budgets are at δ = {budget.delta:g}; compute is 6 × parameters × batch × {fitted.sequence_length} tokens × steps."
+        f"<p>The law was fitted to {_html(domain_text(fitted.law.domain))}. Curves end where these do: nothing is"
+        " extrapolated.</p>",
+        f"<p>Privacy budgets are at δ = {budget.delta:g}; compute is 6 × parameters × batch × {fitted.sequence_length}"
+        " tokens × steps."
         f" Where the figures have a centre, it is ε = {budget.epsilon:g}, {budget.num_units:,.0f} units and"
         f" {_html(drawing.power(budget.compute))} FLOP.</p>",
         "<h2>How far the law can be trusted</h2>",
@@ -144,24 +156,36 @@ def domain_text(domain: Domain) -> str:
     """What was measured, in words: "sizes 20,184 to 205,632, 80 to 640 steps, noise-batch ratio up to $2^{-3}$"."""
     power = f"{math.log2(domain.ratio[1]):.2f}".rstrip("0").rstrip(".") if domain.ratio[1] > 0 else None
     ratio = "no noise" if power is None else f"noise-batch ratio up to $2^{{{power}}}$"
-    ends = lambda values: f"{values[0]:,.0f} to {values[1]:,.0f}"
+
+    def ends(values):
+        return f"{values[0]:,.0f} to {values[1]:,.0f}"
+
     return f"sizes {ends(domain.parameters)}, {ends(domain.steps)} steps, {ratio}"
 
 
 def _html(text: str) -> str:
     """Escaped text, with the exponents of matplotlib's mathematics as HTML's."""
-    text = re.sub(r"\$(.*?)\$", lambda found: re.sub(r"\^\{(.*?)\}", r"<sup>\1</sup>", found[1]).replace("\\times", "×"), escape(text))
+    text = re.sub(
+        r"\$(.*?)\$",
+        lambda found: re.sub(r"\^\{(.*?)\}", r"<sup>\1</sup>", found[1]).replace("\\times", "×"),
+        escape(text),
+    )
     return text.replace("<sup>-", "<sup>−")
 
 
 def _errors(fitted: FittedLaw) -> str:
     if not fitted.errors:
-        return "<p>There are too few models, steps and noise levels to leave any of them out: the law has not been tested.</p>"
+        return (
+            "<p>There are too few models, steps and noise levels to leave any of them out: the law has not been"
+            " tested.</p>"
+        )
     lines = [
-        (kind, f"{100 * error.median:.2g} %", f"{100 * error.ninety:.2g} %", f"{error.count:,}") for kind, error in fitted.errors.items()
+        (kind, f"{100 * error.median:.2g} %", f"{100 * error.ninety:.2g} %", f"{error.count:,}")
+        for kind, error in fitted.errors.items()
     ]
     return (
-        "<p>Relative errors of its predictions of runs that were left out of the fit, by what leaving them out asks for: a model size or"
+        "<p>Relative errors of its predictions of runs that were left out of the fit, by what leaving them out asks"
+        " for: a model size or"
         " noise level between others, a larger model, a longer run, more noise.</p>"
         + _rows(("what was left out", "median error", "nine of ten within", "points"), lines, text_columns=(0,))
     )
@@ -173,7 +197,9 @@ def _figure(plot: Plot) -> str:
         heading = f"<h3>{escape(row.heading[:1].upper() + row.heading[1:])}</h3>" if row.heading else ""
         # Each panel has a name of its own for those who cannot see it.
         labelled = [svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.title)}"', 1) for svg in panels]
-        parts.append(f'{heading}{_keys(row.keys)}<div class="panels">{"".join(f"<div>{svg}</div>" for svg in labelled)}</div>')
+        parts.append(
+            f'{heading}{_keys(row.keys)}<div class="panels">{"".join(f"<div>{svg}</div>" for svg in labelled)}</div>'
+        )
     caption = f"<figcaption>{_html(plot.caption)}</figcaption>"
     return f'<h2>{escape(plot.title)}</h2>\n<figure id="{plot.name}">{"".join(parts)}{caption}</figure>'
 
@@ -181,26 +207,47 @@ def _figure(plot: Plot) -> str:
 def _keys(keys: Sequence[Key]) -> str:
     if not keys:
         return ""
-    items = (f'<li><span class="mark {key.mark}" style="color:{key.colour}"></span>{_html(key.label)}</li>' for key in keys)
+    items = (
+        f'<li><span class="mark {key.mark}" style="color:{key.colour}"></span>{_html(key.label)}</li>' for key in keys
+    )
     return f'<ul class="keys">{"".join(items)}</ul>'
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = ("units", "epsilon", "compute", "loss", "model size", "steps", "batch", "tokens per parameter", "at the edge of the data")
+    head = (
+        "units",
+        "epsilon",
+        "compute",
+        "loss",
+        "model size",
+        "steps",
+        "batch",
+        "tokens per parameter",
+        "at the edge of the data",
+    )
     lines = []
     for row in rows:
         start = _html(drawing.power(row.num_units)), f"{row.epsilon:g}"
         if np.isnan(row.compute):
             lines.append((*start, "none within the data", *[""] * 6))
             continue
-        middle = _html(drawing.power(row.compute)), f"{row.loss:.3f}", *map(drawing.number, (row.parameters, row.steps, row.batch_size))
+        middle = (
+            _html(drawing.power(row.compute)),
+            f"{row.loss:.3f}",
+            *map(drawing.number, (row.parameters, row.steps, row.batch_size)),
+        )
         lines.append((*start, *middle, f"{row.tokens_per_parameter:.3g}", ", ".join(row.at_end)))
     return _rows(head, lines, text_columns=(8,))
 
 
 def _rows(head: Sequence[str], lines: Sequence[Sequence[str]], text_columns: Sequence[int]) -> str:
     """A table of cells that are HTML already."""
-    kind = lambda i: ' class="text"' if i in text_columns else ""
+
+    def kind(i):
+        return ' class="text"' if i in text_columns else ""
+
     titles = "".join(f"<th{kind(i)}>{name}</th>" for i, name in enumerate(head))
-    body = "".join("<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(line)) + "</tr>\n" for line in lines)
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(line)) + "</tr>\n" for line in lines
+    )
     return f'<div class="scroll"><table><tr>{titles}</tr>\n{body}</table></div>'

@@ -15,7 +15,8 @@ class Row(published.Row):
     """A row as table 2 has it; all numbers but the first two NaN where the law knows no configuration.
 
     Attributes:
-      at_end: in what the configuration is at the end of the law's data ("largest model", "longest run"), so that it is a bound.
+      at_end: in what the configuration is at the end of the law's data ("largest model", "longest run"), so that it is
+        a bound.
     """
 
     at_end: tuple[str, ...]
@@ -42,7 +43,12 @@ def _row(asked: Study, num_units: float, epsilon: float) -> Row:
         "longest run": curve.steps[i] > domain.steps[1] / 1.1,
     }
     values = (curve.compute, curve.loss, curve.parameters, curve.steps, curve.batch_size, curve.tokens_per_parameter)
-    return Row(num_units, epsilon, *(float(column[i]) for column in values), tuple(name for name, there in ends.items() if there))
+    return Row(
+        num_units,
+        epsilon,
+        *(float(column[i]) for column in values),
+        tuple(name for name, there in ends.items() if there),
+    )
 
 
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:

@@ -1,4 +1,5 @@
-"""Which numbers of units and epsilons the figures show: those of arXiv 2501.18914, or what suits laws of small models."""
+"""Which numbers of units and epsilons the figures show: those of arXiv 2501.18914, or what suits laws of small
+models."""
 
 import dataclasses
 

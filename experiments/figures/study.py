@@ -1,4 +1,6 @@
-"""What all figures ask of a law: the best configurations of a compute, within what the law was fitted to and never beyond it."""
+"""What all figures ask of a law: the best configurations of a compute, within what the law was fitted to and never
+beyond it.
+"""
 
 import dataclasses
 import math
@@ -23,8 +25,10 @@ class Frontier:
 
     Attributes:
       compute: [n], floating-point operations, rising.
-      loss, parameters, batch_size, steps: [n], of the configuration with the lowest loss that spends exactly this compute.
-      near: of each of parameters, batch_size and steps the least and the most [n, 2] among the configurations within 1 % of it.
+      loss, parameters, batch_size, steps: [n], of the configuration with the lowest loss that spends exactly this
+        compute.
+      near: of each of parameters, batch_size and steps the least and the most [n, 2] among the configurations within 1
+        % of it.
       tokens_per_parameter: [n], of that configuration.
     """
 
@@ -45,7 +49,9 @@ class Frontier:
 
     @property
     def knee(self) -> int | None:
-        """The number of the least compute that comes within 1 % of the lowest loss of all; None where there is no configuration at all."""
+        """The number of the least compute that comes within 1 % of the lowest loss of all; None where there is no
+        configuration at all.
+        """
         return optimum.saturating_compute(self.compute, self.loss) if np.isfinite(self.loss).any() else None
 
 
@@ -87,12 +93,15 @@ class Study:
         return np.nan_to_num(self._surfaces[epsilon](steps, sampling_probability), nan=_UNKNOWN)
 
     def compute_range(self, num_units: float) -> tuple[float, float]:
-        """From the smallest model and shortest run with batches of one unit to the largest and longest with all units in each batch."""
+        """From the smallest model and shortest run with batches of one unit to the largest and longest with all units
+        in each batch.
+        """
         (smallest, largest), (shortest, longest) = self.law.domain.parameters, self.law.domain.steps
         return 6 * self.sequence_length * smallest * shortest, 6 * self.sequence_length * largest * longest * num_units
 
     def candidates(self, compute: float, num_units: float, epsilon: float) -> Candidates | None:
-        """All configurations of this compute that lie where the law was fitted, from the lowest loss up; None for none."""
+        """All configurations of this compute that lie where the law was fitted, from the lowest loss up; None
+        for none."""
         budget = Budget(compute, num_units, epsilon, self.delta, self.sequence_length)
         try:
             return optimum.search(self.law, lambda t, q: self.noise(epsilon, t, q), budget, self.sizes)
@@ -114,7 +123,9 @@ class Study:
         return float(self.law.loss(parameters, steps, ratio)) if inside else math.nan
 
     def losses_by_steps(self, steps: np.ndarray, compute: float, num_units: float, epsilon: float) -> np.ndarray:
-        """Losses [T, M] of runs of so many steps with each of the sizes, whose batch spends the compute; NaN outside of the data."""
+        """Losses [T, M] of runs of so many steps with each of the sizes, whose batch spends the compute; NaN outside of
+        the data.
+        """
         size, steps = np.broadcast_arrays(self.sizes[None, :], np.asarray(steps, float)[:, None])
         batch = compute / (6 * self.sequence_length * size * steps)
         losses = np.full(batch.shape, np.nan)
@@ -146,7 +157,9 @@ class Study:
             for name, ends in near.items():
                 ends[i] = getattr(close, name).min(), getattr(close, name).max()
         tokens = best["steps"] * best["batch_size"] * self.sequence_length
-        return Frontier(num_units, epsilon, compute, **best, near=near, tokens_per_parameter=tokens / best["parameters"])
+        return Frontier(
+            num_units, epsilon, compute, **best, near=near, tokens_per_parameter=tokens / best["parameters"]
+        )
 
     def at_largest(self, parameters) -> np.ndarray:
         """Mask of the sizes at the upper end of the law's: a larger model may be better still."""

@@ -67,30 +67,43 @@ def load(path: pathlib.Path) -> FittedLaw:
             stored["physical_batch"],
         )
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the law that dpgemma sweep has fitted, or a results table") from None
+        raise InputError(
+            f"{path} does not exist: give the law that dpgemma sweep has fitted, or a results table"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} holds no law: give the law.json of a sweep, or a results table (.csv or .parquet)") from None
+        raise InputError(
+            f"{path} holds no law: give the law.json of a sweep, or a results table (.csv or .parquet)"
+        ) from None
 
 
 def best_forms(measured: Points) -> tuple[dict[str, str], dict[str, Error]]:
-    """For each kind of going beyond the data the form that predicts left-out points best (by the 90 % error), and that error."""
+    """For each kind of going beyond the data the form that predicts left-out points best (by the 90 % error), and that
+    error.
+    """
     found = {}
     for name in forms.FORMS:
         whole = forms.fit(measured, name)
-        found[name] = validation.cross_validate(measured, lambda some, name=name, whole=whole: fit_semiparametric(some, name, whole))
+        found[name] = validation.cross_validate(
+            measured, lambda some, name=name, whole=whole: fit_semiparametric(some, name, whole)
+        )
     every_kind = {kind for errors in found.values() for kind in errors}
     best = {kind: min(found, key=lambda name, kind=kind: found[name][kind].ninety) for kind in every_kind}
     return best, {kind: found[name][kind] for kind, name in sorted(best.items())}
 
 
 def fit(table: Table) -> FittedLaw:
-    """The default law of a table: points by the revised pipeline, the trend that predicts best, the residual interpolated.
+    """The default law of a table: points by the revised pipeline, the trend that predicts best, the residual
+    interpolated.
 
     Raises:
       InputError: too few models, steps or noise levels to say anything.
     """
     measured = points.revised(table)
-    needed = {"model sizes": (measured.parameters, 2), "numbers of steps": (measured.steps, 4), "noise levels": (measured.ratio, 3)}
+    needed = {
+        "model sizes": (measured.parameters, 2),
+        "numbers of steps": (measured.steps, 4),
+        "noise levels": (measured.ratio, 3),
+    }
     for name, (values, least) in needed.items():
         count = len(set(values.tolist()))
         if count < least:
@@ -115,7 +128,9 @@ def fit_published(table: Table) -> Interpolated:
 
 
 def of_file(path: pathlib.Path | None) -> FittedLaw:
-    """The law of a file: one that was fitted, or a results table that is fitted now; None for the law that this package ships."""
+    """The law of a file: one that was fitted, or a results table that is fitted now; None for the law that this package
+    ships.
+    """
     if path is None:
         return load(SHIPPED / "law.json")
     if path.suffix in (".csv", ".parquet"):

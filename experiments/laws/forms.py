@@ -1,7 +1,7 @@
 """Parametric forms of the loss in model size M, steps T and noise-batch ratio r, and how they are fitted.
 
-L1 and L2 are those of arXiv 2501.18914, appendix E (with T for the number of examples, which at a fixed physical batch is the same up to a
-constant); "coupled" says that noise makes steps worth less, the more so the larger the model.
+L1 and L2 are those of arXiv 2501.18914, appendix E (with T for the number of examples, which at a fixed physical batch
+is the same up to a constant); "coupled" says that noise makes steps worth less, the more so the larger the model.
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ def coupled(constants, parameters, steps, ratio):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A form, with starts of its fit and bounds of its constants: logarithms of E, A, B, C and the exponents as they are.
+    """A form, with starts of its fit and bounds of its constants: logarithms of E, A, B, C and the exponents as they
+    are.
 
     Sizes and steps are divided by their geometric means before, so that the constants of any table are of order one.
     """
@@ -115,7 +116,13 @@ def fit(points: Points, form: str, start: Parametric | None = None) -> Parametri
     starts = chosen.starts if start is None else (start.constants,)
     fits = [
         optimize.least_squares(
-            residual, np.clip(x0, low + 1e-9, high - 1e-9), bounds=(low, high), loss="huber", f_scale=_HUBER, x_scale="jac", max_nfev=400
+            residual,
+            np.clip(x0, low + 1e-9, high - 1e-9),
+            bounds=(low, high),
+            loss="huber",
+            f_scale=_HUBER,
+            x_scale="jac",
+            max_nfev=400,
         )
         for x0 in starts
     ]
@@ -134,6 +141,11 @@ def l2_design(parameters, examples, ratio) -> np.ndarray:
     """The columns [n, 4] that E, A, B and C multiply in L2 with its published exponents."""
     p = PUBLISHED_L2
     return np.stack(
-        [np.ones(len(parameters)), parameters ** -p["a"], examples ** -p["b"], sigmoid_of_noise(ratio) ** p["g"] / parameters ** p["g2"]],
+        [
+            np.ones(len(parameters)),
+            parameters ** -p["a"],
+            examples ** -p["b"],
+            sigmoid_of_noise(ratio) ** p["g"] / parameters ** p["g2"],
+        ],
         axis=-1,
     )

@@ -53,7 +53,10 @@ def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -
     names = {size: name for name, size in table.sizes.items()}
     law = fitted.law
     beyond = {"larger": law.larger.form, "noisier": law.noisier.form}
-    refit = lambda some: fit_semiparametric(points.revised(some), law.trend.form, law.trend, **beyond)
+
+    def refit(some):
+        return fit_semiparametric(points.revised(some), law.trend.form, law.trend, **beyond)
+
     laws = validation.bootstrap(points.usable(table), refit, samples) if samples else [law]
     found = []
     for size, ratio in np.unique(np.stack([kept[PARAMETERS], kept[RATIO]], axis=-1), axis=0):
@@ -81,9 +84,13 @@ def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -
 
 def text(found: list[Trial]) -> str:
     """The trials as a table for a terminal."""
-    lines = [f"{'held out':<14} {'steps':>6} {'noise':>9} {'predicted':>10} {'interval':>17} {'measured':>9} {'error':>7}  beyond"]
+    lines = [
+        f"{'held out':<14} {'steps':>6} {'noise':>9} {'predicted':>10} {'interval':>17} {'measured':>9} {'error':>7} "
+        " beyond"
+    ]
     lines += [
-        f"{t.model:<14} {t.steps:>6.0f} {t.ratio:>9.3g} {t.predicted:>10.4f} {f'{t.low:.4f} {t.high:.4f}':>17} {t.measured:>9.4f}"
+        f"{t.model:<14} {t.steps:>6.0f} {t.ratio:>9.3g} {t.predicted:>10.4f} {f'{t.low:.4f} {t.high:.4f}':>17}"
+        f" {t.measured:>9.4f}"
         f" {100 * t.error:>6.2f}%  {', '.join(t.beyond)}"
         for t in found
     ]

@@ -1,9 +1,10 @@
 """Laws: the loss, and the best learning rate, of a model size, a number of steps and a noise-batch ratio.
 
-`Interpolated` is the published pipeline: power laws in the steps, and linear interpolation of logarithms between what was measured
-(arXiv 2501.18914, section 3 and its code). `SemiParametric` is a parametric form, and between the measured points what it leaves
-unexplained, interpolated. Beyond them, each direction has a rule of its own: larger models and more noise follow forms, which need not be
-the same, from the edge on; longer runs the power law that each curve follows at its end.
+`Interpolated` is the published pipeline: power laws in the steps, and linear interpolation of logarithms between what
+was measured (arXiv 2501.18914, section 3 and its code). `SemiParametric` is a parametric form, and between the measured
+points what it leaves unexplained, interpolated. Beyond them, each direction has a rule of its own: larger models and
+more noise follow forms, which need not be the same, from the edge on; longer runs the power law that each curve follows
+at its end.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ from experiments.laws import forms
 from experiments.laws.learning_rate import LearningRate, fit_learning_rate
 from experiments.laws.points import Points
 
-# Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and believed up to this
-# multiple of it (8,192,000).
+# Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and
+# believed up to this multiple of it (8,192,000).
 _FIT_FROM, _LONGEST = 1 / 8, 64
-# The end of a curve, as a share of the longest run, that says how it goes on; floors that are tried, as shares of the lowest loss.
+# The end of a curve, as a share of the longest run, that says how it goes on; floors that are tried, as shares of the
+# lowest loss.
 _TAIL_FROM, _FLOORS = 1 / 3, np.linspace(0.0, 0.9, 19)
 # How many times longer than the part that foretells it the foretold curve is, when floors are compared.
 _TOLD_AHEAD = 2.0
@@ -45,12 +47,19 @@ class Domain:
     def contains(self, parameters, steps, ratio) -> np.ndarray:
         """Mask of the configurations that lie within, ends included."""
         slack = 1 + 1e-9
-        within = lambda x, ends: (np.asarray(x) * slack >= ends[0]) & (np.asarray(x) <= ends[1] * slack)
+
+        def within(x, ends):
+            return (np.asarray(x) * slack >= ends[0]) & (np.asarray(x) <= ends[1] * slack)
+
         return within(parameters, self.parameters) & within(steps, self.steps) & within(ratio, self.ratio)
 
     def leaves(self, parameters: float, steps: float, ratio: float) -> list[str]:
         """In words, in what one configuration lies outside."""
-        values = {"model size": (parameters, self.parameters), "steps": (steps, self.steps), "noise-batch ratio": (ratio, self.ratio)}
+        values = {
+            "model size": (parameters, self.parameters),
+            "steps": (steps, self.steps),
+            "noise-batch ratio": (ratio, self.ratio),
+        }
         return [
             f"{name} {value:.4g} is outside of {ends[0]:.4g} to {ends[1]:.4g}"
             for name, (value, ends) in values.items()
@@ -89,11 +98,17 @@ def fit_power_law(steps: np.ndarray, loss: np.ndarray, floor: float | None = Non
         fixed = min(floor, low)
         slope, intercept = np.polyfit(np.log(steps), np.log(np.maximum(loss - fixed, 1e-12)), 1)
         start = [max(-slope, 1e-3), math.log(max(math.exp(intercept), 1e-12))]
-        of = lambda x: fixed + np.exp(x[1] - x[0] * np.log(steps))
+
+        def of(x):
+            return fixed + np.exp(x[1] - x[0] * np.log(steps))
+
         found = optimize.least_squares(lambda x: of(x) / loss - 1, start, bounds=([0, -40], [10, 80]))
         return PowerLaw(fixed, math.exp(found.x[1]), found.x[0])
     centre = float(np.exp(np.log(steps).mean()))
-    of = lambda x: x[0] + np.exp(x[1] - x[2] * np.log(steps / centre))
+
+    def of(x):
+        return x[0] + np.exp(x[1] - x[2] * np.log(steps / centre))
+
     fits = [
         optimize.least_squares(
             lambda x: of(x) / loss - 1,
@@ -109,8 +124,8 @@ def fit_power_law(steps: np.ndarray, loss: np.ndarray, floor: float | None = Non
 class Interpolated:
     """Steps 3 and 4 of the published pipeline.
 
-    Per model, the floor of the curve without noise (of the least noise, where none is without) is shared by all its noise levels. NaN
-    outside of what was measured, except for steps, which the power laws extend.
+    Per model, the floor of the curve without noise (of the least noise, where none is without) is shared by all its
+    noise levels. NaN outside of what was measured, except for steps, which the power laws extend.
     """
 
     name = "interpolated"
@@ -141,7 +156,10 @@ class Interpolated:
         noisy = ratios > 0
         filled = _filled(np.log(loss[:, :, noisy]), np.log(ratios[noisy])) if noisy.any() else None
         axes = (np.log(sizes), np.log(steps))
-        regular = lambda axes, values: interpolate.RegularGridInterpolator(axes, values, bounds_error=False, fill_value=np.nan)
+
+        def regular(axes, values):
+            return interpolate.RegularGridInterpolator(axes, values, bounds_error=False, fill_value=np.nan)
+
         self._noisy = regular((*axes, np.log(ratios[noisy])), filled) if noisy.sum() > 1 else None
         self._clean = regular(axes, np.log(loss[:, :, 0])) if ratios[0] == 0 else None
 
@@ -172,7 +190,8 @@ def _filled(values: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """How losses fall beyond the longest run: L(T) = E + (L(T_last) - E) (T / T_last)^-alpha, alpha of each size and noise level.
+    """How losses fall beyond the longest run: L(T) = E + (L(T_last) - E) (T / T_last)^-alpha, alpha of each size and
+    noise level.
 
     Attributes:
       floor: E, the same for all curves: one curve's end hardly settles it, all together do.
@@ -185,7 +204,8 @@ class Tail:
 
 @dataclasses.dataclass(frozen=True)
 class SemiParametric:
-    """A parametric trend, times what it leaves unexplained, interpolated between the measured points and constant beyond their edges.
+    """A parametric trend, times what it leaves unexplained, interpolated between the measured points and constant
+    beyond their edges.
 
     Attributes:
       trend: the form that is fitted between the points.
@@ -239,7 +259,9 @@ class SemiParametric:
 
     @classmethod
     def from_dict(cls, stored: dict) -> "SemiParametric":
-        as_tuples = lambda content: {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
+        def as_tuples(content):
+            return {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
+
         return cls(
             **{name: forms.Parametric(**as_tuples(stored[name])) for name in _FORMS},
             axes=tuple(np.array(axis) for axis in stored["axes"]),
@@ -256,7 +278,9 @@ def noise_axis(ratio, floor: float) -> np.ndarray:
 
 
 def _interpolated(axes, values: np.ndarray, places) -> np.ndarray:
-    """Linear interpolation on a grid, constant beyond its edges; axes of one value cannot be interpolated along, and need not be."""
+    """Linear interpolation on a grid, constant beyond its edges; axes of one value cannot be interpolated along, and
+    need not be.
+    """
     kept = [i for i, axis in enumerate(axes) if len(axis) > 1]
     if not kept:
         return np.full(places[0].shape, values.item())
@@ -266,9 +290,15 @@ def _interpolated(axes, values: np.ndarray, places) -> np.ndarray:
 
 
 def fit_semiparametric(
-    points: Points, form: str, start: forms.Parametric | None = None, *, larger: str | None = None, noisier: str | None = None
+    points: Points,
+    form: str,
+    start: forms.Parametric | None = None,
+    *,
+    larger: str | None = None,
+    noisier: str | None = None,
 ) -> SemiParametric:
-    """Fits the forms, then tabulates the residual; a cell without a measurement takes the mean of its neighbours' residuals.
+    """Fits the forms, then tabulates the residual; a cell without a measurement takes the mean of its neighbours'
+    residuals.
 
     Args:
       form: of the trend.
@@ -283,13 +313,17 @@ def fit_semiparametric(
     residual = np.full([len(axis) for axis in axes], np.nan)
     residual[places] = np.log(points.loss) - np.log(trend.loss(points.parameters, points.steps, points.ratio))
     residual = _smooth(_spread(residual), axes[1])
-    return SemiParametric(trend, *beyond, axes, residual, _fit_tail(points, places, residual.shape), rate, Domain.of(points))
+    return SemiParametric(
+        trend, *beyond, axes, residual, _fit_tail(points, places, residual.shape), rate, Domain.of(points)
+    )
 
 
 def _fit_tail(points: Points, places, shape: tuple[int, int, int]) -> Tail:
     """The floor with which the middles of all curves foretell their ends best, and the slopes of the ends."""
     last = points.steps.max()
-    curves = {(i, k): points.where((places[0] == i) & (places[2] == k)) for i in range(shape[0]) for k in range(shape[2])}
+    curves = {
+        (i, k): points.where((places[0] == i) & (places[2] == k)) for i in range(shape[0]) for k in range(shape[2])
+    }
     ends = {cell: curve.where(curve.steps >= _TAIL_FROM * last) for cell, curve in curves.items()}
     ends = {cell: curve for cell, curve in ends.items() if len(curve) >= 3}
     if not ends:
@@ -315,7 +349,9 @@ def _fit_tail(points: Points, places, shape: tuple[int, int, int]) -> Tail:
 
 
 def _smooth(residual: np.ndarray, log_steps: np.ndarray) -> np.ndarray:
-    """Local straight lines along the steps, so that a search for the lowest loss does not find the luckiest measurement."""
+    """Local straight lines along the steps, so that a search for the lowest loss does not find the luckiest
+    measurement.
+    """
     smooth = np.empty_like(residual)
     for j, place in enumerate(log_steps):
         weight = np.exp(-0.5 * ((log_steps - place) / _BANDWIDTH) ** 2)

@@ -1,4 +1,6 @@
-"""The best learning rate as a function of size, steps and noise: a quadratic fitted across all runs, as VaultGemma's laws have it."""
+"""The best learning rate as a function of size, steps and noise: a quadratic fitted across all runs, as VaultGemma's
+laws have it.
+"""
 
 import dataclasses
 import math
@@ -12,7 +14,8 @@ _SPREAD = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class LearningRate:
-    """log2 of the best learning rate, as a quadratic of ln M, ln T and the logarithm of the noise, fitted across all runs.
+    """log2 of the best learning rate, as a quadratic of ln M, ln T and the logarithm of the noise, fitted across all
+    runs.
 
     Attributes:
       coefficients: of the monomials, in the order of _monomials.

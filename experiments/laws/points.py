@@ -1,8 +1,10 @@
-"""From a results table to the losses that a law is fitted to: one for each model, number of steps and noise-batch ratio.
+"""From a results table to the losses that a law is fitted to: one for each model, number of steps and noise-batch
+ratio.
 
-The steps are those of arXiv 2501.18914 (section 3, appendix E) with what VaultGemma changed (arXiv 2510.15001): warm-up is cut off,
-measurement noise is smoothed by what must be monotone, and the best learning rate is the vertex of a parabola across runs, not the best
-of three. Every function takes a table and returns another; none changes what it is given.
+The steps are those of arXiv 2501.18914 (section 3, appendix E) with what VaultGemma changed (arXiv 2510.15001): warm-up
+is cut off, measurement noise is smoothed by what must be monotone, and the best learning rate is the vertex of a
+parabola across runs, not the best of three. Every function takes a table and returns another; none changes what it is
+given.
 """
 
 import dataclasses
@@ -23,7 +25,9 @@ _FEWEST_PARABOLAS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Losses at the best learning rate, all arrays [n]: float64 parameters M, steps T, noise-batch ratio, loss, learning rate."""
+    """Losses at the best learning rate, all arrays [n]: float64 parameters M, steps T, noise-batch ratio, loss,
+    learning rate.
+    """
 
     parameters: np.ndarray
     steps: np.ndarray
@@ -58,7 +62,13 @@ def averaged(table: Table) -> Table:
         return table
     means = np.bincount(inverse, table[LOSS]) / np.bincount(inverse)
     kept = table.rows(first)
-    return Table({name: means if name == LOSS else column for name, column in kept.columns.items() if name not in (CONFIG, HELD_OUT)})
+    return Table(
+        {
+            name: means if name == LOSS else column
+            for name, column in kept.columns.items()
+            if name not in (CONFIG, HELD_OUT)
+        }
+    )
 
 
 def after_warm_up(table: Table, iterations: float) -> Table:
@@ -75,7 +85,8 @@ def default_warm_up(table: Table) -> float:
 
 
 def smoothed(table: Table) -> Table:
-    """Losses made monotone, per model and learning rate: non-increasing in steps, then non-decreasing in noise (isotonic regressions).
+    """Losses made monotone, per model and learning rate: non-increasing in steps, then non-decreasing in noise
+    (isotonic regressions).
 
     A missing cell is left out of its row's and its column's regression and stays missing.
     """
@@ -93,10 +104,10 @@ def best(table: Table, how: str = "across") -> Points:
     """The loss at the best learning rate of each cell.
 
     Args:
-      how: "grid" takes the lowest of those that were tried; "vertex" the vertex of the parabola through them in log2 of the learning
-        rate, where three were tried, it opens upwards and its vertex is not far outside of them, else the lowest; "across" lets all
-        cells share one parabola, whose vertex and width move smoothly with size, steps and noise, so that a cell with fewer rates is
-        corrected like the others and measurement noise averages out.
+      how: "grid" takes the lowest of those that were tried; "vertex" the vertex of the parabola through them in log2 of
+        the learning rate, where three were tried, it opens upwards and its vertex is not far outside of them, else the
+        lowest; "across" lets all cells share one parabola, whose vertex and width move smoothly with size, steps and
+        noise, so that a cell with fewer rates is corrected like the others and measurement noise averages out.
     """
     if how in (GRID, VERTEX):
         return _cell_by_cell(table, how)
@@ -122,13 +133,17 @@ def _cell_by_cell(table: Table, how: str) -> Points:
         rate, loss = np.log2(table[LEARNING_RATE][rows]), table[LOSS][rows]
         lowest = np.argmin(loss)
         log_rate, value, _ = (how == VERTEX and vertex(rate, loss)) or (rate[lowest], loss[lowest], 0.0)
-        found.append((table[PARAMETERS][rows[0]], table[ITERATIONS][rows[0]], table[RATIO][rows[0]], value, 2.0**log_rate))
+        found.append(
+            (table[PARAMETERS][rows[0]], table[ITERATIONS][rows[0]], table[RATIO][rows[0]], value, 2.0**log_rate)
+        )
     return Points(*np.array(found).T)
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedParabola:
-    """ln loss = ln of the best loss + width (log2 rate - log2 best rate)^2, best rate and width functions of size, steps and noise."""
+    """ln loss = ln of the best loss + width (log2 rate - log2 best rate)^2, best rate and width functions of size,
+    steps and noise.
+    """
 
     rate: LearningRate
     log_width: LearningRate
@@ -153,7 +168,9 @@ def shared_parabola(table: Table) -> SharedParabola | None:
 
 
 def vertex(log_rate: np.ndarray, loss: np.ndarray) -> tuple[float, float, float] | None:
-    """(log2 of the best learning rate, its loss, width) of the parabola through ln loss; None where there is no such thing."""
+    """(log2 of the best learning rate, its loss, width) of the parabola through ln loss; None where there is no such
+    thing.
+    """
     if len(np.unique(log_rate)) < 3:
         return None
     centre, spacing = log_rate.mean(), np.ptp(log_rate) / (len(np.unique(log_rate)) - 1)
@@ -169,7 +186,9 @@ def vertex(log_rate: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]
 
 
 def published(table: Table) -> Points:
-    """Steps 1 and 2 of the published pipeline: warm-up cut, both isotonic regressions, the lowest of the learning rates."""
+    """Steps 1 and 2 of the published pipeline: warm-up cut, both isotonic regressions, the lowest of the learning
+    rates.
+    """
     table = usable(table)
     return best(smoothed(after_warm_up(table, default_warm_up(table))), GRID)
 

@@ -1,7 +1,7 @@
 """How far a law can be trusted: errors on what it was not fitted to, and intervals by resampling the runs.
 
-Every kind of error belongs to one way of going beyond the data: a size or a noise level between two that were measured, a larger model,
-a longer run, more noise. A prediction is given with the error of the ways that it goes.
+Every kind of error belongs to one way of going beyond the data: a size or a noise level between two that were measured,
+a larger model, a longer run, more noise. A prediction is given with the error of the ways that it goes.
 """
 
 import dataclasses
@@ -57,7 +57,9 @@ def kinds(law: Law, parameters: float, steps: float, ratio: float) -> list[str]:
 
 
 def expected_error(errors: dict[str, Error], law: Law, parameters: float, steps: float, ratio: float) -> float | None:
-    """The 90 % error of a prediction: of the ways that it goes together, by their squares; None where one was never tested."""
+    """The 90 % error of a prediction: of the ways that it goes together, by their squares; None where one was never
+    tested.
+    """
     ways = kinds(law, parameters, steps, ratio)
     if any(way not in errors for way in ways):
         return None
@@ -81,7 +83,8 @@ def _folds(points: Points) -> dict[str, list[np.ndarray]]:
 
 
 def resampled(table: Table, seed: int) -> Table:
-    """The table with as many runs, drawn from its own with replacement (a bootstrap by runs, not by points of one run's curve).
+    """The table with as many runs, drawn from its own with replacement (a bootstrap by runs, not by points of one run's
+    curve).
 
     A cell of the grid keeps at least one run: what is drawn are the learning rates, within each model and noise level.
     """

@@ -1,9 +1,11 @@
-"""The noise multiplier as a function of steps and sampling probability, for searches: estimated on a lattice, interpolated, kept.
+"""The noise multiplier as a function of steps and sampling probability, for searches: estimated on a lattice,
+interpolated, kept.
 
-The lattice is the same for all searches with one (epsilon, delta), so that each pays only for the nodes that no search before has asked
-for. A node is the saddle-point estimate where that converges, and else the loss-distribution accountant's upper bound on a coarse grid; the
-two agree within a percent or so. Beyond _MOST_STEPS the losses of single steps are so small that a grid which resolves them would hold
-millions, and the estimate has to do (within 1 % at 2e8 steps). No number from here is a guarantee: `certified` is.
+The lattice is the same for all searches with one (epsilon, delta), so that each pays only for the nodes that no search
+before has asked for. A node is the saddle-point estimate where that converges, and else the loss-distribution
+accountant's upper bound on a coarse grid; the two agree within a percent or so. Beyond _MOST_STEPS the losses of single
+steps are so small that a grid which resolves them would hold millions, and the estimate has to do (within 1 % at 2e8
+steps). No number from here is a guarantee: `certified` is.
 """
 
 import contextlib
@@ -25,8 +27,8 @@ from dpgemma import user_cache
 # Distance of lattice nodes, in ln T and in ln q.
 SPACING = math.log(2.5)
 _LARGE = 10**15  # units of a data set that stands for a sampling probability alone
-# Intervals of the loss grid, how each is refined, and the relative change of epsilon at which a grid is fine enough. The error falls at
-# least linearly with the interval, so what is left is a third of the change.
+# Intervals of the loss grid, how each is refined, and the relative change of epsilon at which a grid is fine enough.
+# The error falls at least linearly with the interval, so what is left is a third of the change.
 _COARSEST, _FINEST, _FINER, _CHANGE = 4e-3, 1e-5, 4.0, 0.01
 _MOST_STEPS = 10**7
 _VERSION = 4
@@ -42,20 +44,25 @@ class NoiseSurface:
 
     def __init__(self, epsilon: float, delta: float, cache: pathlib.Path | None = None):
         if not (0 < epsilon < math.inf and 0 < delta < 1):
-            raise InputError(f"a budget needs a positive finite epsilon and a delta between 0 and 1, got ({epsilon:g}, {delta:g})")
+            raise InputError(
+                f"a budget needs a positive finite epsilon and a delta between 0 and 1, got ({epsilon:g}, {delta:g})"
+            )
         self.epsilon, self.delta = epsilon, delta
         self.cache = cache
         self._file = None if cache is None else cache / f"noise_{_name(epsilon, delta)}.json"
         self._nodes = _read(self._file)
 
     def __call__(self, steps, sampling_probability) -> np.ndarray:
-        """Noise multipliers, shape of the arguments; NaN where q is above 1 or no noise of a sensible size is enough."""
+        """Noise multipliers, shape of the arguments; NaN where q is above 1 or no noise of a sensible size is
+        enough."""
         t, q = np.broadcast_arrays(np.asarray(steps, float), np.asarray(sampling_probability, float))
         possible = (t >= 1) & (q > 0) & (q <= 1)
         u, v = np.log(np.where(possible, t, 1.0)) / SPACING, np.log(np.where(possible, q, 1.0)) / SPACING
         first_u, weights_u = _cubic(u, lowest=0)
         first_v, weights_v = _cubic(v, highest=0)
-        wanted = {(i, j) for i, j in zip(first_u[possible].ravel().tolist(), first_v[possible].ravel().tolist(), strict=True)}
+        wanted = {
+            (i, j) for i, j in zip(first_u[possible].ravel().tolist(), first_v[possible].ravel().tolist(), strict=True)
+        }
         self._compute({(i + a, j + b) for i, j in wanted for a in range(4) for b in range(4)})
         total = np.zeros(u.shape)
         for a in range(4):
@@ -85,7 +92,9 @@ class NoiseSurface:
         _write(self._file, self._nodes)
 
     def _by_losses(self, steps: float, probability: float, guess: float) -> float:
-        """The same by the accountant, to the tolerance of a search: on ever finer grids of losses, until a finer one changes little."""
+        """The same by the accountant, to the tolerance of a search: on ever finer grids of losses, until a finer one
+        changes little.
+        """
         units, interval = probability * _LARGE, _COARSEST
 
         def excess(log_sigma: float) -> float:
@@ -126,7 +135,9 @@ class Certified:
 
 
 def certified(num_units: int, batch_size: float, steps: int, epsilon: float, delta: float, relation: str) -> Certified:
-    """The smallest noise multiplier whose upper epsilon, by the accountant, is within the budget; plain Poisson sampling."""
+    """The smallest noise multiplier whose upper epsilon, by the accountant, is within the budget; plain Poisson
+    sampling.
+    """
     mechanism = DpSgdMechanism(num_units, batch_size, None, 1.0, 1.0, steps, relation)
     found = calibration.noise_multiplier(mechanism, epsilon, delta)
     return Certified(found.noise_multiplier, Accountant(found).upper(delta))
@@ -156,7 +167,10 @@ def _name(epsilon: float, delta: float) -> str:
 def _read(path: pathlib.Path | None) -> dict[tuple[int, int], float]:
     stored = user_cache.read(path) if path else {}
     try:
-        return {tuple(map(int, key.split(","))): math.nan if value is None else float(value) for key, value in stored.items()}
+        return {
+            tuple(map(int, key.split(","))): math.nan if value is None else float(value)
+            for key, value in stored.items()
+        }
     except (ValueError, TypeError):
         return {}
 

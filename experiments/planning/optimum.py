@@ -1,4 +1,6 @@
-"""The best model, batch and number of steps for a compute, a privacy and a data budget (arXiv 2501.18914, sections 2 and 4)."""
+"""The best model, batch and number of steps for a compute, a privacy and a data budget (arXiv 2501.18914, sections 2
+and 4).
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,7 +12,8 @@ from accounting.errors import InputError
 from experiments.laws.law import Law
 from experiments.laws.points import Points
 
-# Configurations whose loss is within this share of the lowest are as good; of them the smallest model is the best to have.
+# Configurations whose loss is within this share of the lowest are as good; of them the smallest model is the best to
+# have.
 NEAR = 0.01
 _BATCHES_PER_DOUBLING = 4
 _SIZES = 100
@@ -33,7 +36,9 @@ class Budget:
 
     def __post_init__(self):
         if not (0 < self.compute < np.inf and 1 <= self.num_units < np.inf):
-            raise InputError(f"need positive, finite compute and units, got {self.compute:g} operations and {self.num_units:g} units")
+            raise InputError(
+                f"need positive, finite compute and units, got {self.compute:g} operations and {self.num_units:g} units"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,8 @@ def search(
 ) -> Candidates:
     """Every configuration of the sizes and batches that spends the compute, with the loss that the law predicts.
 
-    A noise-batch ratio below the least that was measured counts as that one, a bound from above: less noise is never worse.
+    A noise-batch ratio below the least that was measured counts as that one, a bound from above: less noise is never
+    worse.
 
     Args:
       noise: noise multiplier of (steps, sampling probability) under the privacy budget; NaN where there is none.
@@ -90,13 +96,20 @@ def search(
         allowed = t >= max(1.0, domain.steps[0])
     else:
         allowed = (
-            (t >= domain.steps[0]) & (t <= domain.steps[1]) & (m >= domain.parameters[0] / 1.001) & (m <= domain.parameters[1] * 1.001)
+            (t >= domain.steps[0])
+            & (t <= domain.steps[1])
+            & (m >= domain.parameters[0] / 1.001)
+            & (m <= domain.parameters[1] * 1.001)
         )
     m, b, t = m[allowed], b[allowed], t[allowed]
     if not len(t):
-        ends = 6 * budget.sequence_length * domain.steps[0], domain.steps[1] * budget.num_units * 6 * budget.sequence_length
+        ends = (
+            6 * budget.sequence_length * domain.steps[0],
+            domain.steps[1] * budget.num_units * 6 * budget.sequence_length,
+        )
         raise InputError(
-            f"with {budget.compute:.3g} operations and {budget.num_units:.3g} units no run has between {domain.steps[0]:.4g} and"
+            f"with {budget.compute:.3g} operations and {budget.num_units:.3g} units no run has between"
+            f" {domain.steps[0]:.4g} and"
             f" {domain.steps[1]:.4g} steps, which is what the law was fitted to: compute must lie between"
             f" {ends[0] * domain.parameters[0]:.2g} and {ends[1] * domain.parameters[1]:.2g}, or allow extrapolation"
         )
@@ -110,7 +123,8 @@ def search(
     good = np.isfinite(loss) & (inside | extrapolate)
     if not good.any():
         raise InputError(
-            f"every configuration of this budget has a noise-batch ratio above {domain.ratio[1]:.3g}, the most that the law was fitted to:"
+            f"every configuration of this budget has a noise-batch ratio above {domain.ratio[1]:.3g}, the most that"
+            " the law was fitted to:"
             " raise epsilon, the number of units or the compute, or allow extrapolation"
         )
     order = np.flatnonzero(good)[np.argsort(loss[good], kind="stable")]
@@ -156,7 +170,9 @@ def marginal_values(solve: Callable[[Budget], float], budget: Budget) -> dict[st
 
 @dataclasses.dataclass(frozen=True)
 class NonPrivate:
-    """Chinchilla's form L = E + A / M^alpha + B / D^beta of training without noise, D in tokens (arXiv 2203.15556, equation 2)."""
+    """Chinchilla's form L = E + A / M^alpha + B / D^beta of training without noise, D in tokens (arXiv 2203.15556,
+    equation 2).
+    """
 
     floor: float
     size_factor: float
@@ -166,7 +182,11 @@ class NonPrivate:
 
     def loss(self, parameters, tokens) -> np.ndarray:
         parameters, tokens = np.asarray(parameters, float), np.asarray(tokens, float)
-        return self.floor + self.size_factor * parameters**-self.size_exponent + self.data_factor * tokens**-self.data_exponent
+        return (
+            self.floor
+            + self.size_factor * parameters**-self.size_exponent
+            + self.data_factor * tokens**-self.data_exponent
+        )
 
     def optimum(self, compute: float) -> tuple[float, float]:
         """(parameters, tokens) of the lowest loss with 6 M D = C, in closed form (the same, equation 4)."""
@@ -177,7 +197,9 @@ class NonPrivate:
 
 
 def fit_non_private(points: Points, tokens_per_step: float) -> NonPrivate:
-    """Least squares of the residual in ln loss (Huber) over what was trained without noise, or with the least that there is."""
+    """Least squares of the residual in ln loss (Huber) over what was trained without noise, or with the least that
+    there is.
+    """
     clean = points.where(points.ratio == points.ratio.min())
     m, d, target = np.log(clean.parameters), np.log(clean.steps * tokens_per_step), np.log(clean.loss)
     centre = m.mean(), d.mean()
@@ -191,9 +213,15 @@ def fit_non_private(points: Points, tokens_per_step: float) -> NonPrivate:
     starts = [np.array([e, a0, 0.3, 0.0, 0.3]) for e in (-0.5, 0.2) for a0 in (-3.0, -1.0)]
     fits = [
         optimize.least_squares(
-            residual, np.clip(x, np.array(bounds[0]) + 1e-6, np.array(bounds[1]) - 1e-6), bounds=bounds, loss="huber", f_scale=1e-3
+            residual,
+            np.clip(x, np.array(bounds[0]) + 1e-6, np.array(bounds[1]) - 1e-6),
+            bounds=bounds,
+            loss="huber",
+            f_scale=1e-3,
         )
         for x in starts
     ]
     e, a0, a, b0, b = min(fits, key=lambda fit: fit.cost).x
-    return NonPrivate(float(np.exp(e)), float(np.exp(a0 + a * centre[0])), float(a), float(np.exp(b0 + b * centre[1])), float(b))
+    return NonPrivate(
+        float(np.exp(e)), float(np.exp(a0 + a * centre[0])), float(a), float(np.exp(b0 + b * centre[1])), float(b)
+    )

@@ -1,4 +1,6 @@
-"""Answers `dpgemma plan`: the configuration to train under a compute, a privacy and a data budget, and how sure that is."""
+"""Answers `dpgemma plan`: the configuration to train under a compute, a privacy and a data budget, and how sure that
+is.
+"""
 
 import contextlib
 import dataclasses
@@ -64,11 +66,15 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None) -> d
     beyond = law.domain.leaves(*place)
     error = validation.expected_error(fitted.errors, law, *place)
     rate = float(law.learning_rate(*place))
-    solve = lambda b: float(optimum.search(law, _same(noise, b), b, sizes, extrapolate=request.extrapolate).loss[0])
+
+    def solve(b):
+        return float(optimum.search(law, _same(noise, b), b, sizes, extrapolate=request.extrapolate).loss[0])
+
     notes = [f"extrapolated: {text}" for text in beyond]
     if ratio < law.domain.ratio[0]:
         notes.append(
-            f"the noise-batch ratio {ratio:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at which the loss is"
+            f"the noise-batch ratio {ratio:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at"
+            " which the loss is"
             " predicted: a bound from above"
         )
     ends = {"model size": (place[0], law.domain.parameters[1]), "number of steps": (place[1], law.domain.steps[1])}
@@ -186,17 +192,20 @@ def text(result: dict) -> str:
         f"model                 {result['model']} ({result['parameters']} parameters)",
         f"expected batch        {result['expected_batch_size']} of {result['num_units']:g} units",
         f"steps                 {result['steps']}",
-        f"noise multiplier      {result['noise_multiplier']:.5g} (epsilon {result['epsilon']:.5g} at delta {result['delta']:g}, certified)",
+        f"noise multiplier      {result['noise_multiplier']:.5g} (epsilon {result['epsilon']:.5g} at delta"
+        f" {result['delta']:g}, certified)",
         f"noise-batch ratio     {result['noise_batch_ratio']:.4g}",
         f"learning rate         {result['learning_rate']:.3g}",
-        f"predicted loss        {result['predicted_loss']:.4f} ({trust}){' EXTRAPOLATED' if result['extrapolated'] else ''}",
+        f"predicted loss        {result['predicted_loss']:.4f}"
+        f" ({trust}){' EXTRAPOLATED' if result['extrapolated'] else ''}",
         *(f"note                  {note}" for note in result["notes"]),
         "",
         "within 1 % of the lowest loss",
         f"  {'model':<16} {'batch':>9} {'steps':>9} {'noise':>9} {'loss':>8}",
     ]
     lines += [
-        f"  {c['model']:<16} {c['expected_batch_size']:>9} {c['steps']:>9} {c['noise_multiplier']:>9.4g} {c['predicted_loss']:>8.4f}"
+        f"  {c['model']:<16} {c['expected_batch_size']:>9} {c['steps']:>9} {c['noise_multiplier']:>9.4g}"
+        f" {c['predicted_loss']:>8.4f}"
         for c in result["near_optimal"]
     ]
     gains = {"compute": "compute", "epsilon": "epsilon", "num_units": "the number of units"}
@@ -206,7 +215,8 @@ def text(result: dict) -> str:
     clean = result["non_private"]
     lines += [
         "",
-        f"without privacy the same compute would go to {clean['parameters']:.3g} parameters and {clean['tokens']:.3g} tokens: loss"
+        f"without privacy the same compute would go to {clean['parameters']:.3g} parameters and {clean['tokens']:.3g}"
+        " tokens: loss"
         f" {clean['predicted_loss']:.4f}{' (extrapolated)' if clean['extrapolated'] else ''}",
     ]
     return "\n".join(lines)

@@ -8,7 +8,9 @@ DELTA = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of table 2: the least compute within 1 % of the best loss over all compute. `tokens_per_parameter` is its last column."""
+    """One row of table 2: the least compute within 1 % of the best loss over all compute. `tokens_per_parameter` is its
+    last column.
+    """
 
     num_units: float
     epsilon: float
@@ -47,7 +49,13 @@ TABLE_2 = tuple(
 )
 
 # VaultGemma 1B: parameters, steps, expected batch in sequences, tokens of one, noise multiplier.
-VAULTGEMMA = {"parameters": 1_038_741_120, "steps": 100_000, "batch_size": 517_989, "sequence_length": 1024, "noise_multiplier": 0.614}
+VAULTGEMMA = {
+    "parameters": 1_038_741_120,
+    "steps": 100_000,
+    "batch_size": 517_989,
+    "sequence_length": 1024,
+    "noise_multiplier": 0.614,
+}
 
 
 def compute(parameters: float, batch_size: float, sequence_length: int, steps: float) -> float:

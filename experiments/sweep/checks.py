@@ -42,10 +42,14 @@ def check_sum(grid: Grid) -> None:
     if grid.public_data:
         return
     for what in ("data", "text_field", "privacy_unit", "sequence_length", "neighbouring_relation", "tokenizer"):
-        found = {start_lib.tokenizer_of(run.config) if what == "tokenizer" else getattr(run.config, what) for run in grid.runs}
+        found = {
+            start_lib.tokenizer_of(run.config) if what == "tokenizer" else getattr(run.config, what)
+            for run in grid.runs
+        }
         if len(found) > 1:
             raise InputError(
-                f"the runs differ in {what} ({', '.join(sorted(map(str, found)))}), so their privacy does not add up to one guarantee: with"
+                f"the runs differ in {what} ({', '.join(sorted(map(str, found)))}), so their privacy does not add up"
+                " to one guarantee: with"
                 " public_data = false use one sweep, in a --workdir of its own, for each"
             )
 

@@ -1,4 +1,5 @@
-"""What is left of a sweep costs: floating-point operations by rule, and hours by what finished runs took, or by a trial on this machine.
+"""What is left of a sweep costs: floating-point operations by rule, and hours by what finished runs took, or by a trial
+on this machine.
 
 python -m experiments.sweep.cost SETTINGS     # the trial, in a process of its own that has a worker's cores and threads
 """
@@ -53,10 +54,14 @@ class Cost:
 
     def text(self) -> str:
         hours = "unknown" if self.hours is None else f"{self.hours:.3g}"
-        units = [f"  {model}: {'unknown' if s is None else f'{s:.3g}'} seconds a unit" for model, s in self.seconds_per_unit.items()]
+        units = [
+            f"  {model}: {'unknown' if s is None else f'{s:.3g}'} seconds a unit"
+            for model, s in self.seconds_per_unit.items()
+        ]
         return "\n".join(
             [
-                f"{self.pending} of {self.runs} runs are left: {self.flops:.4g} floating-point operations (6 M B S T), {hours} hours in"
+                f"{self.pending} of {self.runs} runs are left: {self.flops:.4g} floating-point operations (6 M B S T),"
+                f" {hours} hours in"
                 f" {self.slots} slots",
                 *units,
                 self.basis,
@@ -81,7 +86,9 @@ def estimate(folder: SweepFolder, grid: Grid, everything: Grid, pending: Sequenc
         flops=float(sum(map(operations, pending))),
         slots=slots,
         hours=sum(seconds[run.id] * _units(run) for run in pending) / slots / 3600 if known else None,
-        seconds_per_unit={model: _mean([seconds[run.id] for run in pending if run.config.model == model]) for model in models},
+        seconds_per_unit={
+            model: _mean([seconds[run.id] for run in pending if run.config.model == model]) for model in models
+        },
         basis=_basis([model for model in models if model in taken], [model for model in models if model not in taken]),
     )
 
@@ -118,7 +125,8 @@ def _trial(runs: Sequence[Run]) -> dict[str, float | None]:
     available = sorted(os.sched_getaffinity(0))[:cores] if hasattr(os, "sched_getaffinity") else []
     shapes = list(dict.fromkeys(_shape(run.config) for run in runs))
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.sweep.cost", *shapes], env=launchers.environment(available) | {"DPGEMMA_ENDS_WITH_INPUT": ""},
+        [sys.executable, "-m", "experiments.sweep.cost", *shapes],
+        env=launchers.environment(available) | {"DPGEMMA_ENDS_WITH_INPUT": ""},
         capture_output=True, text=True,
     )  # fmt: skip
     seconds = json.loads(done.stdout) if done.returncode == 0 else [None] * len(shapes)
@@ -129,10 +137,13 @@ def _basis(taken: list[str], tried: list[str]) -> str:
     """Where the seconds come from."""
     parts = []
     if taken:
-        parts.append(f"for {', '.join(taken)} from what this sweep's finished runs took, start and compilation included")
+        parts.append(
+            f"for {', '.join(taken)} from what this sweep's finished runs took, start and compilation included"
+        )
     if tried:
         parts.append(
-            f"for {', '.join(tried)} from a trial of the gradient on this machine, one core for each device; start, compilation and what"
+            f"for {', '.join(tried)} from a trial of the gradient on this machine, one core for each device; start,"
+            " compilation and what"
             " else a step does are not included"
         )
     return f"The time is {'; '.join(parts)}." if parts else "Nothing is left to do."
@@ -149,8 +160,12 @@ def main(shapes: list[str]) -> int:
     for shape in shapes:
         config = TrainConfig(**json.loads(shape))
         mesh.resolve(config.mesh)
-        way = clipping_choice.CANDIDATES[0] if config.clipping == AUTO else (config.clipping, config.microbatch_size or 1)
-        (trial,) = clipping_choice.measure(config, PRESETS[config.model], tokenizer_lib.load(tokenizer_lib.BYTE).bos, [way])
+        way = (
+            clipping_choice.CANDIDATES[0] if config.clipping == AUTO else (config.clipping, config.microbatch_size or 1)
+        )
+        (trial,) = clipping_choice.measure(
+            config, PRESETS[config.model], tokenizer_lib.load(tokenizer_lib.BYTE).bos, [way]
+        )
         # Devices take their units at the same time.
         seconds.append(None if trial.seconds is None else trial.seconds / devices(Run(config)))
     print(json.dumps(seconds))

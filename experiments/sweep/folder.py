@@ -1,8 +1,9 @@
-"""A sweep's folder: what was asked for, and of every run what is done. The folder is the whole state: to go on is to look into it.
+"""A sweep's folder: what was asked for, and of every run what is done. The folder is the whole state: to go on is to
+look into it.
 
 grid.json            every run's settings, written before the first one starts
-runs/ID/result.json  one finished run's numbers, written last, in one step (in runs/ID/private/ where the data are not public)
-runs/ID/run/         the trainer's own folder of that run
+runs/ID/result.json  one finished run's numbers, written last, in one step (in runs/ID/private/ where the data are not
+public) runs/ID/run/         the trainer's own folder of that run
 runs/ID/log.txt      what the processes that worked on it wrote to standard error
 runs/ID/error.txt    why it could not be done when it was tried last
 cache/               compiled programs that runs share
@@ -27,7 +28,9 @@ from experiments.sweep.grid import Grid, Run
 
 @dataclasses.dataclass(frozen=True)
 class SweepFolder:
-    """Paths of a sweep, and what they hold. Raw losses of private data are nobody else's to see, and lie in folders of mode 0700."""
+    """Paths of a sweep, and what they hold. Raw losses of private data are nobody else's to see, and lie in folders of
+    mode 0700.
+    """
 
     path: pathlib.Path
     public_data: bool
@@ -90,10 +93,16 @@ class SweepFolder:
         return None
 
     def save(self, run: Run, result: dict) -> None:
-        """Marks a run as done, and drops all checkpoints but the last: the model that was trained, without which no audit is whole."""
+        """Marks a run as done, and drops all checkpoints but the last: the model that was trained, without which no
+        audit is whole.
+        """
         write_text(self.result_file(run), report.dumps(result))
         checkpoints = self.run_folder(run) / "checkpoints"
-        steps = sorted(int(place.name) for place in checkpoints.iterdir() if place.name.isdecimal()) if checkpoints.is_dir() else []
+        steps = (
+            sorted(int(place.name) for place in checkpoints.iterdir() if place.name.isdecimal())
+            if checkpoints.is_dir()
+            else []
+        )
         for step in steps[:-1]:
             shutil.rmtree(checkpoints / str(step), ignore_errors=True)
 
@@ -124,7 +133,9 @@ class SweepFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another sweep is at work in {self.path}: wait for it, or choose another --workdir") from None
+                raise InputError(
+                    f"another sweep is at work in {self.path}: wait for it, or choose another --workdir"
+                ) from None
             yield
 
 
@@ -148,7 +159,10 @@ def stored(path: pathlib.Path) -> Grid:
     """
     try:
         content = json.loads((path / "grid.json").read_text())
-        decode = lambda settings: {name: math.inf if value == "inf" else value for name, value in settings.items()}
+
+        def decode(settings):
+            return {name: math.inf if value == "inf" else value for name, value in settings.items()}
+
         runs = {run["id"]: Run(TrainConfig(**decode(run["settings"])), run["held_out"]) for run in content["runs"]}
         if any(name != run.id for name, run in runs.items()):
             raise ValueError("settings that this version does not know, or has more of")
@@ -168,7 +182,10 @@ def look(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
     if (path / "grid.json").is_file():
         known = stored(path)
         if known.public_data != grid.public_data:
-            raise InputError(f"{path} holds a sweep that says public_data = {str(known.public_data).lower()}: choose another --workdir")
+            raise InputError(
+                f"{path} holds a sweep that says public_data = {str(known.public_data).lower()}: choose another"
+                " --workdir"
+            )
         ids = {run.id for run in grid.runs}
         # Runs that the file does not name any more stay in the table, and in the report if they were executed.
         grid = dataclasses.replace(grid, runs=(*grid.runs, *(run for run in known.runs if run.id not in ids)))
@@ -178,7 +195,9 @@ def look(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
 
 
 def create(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
-    """The folder of a grid, and all its runs, as `look` finds them. A folder that exists may get further runs, and loses none."""
+    """The folder of a grid, and all its runs, as `look` finds them. A folder that exists may get further runs, and
+    loses none.
+    """
     folder, everything = look(path, grid)
     runs = [{"id": run.id, "held_out": run.held_out, "settings": run.config.as_dict()} for run in everything.runs]
     text = report.dumps({"public_data": grid.public_data, "runs": runs})
@@ -193,7 +212,8 @@ def rows(run: Run, result: dict) -> list[dict]:
     tokens = c.batch_size * c.sequence_length
     common = {
         results.MODEL: result["model"], results.LEARNING_RATE: c.learning_rate, results.RATIO: run.noise_batch_ratio,
-        results.PARAMETERS: result["parameters"], results.BATCH: c.batch_size, results.LENGTH: c.sequence_length, results.SEED: c.seed,
+        results.PARAMETERS: result["parameters"], results.BATCH: c.batch_size, results.LENGTH: c.sequence_length,
+        results.SEED: c.seed,
         results.HELD_OUT: float(run.held_out), results.CONFIG: run.id,
     }  # fmt: skip
     table = []

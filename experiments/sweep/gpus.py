@@ -26,17 +26,22 @@ def here() -> list[str]:
         # CUDA counts from zero what it is given, whatever the numbers of the devices in a container.
         return [str(i) for i, _ in enumerate(pathlib.Path("/dev").glob("nvidia[0-9]*"))]
     names = [name.strip() for name in named.split(",")]
-    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))  # CUDA, too, stops at the first that it does not know
+    return list(
+        itertools.takewhile(lambda name: name not in ("", "-1"), names)
+    )  # CUDA, too, stops at the first that it does not know
 
 
 def divided(names: list[str], each: int, slots: int) -> list[dict[str, str]]:
-    """The environment of each slot's process, so that it sees its own GPUs alone; where slots share one, none takes all of its memory.
+    """The environment of each slot's process, so that it sees its own GPUs alone; where slots share one, none takes all
+    of its memory.
 
     Raises:
       InputError: a run needs more than there are.
     """
     if each > len(names):
-        raise InputError(f'a run of this sweep has mesh = "data:{each}", but there are {len(names)} GPUs here: lower it')
+        raise InputError(
+            f'a run of this sweep has mesh = "data:{each}", but there are {len(names)} GPUs here: lower it'
+        )
     shares = len(names) // each
     found = []
     for slot in range(slots):

@@ -15,12 +15,13 @@
     steps = 640
     held_out = false                # true: trained, but left out of the law, to test it
 
-Noise is injected as a noise-batch ratio, the standard deviation of the noise on the mean gradient in clip norms: runs with the same
-ratio have the same dynamics whatever their (epsilon, delta), and privacy is accounted for afterwards (arXiv 2501.18914, section 2).
+Noise is injected as a noise-batch ratio, the standard deviation of the noise on the mean gradient in clip norms: runs
+with the same ratio have the same dynamics whatever their (epsilon, delta), and privacy is accounted for afterwards
+(arXiv 2501.18914, section 2).
 
-Where the file does not say otherwise, a run has one device (mesh = "data:1"), so that it computes the same bits wherever it is executed.
-A run that is long enough for a trial of clipping may still be computed in another way on another machine: say clipping and
-microbatch_size to have the same bits there too.
+Where the file does not say otherwise, a run has one device (mesh = "data:1"), so that it computes the same bits
+wherever it is executed. A run that is long enough for a trial of clipping may still be computed in another way on
+another machine: say clipping and microbatch_size to have the same bits there too.
 """
 
 import dataclasses
@@ -35,8 +36,11 @@ from accounting.errors import InputError
 from dpgemma.training.config import TrainConfig
 
 RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
-# Of every setting, the type of its values: a number that the file writes as 1 and one that it writes as 1.0 are the same setting.
-_KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(TrainConfig).items()} | {RATIO: float}
+# Of every setting, the type of its values: a number that the file writes as 1 and one that it writes as 1.0 are the
+# same setting.
+_KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(TrainConfig).items()} | {
+    RATIO: float
+}
 # What a grid says in terms of the noise-batch ratio, a setting of the same run may not say too.
 _DERIVED = ("noise_multiplier", "epsilon")
 _LARGEST = 10**18
@@ -64,8 +68,14 @@ class Run:
         """The `dpgemma` command that is this run, without the program's name."""
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         # The target is always said: with a noise multiplier, an omitted epsilon would be solved for.
-        given = {name: value for name, value in self.config.as_dict().items() if value != defaults[name] or name == "epsilon"}
-        return ["train", *(f"--{name}={value}" for name, value in given.items() if value is not None), f"--workdir={workdir}"]
+        given = {
+            name: value for name, value in self.config.as_dict().items() if value != defaults[name] or name == "epsilon"
+        }
+        return [
+            "train",
+            *(f"--{name}={value}" for name, value in given.items() if value is not None),
+            f"--workdir={workdir}",
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +119,13 @@ def parse(content: dict, where: str) -> Grid:
         raise InputError(f"{where}: [sweep] has no setting {unknown[0]!r}: it knows public_data")
     if not isinstance(sweep.get("public_data"), bool):
         raise InputError(
-            f"{where}: [sweep] must say public_data = true (nobody's privacy is at stake) or false (the report then adds up every run)"
+            f"{where}: [sweep] must say public_data = true (nobody's privacy is at stake) or false (the report then"
+            " adds up every run)"
         )
     if not tables:
-        raise InputError(f"{where} declares no run: add a [[grid]] table with model, noise_batch_ratio, learning_rate and steps")
+        raise InputError(
+            f"{where} declares no run: add a [[grid]] table with model, noise_batch_ratio, learning_rate and steps"
+        )
     runs: dict[str, Run] = {}
     for table in tables:
         for run in _runs(shared, table, where):
@@ -129,7 +142,9 @@ def _runs(shared: dict, table: dict, where: str) -> list[Run]:
         raise InputError(f"{where}: held_out must be true or false, got {held_out!r}")
     for name in given:
         if name in _DERIVED:
-            raise InputError(f"{where}: {name} is not a grid's to set: give noise_batch_ratio, and account for privacy afterwards")
+            raise InputError(
+                f"{where}: {name} is not a grid's to set: give noise_batch_ratio, and account for privacy afterwards"
+            )
         if name in _FROM_WEIGHTS:
             raise InputError(f"{where}: {name} is not a grid's to set: a sweep trains presets from random weights")
         if name not in _KINDS:
@@ -156,7 +171,9 @@ def _config(settings: dict, where: str) -> TrainConfig:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if math.isinf(config.clip_norm):
-        raise InputError(f"{where}: noise is measured in clip norms: clip_norm must be finite, at noise_batch_ratio 0 too")
+        raise InputError(
+            f"{where}: noise is measured in clip norms: clip_norm must be finite, at noise_batch_ratio 0 too"
+        )
     return dataclasses.replace(config, noise_multiplier=ratio * config.batch_size)
 
 
@@ -170,7 +187,11 @@ def _value(name: str, value, where: str):
         if isinstance(number, (int, float)) and not isinstance(number, bool) and not math.isnan(number):
             return float(number)
         raise InputError(f'{where}: {name} must be a number or a power such as "2^-7", got {value!r}')
-    if kind is int and not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+    if (
+        kind is int
+        and not isinstance(value, bool)
+        and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+    ):
         if abs(value) > _LARGEST:
             raise InputError(f"{where}: {name} must be at most {_LARGEST:.0e}")
         return int(value)

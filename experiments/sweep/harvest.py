@@ -1,4 +1,6 @@
-"""From a trainer's finished folder to a run's result: whoever trained it, a worker of the sweep or a `dpgemma train` of its own."""
+"""From a trainer's finished folder to a run's result: whoever trained it, a worker of the sweep or a `dpgemma train` of
+its own.
+"""
 
 import contextlib
 import fcntl
@@ -36,7 +38,9 @@ def alone(folder: SweepFolder, run: Run, *, wait: bool = True):
 
 
 def save_finished(folder: SweepFolder, runs: list[Run]) -> None:
-    """Saves the results of those runs whose training has ended without having been noted; the others are left as they are."""
+    """Saves the results of those runs whose training has ended without having been noted; the others are left as they
+    are.
+    """
     for run in runs:
         if not is_finished(folder, run):
             continue
@@ -63,10 +67,16 @@ def result(folder: SweepFolder, run: Run) -> dict:
     """
     place = folder.run_folder(run)
     recorded = json.loads((place / "config.json").read_text())
-    given = {name: value for name, value in run.config.as_dict().items() if name not in OPERATIONAL and value not in (None, AUTO)}
+    given = {
+        name: value
+        for name, value in run.config.as_dict().items()
+        if name not in OPERATIONAL and value not in (None, AUTO)
+    }
     differing = [name for name, value in given.items() if recorded.get(name) != ("inf" if value == math.inf else value)]
     if differing:
-        raise InputError(f"{place} was trained with another {', '.join(differing)}: rename it, and the sweep trains the run again")
+        raise InputError(
+            f"{place} was trained with another {', '.join(differing)}: rename it, and the sweep trains the run again"
+        )
     facts = executed_lib.of(ledger.read(place / "ledger.jsonl"))
     bits = json.loads((place / "private" / "held_out.jsonl").read_text().splitlines()[-1])["bits_per_byte"]
     return {
@@ -80,7 +90,9 @@ def result(folder: SweepFolder, run: Run) -> dict:
 
 
 def curve(metrics: pathlib.Path, steps: int) -> list[tuple[int, float | None]]:
-    """(step, mean training loss of the steps since the point before), at POINTS equal distances; None where no loss was finite."""
+    """(step, mean training loss of the steps since the point before), at POINTS equal distances; None where no loss was
+    finite.
+    """
     losses = {}
     for line in metrics.read_text().splitlines():
         record = json.loads(line)

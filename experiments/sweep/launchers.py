@@ -1,7 +1,7 @@
 """Where a sweep's processes run: in slots of this machine, under Slurm, or on the nodes of a Ray cluster.
 
-All launchers do the same: they execute command lines and tell how each ended. What a command does, and whether it has been done before,
-is the sweep folder's to know, which all nodes must see under the same path.
+All launchers do the same: they execute command lines and tell how each ended. What a command does, and whether it has
+been done before, is the sweep folder's to know, which all nodes must see under the same path.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ class Launcher(Protocol):
     slots: int
 
     def run(self, commands: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, str]]:
-        """Executes every command once, and yields (its number, its exit code, what it wrote to standard error last) as each ends.
+        """Executes every command once, and yields (its number, its exit code, what it wrote to standard error last) as
+        each ends.
 
         Where the iterator is closed before its end, the processes that still run are told to save a checkpoint and end.
         """
@@ -46,17 +47,21 @@ class Launcher(Protocol):
 def environment(cores: Sequence[int]) -> dict[str, str]:
     """The environment of a worker with cores of its own (none: wherever the system puts it), but for its GPUs.
 
-    Threads change the order of sums, so a worker has one thread wherever it runs: every launcher then computes the same bits. Its standard
-    input is a pipe that ends with the process at the other end.
+    Threads change the order of sums, so a worker has one thread wherever it runs: every launcher then computes the same
+    bits. Its standard input is a pipe that ends with the process at the other end.
     """
     added = {"DPGEMMA_CORES": ",".join(map(str, cores)), "DPGEMMA_ENDS_WITH_INPUT": "1"}
     return {**os.environ, **added, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip()}
 
 
 class Process:
-    """A worker, in a session of its own: Ctrl-C reaches it through the launcher alone, as a request to save a checkpoint."""
+    """A worker, in a session of its own: Ctrl-C reaches it through the launcher alone, as a request to save a
+    checkpoint.
+    """
 
-    def __init__(self, command: Sequence[str], directory: str, cores: Sequence[int] = (), gpus: dict[str, str] | None = None):
+    def __init__(
+        self, command: Sequence[str], directory: str, cores: Sequence[int] = (), gpus: dict[str, str] | None = None
+    ):
         self._errors = tempfile.TemporaryFile()  # not a pipe, which somebody would have to empty
         self._process = subprocess.Popen(
             list(command), cwd=directory, env=environment(cores) | (gpus or {}), start_new_session=True,
@@ -85,7 +90,8 @@ class Process:
 
 
 def execute(command: Sequence[str], directory: str) -> tuple[int, str]:
-    """Runs one worker to its end, in a job of another launcher: (its exit code, what it wrote to standard error last)."""
+    """Runs one worker to its end, in a job of another launcher: (its exit code, what it wrote to standard
+    error last)."""
     process = Process(command, directory)
     try:
         return process.wait()
@@ -107,12 +113,16 @@ class LocalPool:
     """
 
     def __init__(self, slots: int | None = None, devices: int = 1):
-        available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        available = (
+            sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        )
         names = gpus.here()
         self.slots = slots or max(1, len(names or available) // devices)
         each = max(1, len(available) // self.slots) if names else min(devices, len(available))
         cores = [[available[(slot * each + i) % len(available)] for i in range(each)] for slot in range(self.slots)]
-        self._places = list(zip(cores, gpus.divided(names, devices, self.slots) if names else [{}] * self.slots, strict=True))
+        self._places = list(
+            zip(cores, gpus.divided(names, devices, self.slots) if names else [{}] * self.slots, strict=True)
+        )
 
     def run(self, commands):
         waiting, free = list(enumerate(commands))[::-1], list(self._places)
@@ -147,7 +157,15 @@ class Slurm:
         device of a run. GPUs have to be asked for: {"gres": "gpu:1"}.
     """
 
-    def __init__(self, slots: int | None, logs: pathlib.Path, *, cluster: str = SLURM, devices: int = 1, parameters: dict | None = None):
+    def __init__(
+        self,
+        slots: int | None,
+        logs: pathlib.Path,
+        *,
+        cluster: str = SLURM,
+        devices: int = 1,
+        parameters: dict | None = None,
+    ):
         os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # its log would go to standard output
         try:
             import submitit
@@ -164,7 +182,9 @@ class Slurm:
             self._executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
             self._executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": devices} | named | limit)
         except (RuntimeError, NotImplementedError) as error:
-            raise InputError(f"there is no Slurm here ({error}): run this where sbatch and srun are, or use another --launcher") from None
+            raise InputError(
+                f"there is no Slurm here ({error}): run this where sbatch and srun are, or use another --launcher"
+            ) from None
         except (NameError, TypeError, ValueError, AssertionError) as error:
             raise InputError(f"--slurm_parameters are not submitit's: {error}") from None
 
@@ -194,7 +214,8 @@ class Slurm:
 class Ray:
     """Tasks of a Ray cluster: an existing one, or one that is started for as long as the sweep lasts.
 
-    Where jax would use GPUs here and the cluster has some, each task asks for as many as a run has devices; else for cores.
+    Where jax would use GPUs here and the cluster has some, each task asks for as many as a run has devices; else for
+    cores.
     """
 
     def __init__(self, slots: int | None = None, *, devices: int = 1, address: str | None = None):
@@ -207,7 +228,13 @@ class Ray:
         if not ray.is_initialized():
             own = {} if address else {"num_cpus": slots * devices if slots else None}
             try:
-                ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False, configure_logging=False, **own)
+                ray.init(
+                    address=address,
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    **own,
+                )
             except (ConnectionError, ValueError) as error:
                 raise InputError(f"no Ray cluster answers at {address}: {_last_line(error)}") from None
         there = ray.cluster_resources()
@@ -243,7 +270,9 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def make(name: str, slots: int | None, logs: pathlib.Path, *, devices: int = 1, slurm_parameters: str | None = None) -> Launcher:
+def make(
+    name: str, slots: int | None, logs: pathlib.Path, *, devices: int = 1, slurm_parameters: str | None = None
+) -> Launcher:
     """The launcher of a --launcher flag.
 
     Args:
@@ -259,7 +288,9 @@ def make(name: str, slots: int | None, logs: pathlib.Path, *, devices: int = 1, 
         raise InputError("--slurm_parameters are for --launcher=slurm: drop them, or use it")
     if name == SLURM:
         return Slurm(slots, logs, devices=devices, parameters=parse_parameters(slurm_parameters or ""))
-    return Ray(slots, devices=devices, address=os.environ.get("RAY_ADDRESS")) if name == RAY else LocalPool(slots, devices)
+    return (
+        Ray(slots, devices=devices, address=os.environ.get("RAY_ADDRESS")) if name == RAY else LocalPool(slots, devices)
+    )
 
 
 def parse_parameters(text: str) -> dict[str, str | int | float]:

@@ -1,9 +1,9 @@
 """What a whole sweep costs in privacy: every run counts, chosen or not.
 
-Formal guarantee: for private data, the reported epsilon is that of all executed steps of all runs together, finished or not; so it holds
-for whoever sees every checkpoint of every run, and for every choice made by looking at nothing else of the data. The losses that a
-law is fitted to are raw: they lie in private/, and a choice made by them is not covered. Tested by
-tests/experiments/sweep_test.py::test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs.
+Formal guarantee: for private data, the reported epsilon is that of all executed steps of all runs together, finished or
+not; so it holds for whoever sees every checkpoint of every run, and for every choice made by looking at nothing else of
+the data. The losses that a law is fitted to are raw: they lie in private/, and a choice made by them is not covered.
+Tested by tests/experiments/sweep_test.py::test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs.
 """
 
 import math
@@ -16,16 +16,19 @@ from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Grid
 
 PUBLIC = (
-    "This sweep ran on data that its grid declares to be public. Its runs claim no privacy, its table shows raw training losses, and"
+    "This sweep ran on data that its grid declares to be public. Its runs claim no privacy, its table shows raw"
+    " training losses, and"
     " nothing in it costs the privacy of other data to which its law is applied."
 )
 _RAW = (
-    " The training losses in private/results.csv are raw and NOT covered: settings chosen by them may reveal something about single units;"
+    " The training losses in private/results.csv are raw and NOT covered: settings chosen by them may reveal something"
+    " about single units;"
     " choose by models and public data alone, or run the sweep on public data."
 )
 _NOTHING = "No step of this sweep has been executed: nothing has been spent."
 _UNFINISHED = (
-    "This sweep is at work, or was killed: what its runs cost together has not been added up. The same dpgemma sweep command goes on, and"
+    "This sweep is at work, or was killed: what its runs cost together has not been added up. The same dpgemma sweep"
+    " command goes on, and"
     " adds it up in the end."
 )
 

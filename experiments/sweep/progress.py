@@ -50,7 +50,11 @@ class Seen:
         for model in dict.fromkeys(run.config.model for run in self._grid.runs):
             runs = [run for run in self._grid.runs if run.config.model == model]
             done = [run for run in runs if run.id in self.losses]
-            flying = [f"{self.steps[run.id]}/{run.config.steps}" for run in runs if run.id not in self.losses and self.steps[run.id]]
+            flying = [
+                f"{self.steps[run.id]}/{run.config.steps}"
+                for run in runs
+                if run.id not in self.losses and self.steps[run.id]
+            ]
             lowest = min((loss for run in done if (loss := self.losses[run.id]) is not None), default=math.nan)
             lines.append(f"{model:<14} {f'{len(done)}/{len(runs)}':>9} {' '.join(flying[:4]):>24} {lowest:>12.4f}")
         return lines
@@ -85,7 +89,8 @@ class Display:
         now = self._seen.work
         speed = (now - self._at_start) / max(time.monotonic() - self._start, 1e-9)
         left = 0 if now == self._all else (self._all - now) / speed if speed > 0 else math.inf
-        line = f"{len(self._seen.losses)} of {self._runs} runs, {100 * now / self._all:.0f} % of the work, {clock(left)} left"
+        share = 100 * now / self._all
+        line = f"{len(self._seen.losses)} of {self._runs} runs, {share:.0f} % of the work, {clock(left)} left"
         if not sys.stderr.isatty():
             note(line)
             return

@@ -1,7 +1,7 @@
 """The results table: one row for each point of each run's loss curve.
 
-The first five columns are those of the table that arXiv 2501.18914 was computed from; any table that has them can be fitted, planned with
-and drawn. The others are this package's and may be missing.
+The first five columns are those of the table that arXiv 2501.18914 was computed from; any table that has them can be
+fitted, planned with and drawn. The others are this package's and may be missing.
 """
 
 import csv
@@ -15,7 +15,13 @@ import numpy as np
 
 from accounting.errors import InputError
 
-MODEL, LEARNING_RATE, ITERATIONS, RATIO, LOSS = "Model", "Learning Rate", "Iterations", "Noise Batch Ratio", "Cross Entropy"
+MODEL, LEARNING_RATE, ITERATIONS, RATIO, LOSS = (
+    "Model",
+    "Learning Rate",
+    "Iterations",
+    "Noise Batch Ratio",
+    "Cross Entropy",
+)
 PUBLISHED = (MODEL, LEARNING_RATE, ITERATIONS, RATIO, LOSS)
 PARAMETERS, BATCH, LENGTH, TOKENS, FLOPS, SEED, EVAL_LOSS, HELD_OUT, CONFIG = (
     "Parameters", "Batch Size", "Sequence Length", "Tokens", "FLOPs", "Seed", "Eval Loss", "Held Out", "Config",
@@ -34,7 +40,9 @@ _TEXT = (MODEL, CONFIG)
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns by name, all of the same length; MODEL and CONFIG are text, the others float64 (NaN where a cell is empty)."""
+    """Columns by name, all of the same length; MODEL and CONFIG are text, the others float64 (NaN where a cell is
+    empty).
+    """
 
     columns: dict[str, np.ndarray]
 
@@ -67,7 +75,9 @@ class Table:
         """
         lengths = np.unique(self.columns[LENGTH]) if LENGTH in self.columns else np.array([_BERT_LENGTH])
         if len(lengths) != 1:
-            raise InputError(f"the table mixes rows of {', '.join(f'{x:g}' for x in lengths)} tokens: fit each length by itself")
+            raise InputError(
+                f"the table mixes rows of {', '.join(f'{x:g}' for x in lengths)} tokens: fit each length by itself"
+            )
         return int(lengths[0])
 
     @property

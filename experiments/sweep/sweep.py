@@ -1,4 +1,6 @@
-"""Runs a grid to its end: what is done stays done, what died is tried again, and the table is made of what the folder holds."""
+"""Runs a grid to its end: what is done stays done, what died is tried again, and the table is made of what the folder
+holds.
+"""
 
 import collections
 import contextlib
@@ -23,18 +25,26 @@ class Outcome:
 
 
 def run(
-    folder: SweepFolder, grid: Grid, everything: Grid, launcher: launchers.Launcher, *, retries: int = 2, runs_per_process: int = 8
+    folder: SweepFolder,
+    grid: Grid,
+    everything: Grid,
+    launcher: launchers.Launcher,
+    *,
+    retries: int = 2,
+    runs_per_process: int = 8,
 ) -> Outcome:
     """Executes every run of a grid that is not done. The folder must be locked.
 
-    Formal guarantee: a run that is done is not executed again, however often the sweep is killed and started, because only its result
-    file, which appears whole or not at all, says that it is done; what was in flight goes on from its last checkpoint. Tested by
-    tests/experiments/sweep_test.py::test_a_killed_sweep_repeats_nothing_that_was_done.
+    Formal guarantee: a run that is done is not executed again, however often the sweep is killed and started, because
+    only its result file, which appears whole or not at all, says that it is done; what was in flight goes on from its
+    last checkpoint. Tested by tests/experiments/sweep_test.py::test_a_killed_sweep_repeats_nothing_that_was_done.
 
     Args:
-      everything: all runs of the folder; those that the grid does not name any more belong to the table and to the report.
+      everything: all runs of the folder; those that the grid does not name any more belong to the table and to the
+        report.
       retries: how often in a row a run may die without having got further than ever before.
-      runs_per_process: most runs that one process executes one after the other; programs are compiled once for those that share them.
+      runs_per_process: most runs that one process executes one after the other; programs are compiled once for those
+        that share them.
     """
     harvest.save_finished(folder, folder.pending(grid))
     for pending in folder.pending(grid):
@@ -60,7 +70,9 @@ def _rounds(folder: SweepFolder, grid: Grid, everything: Grid, launcher, retries
         with contextlib.closing(launcher.run(commands)) as ended:
             for _, code, message in ended:
                 if code not in (worker.DONE, worker.REFUSED, worker.STOPPED) or message:
-                    progress.note(f"a process ended with {code} ({message or 'no message'}); what it left undone is tried again")
+                    progress.note(
+                        f"a process ended with {code} ({message or 'no message'}); what it left undone is tried again"
+                    )
                 folder.write_table(everything)
         for job in jobs:
             # What a process left undone is what it died of; it had not come to those behind.
@@ -80,7 +92,9 @@ def _why(folder: SweepFolder, run: Run, retries: int) -> str:
 
 
 def batches(pending: Sequence[Run], slots: int, most: int) -> list[list[Run]]:
-    """Runs by the process: programs in common together; what the law is fitted to before what tests it, the dear ones first."""
+    """Runs by the process: programs in common together; what the law is fitted to before what tests it, the dear ones
+    first.
+    """
     size = max(1, min(most, len(pending) // (2 * slots)))
     groups: dict[tuple, list[Run]] = {}
     for run in pending:

@@ -1,8 +1,8 @@
 """Executes runs of a sweep, one after the other, in one process: `python -m experiments.sweep.worker FOLDER ID ...`.
 
-Every run is the ordinary trainer's, in a folder of its own: what is finished is not done again, and what was interrupted goes on from its
-last checkpoint. A run that cannot be done as it is declared leaves a sentence in its error.txt, and the next one's turn comes. Exit codes:
-0 all done, 2 some run cannot be done, 3 told to stop.
+Every run is the ordinary trainer's, in a folder of its own: what is finished is not done again, and what was
+interrupted goes on from its last checkpoint. A run that cannot be done as it is declared leaves a sentence in its
+error.txt, and the next one's turn comes. Exit codes: 0 all done, 2 some run cannot be done, 3 told to stop.
 """
 
 import hashlib
@@ -78,7 +78,9 @@ def log_to(path: pathlib.Path) -> None:
 
 
 def share_programs(cache: pathlib.Path) -> None:
-    """Compiled programs are kept, in this folder or the environment's: runs that differ in noise alone need one between them."""
+    """Compiled programs are kept, in this folder or the environment's: runs that differ in noise alone need one between
+    them.
+    """
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache.absolute()))
@@ -116,13 +118,17 @@ def execute(folder: SweepFolder, run: Run) -> None:
 def reproducible_keys(run: Run):
     """Keys made of the public seed alone, so that a study of public data gives the same table wherever it runs.
 
-    All runs of a seed draw the same batches and hold out the same rows. Such keys are no secret; `prepare` says so in the ledger.
+    All runs of a seed draw the same batches and hold out the same rows. Such keys are no secret; `prepare` says so in
+    the ledger.
     """
     from dpgemma.training.run_directory import Keys
 
     names = ("sampling", "noise", "holdout", "fingerprint", "ledger")
     return Keys(
-        *(hashlib.blake2b(f"{name} {run.config.seed}".encode(), digest_size=32, person=b"dpgemma sweep").digest() for name in names)
+        *(
+            hashlib.blake2b(f"{name} {run.config.seed}".encode(), digest_size=32, person=b"dpgemma sweep").digest()
+            for name in names
+        )
     )
 
 

@@ -50,7 +50,10 @@ def test_one_step_equals_the_closed_form_of_the_subsampled_gaussian():
     def delta_at(epsilon):
         # Removing: the worst event is x > x*, where the likelihood ratio passes e^epsilon.
         x = sigma**2 * math.log((math.exp(epsilon) - 1 + q) / q) + 0.5
-        tail = lambda mean: stats.norm.sf((x - mean) / sigma)
+
+        def tail(mean):
+            return stats.norm.sf((x - mean) / sigma)
+
         return (1 - q) * tail(0) + q * tail(1) - math.exp(epsilon) * tail(0)
 
     exact = optimize.brentq(lambda e: delta_at(e) - delta, 1e-6, 50, xtol=1e-13)
@@ -61,7 +64,9 @@ def test_one_step_equals_the_closed_form_of_the_subsampled_gaussian():
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(q=st.floats(1e-4, 0.5), sigma=st.floats(0.6, 5), steps=st.integers(1, 2000), delta=st.floats(1e-9, 1e-3))
 def test_pitfall_26_epsilon_is_monotone(q, sigma, steps, delta):
-    at = lambda delta=delta, **changes: Accountant(mechanism(**{"q": q, "sigma": sigma, "steps": steps, **changes})).epsilon(delta)
+    def at(delta=delta, **changes):
+        return Accountant(mechanism(**{"q": q, "sigma": sigma, "steps": steps, **changes})).epsilon(delta)
+
     base = at()
     slack = 1e-9
     assert at(steps=2 * steps).upper >= base.lower - slack
@@ -73,7 +78,9 @@ def test_pitfall_26_epsilon_is_monotone(q, sigma, steps, delta):
 def test_renyi_cross_check_is_dp_accountings_and_looser():
     m = mechanism(512 / 50_000, 1.0, 5000)
     bracket = Accountant(m).epsilon(1e-5)
-    event = dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(512 / 50_000, dp_accounting.GaussianDpEvent(1.0)), 5000)
+    event = dp_accounting.SelfComposedDpEvent(
+        dp_accounting.PoissonSampledDpEvent(512 / 50_000, dp_accounting.GaussianDpEvent(1.0)), 5000
+    )
     renyi = dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(1e-5)
     assert bracket.cross_check == pytest.approx(renyi, rel=1e-2)
     assert bracket.upper < bracket.cross_check
@@ -94,7 +101,9 @@ def test_heterogeneous_steps_agree_with_dp_accounting():
     settings = [(0.01, 0.8, 200), (0.05, 2.0, 300), (0.002, 0.6, 500)]
     composed = None
     for q, sigma, steps in settings:
-        step = privacy_loss_distribution.from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=1e-4)
+        step = privacy_loss_distribution.from_gaussian_mechanism(
+            sigma, sampling_prob=q, value_discretization_interval=1e-4
+        )
         part = step.self_compose(steps)
         composed = part if composed is None else composed.compose(part)
     ours = Accountant([mechanism(*setting) for setting in settings]).epsilon(1e-6)
@@ -105,7 +114,9 @@ def test_delta_at_any_epsilon_is_the_inverse_of_epsilon_at_delta():
     a = Accountant(mechanism(0.02, 0.8, 300))
     epsilons = np.array([0.0, 0.5, 1.0, 2.0, 4.0])
     deltas = a.deltas(epsilons, 1e-6)
-    step = privacy_loss_distribution.from_gaussian_mechanism(0.8, sampling_prob=0.02, value_discretization_interval=1e-4)
+    step = privacy_loss_distribution.from_gaussian_mechanism(
+        0.8, sampling_prob=0.02, value_discretization_interval=1e-4
+    )
     theirs = np.array([step.self_compose(300).get_delta_for_epsilon(e) for e in epsilons])
     np.testing.assert_allclose(deltas, theirs, rtol=2e-2)
     assert np.all(deltas >= theirs * (1 - 2e-3))
@@ -135,17 +146,24 @@ def test_group_of_a_full_batch_is_a_gaussian_of_k_times_the_shift():
 
 def test_pitfall_28_a_capped_group_pays_for_what_truncation_may_reveal():
     plain = mechanism(0.05, 2.0, 50, units=10_000, relation=ZERO_OUT)
-    capped = lambda cap: Accountant(dataclasses.replace(plain, max_batch_size=cap), group_size=3).quick_upper(1e-5)
+
+    def capped(cap):
+        return Accountant(dataclasses.replace(plain, max_batch_size=cap), group_size=3).quick_upper(1e-5)
+
     free = Accountant(plain, group_size=3).quick_upper(1e-5)
     assert free <= capped(700) <= free * 1.001 < capped(610)
     assert capped(560) == math.inf
 
 
 def test_displacement_bound_covers_a_brute_force_of_the_truncated_sampler():
-    """Three units, at most two in a batch, one emptied: the exact distributions over batches, one step, on a fine grid."""
+    """Three units, at most two in a batch, one emptied: the exact distributions over batches, one step, on a
+    fine grid."""
     n, q, sigma, cap = 3, 0.3, 1.0, 2
     x = np.linspace(-12, 14, 40_001)
-    density = lambda mean: stats.norm.pdf(x, mean, sigma)
+
+    def density(mean):
+        return stats.norm.pdf(x, mean, sigma)
+
     probabilities = {0: 0.0, 1: 0.0}  # of the first unit's absence and presence in the batch that is kept
     for drawn in itertools.product((0, 1), repeat=n):
         p = math.prod(q if d else 1 - q for d in drawn)
@@ -157,7 +175,10 @@ def test_displacement_bound_covers_a_brute_force_of_the_truncated_sampler():
     without = density(0.0)
     m = DpSgdMechanism(n, n * q, cap, sigma, 1.0, 1, ZERO_OUT)
     for epsilon in (0.1, 0.3, 1.0):
-        exact = max(np.trapezoid(np.maximum(a - math.exp(epsilon) * b, 0), x) for a, b in ((with_unit, without), (without, with_unit)))
+        exact = max(
+            np.trapezoid(np.maximum(a - math.exp(epsilon) * b, 0), x)
+            for a, b in ((with_unit, without), (without, with_unit))
+        )
         assert exact <= Accountant(m).deltas([epsilon], 1e-3)[0] <= 1
 
 
@@ -173,7 +194,8 @@ def test_delta_outside_the_unit_interval_is_refused(delta):
 
 
 def test_pitfall_28_truncation_is_charged_by_the_additive_bound_under_add_or_remove():
-    # pitfall 28: dp-accounting returns the zero-out number for a truncated event under add/remove; here the bound is valid for both.
+    # pitfall 28: dp-accounting returns the zero-out number for a truncated event under add/remove; here the bound is
+    # valid for both.
     plain, delta = mechanism(0.05, 1.0, 200, units=10_000), 1e-5
     epsilon = Accountant(plain).epsilon(delta).upper
     cap = truncation.plan_max_batch_size(10_000, 500, 200, epsilon, delta, share=0.3)
@@ -219,7 +241,9 @@ def test_the_smallest_cap_is_planned_however_little_it_may_cost():
                 total, term = total + term, term * (units - k) / (k + 1) * q / (1 - q)
             return total
 
-        cost = lambda above: (1 + mpmath.exp(epsilon)) * steps * tail(above)
+        def cost(above):
+            return (1 + mpmath.exp(epsilon)) * steps * tail(above)
+
         assert cost(cap) <= 1e-3 * delta < cost(cap - 1)
         assert truncation.overflow_probability(units, batch / units, cap) == pytest.approx(float(tail(cap)), rel=1e-6)
     # Without a target, too.

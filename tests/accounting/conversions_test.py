@@ -35,18 +35,28 @@ def test_gaussian_closed_forms(mu):
 
 def test_gaussian_delta_is_the_integral():
     mu, epsilon = 1.3, 0.7
-    excess = lambda x: max(stats.norm.pdf(x, mu) - math.exp(epsilon) * stats.norm.pdf(x), 0.0)
-    assert float(conversions.gaussian_delta(epsilon, mu)) == pytest.approx(integrate.quad(excess, -10, 15, limit=200)[0], rel=1e-6)
+
+    def excess(x):
+        return max(stats.norm.pdf(x, mu) - math.exp(epsilon) * stats.norm.pdf(x), 0.0)
+
+    assert float(conversions.gaussian_delta(epsilon, mu)) == pytest.approx(
+        integrate.quad(excess, -10, 15, limit=200)[0], rel=1e-6
+    )
 
 
 def test_no_likelihood_ratio_attack_beats_the_tradeoff_curve():
-    """The best attack on a simulated run, thresholds on the exact log-likelihood ratio; false alarms below 1e-6 (Hoeffding)."""
+    """The best attack on a simulated run, thresholds on the exact log-likelihood ratio; false alarms below 1e-6
+    (Hoeffding).
+    """
     q, sigma, steps, trials = 0.1, 1.0, 20, 200_000
     p = profile_of(Accountant(DpSgdMechanism(1000, 100, None, sigma, 1.0, steps)), 1e-5)
     rng = np.random.default_rng(0)
     shift = rng.random((trials, steps)) < q
     noise = rng.normal(size=(2, trials, steps)) * sigma
-    ratio = lambda x: np.log1p(q * np.expm1((2 * x - 1) / (2 * sigma**2))).sum(axis=1)
+
+    def ratio(x):
+        return np.log1p(q * np.expm1((2 * x - 1) / (2 * sigma**2))).sum(axis=1)
+
     absent, present = ratio(noise[0]), ratio(noise[1] + shift)
     slack = math.sqrt(math.log(2e7) / (2 * trials))
     for threshold in np.quantile(absent, [0.5, 0.9, 0.99]):
@@ -61,13 +71,20 @@ def test_no_likelihood_ratio_attack_beats_the_tradeoff_curve():
 def test_curve_is_a_convex_tradeoff_curve_between_the_corners():
     alpha = np.linspace(0, 1, 201)
     curve = profile_of(Accountant(DpSgdMechanism(1000, 50, None, 0.8, 1.0, 50))).tradeoff(alpha)
-    assert curve[-1] == 0 and 0.999 < curve[0] <= 1 and np.all(np.diff(curve) <= 1e-12) and np.all(np.diff(curve, 2) >= -1e-9)
+    assert (
+        curve[-1] == 0
+        and 0.999 < curve[0] <= 1
+        and np.all(np.diff(curve) <= 1e-12)
+        and np.all(np.diff(curve, 2) >= -1e-9)
+    )
     assert np.all(curve <= 1 - alpha + 1e-12)
 
 
 def test_tables_without_a_guarantee_promise_nothing():
     result = tables.meaning(Accountant(DpSgdMechanism(1000, 50, None, 0.0, 1.0, 50)), 1e-5)
-    assert all(epsilon == math.inf for _, epsilon in result.groups) and all(detected == 1 for _, detected in result.attacks)
+    assert all(epsilon == math.inf for _, epsilon in result.groups) and all(
+        detected == 1 for _, detected in result.attacks
+    )
     assert result.membership_advantage == 1.0 and result.gaussian_mu == math.inf
 
 
@@ -76,7 +93,9 @@ def test_tables_of_a_plan():
     result = tables.meaning(accountant, 1e-5)
     assert [k for k, _ in result.groups] == [1, 2, 3, 7]
     epsilons = [epsilon for _, epsilon in result.groups]
-    assert epsilons == sorted(epsilons) and epsilons[0] == accountant.epsilon(1e-5).upper and math.isfinite(epsilons[-1])
+    assert (
+        epsilons == sorted(epsilons) and epsilons[0] == accountant.epsilon(1e-5).upper and math.isfinite(epsilons[-1])
+    )
     assert dict(result.deltas)[epsilons[0]] <= 1.001e-5
     text = tables.text(result)
     assert "units of one owner" in text and "true-positive rate" in text and "Gaussian mu" in text

@@ -117,4 +117,8 @@ def test_a_ledger_knows_its_earlier_heads(path):
     ledger = Ledger.open(path)
     length, head = ledger.length, ledger.head
     ledger.append("resume", step=4)
-    assert ledger.begins_with(length, head) and not ledger.begins_with(length + 1, head) and not ledger.begins_with(0, head)
+    assert (
+        ledger.begins_with(length, head)
+        and not ledger.begins_with(length + 1, head)
+        and not ledger.begins_with(0, head)
+    )

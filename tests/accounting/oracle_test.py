@@ -27,7 +27,9 @@ def accountant(q, sigma, steps, width=2.5e-4):
 
 def test_there_are_enough_settings():
     assert len(VALUES) >= 200
-    assert all(delta >= 1e-8 and 0.1 <= fine <= 20 and abs(coarse - fine) <= 2e-4 * fine for *_, delta, coarse, fine in VALUES)
+    assert all(
+        delta >= 1e-8 and 0.1 <= fine <= 20 and abs(coarse - fine) <= 2e-4 * fine for *_, delta, coarse, fine in VALUES
+    )
 
 
 @pytest.mark.parametrize("setting", sampled(GROUPS, 5), ids=str)
@@ -60,7 +62,10 @@ def test_the_charged_rounding_error_of_normal_tails_is_larger_than_the_real_one(
     z = np.sort(np.random.default_rng(0).uniform(-37, 37, 2000))
     masses, errors = privacy_loss._normal_intervals(z)
     with mpmath.workdps(60):
-        tail = lambda x: mpmath.erfc(x / mpmath.sqrt(2)) / 2
+
+        def tail(x):
+            return mpmath.erfc(x / mpmath.sqrt(2)) / 2
+
         for low, high, mass, error in zip(z[:-1], z[1:], masses, errors, strict=True):
             low, high = mpmath.mpf(float(low)), mpmath.mpf(float(high))
             exact = tail(low) - tail(high) if low + high > 0 else tail(-high) - tail(-low)

@@ -16,7 +16,8 @@ def bracket(q, sigma, steps, delta, width=2e-4):
     return Accountant(DpSgdMechanism(units, q * units, None, sigma, 1.0, steps), relative_width=width).epsilon(delta)
 
 
-# (q, sigma, steps, delta, epsilon, tolerance, source): values of converged accountants or closed forms, to the tolerance of their digits.
+# (q, sigma, steps, delta, epsilon, tolerance, source): values of converged accountants or closed forms, to the
+# tolerance of their digits.
 TIGHT = {
     # tensorflow/privacy, compute_dp_sgd_privacy_test.py, PLD accountant
     "tf-privacy 0.7": (0.01, 0.7, 120, 1e-5, 2.4612381, 5e-4),
@@ -47,8 +48,8 @@ def test_converged_values_of_others(name):
     assert ours.upper <= published * (1 + 2e-4 + tolerance)
 
 
-# pytorch/opacus, opacus/tests/prv_accountant.py: upper bounds by microsoft/prv_accountant with eps_error 0.01 at delta 1e-6, as
-# (sigma, q, steps) -> epsilon. Such a bound lies about 0.01 above the truth.
+# pytorch/opacus, opacus/tests/prv_accountant.py: upper bounds by microsoft/prv_accountant with eps_error 0.01 at delta
+# 1e-6, as (sigma, q, steps) -> epsilon. Such a bound lies about 0.01 above the truth.
 PRV = {
     (0.8, 0.001, 100): 0.2704033640580187,
     (1.5, 0.05, 100): 1.9538531356842002,
@@ -75,7 +76,8 @@ def test_upper_bounds_of_the_prv_accountant(setting):
     assert ours.lower <= PRV[setting] - 0.009
 
 
-# Upper bounds by moments or Renyi accountants: ours must lie below, and our own Renyi cross-check near the improved ones.
+# Upper bounds by moments or Renyi accountants: ours must lie below, and our own Renyi cross-check near the improved
+# ones.
 RENYI = {
     # Abadi et al. 2016, arXiv 1607.00133, figure 2: moments accountant against 9.34 by strong composition
     "Abadi et al.": (0.01, 4.0, 10_000, 1e-5, 1.26, None),
@@ -103,7 +105,8 @@ def test_published_renyi_bounds_are_above_ours(name):
 
 
 def test_mixed_composition_stays_below_the_published_bound():
-    # tensorflow/privacy, rdp_accountant_test.py, test_check_composition: two kinds of steps, at most 8.509656 at delta 1e-5.
+    # tensorflow/privacy, rdp_accountant_test.py, test_check_composition: two kinds of steps, at most 8.509656 at delta
+    # 1e-5.
     units = 10**9
     first = DpSgdMechanism(units, 1e-4 * units, None, 0.4, 1.0, 40_000)
     second = DpSgdMechanism(units, 0.1 * units, None, 2.0, 1.0, 100)
@@ -121,7 +124,8 @@ def test_central_limit_theorem_underestimates():
 
 
 def test_vaultgemmas_setting():
-    # google/vaultgemma-1b's configuration with every token of 13T used; converged value 1.71053 by an independent tilted FFT.
+    # google/vaultgemma-1b's configuration with every token of 13T used; converged value 1.71053 by an independent
+    # tilted FFT.
     ours = Accountant(VAULTGEMMA).epsilon(1.1e-10)
     assert 1.7080 <= ours.lower <= 1.71053 <= ours.upper <= 1.7130
 
@@ -135,13 +139,15 @@ def test_vaultgemmas_claim_holds_from_9_7e9_sequences_on():
 
 def test_half_a_percent_of_headroom_ruins_vaultgemmas_guarantee():
     # arXiv 2508.15089 in dp-accounting's form, zero-out: 11.4 at a cap of 1.005 B, the untruncated 1.71 at 1.01 B
-    at = lambda cap: Accountant(dataclasses.replace(VAULTGEMMA, max_batch_size=cap, neighbouring_relation=ZERO_OUT))
+    def at(cap):
+        return Accountant(dataclasses.replace(VAULTGEMMA, max_batch_size=cap, neighbouring_relation=ZERO_OUT))
+
     assert at(520_605).upper(1.1e-10, interval=1e-3) == pytest.approx(11.2, abs=0.4)
     assert at(523_169).upper(1.1e-10, interval=2.5e-4) == pytest.approx(1.712, abs=0.006)
 
 
-# arXiv 2407.07737 and 2401.10294 (mixture of Gaussians), at N = 9.68e9, by dp-accounting's mixture-of-Gaussians loss on a grid of 1e-3,
-# which lies up to 1 % above the converged value.
+# arXiv 2407.07737 and 2401.10294 (mixture of Gaussians), at N = 9.68e9, by dp-accounting's mixture-of-Gaussians loss on
+# a grid of 1e-3, which lies up to 1 % above the converged value.
 @pytest.mark.parametrize(
     "k, at_1e10, at_1e8",
     [(1, 2.02, 1.11), (2, 3.19, 1.92), (3, 4.17, 2.57), pytest.param(7, 6.89, 4.55, marks=pytest.mark.slow)],

@@ -12,11 +12,29 @@ from accounting.mechanism import DpSgdMechanism
 
 BRACKET = EpsilonBracket(1.23451, 1.2341, 1.5)
 FACTS = dict(
-    num_units=9000, expected_batch_size=500, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
-    neighbouring_relation="zero_out", sampler="poisson", epsilon=2.0, delta=1e-5, privacy_unit="sequence", sequence_length=128,
-    model="tiny", parameters=246_624, held_out_units=1000, trained_parameters=246_624, architecture={}, init_sha256=None, secret_keys=True,
-    seal=CHAIN, run_id="0123456789abcdef", config_sha256="",
-)  # fmt: skip
+    num_units=9000,
+    expected_batch_size=500,
+    max_batch_size=None,
+    noise_multiplier=1.0,
+    clip_norm=1.0,
+    steps=100,
+    neighbouring_relation="zero_out",
+    sampler="poisson",
+    epsilon=2.0,
+    delta=1e-5,
+    privacy_unit="sequence",
+    sequence_length=128,
+    model="tiny",
+    parameters=246_624,
+    held_out_units=1000,
+    trained_parameters=246_624,
+    architecture={},
+    init_sha256=None,
+    secret_keys=True,
+    seal=CHAIN,
+    run_id="0123456789abcdef",
+    config_sha256="",
+)
 
 
 def records(steps=100, later_noise=None, **changes):
@@ -44,12 +62,15 @@ def test_epsilon_is_rounded_up_never_down():
 
 
 def test_what_is_rounded_once_stays_as_it_is():
-    # 0.1569 * 10**4 is 1569.0000000000002: of the numbers below, 1 in 16 went up once more when an auditor rounded it again.
+    # 0.1569 * 10**4 is 1569.0000000000002: of the numbers below, 1 in 16 went up once more when an auditor rounded it
+    # again.
     for n in range(200_000):
         assert report.round_up(n / 10_000) == n / 10_000
 
 
-@pytest.mark.parametrize("value", [1234.5631, 123.45631, 9.9999999, 1.2345649e-5, 1 / 30000, 5e-324, 0.12965, 1e-10, 7.0])
+@pytest.mark.parametrize(
+    "value", [1234.5631, 123.45631, 9.9999999, 1.2345649e-5, 1 / 30000, 5e-324, 0.12965, 1e-10, 7.0]
+)
 def test_no_upper_bound_is_printed_lower_than_it_is(value):
     for digits in (3, 4, 6, 10):
         assert value <= float(report.upper(value, digits)) <= value * (1 + 10.0 ** (1 - digits)) + 5e-324
@@ -62,7 +83,16 @@ def test_rounded_epsilon_is_the_reports():
 
 def test_statement_names_unit_relation_and_what_is_not_covered():
     text = build()["statement"]
-    for part in ("1.2346", "1e-05", "128 consecutive tokens", "empty unit", "NOT covered", "1000 further units", "private/", "tokenizer"):
+    for part in (
+        "1.2346",
+        "1e-05",
+        "128 consecutive tokens",
+        "empty unit",
+        "NOT covered",
+        "1000 further units",
+        "private/",
+        "tokenizer",
+    ):
         assert part in text
 
 
@@ -82,8 +112,16 @@ def test_steps_that_differ_from_the_declaration_are_accounted_as_executed():
     assert not executed.of(records(steps=101)).is_as_planned
 
 
-@pytest.mark.parametrize("spoil", [lambda r: r.pop(0), lambda r: r[0].pop("num_units"), lambda r: r[3].pop("noise_multiplier"),
-                                   lambda r: r[0].update(num_units="many"), lambda r: r[0].update(delta=2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: r.pop(0),
+        lambda r: r[0].pop("num_units"),
+        lambda r: r[3].pop("noise_multiplier"),
+        lambda r: r[0].update(num_units="many"),
+        lambda r: r[0].update(delta=2),
+    ],
+)
 def test_ledgers_without_sound_facts_are_refused(spoil):
     spoilt = records()
     spoil(spoilt)
@@ -102,7 +140,9 @@ class _Links(html.parser.HTMLParser):
         if tag not in ("meta", "br"):
             self.open.append(tag)
         for name, value in attributes:
-            if tag in ("script", "link", "img", "iframe") or (name in ("src", "href", "xlink:href") and not value.startswith("#")):
+            if tag in ("script", "link", "img", "iframe") or (
+                name in ("src", "href", "xlink:href") and not value.startswith("#")
+            ):
                 self.external.append((tag, name, value))
 
     def handle_startendtag(self, tag, attributes):
@@ -127,9 +167,22 @@ def test_page_is_self_contained_and_says_everything():
     parser.feed(text)
     assert parser.open == [] and parser.external == [] and "url(http" not in text and "@import" not in text
     assert text.count("<svg") == 2
-    for part in (content["statement"].split(" (")[0], "Statement", "Who may see what", "Parameters", "Epsilon over the steps",
-                 "What an attacker can do", "Owners of several units", "Membership attacks", "Noise-batch ratio", "Floating-point",
-                 "Deviations", "dpgemma audit", "ab" * 32, "has no key"):  # fmt: skip
+    for part in (
+        content["statement"].split(" (")[0],
+        "Statement",
+        "Who may see what",
+        "Parameters",
+        "Epsilon over the steps",
+        "What an attacker can do",
+        "Owners of several units",
+        "Membership attacks",
+        "Noise-batch ratio",
+        "Floating-point",
+        "Deviations",
+        "dpgemma audit",
+        "ab" * 32,
+        "has no key",
+    ):
         assert part in text, part
     assert "HMAC under a key" in rendered(seal=KEYED_CHAIN)[1]
 
@@ -142,11 +195,21 @@ def test_page_of_a_baseline_promises_nothing():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"noise_multiplier": math.inf}, {"noise_multiplier": -1.0}, {"clip_norm": 0.0}, {"clip_norm": math.inf}, {"expected_batch_size": 0},
-        {"expected_batch_size": 9001}, {"num_units": 0}, {"neighbouring_relation": "replace_one"}, {"max_batch_size": 0}, {"steps": -1},
+        {"noise_multiplier": math.inf},
+        {"noise_multiplier": -1.0},
+        {"clip_norm": 0.0},
+        {"clip_norm": math.inf},
+        {"expected_batch_size": 0},
+        {"expected_batch_size": 9001},
+        {"num_units": 0},
+        {"neighbouring_relation": "replace_one"},
+        {"max_batch_size": 0},
+        {"steps": -1},
     ],
-)  # fmt: skip
+)
 def test_impossible_mechanisms_are_refused(changes):
-    facts = dict(num_units=9000, expected_batch_size=500, max_batch_size=620, noise_multiplier=1.0, clip_norm=1.0, steps=100)
+    facts = dict(
+        num_units=9000, expected_batch_size=500, max_batch_size=620, noise_multiplier=1.0, clip_norm=1.0, steps=100
+    )
     with pytest.raises(InputError):
         DpSgdMechanism(**{**facts, **changes})

@@ -19,7 +19,9 @@ BUDGETS = [
 @pytest.mark.parametrize("epsilon, delta, q, steps", BUDGETS)
 def test_estimate_agrees_with_the_certified_calibration(epsilon, delta, q, steps):
     sigma, reliable = saddlepoint.noise_multiplier(epsilon, delta, q, steps)
-    exact = calibration.noise_multiplier(DpSgdMechanism(10**6, q * 10**6, None, 1.0, 1.0, steps), epsilon, delta).noise_multiplier
+    exact = calibration.noise_multiplier(
+        DpSgdMechanism(10**6, q * 10**6, None, 1.0, 1.0, steps), epsilon, delta
+    ).noise_multiplier
     assert reliable
     assert float(sigma) == pytest.approx(exact, rel=1e-3)
 

@@ -16,15 +16,23 @@ SCHEMES = {
 # (sampling, relation, bound) that have a proof; written out again, so that a change of the table has to be meant.
 PROVEN = {
     *itertools.product(("poisson", "full_batch"), RELATIONS, ("loss_distribution", "renyi")),
-    ("fixed", ZERO_OUT, "loss_distribution"), ("fixed", ZERO_OUT, "renyi"),
-    *((("truncated_poisson", relation, bound)) for relation in RELATIONS for bound in ("loss_distribution", "additive", "renyi")),
-    ("truncated_poisson", ZERO_OUT, "displacement"), ("truncated_poisson", ZERO_OUT, "truncated_loss"),
-}  # fmt: skip
+    ("fixed", ZERO_OUT, "loss_distribution"),
+    ("fixed", ZERO_OUT, "renyi"),
+    *(
+        (("truncated_poisson", relation, bound))
+        for relation in RELATIONS
+        for bound in ("loss_distribution", "additive", "renyi")
+    ),
+    ("truncated_poisson", ZERO_OUT, "displacement"),
+    ("truncated_poisson", ZERO_OUT, "truncated_loss"),
+}
 
 
 @pytest.mark.parametrize("scheme, relation, bound", list(itertools.product(SCHEMES, RELATIONS, support.BOUNDS)))
 def test_pitfall_28_only_proven_combinations_are_accounted(scheme, relation, bound):
-    m = DpSgdMechanism(100, noise_multiplier=2.0, clip_norm=1.0, steps=3, neighbouring_relation=relation, **SCHEMES[scheme])
+    m = DpSgdMechanism(
+        100, noise_multiplier=2.0, clip_norm=1.0, steps=3, neighbouring_relation=relation, **SCHEMES[scheme]
+    )
     assert m.scheme == scheme
     if (scheme, relation, bound) in PROVEN:
         Accountant(m, bounds=(bound,))
@@ -56,7 +64,9 @@ def test_runs_under_different_relations_do_not_compose():
 
 
 def test_fixed_batches_cost_one_gaussian_for_every_epoch():
-    fixed = DpSgdMechanism(1000, 100, None, 3.0, 1.0, 25, ZERO_OUT, sampler="fixed")  # each unit in at most 3 of 25 batches
+    fixed = DpSgdMechanism(
+        1000, 100, None, 3.0, 1.0, 25, ZERO_OUT, sampler="fixed"
+    )  # each unit in at most 3 of 25 batches
     gaussian = DpSgdMechanism(1000, 1000, None, 3.0, 1.0, 3, ZERO_OUT)
     sampled = DpSgdMechanism(1000, 100, None, 3.0, 1.0, 25, ZERO_OUT)
     assert Accountant(fixed).epsilon(1e-5) == Accountant(gaussian).epsilon(1e-5)

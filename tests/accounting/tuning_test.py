@@ -33,7 +33,9 @@ def test_random_search_with_a_cap_pays_for_truncation_in_every_trial():
     assert tuning.random_search_epsilon(tight, 10, "geometric", 1e-6) == math.inf
 
 
-@pytest.mark.parametrize("trials, distribution, message", [(0.5, "geometric", "at least 1"), (5, "fixed", "distributed as")])
+@pytest.mark.parametrize(
+    "trials, distribution, message", [(0.5, "geometric", "at least 1"), (5, "fixed", "distributed as")]
+)
 def test_impossible_searches_are_refused(trials, distribution, message):
     with pytest.raises(InputError, match=message):
         tuning.random_search_epsilon(PLAN, trials, distribution, 1e-6)
@@ -44,14 +46,17 @@ def write_run(folder, steps, run_id, **changes):
     ledger = Ledger.open(folder / "ledger.jsonl")
     facts = dict(
         num_units=10_000, expected_batch_size=200, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
-        neighbouring_relation=ZERO_OUT, sampler="poisson", epsilon=3.0, delta=1e-6, privacy_unit="sequence", sequence_length=32,
+        neighbouring_relation=ZERO_OUT, sampler="poisson", epsilon=3.0, delta=1e-6, privacy_unit="sequence",
+        sequence_length=32,
         config_sha256="", seal="", model="tiny", parameters=1, held_out_units=0, trained_parameters=1, architecture={},
         init_sha256=None, secret_keys=True,
     )  # fmt: skip
     facts.update(changes)
     ledger.append("start", run_id=run_id, **facts)
     for step in range(steps):
-        ledger.append_step(step, {"sampling_probability": 0.02, "noise_multiplier": facts["noise_multiplier"], "max_batch_size": None})
+        ledger.append_step(
+            step, {"sampling_probability": 0.02, "noise_multiplier": facts["noise_multiplier"], "max_batch_size": None}
+        )
     ledger.close()
     return folder
 
@@ -66,7 +71,11 @@ def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):
     expected = Accountant([DpSgdMechanism(10_000, 200, None, 1.0, 1.0, 100, ZERO_OUT), other]).epsilon(1e-6)
     assert result["epsilon"] == expected.upper and result["delta"] == 1e-6 and result["steps"] == 140
     assert [(run["run_id"], run["steps"]) for run in result["runs"]] == [("a", 100), ("b", 40)]
-    assert max(run["epsilon"] for run in result["runs"]) < result["epsilon"] < sum(run["epsilon"] for run in result["runs"])
+    assert (
+        max(run["epsilon"] for run in result["runs"])
+        < result["epsilon"]
+        < sum(run["epsilon"] for run in result["runs"])
+    )
     assert "All 2 runs together" in result["statement"]
 
     assert cli.main(["account", f"--compose={folders[0]},{folders[1]}", "--tables"]) == 0
@@ -77,10 +86,14 @@ def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(run_id="a"), "given twice"), (dict(sequence_length=64), "differ in sequence_length"), (dict(delta=1e-5), "different deltas"),
+        (dict(run_id="a"), "given twice"), (dict(sequence_length=64), "differ in"
+                                                                      " sequence_length"), (dict(delta=1e-5),
+                                                                      "different deltas"),
         (dict(neighbouring_relation="add_or_remove"), "differ in neighbouring_relation"),
         # Rows of tokens of another tokenizer, or of other text, are other units.
-        (dict(architecture={"vocab_size": 256_000}), "differ in vocab_size"), (dict(num_units=9_990), "differ in number of units"),
+        (dict(architecture={"vocab_size": 256_000}), "differ in"
+                                                     " vocab_size"), (dict(num_units=9_990), "differ in number of"
+                                                                                             " units"),
         (dict(secret_keys=False), "public seed"),
     ],
 )  # fmt: skip
@@ -101,7 +114,13 @@ def test_what_is_composed_says_where_it_started_and_counts_what_has_only_begun(t
     ]
     assert cli.main(["account", f"--compose={folders[0]},{folders[1]}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["runs"][1]["steps"] == result["runs"][1]["epsilon"] == 0 < result["runs"][0]["epsilon"] == result["epsilon"]
+    assert (
+        result["runs"][1]["steps"]
+        == result["runs"][1]["epsilon"]
+        == 0
+        < result["runs"][0]["epsilon"]
+        == result["epsilon"]
+    )
     assert "5a5a" in result["statement"] and "NOT covered" in result["statement"]
     for flag in ("--neighbouring_relation=add_or_remove", "--sampler=fixed", "--trials_distribution=poisson"):
         assert cli.main(["account", f"--compose={folders[0]}", flag]) == 2

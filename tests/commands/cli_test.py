@@ -15,7 +15,11 @@ TEXT = "Ada came to the ward with a cough and went home well. " * 40
 def run(*arguments, timeout=120):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
-        [sys.executable, "-m", "dpgemma", *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "dpgemma", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -38,8 +42,15 @@ def test_help_answers_at_once_without_jax(command):
 def test_train_help_shows_the_public_defaults(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for line in ("such as tiny (the default)", "--sequence_length (default 128)", "--batch_size (default 512)", "--steps (default 160)",
-                 "--epsilon (default 8.0)", "--delta (default 1e-05)", "--neighbouring_relation (default zero_out)"):  # fmt: skip
+    for line in (
+        "such as tiny (the default)",
+        "--sequence_length (default 128)",
+        "--batch_size (default 512)",
+        "--steps (default 160)",
+        "--epsilon (default 8.0)",
+        "--delta (default 1e-05)",
+        "--neighbouring_relation (default zero_out)",
+    ):
         assert line in text
 
 
@@ -62,7 +73,10 @@ BAD_TRAINING = {
     "empty data": (["--data={tmp}/empty.txt"], "empty"),
     "sequence too long": (["--sequence_length=257"], "exceeds the 256 tokens"),
     "batch above the data": (["--batch_size=4000"], "exceeds the"),
-    "unreachable epsilon": (["--epsilon=1e-3", "--delta=1e-12", "--max_batch_size=8", "--batch_size=8"], "no noise reaches"),
+    "unreachable epsilon": (
+        ["--epsilon=1e-3", "--delta=1e-12", "--max_batch_size=8", "--batch_size=8"],
+        "no noise reaches",
+    ),
     "infinite clip norm": (["--clip_norm=inf"], "bounds nobody"),
     "unknown flag": (["--epsilom=3"], "epsilom"),
     "malformed number": (["--epsilon=eight"], "not a number"),
@@ -94,7 +108,14 @@ def test_bad_input_is_one_sentence(case, text, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     (tmp_path / "empty.txt").write_text("")
     changes, message = BAD_TRAINING[case]
-    arguments = [f"--data={text}", f"--workdir={tmp_path}/run", "--sequence_length=32", "--batch_size=8", "--steps=2", "--delta=1e-4"]
+    arguments = [
+        f"--data={text}",
+        f"--workdir={tmp_path}/run",
+        "--sequence_length=32",
+        "--batch_size=8",
+        "--steps=2",
+        "--delta=1e-4",
+    ]
     assert cli.main(["train", *arguments, *(c.format(tmp=tmp_path) for c in changes)]) == 2
     out, err = capfd.readouterr()
     assert out == "" and message in err and err.startswith("dpgemma: ") and len(err.splitlines()) == 1
@@ -107,19 +128,26 @@ PLAN = ["--noise_multiplier=1", "--steps=10", "--batch_size=50", "--num_units=10
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["fly"], "unknown command"), (["sample"], "--workdir"), (["sample", "--workdir=/nowhere"], "no run directory"),
-        (["export", "--workdir=/nowhere"], "--out"), (["export", "--workdir=/nowhere", "--out={tmp}/x"], "no run directory"),
+        (["fly"], "unknown command"),
+        (["sample"], "--workdir"),
+        (["sample", "--workdir=/nowhere"], "no run directory"),
+        (["export", "--workdir=/nowhere"], "--out"),
+        (["export", "--workdir=/nowhere", "--out={tmp}/x"], "no run directory"),
         (["export", "--workdir=/nowhere", "--out={tmp}"], "not an empty folder"),
-        (["account"], "exactly one"), (["account", "--epsilon=8", "--steps=9", "--batch_size=5", "--num_units=99", "--delta=2"], "--delta"),
+        (["account"], "exactly one"),
+        (["account", "--epsilon=8", "--steps=9", "--batch_size=5", "--num_units=99", "--delta=2"], "--delta"),
         (["account", "--epsilon=8", "--steps=10", "--batch_size=500", "--num_units=100"], "at most the 100"),
         (["account", "--noise_multiplier=1", "--steps=10", "--batch_size=0", "--num_units=100"], "--batch_size"),
-        (["account", "--compose=/nowhere"], "no ledger.jsonl"), (["account", "--compose=/nowhere", "--steps=3"], "drop --steps"),
-        (["account", *PLAN, "--plot=/nowhere/x.gif"], "must end in"), (["account", *PLAN, "--trials=0.5"], "at least 1"),
+        (["account", "--compose=/nowhere"], "no ledger.jsonl"),
+        (["account", "--compose=/nowhere", "--steps=3"], "drop --steps"),
+        (["account", *PLAN, "--plot=/nowhere/x.gif"], "must end in"),
+        (["account", *PLAN, "--trials=0.5"], "at least 1"),
         (["account", *PLAN, "--sampler=fixed"], "does not hold for fixed sampling under add_or_remove"),
         (["account", *PLAN, "--batch_multiple=4", "--max_batch_size=90"], "--batch_multiple"),
-        (["audit"], "which run to check"), (["audit", "/nowhere"], "no run directory"),
+        (["audit"], "which run to check"),
+        (["audit", "/nowhere"], "no run directory"),
     ],
-)  # fmt: skip
+)
 def test_other_commands_refuse_bad_input(arguments, message, text, tmp_path, capsys):
     assert cli.main([a.format(tmp=tmp_path) for a in arguments]) == 2
     out, err = capsys.readouterr()
@@ -134,7 +162,16 @@ def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
 
     monkeypatch.setattr(run_directory.os, "rename", refuse)
     assert (
-        cli.main(["train", f"--data={text}", f"--workdir={tmp_path}/run", "--sequence_length=32", "--batch_size=8", "--noise_multiplier=1"])
+        cli.main(
+            [
+                "train",
+                f"--data={text}",
+                f"--workdir={tmp_path}/run",
+                "--sequence_length=32",
+                "--batch_size=8",
+                "--noise_multiplier=1",
+            ]
+        )
         == 2
     )
     assert "No space left" in capsys.readouterr().err
@@ -143,15 +180,27 @@ def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
 
 def test_default_workdir_and_declared_units(text, tmp_path, monkeypatch, quick_compiles):
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", f"--data={text}", "--sequence_length=32", "--batch_size=8", "--steps=1e0", "--noise_multiplier=1",
-                 "--neighbouring_relation=add_or_remove", "--num_units=1e3"]  # fmt: skip
+    arguments = [
+        "train",
+        f"--data={text}",
+        "--sequence_length=32",
+        "--batch_size=8",
+        "--steps=1e0",
+        "--noise_multiplier=1",
+        "--neighbouring_relation=add_or_remove",
+        "--num_units=1e3",
+    ]
     first, second = call(*arguments), call(*arguments)
     assert first.returncode == second.returncode == 0, first.stderr
     assert first.stdout == second.stdout
     (workdir,) = (tmp_path / "runs").iterdir()
     assert len(workdir.name) == 8 and int(workdir.name, 16) >= 0
     report = json.loads((workdir / "report.json").read_text())
-    assert report["num_units"] == 1000 and report["neighbouring_relation"] == "add_or_remove" and report["sampling_probability"] == 0.008
+    assert (
+        report["num_units"] == 1000
+        and report["neighbouring_relation"] == "add_or_remove"
+        and report["sampling_probability"] == 0.008
+    )
     assert "declared by the operator" in report["statement"]
     # pitfall 3: under add/remove no file outside private/ tells how many units there are.
     assert report["held_out_units"] is None and "An undisclosed number" in report["statement"]
@@ -169,14 +218,27 @@ def test_account_prints_vaultgemmas_epsilon(capsys):
     assert cli.main(["account", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     assert 1.70 < result["epsilon_lower_numeric"] <= result["epsilon"] < 1.74 and result["cross_check"] > 3
-    assert {"delta", "noise_multiplier", "steps", "expected_batch_size", "max_batch_size", "sampling_probability", "num_units",
-            "neighbouring_relation"} < set(result)  # fmt: skip
+    assert {
+        "delta",
+        "noise_multiplier",
+        "steps",
+        "expected_batch_size",
+        "max_batch_size",
+        "sampling_probability",
+        "num_units",
+        "neighbouring_relation",
+    } < set(result)
     assert result["neighbouring_relation"] == "add_or_remove" and result["max_batch_size"] is None
 
 
 @pytest.mark.parametrize(
     "omitted, key",
-    [("noise_multiplier", "noise_multiplier"), ("steps", "steps"), ("batch_size", "expected_batch_size"), ("num_units", "num_units")],
+    [
+        ("noise_multiplier", "noise_multiplier"),
+        ("steps", "steps"),
+        ("batch_size", "expected_batch_size"),
+        ("num_units", "num_units"),
+    ],
 )
 def test_account_solves_for_any_one_quantity(omitted, key, capsys):
     plan = {"epsilon": "8", "noise_multiplier": "0.85", "steps": "160", "batch_size": "512", "num_units": "7843"}
@@ -192,17 +254,26 @@ def test_account_says_what_a_plan_means(tmp_path, capsys):
     assert cli.main([*arguments, "--json", f"--plot={tmp_path / 'plan.svg'}"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["max_batch_size"] % 8 == 0 and result["sampler"] == "truncated_poisson"
-    assert [group["units"] for group in result["groups"]] == [1, 2, 3, 7] and result["groups"][0]["epsilon"] == result["epsilon"]
+    assert [group["units"] for group in result["groups"]] == [1, 2, 3, 7] and result["groups"][0]["epsilon"] == result[
+        "epsilon"
+    ]
     assert all(0 < attack["true_positive_rate"] < 1 for attack in result["attacks"])
     assert 0 < result["membership_advantage"] < 1 and result["gaussian_mu"] > 0
     assert result["epsilon"] < result["epsilon_best_trial"] < 5 * result["epsilon"]
     assert (tmp_path / "plan.svg").read_text().count("<svg") == 1
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "units of one owner" in out and "membership advantage" in out and "epsilon_best_trial" in out and "of a single trial" in out
+    assert (
+        "units of one owner" in out
+        and "membership advantage" in out
+        and "epsilon_best_trial" in out
+        and "of a single trial" in out
+    )
 
 
 def test_account_prints_a_table_without_json(capsys):
-    assert cli.main(["account", "--epsilon=inf", "--steps=10", "--batch_size=5", "--num_units=100", "--delta=1e-6"]) == 0
+    assert (
+        cli.main(["account", "--epsilon=inf", "--steps=10", "--batch_size=5", "--num_units=100", "--delta=1e-6"]) == 0
+    )
     out = capsys.readouterr().out
     assert "noise_multiplier         0   (solved)" in out and "epsilon                  inf" in out

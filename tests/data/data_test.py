@@ -98,7 +98,9 @@ def test_synthetic_corpus_is_built_once_without_download(tmp_path, monkeypatch, 
 
     monkeypatch.setenv("DPGEMMA_CACHE", str(tmp_path))
     first = list(sources.documents("synthetic"))
-    monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "_download_and_prepare", lambda *a, **k: pytest.fail("built again"))
+    monkeypatch.setattr(
+        tfds.core.GeneratorBasedBuilder, "_download_and_prepare", lambda *a, **k: pytest.fail("built again")
+    )
     assert list(sources.documents("synthetic")) == first
     assert capsys.readouterr().out == ""
     assert list(tmp_path.rglob("*.array_record*"))

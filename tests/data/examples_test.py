@@ -28,7 +28,9 @@ def test_a_response_and_its_end_are_scored():
     assert scored == [b"answer", b"all of it", b"", b"plain text", b"too"]
     whole = [TOKENIZER.decode(tokens) for tokens in rows.tokens]
     assert whole == [b"Question: answer", b"all of it", b"a prompt that is lon", b"plain text", b"bytestoo"]
-    ends = [(tokens[is_scored] == TOKENIZER.eos).sum() for tokens, is_scored in zip(rows.tokens, rows.scored, strict=True)]
+    ends = [
+        (tokens[is_scored] == TOKENIZER.eos).sum() for tokens, is_scored in zip(rows.tokens, rows.scored, strict=True)
+    ]
     assert ends == [1, 1, 0, 1, 1]
     assert not (rows.scored & (rows.tokens == TOKENIZER.pad)).any()
 
@@ -44,7 +46,9 @@ def test_pitfall_19_a_record_is_one_row_and_touches_no_other():
         np.testing.assert_array_equal(after.scored[others], before.scored[others])
 
 
-@pytest.mark.parametrize("record", [{}, {"prompt": "x"}, {"prompt": 3, "response": "x"}, {"other": "x"}, {"messages": []}])
+@pytest.mark.parametrize(
+    "record", [{}, {"prompt": "x"}, {"prompt": 3, "response": "x"}, {"other": "x"}, {"messages": []}]
+)
 def test_a_record_without_its_fields_is_named(record):
     with pytest.raises(InputError, match="record 2 of the data"):
         to_rows([RECORDS[0], record])

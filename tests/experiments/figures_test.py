@@ -38,7 +38,14 @@ def asked(fitted):
 @pytest.fixture
 def out_of_reach(fitted):
     """A study of a law whose noise is nowhere enough."""
-    return Study(fitted.law, LENGTH, DELTA, sizes=5, points=6, noise=lambda epsilon: lambda steps, q: np.full(np.shape(q), np.nan))
+    return Study(
+        fitted.law,
+        LENGTH,
+        DELTA,
+        sizes=5,
+        points=6,
+        noise=lambda epsilon: lambda steps, q: np.full(np.shape(q), np.nan),
+    )
 
 
 def test_the_optimum_is_that_of_every_configuration_tried_by_itself(fitted, asked):
@@ -63,9 +70,13 @@ def test_nothing_lies_outside_of_the_data_and_every_point_spends_its_compute(fit
     curve = asked.frontier(UNITS, 1.0)
     there = np.isfinite(curve.loss)
     ratio = cheap(1.0)(curve.steps, curve.batch_size / UNITS) / curve.batch_size
-    assert 0 < there.sum() < len(there)  # the lowest compute has batches so small that none was measured with their noise
+    assert (
+        0 < there.sum() < len(there)
+    )  # the lowest compute has batches so small that none was measured with their noise
     assert fitted.law.domain.contains(curve.parameters, curve.steps, ratio)[there].all()
-    assert 6 * LENGTH * (curve.parameters * curve.batch_size * curve.steps)[there] == pytest.approx(curve.compute[there])
+    assert 6 * LENGTH * (curve.parameters * curve.batch_size * curve.steps)[there] == pytest.approx(
+        curve.compute[there]
+    )
     assert curve.tokens_per_parameter[there] == pytest.approx(curve.compute[there] / 6 / curve.parameters[there] ** 2)
 
 
@@ -73,7 +84,9 @@ def test_the_curves_start_with_one_unit_in_a_batch_and_end_with_all(fitted, aske
     low, high = asked.compute_range(UNITS)
     domain = fitted.law.domain
     assert low == 6 * LENGTH * domain.parameters[0] * domain.steps[0]
-    assert high / low == pytest.approx(UNITS * domain.parameters[1] / domain.parameters[0] * domain.steps[1] / domain.steps[0])
+    assert high / low == pytest.approx(
+        UNITS * domain.parameters[1] / domain.parameters[0] * domain.steps[1] / domain.steps[0]
+    )
 
 
 def test_loss_falls_with_compute_units_and_epsilon(asked):
@@ -148,7 +161,11 @@ def test_ablations_reach_the_best_loss_in_every_column_and_do_not_beat_it(asked)
     assert np.diff(np.log10(computes)) == pytest.approx(np.log10(computes[1] / computes[0]))
     rows = ablations.ablations(asked, centre, (1.0, 4.0), (1e4, UNITS), computes)
     assert [row.varied for row in rows] == ["epsilon", "units", "compute"]
-    budgets = [[(1e13, UNITS, e) for e in (1.0, 4.0)], [(1e13, n, 4.0) for n in (1e4, UNITS)], [(c, UNITS, 4.0) for c in computes]]
+    budgets = [
+        [(1e13, UNITS, e) for e in (1.0, 4.0)],
+        [(1e13, n, 4.0) for n in (1e4, UNITS)],
+        [(c, UNITS, 4.0) for c in computes],
+    ]
     for row, asked_for in zip(rows, budgets, strict=True):
         for curve, budget in zip(row.curves, asked_for, strict=True):
             best = asked.best_loss(*budget)
@@ -162,7 +179,9 @@ def test_a_law_that_knows_nothing_of_a_budget_leaves_everything_empty(out_of_rea
     assert out_of_reach.candidates(1e13, UNITS, 4.0) is None and out_of_reach.frontier(UNITS, 4.0).knee is None
     (row,) = saturation.table(out_of_reach, [UNITS], [4.0])
     assert math.isnan(row.compute) and row.at_end == ()
-    assert all(len(values) == len(losses) == 0 for values, losses in ablations.panels(out_of_reach, 1e13, UNITS, 4.0).values())
+    assert all(
+        len(values) == len(losses) == 0 for values, losses in ablations.panels(out_of_reach, 1e13, UNITS, 4.0).values()
+    )
 
 
 @functools.cache
@@ -187,7 +206,8 @@ def test_fields_are_the_change_of_the_noise_batch_ratio(surfaces):
         assert found.ratio[i, j] == pytest.approx(now / found.ys[j], rel=0.01)
         assert found.along_x[i, j] == pytest.approx(half / now - 1, abs=0.02)
         assert found.along_y[i, j] == pytest.approx(twice / 2 / now - 1, abs=0.02)
-    # Half of so few units in each batch: their noise grows as fast as the batch. With many units and small batches it does not grow at all.
+    # Half of so few units in each batch: their noise grows as fast as the batch. With many units and small batches it
+    # does not grow at all.
     assert found.along_y[0, 1] == pytest.approx(0, abs=0.03)
     assert found.along_y[1, 0] < -0.3
     # A batch of all units cannot be doubled; of one that is, nothing is known.
@@ -212,7 +232,9 @@ def test_no_budget_raises_the_noise_when_it_is_doubled(surfaces):
 def quick(monkeypatch, tmp_path):
     """A page of few points, with noise that costs nothing."""
     monkeypatch.setattr(page, "NoiseSurface", lambda epsilon, delta, cache: cheap(epsilon))
-    monkeypatch.setattr(page, "Study", lambda law, length, delta, cache: Study(law, length, delta, sizes=6, points=8, noise=cheap))
+    monkeypatch.setattr(
+        page, "Study", lambda law, length, delta, cache: Study(law, length, delta, sizes=6, points=8, noise=cheap)
+    )
     monkeypatch.setattr(noise_fields, "POWERS", {"epsilon": (0, 2), "batch": (16, 18), "units": (22, 24)})
 
 
@@ -236,7 +258,10 @@ def test_the_page_holds_every_figure_and_needs_nothing_else(fitted, quick, tmp_p
     outside_of_svg = re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
     assert "$" not in outside_of_svg and ">nan" not in outside_of_svg
     addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
-    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of XML languages, which nobody fetches
+    assert addresses <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }  # names of XML languages, which nobody fetches
     assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", text)
     identifiers = re.findall(r'\bid="([^"]+)"', text)
     references = re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", text)

@@ -14,16 +14,23 @@ ONE = {"model": "ladder_20k", "noise_batch_ratio": 0, "learning_rate": 0.01, "st
 
 
 def parsed(*tables, shared=None, public_data=True):
-    return grid.parse({"sweep": {"public_data": public_data}, "train": shared or {}, "grid": list(tables)}, "sweep.toml")
+    return grid.parse(
+        {"sweep": {"public_data": public_data}, "train": shared or {}, "grid": list(tables)}, "sweep.toml"
+    )
 
 
 def test_every_combination_of_the_lists_is_a_run():
-    made = parsed({**ONE, "noise_batch_ratio": [0, "2^-7", 0.25], "learning_rate": ["2^-7", "2^-7.5"]}, shared={"batch_size": 32})
+    made = parsed(
+        {**ONE, "noise_batch_ratio": [0, "2^-7", 0.25], "learning_rate": ["2^-7", "2^-7.5"]}, shared={"batch_size": 32}
+    )
     assert [(run.noise_batch_ratio, run.config.learning_rate) for run in made.runs] == [
         (ratio, rate) for ratio in (0, 2**-7, 0.25) for rate in (2**-7, 2**-7.5)
     ]
     assert [run.config.noise_multiplier for run in made.runs[::2]] == [0, 0.25, 8]
-    assert all(run.config.epsilon == math.inf and run.config.mesh == "data:1" and run.config.batch_size == 32 for run in made.runs)
+    assert all(
+        run.config.epsilon == math.inf and run.config.mesh == "data:1" and run.config.batch_size == 32
+        for run in made.runs
+    )
 
 
 def test_a_table_overrides_what_is_shared_and_adds_to_the_tables_before():
@@ -42,7 +49,10 @@ def test_ids_are_unique_and_stable():
     assert len({run.id for run in made.runs}) == 4
     assert parsed(dict(reversed(ONE.items()))).runs[0].id == parsed(ONE).runs[0].id == parsed({}, shared=ONE).runs[0].id
     # The same number is the same setting, however the file writes it.
-    assert parsed({**ONE, "learning_rate": 1, "steps": 8.0}).runs == parsed({**ONE, "learning_rate": "1^5", "steps": 8}).runs
+    assert (
+        parsed({**ONE, "learning_rate": 1, "steps": 8.0}).runs
+        == parsed({**ONE, "learning_rate": "1^5", "steps": 8}).runs
+    )
     assert parsed({**ONE, "checkpoint_every": 7}).runs[0].id == parsed(ONE).runs[0].id
 
 
@@ -55,7 +65,8 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "table", [ONE, {**ONE, "noise_batch_ratio": 0.3, "learning_rate": 1 / 3, "data": "a b'.txt", "max_batch_size": 1024}]
+    "table",
+    [ONE, {**ONE, "noise_batch_ratio": 0.3, "learning_rate": 1 / 3, "data": "a b'.txt", "max_batch_size": 1024}],
 )
 def test_the_commands_flags_give_the_same_configuration(table):
     run = parsed(table).runs[0]
@@ -80,7 +91,10 @@ BAD = {
     "empty axis": ({"sweep": PUBLIC, "grid": [{**ONE, "model": []}]}, "model is an empty list"),
     "no ratio": ({"sweep": PUBLIC, "grid": [{"model": "tiny"}]}, "needs noise_batch_ratio"),
     "epsilon": ({"sweep": PUBLIC, "grid": [{**ONE, "epsilon": 3}]}, "epsilon is not a grid's to set"),
-    "noise multiplier": ({"sweep": PUBLIC, "train": {"noise_multiplier": 1}, "grid": [ONE]}, "noise_multiplier is not a grid's to set"),
+    "noise multiplier": (
+        {"sweep": PUBLIC, "train": {"noise_multiplier": 1}, "grid": [ONE]},
+        "noise_multiplier is not a grid's to set",
+    ),
     "weights": ({"sweep": PUBLIC, "grid": [{**ONE, "init_from": "x"}]}, "random weights"),
     "no setting": ({"sweep": PUBLIC, "grid": [{**ONE, "learningrate": 1}]}, "'learningrate' is no setting"),
     "negative ratio": ({"sweep": PUBLIC, "grid": [{**ONE, "noise_batch_ratio": -1}]}, "not negative"),
@@ -88,7 +102,10 @@ BAD = {
     "no number": ({"sweep": PUBLIC, "grid": [{**ONE, "noise_batch_ratio": math.nan}]}, "must be a number or a power"),
     "no power": ({"sweep": PUBLIC, "grid": [{**ONE, "learning_rate": "2**-7"}]}, "must be a number or a power"),
     "power of nothing": ({"sweep": PUBLIC, "grid": [{**ONE, "learning_rate": "0^-7"}]}, "must be a number or a power"),
-    "power beyond numbers": ({"sweep": PUBLIC, "grid": [{**ONE, "learning_rate": "2^99999"}]}, "must be a number or a power"),
+    "power beyond numbers": (
+        {"sweep": PUBLIC, "grid": [{**ONE, "learning_rate": "2^99999"}]},
+        "must be a number or a power",
+    ),
     "list of lists": ({"sweep": PUBLIC, "grid": [{**ONE, "steps": [[1]]}]}, "steps must be a whole number"),
     "half a step": ({"sweep": PUBLIC, "grid": [{**ONE, "steps": 1.5}]}, "steps must be a whole number"),
     "true steps": ({"sweep": PUBLIC, "grid": [{**ONE, "steps": True}]}, "steps must be a whole number"),

@@ -42,7 +42,11 @@ def test_trials_hold_the_law_against_what_was_measured(fitted, truth, table, tri
     by_place = {(trial.parameters, trial.steps, trial.ratio): trial for trial in trials}
     assert set(by_place) == set(PLACES)
     for place, trial in by_place.items():
-        assert trial.model == f"model_{place[0]:g}" and trial.predicted == fitted.law.loss(*place) and trial.low <= trial.high
+        assert (
+            trial.model == f"model_{place[0]:g}"
+            and trial.predicted == fitted.law.loss(*place)
+            and trial.low <= trial.high
+        )
         # The loss at the vertex of the three rates' parabola is that at the best rate.
         assert trial.measured == pytest.approx(truth.loss(*place), rel=2e-3) and abs(trial.error) < 0.02
         assert math.log(trial.learning_rate) == pytest.approx(math.log(2) * truth.best_rate(*place), abs=0.05)
@@ -53,13 +57,20 @@ def test_trials_hold_the_law_against_what_was_measured(fitted, truth, table, tri
 
 
 @pytest.mark.parametrize("public", [True, False])
-def test_losses_of_a_sweep_of_private_data_are_not_printed(public, fitted, table, trials, tmp_path, monkeypatch, capsys):
+def test_losses_of_a_sweep_of_private_data_are_not_printed(
+    public, fitted, table, trials, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(fitting, "fit", lambda _: fitted)
     monkeypatch.setattr(held_out, "trials", lambda *_: trials)
     folder = types.SimpleNamespace(results_file=tmp_path / "results.csv", report_file=tmp_path / "report.json")
     grid = types.SimpleNamespace(runs=[], public_data=public)
     for as_json in (True, False):
-        assert command._report(types.SimpleNamespace(json=as_json), folder, grid, types.SimpleNamespace(failed={}, table=table)) == 0
+        assert (
+            command._report(
+                types.SimpleNamespace(json=as_json), folder, grid, types.SimpleNamespace(failed={}, table=table)
+            )
+            == 0
+        )
         out = capsys.readouterr().out
         if as_json:
             said = json.loads(out)

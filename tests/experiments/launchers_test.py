@@ -13,7 +13,10 @@ def test_processes_on_one_machine_see_gpus_of_their_own(tmp_path, monkeypatch):
     """Without a GPU: what jax is told by the environment, in real processes. Names need not be numbers."""
     monkeypatch.setattr(gpus, "usable", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab, 5,1")
-    show = "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ.get('{}', ''))"
+    show = (
+        "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' +"
+        " os.environ.get('{}', ''))"
+    )
     show = show.format("XLA_PYTHON_CLIENT_PREALLOCATE")
     for slots, devices, expected, default in [
         (None, 1, {"3 ", "GPU-ab ", "5 ", "1 "}, 4),
@@ -33,7 +36,8 @@ def test_processes_on_one_machine_see_gpus_of_their_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "platforms, visible, names",
     [
-        ("cpu", "0", []), ("", "", []), ("", "-1", []), ("", "0,-1,1", ["0"]), ("cuda,cpu", "1, 0", ["1", "0"]), ("", None, None),
+        ("cpu", "0", []), ("", "", []), ("", "-1", []), ("", "0,-1,1", ["0"]), ("cuda,cpu", "1, 0", ["1", "0"]),
+        ("", None, None),
     ],
 )  # fmt: skip
 def test_gpus_are_those_that_jax_would_use(platforms, visible, names, monkeypatch):

@@ -17,14 +17,18 @@ from tests.experiments import planted
 def table_of(rows):
     """A table of (learning rate, iterations, ratio, loss) of one model."""
     names = (LEARNING_RATE, ITERATIONS, RATIO, LOSS)
-    return results.of_records({results.MODEL: "m", results.PARAMETERS: 1e5, **dict(zip(names, row, strict=True))} for row in rows)
+    return results.of_records(
+        {results.MODEL: "m", results.PARAMETERS: 1e5, **dict(zip(names, row, strict=True))} for row in rows
+    )
 
 
 # From tables to points.
 
 
 def test_isotonic_steps_are_the_published_ones():
-    """Against the definition: the monotone sequence with the least squared distance, by exhaustive search over the pools."""
+    """Against the definition: the monotone sequence with the least squared distance, by exhaustive search over the
+    pools.
+    """
     rng = np.random.default_rng(0)
     steps, ratios = (100.0, 200.0, 300.0, 400.0), (0.0, 0.01, 0.02)
     loss = {(t, r): rng.uniform(2, 3) for t in steps for r in ratios}
@@ -141,7 +145,11 @@ def test_learning_rate_follows_its_optimum():
 def test_a_cell_with_one_learning_rate_is_corrected_by_the_others():
     truth = planted.PlantedLaw.draw(2)
     table = truth.table(2, noise=0.002, missing=0.0)
-    lonely = (table[results.PARAMETERS] == planted.SIZES[2]) & (table[RATIO] == planted.RATIOS[5]) & (table[LEARNING_RATE] != 2.0**-8)
+    lonely = (
+        (table[results.PARAMETERS] == planted.SIZES[2])
+        & (table[RATIO] == planted.RATIOS[5])
+        & (table[LEARNING_RATE] != 2.0**-8)
+    )
     found = points.revised(table.rows(~lonely))
     cell = found.where((found.parameters == planted.SIZES[2]) & (found.ratio == planted.RATIOS[5]))
     np.testing.assert_allclose(cell.loss, truth.loss(cell.parameters, cell.steps, cell.ratio), rtol=0.02)
@@ -199,11 +207,16 @@ def test_every_way_beyond_the_data_adds_its_error(fitted):
 def test_bootstrap_interval_covers_the_truth_and_widens_with_noise():
     truth = planted.PlantedLaw.draw(4)
     start = forms.fit(points.revised(truth.table(4)), "coupled")
-    fit = lambda table: law_lib.fit_semiparametric(points.revised(table), "coupled", start)
+
+    def fit(table):
+        return law_lib.fit_semiparametric(points.revised(table), "coupled", start)
+
     place = np.array([1e5]), np.array([800.0]), np.array([2.0**-7])
     widths = []
     for amount in (0.002, 0.03):
-        low, high = validation.interval(validation.bootstrap(points.usable(truth.table(4, noise=amount)), fit, 5), *place)
+        low, high = validation.interval(
+            validation.bootstrap(points.usable(truth.table(4, noise=amount)), fit, 5), *place
+        )
         widths.append(float(high[0] - low[0]))
         assert low[0] * (1 - amount) <= truth.loss(*place)[0] <= high[0] * (1 + amount)
     assert widths[1] > widths[0]
@@ -224,9 +237,13 @@ def test_a_table_that_cannot_carry_a_law_is_refused(axis):
 # Planted truth: a law whose every answer is known.
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed > 0 else seed for seed in range(50)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed > 0 else seed for seed in range(50)]
+)
 def test_planted_truth_is_found_again(seed):
-    """Held-out losses to 1 % in the median, sizes twice as large and runs two and a half times as long included; the optimum to 0.5 %."""
+    """Held-out losses to 1 % in the median, sizes twice as large and runs two and a half times as long included; the
+    optimum to 0.5 %.
+    """
     truth = planted.PlantedLaw.draw(seed)
     fitted = fitting.fit(truth.table(seed))
     rng = np.random.default_rng(1000 + seed)
@@ -257,7 +274,9 @@ def test_table_2_compute_is_reproduced():
 
 def test_vaultgemma_is_reproduced():
     v = published.VAULTGEMMA
-    assert published.compute(v["parameters"], v["batch_size"], v["sequence_length"], v["steps"]) == pytest.approx(3.31e23, rel=2e-3)
+    assert published.compute(v["parameters"], v["batch_size"], v["sequence_length"], v["steps"]) == pytest.approx(
+        3.31e23, rel=2e-3
+    )
     assert np.log2(v["noise_multiplier"] / v["batch_size"]) == pytest.approx(-19.69, abs=0.005)
 
 
@@ -276,4 +295,6 @@ def test_l2_with_published_exponents_is_fitted_by_its_constants_alone():
     rng = np.random.default_rng(0)
     m, n, r = 10 ** rng.uniform(6.6, 8.5, 20), 10 ** rng.uniform(6, 11, 20), 2.0 ** rng.uniform(-21, -9, 20)
     constants = np.array([0.5, 900.0, 11.0, 1.7])
-    np.testing.assert_allclose(forms.fit_l2_constants(m, n, r, forms.l2_design(m, n, r) @ constants), constants, rtol=1e-6)
+    np.testing.assert_allclose(
+        forms.fit_l2_constants(m, n, r, forms.l2_design(m, n, r) @ constants), constants, rtol=1e-6
+    )

@@ -37,12 +37,16 @@ def test_surface_of_a_tiny_delta_uses_the_accountant_where_the_estimate_fails():
 @pytest.mark.parametrize("steps, q", [(9537, 1.6e-3), (3815, 6.6e-4)])
 def test_surface_is_right_where_units_take_part_often_under_little_noise(steps, q):
     # Where neither the saddle point converges nor a coarse grid is fine enough.
-    exact = calibration.noise_multiplier(DpSgdMechanism(10**6, q * 10**6, None, 1.0, 1.0, steps), 1.0, 1e-8).noise_multiplier
+    exact = calibration.noise_multiplier(
+        DpSgdMechanism(10**6, q * 10**6, None, 1.0, 1.0, steps), 1.0, 1e-8
+    ).noise_multiplier
     assert float(noise.NoiseSurface(1.0, 1e-8)(steps, q)) == pytest.approx(exact, rel=0.01)
 
 
 def test_configurations_without_any_sensible_noise_are_left_out(fitted):
-    hopeless = lambda steps, q: np.where(np.asarray(q) > 0.01, np.nan, 1.0)
+    def hopeless(steps, q):
+        return np.where(np.asarray(q) > 0.01, np.nan, 1.0)
+
     found = optimum.search(fitted.law, hopeless, BUDGET, optimum.sizes_within(fitted.law, 8))
     assert len(found) and (found.batch_size / BUDGET.num_units <= 0.01).all()
 
@@ -87,9 +91,13 @@ def test_the_preferred_model_is_the_smallest_that_is_nearly_as_good(fitted, surf
 
 
 def test_more_of_any_budget_is_never_worse(fitted):
-    solve = lambda b: float(
-        optimum.search(fitted.law, noise.NoiseSurface(b.epsilon, b.delta), b, optimum.sizes_within(fitted.law, 20)).loss[0]
-    )
+    def solve(b):
+        return float(
+            optimum.search(
+                fitted.law, noise.NoiseSurface(b.epsilon, b.delta), b, optimum.sizes_within(fitted.law, 20)
+            ).loss[0]
+        )
+
     values = optimum.marginal_values(solve, BUDGET)
     assert set(values) == {"compute", "epsilon", "num_units"}
     assert all(value > -0.003 for value in values.values()) and max(values.values()) > 0
@@ -107,7 +115,8 @@ def test_extrapolation_is_refused_unless_asked_for(fitted, surface):
 
 
 def test_non_private_optimum_is_chinchillas():
-    # Constants and exponents of arXiv 2203.15556, equation 10: the best size grows with the 0.46th power of compute (table 2).
+    # Constants and exponents of arXiv 2203.15556, equation 10: the best size grows with the 0.46th power of compute
+    # (table 2).
     form = optimum.NonPrivate(1.69, 406.4, 0.34, 410.7, 0.28)
     parameters, tokens = form.optimum(5.76e23)
     assert 6 * parameters * tokens == pytest.approx(5.76e23)
@@ -123,8 +132,10 @@ def test_saturating_compute_is_the_first_that_is_nearly_best():
 def test_plan_answers_with_a_certified_noise(fitted, tmp_path):
     request = plan.Request(BUDGET)
     result = plan.answer(fitted, request, tmp_path)
-    keys = {"model", "parameters", "expected_batch_size", "steps", "noise_multiplier", "noise_batch_ratio", "learning_rate",
-            "predicted_loss", "near_optimal", "extrapolated", "prediction_error", "marginal_values", "non_private"}  # fmt: skip
+    keys = {"model", "parameters", "expected_batch_size", "steps", "noise_multiplier", "noise_batch_ratio",
+    "learning_rate",
+            "predicted_loss", "near_optimal", "extrapolated", "prediction_error", "marginal_values",
+            "non_private"}  # fmt: skip
     assert keys <= set(result)
     assert result["epsilon"] <= 8 and not result["extrapolated"] and result["model"].startswith("model_")
     proof = noise.certified(100_000, result["expected_batch_size"], result["steps"], 8, 1e-5, "add_or_remove")
@@ -144,7 +155,9 @@ def test_a_plan_beyond_the_data_knows_the_larger_presets(fitted, tmp_path, monke
     assert {"ladder_400k", "vaultgemma_1b", *fitted.sizes} <= set(names.values())
     assert set(plan.sizes_to_search(fitted, request)) == set(names)
     result = plan.answer(fitted, request, tmp_path)
-    assert result["extrapolated"] and result["notes"][0].startswith("extrapolated: ") and result["model"] in names.values()
+    assert (
+        result["extrapolated"] and result["notes"][0].startswith("extrapolated: ") and result["model"] in names.values()
+    )
 
 
 def test_a_law_survives_its_file(fitted, tmp_path):

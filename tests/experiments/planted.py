@@ -38,7 +38,9 @@ class PlantedLaw:
         e, a0, a, b0, b, c, g, h = self.constants
         m, t, r = np.asarray(parameters) / 1e5, np.asarray(steps) / 300, np.asarray(ratio) * 2**6
         if self.additive:
-            s = 1 / (1 + np.divide(1.0, r * m**h, out=np.full(np.broadcast(r, m).shape, np.inf), where=r * m**h > 0) ** g)
+            s = 1 / (
+                1 + np.divide(1.0, r * m**h, out=np.full(np.broadcast(r, m).shape, np.inf), where=r * m**h > 0) ** g
+            )
             return e + a0 * m**-a + b0 * t**-b + c * s
         return e + a0 * m**-a + b0 * (t / (1 + (c * 10 * r * m**h) ** g)) ** -b
 
@@ -48,7 +50,9 @@ class PlantedLaw:
         return x0 + xm * np.log(parameters / 1e5) + xt * np.log(steps / 300) / 2 + xr * noise
 
     def table(self, seed: int, noise: float = 0.004, missing: float = 0.1) -> results.Table:
-        """A sweep's table: measurement noise, runs that are missing, and a grid of three rates that the optimum often lies outside of."""
+        """A sweep's table: measurement noise, runs that are missing, and a grid of three rates that the optimum often
+        lies outside of.
+        """
         rng = np.random.default_rng(seed)
         records = []
         for i, m in enumerate(SIZES):
@@ -57,10 +61,13 @@ class PlantedLaw:
                     if rng.random() < missing:
                         continue
                     off = self.curvature * (x - self.best_rate(m, STEPS, r)) ** 2
-                    loss = self.loss(m, STEPS, np.full(STEPS.shape, r)) * np.exp(off + noise * rng.standard_normal(len(STEPS)))
+                    loss = self.loss(m, STEPS, np.full(STEPS.shape, r)) * np.exp(
+                        off + noise * rng.standard_normal(len(STEPS))
+                    )
                     records += [
                         {
-                            results.MODEL: f"model_{i}", results.LEARNING_RATE: 2.0**x, results.ITERATIONS: t, results.RATIO: r,
+                            results.MODEL: f"model_{i}", results.LEARNING_RATE: 2.0**x, results.ITERATIONS: t,
+                            results.RATIO: r,
                             results.LOSS: value, results.PARAMETERS: m, results.LENGTH: LENGTH, results.BATCH: BATCH,
                         }
                         for t, value in zip(STEPS, loss, strict=True)

@@ -7,9 +7,12 @@ from accounting.errors import InputError
 from experiments.sweep import results
 
 RECORDS = [
-    {"Model": "ladder_20k", "Learning Rate": 2**-7, "Iterations": 4, "Noise Batch Ratio": 0.0, "Cross Entropy": 5.25, "Parameters": 20184,
+    {"Model": "ladder_20k", "Learning Rate": 2**-7, "Iterations": 4, "Noise Batch"
+                                                                     " Ratio": 0.0, "Cross Entropy": 5.25,
+                                                                     "Parameters": 20184,
      "Sequence Length": 16, "Held Out": 0.0, "Config": "a1"},
-    {"Model": "ladder_45k", "Learning Rate": 1 / 3, "Iterations": 8, "Noise Batch Ratio": 2**-6, "Cross Entropy": math.nan,
+    {"Model": "ladder_45k", "Learning Rate": 1 / 3, "Iterations": 8, "Noise Batch"
+                                                                     " Ratio": 2**-6, "Cross Entropy": math.nan,
      "Parameters": 45000, "Sequence Length": 16, "Held Out": 1.0, "Config": "b2", "Eval Loss": 4.5},
 ]  # fmt: skip
 
@@ -36,7 +39,10 @@ def test_a_table_comes_back_as_it_was_written(suffix, tmp_path):
 
 def test_the_published_table_has_no_sizes_and_is_read_all_the_same(tmp_path):
     path = tmp_path / "published.csv"
-    path.write_text("Model,Learning Rate,Iterations,Noise Batch Ratio,Cross Entropy\nBertTiny,0.01,100,1e-07,6.5\nBertMega,0.01,100,0,\n")
+    path.write_text(
+        "Model,Learning Rate,Iterations,Noise Batch Ratio,Cross"
+        " Entropy\nBertTiny,0.01,100,1e-07,6.5\nBertMega,0.01,100,0,\n"
+    )
     table = results.read(path)
     assert table["Parameters"].tolist() == [4.5e6, 778e6] and table.sequence_length == 512 and not table.held_out.any()
     assert table["Noise Batch Ratio"][0] == 1e-7 and math.isnan(table["Cross Entropy"][1])
@@ -45,10 +51,14 @@ def test_the_published_table_has_no_sizes_and_is_read_all_the_same(tmp_path):
 def test_missing_cells_are_no_numbers(tmp_path):
     path = tmp_path / "short.csv"
     path.write_text(
-        "Model,Learning Rate,Iterations,Noise Batch Ratio,Cross Entropy,Parameters,Eval Loss\na,0.01,100,0,5,100\na,0.01,200,0,,100,4\n"
+        "Model,Learning Rate,Iterations,Noise Batch Ratio,Cross Entropy,Parameters,Eval"
+        " Loss\na,0.01,100,0,5,100\na,0.01,200,0,,100,4\n"
     )
     table = results.read(path)
-    assert np.isnan(table["Eval Loss"]).tolist() == [True, False] and np.isnan(table["Cross Entropy"]).tolist() == [False, True]
+    assert np.isnan(table["Eval Loss"]).tolist() == [True, False] and np.isnan(table["Cross Entropy"]).tolist() == [
+        False,
+        True,
+    ]
 
 
 def test_rows_of_different_lengths_have_no_common_law():

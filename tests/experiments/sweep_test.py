@@ -26,7 +26,9 @@ from experiments.sweep import grid as grid_lib
 from experiments.sweep import launchers, privacy, results, sweep, worker
 from tests.training.runs import COMMAND, call, wait_for
 
-TRAIN = dict(sequence_length=16, batch_size=4, max_batch_size=16, checkpoint_every=2, warmup_steps=1, schedule="constant")
+TRAIN = dict(
+    sequence_length=16, batch_size=4, max_batch_size=16, checkpoint_every=2, warmup_steps=1, schedule="constant"
+)
 GRID = dict(model="ladder_20k", noise_batch_ratio=[0, "2^-7", "2^-5"], learning_rate="2^-7", steps=8)
 
 
@@ -41,7 +43,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(place):
-    """Compiled programs are kept; workers are not told of this process's virtual devices, which it has taken by then."""
+    """Compiled programs are kept; workers are not told of this process's virtual devices, which it has taken
+    by then."""
     jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS", raising=False)
@@ -75,7 +78,10 @@ def text(finished):
 
 def toml(path: pathlib.Path, data, *tables, public_data=True) -> pathlib.Path:
     """A sweep's file with these [[grid]] tables."""
-    lines = lambda settings: "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+
+    def lines(settings):
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+
     shared = lines(TRAIN | {"data": str(data)})
     grids = "".join(f"[[grid]]\n{lines(table)}" for table in tables)
     path.write_text(f"[sweep]\npublic_data = {str(public_data).lower()}\n[train]\n{shared}{grids}")
@@ -102,8 +108,17 @@ def test_a_sweep_of_real_trainings_ends_in_a_table(finished):
     config, out, done = finished
     said = json.loads(done.stdout)
     table_file = out / "results.csv"
-    facts = {"runs": 3, "done": 3, "failed": {}, "table": str(table_file), "report": str(out / "report.json"), "public_data": True}
-    assert facts.items() <= said.items() and said["law"] is None and "no law is fitted" in done.stderr  # of one model alone
+    facts = {
+        "runs": 3,
+        "done": 3,
+        "failed": {},
+        "table": str(table_file),
+        "report": str(out / "report.json"),
+        "public_data": True,
+    }
+    assert (
+        facts.items() <= said.items() and said["law"] is None and "no law is fitted" in done.stderr
+    )  # of one model alone
     table = results.read(table_file)
     assert tuple(table.columns) == results.COLUMNS and len(table) == 3 * 8
     size = decoder.num_parameters(PRESETS["ladder_20k"])
@@ -112,9 +127,18 @@ def test_a_sweep_of_real_trainings_ends_in_a_table(finished):
         assert rows["Iterations"].tolist() == list(range(1, 9)) and set(rows["Noise Batch Ratio"]) == {ratio}
         losses = rows["Cross Entropy"]
         assert losses[-1] < losses[0] < math.log(260) + 0.5 and 3 < rows["Eval Loss"][-1] < losses[0]
-        assert rows["Tokens"][-1] == 4 * 16 * 8 and rows["FLOPs"][-1] == 6 * size * 4 * 16 * 8 and set(rows["Parameters"]) == {size}
+        assert (
+            rows["Tokens"][-1] == 4 * 16 * 8
+            and rows["FLOPs"][-1] == 6 * size * 4 * 16 * 8
+            and set(rows["Parameters"]) == {size}
+        )
     said = json.loads((out / "report.json").read_text())
-    assert said["public_data"] and said["runs"] == 3 and said["epsilon"] is None and "declares to be public" in said["statement"]
+    assert (
+        said["public_data"]
+        and said["runs"] == 3
+        and said["epsilon"] is None
+        and "declares to be public" in said["statement"]
+    )
 
 
 def test_the_same_command_again_executes_nothing(finished, monkeypatch):
@@ -129,7 +153,10 @@ def test_the_same_command_again_executes_nothing(finished, monkeypatch):
 def test_a_killed_sweep_repeats_nothing_that_was_done(finished, tmp_path):
     config, whole, _ = finished
     out = tmp_path / "out"
-    begun = lambda: any(path.stat().st_size for path in out.glob("runs/*/run/metrics.jsonl"))
+
+    def begun():
+        return any(path.stat().st_size for path in out.glob("runs/*/run/metrics.jsonl"))
+
     rng = random.Random()
     kept = {}
     for kill in range(3):
@@ -154,7 +181,9 @@ def test_a_killed_sweep_repeats_nothing_that_was_done(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_processes_at_a_checkpoint(number, text, tmp_path):
-    config = toml(tmp_path / "long.toml", text, GRID | dict(noise_batch_ratio="2^-7", steps=100_000, checkpoint_every=100_000))
+    config = toml(
+        tmp_path / "long.toml", text, GRID | dict(noise_batch_ratio="2^-7", steps=100_000, checkpoint_every=100_000)
+    )
     process = start("sweep", config, f"--workdir={tmp_path / 'out'}", "--slots=1")
     (run,) = grid_lib.read(config).runs
     place = tmp_path / "out" / "runs" / run.id / "run"
@@ -184,7 +213,18 @@ def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_pat
     config = toml(tmp_path / "bad.toml", text, GRID | dict(noise_batch_ratio=["2^-7", "2^-5"]), many)
     once, always, refused = (run.id for run in grid_lib.read(config).runs)
     ordinary = launchers.worker_command
-    wrapped = lambda *arguments: [sys.executable, "-c", DIES, str(tmp_path / "mark"), once, always, *ordinary(*arguments)]
+
+    def wrapped(*arguments):
+        return [
+            sys.executable,
+            "-c",
+            DIES,
+            str(tmp_path / "mark"),
+            once,
+            always,
+            *ordinary(*arguments),
+        ]
+
     monkeypatch.setattr(launchers, "worker_command", wrapped)
     arguments = ["sweep", str(config), f"--workdir={tmp_path / 'out'}", "--slots=2", "--retries=1"]
     assert cli.main(arguments) == 1
@@ -235,7 +275,9 @@ def test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs(text, tmp_path)
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o700 for path in out.glob("runs/*/private"))
 
     said = json.loads((out / "report.json").read_text())
-    both = [m for path in sorted(out.glob("runs/*/run/ledger.jsonl")) for m in executed.of(ledger.read(path)).mechanisms]
+    both = [
+        m for path in sorted(out.glob("runs/*/run/ledger.jsonl")) for m in executed.of(ledger.read(path)).mechanisms
+    ]
     assert sorted(m.noise_multiplier for m in both) == [0.5, 1] and [m.steps for m in both] == [4, 4]
     epsilon = Accountant(both).upper(1e-5)
     assert said["runs"] == 2 and epsilon <= said["epsilon"] <= epsilon + 1e-4 and said["delta"] == 1e-5
@@ -297,9 +339,13 @@ def test_a_run_that_its_process_did_not_come_to_has_not_been_tried(text, tmp_pat
     grid = grid_lib.read(config)
     folder, everything = folder_lib.create(tmp_path / "out", grid)
     jobs = []
-    launcher.run = lambda commands: (jobs.append(command[4:]) or (i, launchers.KILLED, "") for i, command in enumerate(commands))
+    launcher.run = lambda commands: (
+        jobs.append(command[4:]) or (i, launchers.KILLED, "") for i, command in enumerate(commands)
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "batches", lambda pending, slots, most: [pending[i : i + most] for i in range(0, len(pending), most)])
+        patch.setattr(
+            sweep, "batches", lambda pending, slots, most: [pending[i : i + most] for i in range(0, len(pending), most)]
+        )
         with folder.locked():
             outcome = sweep.run(folder, grid, everything, launcher, retries=0)
     assert [len(job) for job in jobs] == [2, 1] and jobs[1] == jobs[0][1:] and len(outcome.failed) == 2
@@ -338,7 +384,9 @@ def test_emitted_commands_are_taken_in_by_the_next_sweep(text, tmp_path, monkeyp
     lines = (tmp_path / "jobs.txt").read_text().splitlines()
     assert len(lines) == 2 and call(*arguments, "--emit=-").stdout.splitlines() == lines
     # A shell takes them apart as they were meant.
-    shown = subprocess.run(["bash", "-c", f"dpgemma() {{ printf '%s\\n' \"$@\"; }}; {lines[0]}"], capture_output=True, text=True)
+    shown = subprocess.run(
+        ["bash", "-c", f"dpgemma() {{ printf '%s\\n' \"$@\"; }}; {lines[0]}"], capture_output=True, text=True
+    )
     assert shown.stdout.splitlines() == shlex.split(lines[0])[1:] and f"--data={data}" in shown.stdout.splitlines()
     program, *command = shlex.split(lines[0])
     alone = launchers.environment([]) | {"DPGEMMA_ENDS_WITH_INPUT": ""}
@@ -361,7 +409,11 @@ def test_a_dry_run_says_what_is_left(finished, text, tmp_path):
     said = json.loads(call(*arguments, f"--workdir={tmp_path / 'new'}", "--json").stdout)
     assert (said["runs"], said["pending"], said["slots"]) == (3, 3, 3) and said["flops"] == 3 * 6 * size * 4 * 16 * 8
     seconds = said["seconds_per_unit"]["ladder_20k"]
-    assert 0 < seconds < 1 and said["hours"] == pytest.approx(3 * 8 * 4 * seconds / 3 / 3600) and "from a trial" in said["basis"]
+    assert (
+        0 < seconds < 1
+        and said["hours"] == pytest.approx(3 * 8 * 4 * seconds / 3 / 3600)
+        and "from a trial" in said["basis"]
+    )
     assert not (tmp_path / "new").exists()
     assert "0 of 3 runs are left" in call(*arguments, f"--workdir={out}").stdout
     # What finished runs took says what further ones will take.
@@ -370,7 +422,11 @@ def test_a_dry_run_says_what_is_left(finished, text, tmp_path):
     took = [json.loads(path.read_text()) for path in out.glob("runs/*/result.json")]
     mean = sum(result["seconds"] for result in took) / (3 * 8 * 4)
     assert said["seconds_per_unit"] == {"ladder_20k": pytest.approx(mean)} and "finished runs took" in said["basis"]
-    assert said["pending"] == 1 and said["flops"] == 6 * size * 4 * 16 * 16 and said["hours"] == pytest.approx(16 * 4 * mean / 3600)
+    assert (
+        said["pending"] == 1
+        and said["flops"] == 6 * size * 4 * 16 * 16
+        and said["hours"] == pytest.approx(16 * 4 * mean / 3600)
+    )
     said = call("sweep", more, "--dry_run", "--slots=1", f"--workdir={out}").stdout
     assert said.startswith("1 of 1 runs are left: ") and "seconds a unit" in said and "finished runs took" in said
 
@@ -392,7 +448,10 @@ BAD = {
     "no Slurm": (["{tmp}/good.toml", "--launcher=slurm"], "there is no Slurm here"),
     "Slurm's parameters": (["{tmp}/good.toml", "--launcher=slurm", "--slurm_parameters=gpu"], "must look like"),
     "parameters for nobody": (["{tmp}/good.toml", "--slurm_parameters=partition=gpu"], "are for --launcher=slurm"),
-    "private rows of two lengths": (["{tmp}/lengths.toml"], "differ in sequence_length (16, 32), so their privacy does not add up"),
+    "private rows of two lengths": (
+        ["{tmp}/lengths.toml"],
+        "differ in sequence_length (16, 32), so their privacy does not add up",
+    ),
     "too large a batch": (["{tmp}/batch.toml"], "batch_size must be at most"),
     "two positions": (["{tmp}/good.toml", "more"], "unexpected argument"),
 }
@@ -401,8 +460,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence_and_starts_nothing(case, text, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PATH", "/nowhere")
-    changes = {"good": {}, "preset": {"model": "ladder_9t"}, "rows": {"sequence_length": 257}, "mesh": {"mesh": "auto"},
-               "data": {"data": "/nowhere/x.txt"}, "tokenizer": {"tokenizer": "/nowhere/t.model"}}  # fmt: skip
+    changes = {
+        "good": {},
+        "preset": {"model": "ladder_9t"},
+        "rows": {"sequence_length": 257},
+        "mesh": {"mesh": "auto"},
+        "data": {"data": "/nowhere/x.txt"},
+        "tokenizer": {"tokenizer": "/nowhere/t.model"},
+    }
     for name, change in changes.items():
         toml(tmp_path / f"{name}.toml", text, GRID | change)
     toml(tmp_path / "lengths.toml", text, GRID | {"sequence_length": [16, 32]}, public_data=False)
@@ -426,21 +491,35 @@ def test_one_sweep_at_a_time_works_in_a_folder(text, tmp_path):
 
 
 def test_long_runs_and_those_to_fit_come_first_and_programs_in_common_stay_together():
-    content = {"sweep": {"public_data": True}, "grid": [
-        {"model": ["ladder_20k", "ladder_95k"], "noise_batch_ratio": [0, 0.1, 0.2, 0.3], "learning_rate": 0.01, "steps": 4},
-        {"model": "ladder_850k", "noise_batch_ratio": [0.1], "learning_rate": 0.01, "steps": 4, "held_out": True},
-    ]}  # fmt: skip
+    content = {
+        "sweep": {"public_data": True},
+        "grid": [
+            {
+                "model": ["ladder_20k", "ladder_95k"],
+                "noise_batch_ratio": [0, 0.1, 0.2, 0.3],
+                "learning_rate": 0.01,
+                "steps": 4,
+            },
+            {"model": "ladder_850k", "noise_batch_ratio": [0.1], "learning_rate": 0.01, "steps": 4, "held_out": True},
+        ],
+    }
     jobs = sweep.batches(grid_lib.parse(content, "x").runs, slots=1, most=3)
     assert [(job[0].config.model, len(job)) for job in jobs] == [
-        ("ladder_95k", 3), ("ladder_95k", 1), ("ladder_20k", 3), ("ladder_20k", 1), ("ladder_850k", 1),
-    ]  # fmt: skip
+        ("ladder_95k", 3),
+        ("ladder_95k", 1),
+        ("ladder_20k", 3),
+        ("ladder_20k", 1),
+        ("ladder_850k", 1),
+    ]
 
 
 @pytest.mark.slow
 def test_slurm_jobs_compute_the_same_bits(finished, tmp_path):
     pytest.importorskip("submitit")
     config, out, _ = finished
-    outcome = run_sweep(config, tmp_path / "out", launchers.Slurm(2, tmp_path / "logs", cluster="local", parameters={"timeout_min": 20}))
+    outcome = run_sweep(
+        config, tmp_path / "out", launchers.Slurm(2, tmp_path / "logs", cluster="local", parameters={"timeout_min": 20})
+    )
     assert not outcome.failed and (tmp_path / "out" / "results.csv").read_bytes() == (out / "results.csv").read_bytes()
 
 

@@ -43,7 +43,9 @@ def test_blockwise_equals_dense(length, window, cap, is_sliding):
 def test_fused_equals_dense(layer_types):
     config = dataclasses.replace(PLAIN, layer_types=layer_types, window=9)
     for is_sliding in [kind == SLIDING for kind in layer_types]:
-        for a, b in zip(*(value_and_gradients(config, kind)(*problem(40), is_sliding) for kind in ("fused", "dense")), strict=True):
+        for a, b in zip(
+            *(value_and_gradients(config, kind)(*problem(40), is_sliding) for kind in ("fused", "dense")), strict=True
+        ):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -54,9 +56,17 @@ def test_fused_on_a_gpu_in_bfloat16(layer_types):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 128, 2, *g, 64)), jnp.bfloat16) for g in ((3,), (), ()))
     for is_sliding in [kind == SLIDING for kind in layer_types]:
-        gradient = lambda kind, s=is_sliding: jax.jit(
-            jax.vmap(jax.grad(lambda q, k, v: attention.causal(q, k, v, config, s, kind).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
-        )
+
+        def gradient(kind, s=is_sliding):
+            return jax.jit(
+                jax.vmap(
+                    jax.grad(
+                        lambda q, k, v: attention.causal(q, k, v, config, s, kind).astype(jnp.float32).sum(),
+                        argnums=(0, 1, 2),
+                    )
+                )
+            )
+
         for a, b in zip(gradient("fused")(q, k, v), gradient("dense")(q, k, v), strict=True):
             np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.05)
 
@@ -70,9 +80,16 @@ def test_fused_refuses_what_it_cannot_express():
 def test_blockwise_works_per_example():
     config = dataclasses.replace(PLAIN, window=50)
     q, k, v, d = problem(300)
-    gradient = lambda kind: jax.jit(
-        jax.vmap(jax.grad(lambda q, k, v, d: (attention.causal(q, k, v, config, True, kind) * d).sum(), argnums=(0, 1, 2)))
-    )
+
+    def gradient(kind):
+        return jax.jit(
+            jax.vmap(
+                jax.grad(
+                    lambda q, k, v, d: (attention.causal(q, k, v, config, True, kind) * d).sum(), argnums=(0, 1, 2)
+                )
+            )
+        )
+
     for a, b in zip(gradient("blockwise")(q, k, v, d), gradient("dense")(q, k, v, d), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

@@ -12,7 +12,9 @@ from tests.gemma.families import our_logits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-COMMON = dict(vocab_size=97, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=48, max_length=64, query_scalar=16)
+COMMON = dict(
+    vocab_size=97, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=48, max_length=64, query_scalar=16
+)
 PLAIN = GemmaConfig(**COMMON, layer_types=(FULL,) * 4, window=8)
 CAPPED = GemmaConfig(**COMMON, layer_types=(SLIDING, FULL) * 2, window=5, attention_cap=2.0, final_cap=3.0)
 MIXED = GemmaConfig(**COMMON, layer_types=(RECURRENT, SLIDING), window=5, lru_width=32, biases=True)
@@ -59,7 +61,8 @@ def test_parameter_counts_are_the_published_ones():
 
 
 @pytest.mark.parametrize("vocab_size, name, parameters", [
-    (262_144, "gemma3_4b", 3_880_099_328), (262_144, "gemma3_12b", 11_765_788_416), (262_144, "gemma3_27b", 27_009_002_240),
+    (262_144, "gemma3_4b", 3_880_099_328), (262_144, "gemma3_12b", 11_765_788_416),
+    (262_144, "gemma3_27b", 27_009_002_240),
 ])  # fmt: skip
 def test_parameter_counts_without_the_padding_of_multimodal_files(vocab_size, name, parameters):
     assert decoder.num_parameters(dataclasses.replace(PRESETS[name], vocab_size=vocab_size)) == parameters
@@ -85,14 +88,21 @@ def test_sliding_layers_see_exactly_their_window():
     params = decoder.init_parameters(config, jax.random.key(0))
     changed = IDS[0].copy()
     changed[3] = 55
-    difference = np.abs(decoder.hidden_states(config, params, changed) - decoder.hidden_states(config, params, IDS[0])).max(axis=-1)
+    difference = np.abs(
+        decoder.hidden_states(config, params, changed) - decoder.hidden_states(config, params, IDS[0])
+    ).max(axis=-1)
     assert np.flatnonzero(difference).tolist() == [3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("config", [CAPPED, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["attention", "recurrent"])
+@pytest.mark.parametrize(
+    "config", [CAPPED, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["attention", "recurrent"]
+)
 def test_remat_changes_nothing_but_memory(config):
     params = random_parameters(config)
-    total = lambda params, remat: decoder.hidden_states(config, params, IDS, remat=remat).sum()
+
+    def total(params, remat):
+        return decoder.hidden_states(config, params, IDS, remat=remat).sum()
+
     plain, *others = (jax.jit(jax.grad(total), static_argnums=1)(params, policy) for policy in decoder.REMAT_POLICIES)
     for other in others:
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
@@ -104,7 +114,9 @@ def test_remat_policies_keep_less_for_the_backward_pass():
     params, rows = random_parameters(config), np.zeros((32, 64), np.int32)
     memory = []
     for policy in decoder.REMAT_POLICIES:
-        gradient = jax.jit(jax.grad(lambda p, policy=policy: decoder.hidden_states(config, p, rows, remat=policy).sum()))
+        gradient = jax.jit(
+            jax.grad(lambda p, policy=policy: decoder.hidden_states(config, p, rows, remat=policy).sum())
+        )
         memory.append(gradient.lower(params).compile().memory_analysis().temp_size_in_bytes)
     none, block, dots = memory
     assert block < dots < none
@@ -112,7 +124,10 @@ def test_remat_policies_keep_less_for_the_backward_pass():
 
 def test_bfloat16_compute_keeps_float32_gradients():
     params = random_parameters(PLAIN)
-    hidden = lambda p: decoder.hidden_states(PLAIN, p, IDS, dtype=jnp.bfloat16)
+
+    def hidden(p):
+        return decoder.hidden_states(PLAIN, p, IDS, dtype=jnp.bfloat16)
+
     assert jax.eval_shape(hidden, params).dtype == jnp.bfloat16
     gradient = jax.eval_shape(jax.grad(lambda p: hidden(p).astype(jnp.float32).sum()), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
@@ -138,7 +153,8 @@ def test_too_many_tokens_are_refused():
 
 
 @pytest.mark.parametrize("changes", [
-    {"num_kv_heads": 3}, {"head_dim": 15}, {"layer_types": ()}, {"layer_types": ("global",)}, {"d_ff": 0}, {"model_type": "gpt2"},
+    {"num_kv_heads": 3}, {"head_dim": 15}, {"layer_types": ()}, {"layer_types": ("global",)}, {"d_ff": 0},
+    {"model_type": "gpt2"},
     {"layer_types": (RECURRENT,)}, {"layer_types": (RECURRENT,), "lru_width": 30},
 ])  # fmt: skip
 def test_inconsistent_configurations_are_refused(changes):

@@ -1,4 +1,6 @@
-"""Tiny models of every family: their settings as transformers spells them, and weights that are a function of their names."""
+"""Tiny models of every family: their settings as transformers spells them, and weights that are a function of their
+names.
+"""
 
 import functools
 import zlib
@@ -9,9 +11,15 @@ import numpy as np
 from dpgemma.gemma import decoder
 
 COMMON = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 CAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -22,7 +30,9 @@ RECURRENT = {k: v for k, v in COMMON.items() if k not in ("head_dim", "max_posit
 FAMILIES = {
     "vaultgemma": (
         "vaultgemma",
-        COMMON | dict(query_pre_attn_scalar=16, sliding_window=8, layer_types=["full_attention"] * 4) | dict.fromkeys(CAPS),
+        COMMON
+        | dict(query_pre_attn_scalar=16, sliding_window=8, layer_types=["full_attention"] * 4)
+        | dict.fromkeys(CAPS),
     ),
     "vaultgemma_capped": ("vaultgemma", COMMON | dict(query_pre_attn_scalar=16, sliding_window=5) | CAPS),
     "gemma": ("gemma", COMMON | dict(num_key_value_heads=1)),
@@ -35,9 +45,16 @@ FAMILIES = {
     # Two repetitions of (recurrent, recurrent, attention) and one layer more.
     "recurrent_gemma": (
         "recurrent_gemma",
-        RECURRENT | dict(num_hidden_layers=7, num_key_value_heads=1, attention_window_size=5, intermediate_size=96, logits_soft_cap=3.0),
+        RECURRENT
+        | dict(
+            num_hidden_layers=7,
+            num_key_value_heads=1,
+            attention_window_size=5,
+            intermediate_size=96,
+            logits_soft_cap=3.0,
+        ),
     ),
-}  # fmt: skip
+}
 IDS = np.random.default_rng(0).integers(3, 90, (2, 19)).astype(np.int32)
 
 

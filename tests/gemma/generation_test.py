@@ -57,16 +57,24 @@ def test_cached_logits_equal_uncached(name):
     np.testing.assert_allclose(np.concatenate(got, axis=1), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def test_greedy_text_equals_uncached_and_transformers(name, monkeypatch):
-    monkeypatch.setattr(generation, "PREFILL", 4)  # so that prompts are read in several pieces, some of them all padding
+    monkeypatch.setattr(
+        generation, "PREFILL", 4
+    )  # so that prompts are read in several pieces, some of them all padding
     config, params = imported(name)
     together = generation.generate(config, params, PROMPTS, 24, GREEDY, stop=())
     for prompt, got in zip(PROMPTS, together, strict=True):
         assert got.tolist() == uncached(config, params, prompt, 24)
         with torch.no_grad():
             theirs = torch_model(name).generate(
-                torch.tensor(prompt[None], dtype=torch.long), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+                torch.tensor(prompt[None], dtype=torch.long),
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )
         assert got.tolist() == theirs[0, len(prompt) :].tolist()
 
@@ -102,9 +110,17 @@ def test_rows_of_a_batch_do_not_depend_on_each_other():
 
 def test_top_k_and_top_p_keep_the_right_tokens():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15]]))
-    kept = lambda **options: np.flatnonzero(np.isfinite(generation.filtered(logits, Sampling(**options))[0])).tolist()
+
+    def kept(**options):
+        return np.flatnonzero(np.isfinite(generation.filtered(logits, Sampling(**options))[0])).tolist()
+
     assert kept(top_k=2) == [1, 3] and kept(top_k=1) == [1] and kept(top_k=9) == [0, 1, 2, 3, 4]
-    assert kept(top_p=0.69) == [1, 3] and kept(top_p=0.71) == [1, 3, 4] and kept(top_p=1e-9) == [1] and kept(top_p=1.0) == [0, 1, 2, 3, 4]
+    assert (
+        kept(top_p=0.69) == [1, 3]
+        and kept(top_p=0.71) == [1, 3, 4]
+        and kept(top_p=1e-9) == [1]
+        and kept(top_p=1.0) == [0, 1, 2, 3, 4]
+    )
     np.testing.assert_allclose(generation.filtered(logits, Sampling(temperature=2.0)), logits / 2)
 
 
@@ -113,15 +129,21 @@ def test_sampled_tokens_follow_the_models_distribution():
     prompts = [PROMPTS[1]] * 4000
     hidden = decoder.hidden_states(config, params, PROMPTS[1])[-1]
     sampling = Sampling(temperature=1.5, top_k=8, seed=3)
-    probabilities = np.asarray(jax.nn.softmax(generation.filtered(decoder.logits(config, params, hidden), sampling)), np.float64)
-    drawn = np.bincount([row[0] for row in generation.generate(config, params, prompts, 1, sampling, stop=())], minlength=97)
+    probabilities = np.asarray(
+        jax.nn.softmax(generation.filtered(decoder.logits(config, params, hidden), sampling)), np.float64
+    )
+    drawn = np.bincount(
+        [row[0] for row in generation.generate(config, params, prompts, 1, sampling, stop=())], minlength=97
+    )
     possible = probabilities > 0
     assert drawn[~possible].sum() == 0 and possible.sum() == 8
     expected = probabilities[possible] / probabilities[possible].sum() * 4000
     assert stats.chisquare(drawn[possible], expected).pvalue > 1e-7
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}]
+)
 def test_impossible_sampling_is_refused(options):
     with pytest.raises(ValueError):
         Sampling(**options)
@@ -129,6 +151,9 @@ def test_impossible_sampling_is_refused(options):
 
 def test_a_seed_gives_the_same_text_again():
     config, params = imported("gemma_mha")
-    texts = [generation.generate(config, params, PROMPTS, 12, dataclasses.replace(Sampling(), seed=s), stop=()) for s in (1, 1, 2)]
+    texts = [
+        generation.generate(config, params, PROMPTS, 12, dataclasses.replace(Sampling(), seed=s), stop=())
+        for s in (1, 1, 2)
+    ]
     assert all((a == b).all() for a, b in zip(texts[0], texts[1], strict=True))
     assert any((a != b).any() for a, b in zip(texts[0], texts[2], strict=True))

@@ -45,7 +45,8 @@ def imported(name: str):
 def multimodal_model(text: dict):
     """A Gemma 3 with a text tower of these settings and a small vision tower."""
     vision = dict(
-        model_type="siglip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+        model_type="siglip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, image_size=16,
         patch_size=8, vision_use_head=False,
     )  # fmt: skip
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)

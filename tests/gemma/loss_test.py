@@ -26,7 +26,10 @@ def direct(hidden, embedding, targets, cap):
 @pytest.mark.parametrize("vocab, chunk", [(1000, 8192), (1000, 250), (1000, 300), (997, 128)])
 def test_equals_the_direct_form_with_gradients(vocab, chunk, cap):
     hidden, embedding, targets = problem(vocab)
-    ours = lambda h, e: loss.cross_entropy(h, e, targets, final_cap=cap, chunk=chunk)
+
+    def ours(h, e):
+        return loss.cross_entropy(h, e, targets, final_cap=cap, chunk=chunk)
+
     np.testing.assert_allclose(ours(hidden, embedding), direct(hidden, embedding, targets, cap), rtol=1e-5, atol=1e-5)
     got = jax.grad(lambda h, e: ours(h, e).sum(), (0, 1))(hidden, embedding)
     expected = jax.grad(lambda h, e: direct(h, e, targets, cap).sum(), (0, 1))(hidden, embedding)
@@ -48,7 +51,10 @@ def array_sizes(jaxpr):
 
 def test_never_holds_batch_by_tokens_by_vocabulary():
     hidden, embedding, targets = problem(vocab=4096, tokens=64, rows=8)
-    step = lambda chunk: jax.make_jaxpr(jax.grad(lambda h, e: loss.cross_entropy(h, e, targets, chunk=chunk).sum(), (0, 1)))
+
+    def step(chunk):
+        return jax.make_jaxpr(jax.grad(lambda h, e: loss.cross_entropy(h, e, targets, chunk=chunk).sum(), (0, 1)))
+
     assert max(array_sizes(step(512)(hidden, embedding).jaxpr)) <= 8 * 64 * 512
     # The measure itself sees such an array where there is one.
     assert max(array_sizes(step(4096)(hidden, embedding).jaxpr)) >= 8 * 64 * 4096
@@ -56,5 +62,7 @@ def test_never_holds_batch_by_tokens_by_vocabulary():
 
 def test_extreme_logits_stay_finite():
     hidden, embedding, targets = problem()
-    value, gradient = jax.value_and_grad(lambda h: loss.cross_entropy(h, 1e4 * embedding, targets, chunk=128).sum())(hidden)
+    value, gradient = jax.value_and_grad(lambda h: loss.cross_entropy(h, 1e4 * embedding, targets, chunk=128).sum())(
+        hidden
+    )
     assert np.isfinite(value) and np.isfinite(gradient).all()

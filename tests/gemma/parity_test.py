@@ -103,7 +103,9 @@ def kv_tiled(config, params, _):
 
 
 def heads_swapped(config, params, _):
-    return config, changed(params, "mixer", "out", "w", by=lambda w: jnp.swapaxes(w.reshape(w.shape[0], w.shape[2], w.shape[1], -1), 1, 2))
+    return config, changed(
+        params, "mixer", "out", "w", by=lambda w: jnp.swapaxes(w.reshape(w.shape[0], w.shape[2], w.shape[1], -1), 1, 2)
+    )
 
 
 def unscaled(embedder, tokens, dtype):
@@ -112,8 +114,14 @@ def unscaled(embedder, tokens, dtype):
 
 GELU = jax.nn.gelu
 MUTATIONS = {
-    "window_minus_1": (lambda c, p, _: (dataclasses.replace(c, window=c.window - 1), p), ["vaultgemma_capped", "gemma2", "gemma3"]),
-    "window_plus_1": (lambda c, p, _: (dataclasses.replace(c, window=c.window + 1), p), ["vaultgemma_capped", "gemma2", "gemma3"]),
+    "window_minus_1": (
+        lambda c, p, _: (dataclasses.replace(c, window=c.window - 1), p),
+        ["vaultgemma_capped", "gemma2", "gemma3"],
+    ),
+    "window_plus_1": (
+        lambda c, p, _: (dataclasses.replace(c, window=c.window + 1), p),
+        ["vaultgemma_capped", "gemma2", "gemma3"],
+    ),
     "w_instead_of_1_plus_w": (lambda c, p, _: (c, changed(p, "scale", by=lambda w: w - 1)), list(FAMILIES)),
     "exact_gelu": (patched(jax.nn, "gelu", lambda x, approximate: GELU(x, approximate=False)), list(FAMILIES)),
     "no_embedding_scale": (patched(layers.Embedder, "encode", unscaled), list(FAMILIES)),
@@ -126,10 +134,16 @@ MUTATIONS = {
     "no_final_cap": (replaced(final_cap=None), ["vaultgemma_capped", "gemma2", "recurrent_gemma"]),
     "scaled_by_head_dim": (lambda c, p, _: (dataclasses.replace(c, query_scalar=c.head_dim), p), ["gemma2", "gemma3"]),
     "no_post_norms": (
-        lambda c, p, _: (dataclasses.replace(c, post_norms=False), without(p, "blocks", ["post_mixer_norm", "post_ffw_norm"])),
+        lambda c, p, _: (
+            dataclasses.replace(c, post_norms=False),
+            without(p, "blocks", ["post_mixer_norm", "post_ffw_norm"]),
+        ),
         ["gemma2", "gemma3"],
     ),
-    "no_qk_norm": (lambda c, p, _: (dataclasses.replace(c, qk_norm=False), without(p, "blocks", ["q_norm", "k_norm"])), ["gemma3"]),
+    "no_qk_norm": (
+        lambda c, p, _: (dataclasses.replace(c, qk_norm=False), without(p, "blocks", ["q_norm", "k_norm"])),
+        ["gemma3"],
+    ),
     "rope_factor_ignored": (replaced(rope_full=Rope(1e6)), ["gemma3"]),
     "one_rope_for_all_layers": (lambda c, p, _: (dataclasses.replace(c, rope_sliding=c.rope_full), p), ["gemma3"]),
     "eps_1e-5": (replaced(norm_eps=1e-5), ["gemma3"]),
@@ -142,7 +156,7 @@ MUTATIONS = {
     "rope_on_the_whole_head": (replaced(rope_full=Rope(), rope_sliding=Rope()), ["recurrent_gemma"]),
     "recurrence_sharpness": (patched(recurrent, "_SHARPNESS", 7.0), ["recurrent_gemma"]),
     "unnormalised_recurrence": (patched(recurrent, "_bounded_sqrt", lambda x: x), ["recurrent_gemma"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

@@ -8,7 +8,13 @@ from accounting.errors import InputError
 from dpgemma.gemma import chat, tokenizer
 from tests.gemma import tokenizer_files
 
-TEXTS = ["the patient  42 came é", "two\nlines and  spaces ", "漢字 and <b>", "", "<start_of_turn>user\nhi<end_of_turn>\n"]
+TEXTS = [
+    "the patient  42 came é",
+    "two\nlines and  spaces ",
+    "漢字 and <b>",
+    "",
+    "<start_of_turn>user\nhi<end_of_turn>\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,9 @@ def test_bytes_round_trip():
 def test_directories_encode_as_transformers_does(directories, kind):
     ours, theirs = tokenizer.load(str(directories[kind])), transformers.AutoTokenizer.from_pretrained(directories[kind])
     assert ours.vocab_size == len(theirs)
-    assert (ours.pad, ours.eos, ours.bos) == (0, 1, 2) == (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id)
+    assert (
+        (ours.pad, ours.eos, ours.bos) == (0, 1, 2) == (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id)
+    )
     for text in TEXTS:
         ids = ours.encode(text.encode())
         assert ids.dtype == np.int32 and ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
@@ -104,8 +112,10 @@ def test_a_bad_directory_is_one_sentence(tmp_path):
 TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] | trim + '\n\n' %}"
     "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (first if loop.first else '') }}"
-    "{{ m['content'] | trim }}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (first if loop.first else"
+    " '') }}"
+    "{{ m['content'] | trim }}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<start_of_turn>model\n' }}{% endif %}"
 )
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -126,7 +136,9 @@ def test_turns_are_the_published_templates(directories, messages):
     answers = [m["content"] + "<end_of_turn>" for m in messages if m["role"] == "assistant"]
     assert "".join(theirs.convert_ids_to_tokens(ids[scored])).replace("▁", " ") == "".join(answers)
     asked = [messages[0]] if messages[0]["role"] == "user" else [CONVERSATION[1]]
-    prompt = theirs.apply_chat_template(asked, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = theirs.apply_chat_template(asked, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assert [ours.bos, *chat.prompt(ours, asked[0]["content"])] == prompt
 
 

@@ -53,7 +53,9 @@ def test_round_trip_is_bit_identical_and_loads_in_transformers(name, dtype, tmp_
         assert before[tensor].dtype == after[tensor].dtype == np.dtype(bfloat16 if dtype == "bfloat16" else dtype)
         np.testing.assert_array_equal(before[tensor].view(np.uint8), after[tensor].view(np.uint8))
     assert "No differentially private training was done here" in (tmp_path / "out" / "README.md").read_text()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float32).eval()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
+    ).eval()
     if dtype == "float32":
         np.testing.assert_array_equal(torch_logits(loaded), torch_logits(torch_model(name)))
     config, params = hf_config.read(tmp_path / "out"), weights.load(hf_config.read(tmp_path / "out"), tmp_path / "out")
@@ -111,13 +113,20 @@ def transpose(tensors):
     tensors[name] = np.ascontiguousarray(tensors[name].T)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), r"missing model\.layers\.2\.mlp\.up_proj\.weight; superfluous nothing"),
-    (lambda t: t.update({"model.extra": np.zeros(3, np.float32)}), r"missing nothing; superfluous model\.extra"),
-    (rename, r"missing model\.layers\.0\.mlp\.gate_proj\.weight; superfluous model\.layers\.0\.mlp\.gate\.weight"),
-    (transpose, r"model\.layers\.2\.mlp\.down_proj\.weight has shape \(48, 32\).*\(32, 48\)"),
-    (lambda t: t.update({"lm_head.weight": t[weights.EMBEDDING] + 1}), "differs from the embedding"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: t.pop("model.layers.2.mlp.up_proj.weight"),
+            r"missing model\.layers\.2\.mlp\.up_proj\.weight;"
+            r" superfluous nothing",
+        ),
+        (lambda t: t.update({"model.extra": np.zeros(3, np.float32)}), r"missing nothing; superfluous model\.extra"),
+        (rename, r"missing model\.layers\.0\.mlp\.gate_proj\.weight; superfluous model\.layers\.0\.mlp\.gate\.weight"),
+        (transpose, r"model\.layers\.2\.mlp\.down_proj\.weight has shape \(48, 32\).*\(32, 48\)"),
+        (lambda t: t.update({"lm_head.weight": t[weights.EMBEDDING] + 1}), "differs from the embedding"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
     config, _ = imported("gemma2")
     with pytest.raises(InputError, match=message):
@@ -126,7 +135,9 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
 
 def test_a_tied_head_in_the_file_is_no_surplus(tmp_path):
     config, _ = imported("gemma2")
-    weights.load(config, copy_with(directory("gemma2"), tmp_path, lambda t: t.update({"lm_head.weight": t[weights.EMBEDDING]})))
+    weights.load(
+        config, copy_with(directory("gemma2"), tmp_path, lambda t: t.update({"lm_head.weight": t[weights.EMBEDDING]}))
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0not json........"])
@@ -189,11 +200,24 @@ def test_presets_and_their_files_describe_the_same_model(name, config, tmp_path)
 
 def test_files_that_leave_values_out_are_completed_by_the_published_model_or_refused():
     # google/gemma-3-4b's text_config says no more than this.
-    text = dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34, sliding_window=1024,
-                rope_scaling={"factor": 8.0, "rope_type": "linear"})  # fmt: skip
-    assert hf_config.from_hf_config({"model_type": "gemma3", "text_config": text, "vision_config": {}}) == PRESETS["gemma3_4b"]
+    text = dict(
+        hidden_size=2560,
+        intermediate_size=10240,
+        model_type="gemma3_text",
+        num_hidden_layers=34,
+        sliding_window=1024,
+        rope_scaling={"factor": 8.0, "rope_type": "linear"},
+    )
+    assert (
+        hf_config.from_hf_config({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+        == PRESETS["gemma3_4b"]
+    )
     published = hf_config.to_hf_config(PRESETS["vaultgemma_1b"], {})
-    silent = {k: v for k, v in published.items() if k not in ("layer_types", "attn_logit_softcapping", "final_logit_softcapping")}
+    silent = {
+        k: v
+        for k, v in published.items()
+        if k not in ("layer_types", "attn_logit_softcapping", "final_logit_softcapping")
+    }
     assert hf_config.from_hf_config(silent) == PRESETS["vaultgemma_1b"]
     with pytest.raises(InputError, match=r"does not determine attention_cap, final_cap, layer_types"):
         hf_config.from_hf_config({**silent, "hidden_size": 1024})
@@ -205,7 +229,11 @@ def test_old_spellings_mean_the_same(name):
     expected = hf_config.from_hf_config(content)
     nested = content.pop("rope_parameters")
     if name == "gemma3":
-        content |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+        content |= {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        }
         del content["layer_types"]
         content["sliding_window_pattern"] = 6
     else:
@@ -215,29 +243,34 @@ def test_old_spellings_mean_the_same(name):
     assert hf_config.from_hf_config(content) == expected
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model_type": "llama"}, "model_type 'llama' is not supported"),
-    ({"hidden_activation": "gelu"}, "activation 'gelu'"),
-    ({"attention_bias": True}, "attention_bias=True"),
-    ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
-    ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers 4"),
-    ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
-    ({"num_key_value_heads": 3}, "multiple"),
-    ({"hidden_size": "wide"}, "d_model must be a positive whole number"),
-    ({"hidden_size": 32.0}, "d_model must be a positive whole number"),
-    ({"rms_norm_eps": "1e-6"}, "norm_eps"),
-    ({"final_logit_softcapping": [30]}, "soft-caps must be positive numbers"),
-    ({"attn_logit_softcapping": 0.0}, "soft-caps must be positive numbers"),
-    ({"num_hidden_layers": None, "layer_types": None}, "wrong kind"),
-    ({"num_hidden_layers": 10**30, "layer_types": None}, "wrong kind"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not supported"),
+        ({"hidden_activation": "gelu"}, "activation 'gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers 4"),
+        ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        ({"num_key_value_heads": 3}, "multiple"),
+        ({"hidden_size": "wide"}, "d_model must be a positive whole number"),
+        ({"hidden_size": 32.0}, "d_model must be a positive whole number"),
+        ({"rms_norm_eps": "1e-6"}, "norm_eps"),
+        ({"final_logit_softcapping": [30]}, "soft-caps must be positive numbers"),
+        ({"attn_logit_softcapping": 0.0}, "soft-caps must be positive numbers"),
+        ({"num_hidden_layers": None, "layer_types": None}, "wrong kind"),
+        ({"num_hidden_layers": 10**30, "layer_types": None}, "wrong kind"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, None),
+    ],
+)
 def test_other_architectures_are_refused(changes, message, tmp_path):
     content = json.loads((directory("gemma2") / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(content))
     if message is None:  # it can be read, but no file of this family could be written
-        assert cli.main(["train", f"--init_from={tmp_path}", "--sequence_length=8", f"--workdir={tmp_path / 'run'}"]) == 2
+        assert (
+            cli.main(["train", f"--init_from={tmp_path}", "--sequence_length=8", f"--workdir={tmp_path / 'run'}"]) == 2
+        )
         assert not (tmp_path / "run").exists()
         return
     with pytest.raises(InputError, match=message):

@@ -31,14 +31,26 @@ def test_both_releases_together_are_the_mechanism_that_is_charged():
 
 
 def test_gradients_and_count_are_noised_by_the_amounts_that_are_charged():
-    """100,000 coordinates and 4,000 counts: a standard deviation that is off by 3 % (11 %) is ten standard errors away."""
+    """100,000 coordinates and 4,000 counts: a standard deviation that is off by 3 % (11 %) is ten standard
+    errors away."""
     rule = AdaptiveClipping(0.5, 1.1, 40)
-    sums = clipping.ClippedSum(jnp.zeros(100_000), clipping.PrivateStats(jnp.zeros(1), jnp.zeros(1)), 1.0, count=jnp.float32(0))
-    noised = noise.add_gaussian_noise(sums, rule.gradient_noise_multiplier, noise.noise_keys(b"k" * 16, 0), rule.count_noise)
+    sums = clipping.ClippedSum(
+        jnp.zeros(100_000), clipping.PrivateStats(jnp.zeros(1), jnp.zeros(1)), 1.0, count=jnp.float32(0)
+    )
+    noised = noise.add_gaussian_noise(
+        sums, rule.gradient_noise_multiplier, noise.noise_keys(b"k" * 16, 0), rule.count_noise
+    )
     assert float(jnp.std(noised.total)) == pytest.approx(rule.gradient_noise_multiplier, rel=0.03)
-    draw = jax.jit(lambda keys: noise.add_gaussian_noise(
-        clipping.ClippedSum({}, sums.stats, 1.0, count=jnp.float32(0)), rule.gradient_noise_multiplier, keys, rule.count_noise
-    ).count)  # fmt: skip
+    draw = jax.jit(
+        lambda keys: (
+            noise.add_gaussian_noise(
+                clipping.ClippedSum({}, sums.stats, 1.0, count=jnp.float32(0)),
+                rule.gradient_noise_multiplier,
+                keys,
+                rule.count_noise,
+            ).count
+        )
+    )
     counts = [float(draw(noise.noise_keys(b"k" * 16, t))) for t in range(4000)]
     assert np.std(counts) == pytest.approx(rule.count_noise, rel=0.11)
 
@@ -64,11 +76,18 @@ def test_the_clip_norm_stays_where_norms_can_be_measured():
 
 
 def test_a_unit_moves_the_count_by_a_half_and_a_bad_one_by_nothing():
-    loss = lambda w, x: jnp.vdot(w, x)
+    def loss(w, x):
+        return jnp.vdot(w, x)
+
     examples = jnp.array([[0.5], [2.0], [np.nan], [np.inf], [0.1]])
-    count = lambda mask: float(
-        clipping.clipped_sum(loss, jnp.zeros(1), examples, jnp.array(mask), 1.0, scaling="normalise", counted=True).count
-    )
+
+    def count(mask):
+        return float(
+            clipping.clipped_sum(
+                loss, jnp.zeros(1), examples, jnp.array(mask), 1.0, scaling="normalise", counted=True
+            ).count
+        )
+
     assert count([1, 0, 0, 0, 0]) == 0.5 and count([0, 1, 0, 0, 0]) == -0.5
     assert count([0, 0, 1, 0, 0]) == count([0, 0, 0, 1, 0]) == count([0] * 5) == 0.0
     assert count([1] * 5) == 0.5
@@ -77,38 +96,54 @@ def test_a_unit_moves_the_count_by_a_half_and_a_bad_one_by_nothing():
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("strategy", ["example_scan", "ghost", pytest.param("per_layer", marks=SLOW), pytest.param("vmap", marks=SLOW)])
+@pytest.mark.parametrize(
+    "strategy", ["example_scan", "ghost", pytest.param("per_layer", marks=SLOW), pytest.param("vmap", marks=SLOW)]
+)
 def test_an_empty_unit_in_place_of_one_moves_the_count_by_a_half(strategy):
     """Both relations: a unit of nothing scored counts as one that is absent, not as one whose gradient is small."""
     config = PRESETS["ladder_20k"]
     params = decoder.init_parameters(config, jax.random.key(0))
     row_loss = loss_lib.row_loss(config, bos=2)
-    loss = lambda params, row: row_loss(params, {}, row)
+
+    def loss(params, row):
+        return row_loss(params, {}, row)
+
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 4, config.vocab_size)
     rows = {"tokens": tokens, "scored": jnp.array([[True] * 8, [False] * 8])}
 
     both = rows | {"scored": jnp.ones((2, 8), bool)}
     for clip_norm, half in ((1e6, 0.5), (1e-6, -0.5)):
-        sums = functools.partial(clipping.clipped_sum, loss, params, clip_norm=clip_norm, strategy=strategy, counted=True)
+        sums = functools.partial(
+            clipping.clipped_sum, loss, params, clip_norm=clip_norm, strategy=strategy, counted=True
+        )
         compiled = jax.jit(lambda rows, mask, sums=sums: sums(rows, mask).count)
-        count = lambda rows, mask, compiled=compiled: float(compiled(rows, jnp.array(mask, bool)))
+
+        def count(rows, mask, compiled=compiled):
+            return float(compiled(rows, jnp.array(mask, bool)))
+
         assert count(both, [1, 1]) == 2 * half
         assert count(rows, [1, 1]) == count(both, [1, 0]) == half
 
 
 def test_a_traced_clip_norm_has_no_sensitivity_unless_it_is_divided_out():
-    run = lambda scaling: jax.jit(
-        lambda c: (
-            clipping.clipped_sum(lambda w, x: jnp.vdot(w, x), jnp.zeros(1), jnp.ones((2, 1)), jnp.ones(2, bool), c, scaling=scaling).total
-        )
-    )(jnp.float32(0.5))
+    def run(scaling):
+        return jax.jit(
+            lambda c: (
+                clipping.clipped_sum(
+                    lambda w, x: jnp.vdot(w, x), jnp.zeros(1), jnp.ones((2, 1)), jnp.ones(2, bool), c, scaling=scaling
+                ).total
+            )
+        )(jnp.float32(0.5))
+
     assert run("normalise")[0] == pytest.approx(2.0, rel=1e-5)
     with pytest.raises(ValueError, match="no known sensitivity"):
         run("clip")
 
 
 def test_a_count_is_never_released_without_noise_of_its_own():
-    sums = clipping.ClippedSum(jnp.zeros(3), clipping.PrivateStats(jnp.zeros(1), jnp.zeros(1)), 1.0, count=jnp.float32(7))
+    sums = clipping.ClippedSum(
+        jnp.zeros(3), clipping.PrivateStats(jnp.zeros(1), jnp.zeros(1)), 1.0, count=jnp.float32(7)
+    )
     with pytest.raises(ValueError, match="count_noise"):
         noise.add_gaussian_noise(sums, 1.0, noise.noise_keys(b"k" * 16, 0))
     with pytest.raises(ValueError, match="count_noise"):

@@ -16,7 +16,9 @@ from dpgemma.privacy import clipping, norms
 from dpgemma.training import loss as loss_lib
 
 STRATEGIES = [("example_scan", 1), ("vmap", 1), ("vmap", 2), ("vmap", 4)]
-MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
+MODEL = dataclasses.replace(
+    PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40
+)
 
 
 def linear_loss(params, example):
@@ -25,7 +27,10 @@ def linear_loss(params, example):
 
 
 def linear_batch(rng, size, scale=1.0):
-    return {"a": jnp.asarray(rng.normal(size=(size, 7)) * scale, jnp.float32), "b": jnp.asarray(rng.normal(size=(size, 3, 5)), jnp.float32)}
+    return {
+        "a": jnp.asarray(rng.normal(size=(size, 7)) * scale, jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(size, 3, 5)), jnp.float32),
+    }
 
 
 PARAMS = {"a": jnp.zeros(7), "b": jnp.zeros((3, 5))}
@@ -33,7 +38,9 @@ PARAMS = {"a": jnp.zeros(7), "b": jnp.zeros((3, 5))}
 
 @functools.lru_cache
 def gemma_problem(rows=8, dtype=jnp.float32, length=12):
-    """(loss, parameters, batch) of a tiny Gemma; the same objects each time, so that compiled functions are found again."""
+    """(loss, parameters, batch) of a tiny Gemma; the same objects each time, so that compiled functions are found
+    again.
+    """
     rng = np.random.default_rng(3)
     params = decoder.init_parameters(MODEL, jax.random.key(1))
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
@@ -57,7 +64,8 @@ def reference(loss, params, batch, mask, clip_norm):
     total = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
     for i in np.flatnonzero(mask):
         gradient = jax.tree.map(
-            lambda g: np.asarray(g, np.float64), compiled_gradient(loss)(params, jax.tree.map(lambda x, i=i: x[i], batch))
+            lambda g: np.asarray(g, np.float64),
+            compiled_gradient(loss)(params, jax.tree.map(lambda x, i=i: x[i], batch)),
         )
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
         if np.isfinite(norm):
@@ -108,7 +116,10 @@ def test_pitfall_4_padding_contributes_exact_zeros(strategy, size):
     rng = np.random.default_rng(0)
     batch = linear_batch(rng, 8)
     mask = jnp.array([True, False, True, True, False, False, False, False])
-    run = lambda b: clipped_sum(linear_loss, PARAMS, b, mask, 1.0, strategy=strategy, microbatch_size=size)
+
+    def run(b):
+        return clipped_sum(linear_loss, PARAMS, b, mask, 1.0, strategy=strategy, microbatch_size=size)
+
     expected = run(batch)
     for content in (np.nan, np.inf, 1e38, 0.0):
         filled = jax.tree.map(lambda x, c=content: jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, c), batch)
@@ -120,7 +131,13 @@ def test_pitfall_4_padding_contributes_exact_zeros(strategy, size):
 @pytest.mark.parametrize("strategy, size", STRATEGIES)
 def test_pitfall_5_empty_batch_is_a_zero_sum(strategy, size):
     got = clipped_sum(
-        linear_loss, PARAMS, linear_batch(np.random.default_rng(0), 4), jnp.zeros(4, bool), 1.0, strategy=strategy, microbatch_size=size
+        linear_loss,
+        PARAMS,
+        linear_batch(np.random.default_rng(0), 4),
+        jnp.zeros(4, bool),
+        1.0,
+        strategy=strategy,
+        microbatch_size=size,
     )
     assert not flat(got.total).any() and not flat(got.stats).any()
 
@@ -130,7 +147,10 @@ def test_pitfall_5_empty_batch_is_a_zero_sum(strategy, size):
 def test_pitfall_11_a_bad_example_is_dropped_whole(strategy, size, bad):
     batch = linear_batch(np.random.default_rng(0), 4)
     spoiled = {**batch, "a": batch["a"].at[1, 2].set(bad)}
-    run = lambda b, mask: clipped_sum(linear_loss, PARAMS, b, jnp.array(mask), 1.0, strategy=strategy, microbatch_size=size)
+
+    def run(b, mask):
+        return clipped_sum(linear_loss, PARAMS, b, jnp.array(mask), 1.0, strategy=strategy, microbatch_size=size)
+
     got = run(spoiled, [True] * 4)
     without = run(batch, [True, False, True, True])
     np.testing.assert_array_equal(flat(got.total), flat(without.total))
@@ -162,9 +182,12 @@ def test_pitfall_2_neighbour_difference_is_bounded(seed, scale, clip_norm, speci
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("strategy, size", [("example_scan", 1), ("vmap", 4)])
 def test_pitfall_12_released_norm_never_exceeds_clip_norm(dtype, strategy, size):
-    # pitfall 12: with a second computation of the gradient in bfloat16 the excess would be 1e-3; plain float32 scaling exceeds by 1e-7.
+    # pitfall 12: with a second computation of the gradient in bfloat16 the excess would be 1e-3; plain float32 scaling
+    # exceeds by 1e-7.
     loss, params, batch = gemma_problem(rows=4, dtype=dtype)
-    run = jax.jit(lambda p, mask: clipped_sum(loss, p, batch, mask, 0.25, strategy=strategy, microbatch_size=size).total)
+    run = jax.jit(
+        lambda p, mask: clipped_sum(loss, p, batch, mask, 0.25, strategy=strategy, microbatch_size=size).total
+    )
     for _ in range(10):
         params = jax.tree.map(lambda leaf: leaf * 1.03, params)
         for i in range(4):
@@ -175,7 +198,10 @@ def test_pitfall_12_released_norm_never_exceeds_clip_norm(dtype, strategy, size)
 def test_released_norm_is_bounded_where_sequential_summation_stagnates():
     # 2^25 equal entries: a float32 running sum of squares stops growing at 2^24.
     size = 2**25
-    loss = lambda params, example: jnp.sum(params * example)
+
+    def loss(params, example):
+        return jnp.sum(params * example)
+
     got = clipped_sum(loss, jnp.zeros(size), jnp.ones((1, 1)), jnp.array([True]), 1.0)
     assert 1 - 1e-5 <= np.linalg.norm(np.asarray(got.total, np.float64)) <= 1.0
 
@@ -183,7 +209,10 @@ def test_released_norm_is_bounded_where_sequential_summation_stagnates():
 def test_norm_error_stays_within_the_proved_margin():
     rng = np.random.default_rng(5)
     for size in (1, 3, 1000, 300_000):
-        tree = {"x": jnp.asarray(rng.lognormal(0, 4, size), jnp.float32), "y": jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)}
+        tree = {
+            "x": jnp.asarray(rng.lognormal(0, 4, size), jnp.float32),
+            "y": jnp.asarray(rng.normal(size=(7, 5)), jnp.float32),
+        }
         exact = np.sqrt((flat(tree) ** 2).sum())
         assert abs(float(norms.l2_norm(tree)) / exact - 1) < norms.margin(tree) < 1e-5
 
@@ -205,18 +234,23 @@ def test_infinite_clip_norm_is_the_plain_gradient():
 
 def test_bfloat16_gradients_are_summed_in_float32():
     # pitfall 12: 4096 unit gradients in bfloat16 would stagnate at 512.
-    loss = lambda params, example: (params.astype(jnp.bfloat16) * example.astype(jnp.bfloat16)).sum().astype(jnp.float32)
+    def loss(params, example):
+        return (params.astype(jnp.bfloat16) * example.astype(jnp.bfloat16)).sum().astype(jnp.float32)
+
     got = clipped_sum(loss, jnp.zeros(1), jnp.ones((4096, 1)), jnp.ones(4096, bool), float("inf"))
     assert float(got.total[0]) == 4096.0
 
 
 @pytest.mark.parametrize(
-    "options", [{"strategy": "ghostly"}, {"strategy": "vmap", "microbatch_size": 3}, {"clip_norm": 1e-9}, {"clip_norm": np.nan}]
+    "options",
+    [{"strategy": "ghostly"}, {"strategy": "vmap", "microbatch_size": 3}, {"clip_norm": 1e-9}, {"clip_norm": np.nan}],
 )
 def test_bad_options_are_refused(options):
     options = {"clip_norm": 1.0, **options}
     with pytest.raises(ValueError):
-        clipping.clipped_sum(linear_loss, PARAMS, linear_batch(np.random.default_rng(0), 4), jnp.ones(4, bool), **options)
+        clipping.clipped_sum(
+            linear_loss, PARAMS, linear_batch(np.random.default_rng(0), 4), jnp.ones(4, bool), **options
+        )
 
 
 def test_agrees_with_optax_per_example_clipping():

@@ -16,7 +16,10 @@ def clipped(shape, sensitivity=1.0, leaves=1):
 
 
 def draw(step, shape=(1_000_000,), sigma=1.0, sensitivity=1.0):
-    return np.asarray(noise.add_gaussian_noise(clipped(shape, sensitivity), sigma, noise.noise_keys(SECRET, step)).total["0"], np.float64)
+    return np.asarray(
+        noise.add_gaussian_noise(clipped(shape, sensitivity), sigma, noise.noise_keys(SECRET, step)).total["0"],
+        np.float64,
+    )
 
 
 def test_pitfall_13_noise_is_gaussian_to_the_tails():
@@ -36,7 +39,9 @@ def test_pitfall_13_noise_is_gaussian_to_the_tails():
 
 def test_noise_reaches_beyond_a_single_float32_normal():
     # One float32 normal ends near 5.4; the sum of four can reach twice that. Probability of failing is below 1e-6.
-    largest = max(float(jnp.abs(noise.standard_normal(noise.noise_keys(SECRET, s), 0, (20_000_000,))).max()) for s in range(6))
+    largest = max(
+        float(jnp.abs(noise.standard_normal(noise.noise_keys(SECRET, s), 0, (20_000_000,))).max()) for s in range(6)
+    )
     assert largest > 5.45
 
 
@@ -71,7 +76,10 @@ def test_keys_depend_on_secret_and_step_and_are_distinct():
 def test_pitfall_7_two_devices_give_the_same_noise_bits(spec):
     # pitfall 7: one global noise tree, whatever the devices.
     keys = noise.noise_keys(SECRET, 9)
-    sample = lambda keys: noise.add_gaussian_noise(clipped((64, 48)), 1.3, keys).total["0"]
+
+    def sample(keys):
+        return noise.add_gaussian_noise(clipped((64, 48)), 1.3, keys).total["0"]
+
     results = []
     for count in (1, 2):
         mesh = Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))

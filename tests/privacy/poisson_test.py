@@ -52,7 +52,9 @@ def test_batch_size_is_binomial():
 def test_steps_and_keys_are_independent():
     sampler = PoissonSampler(2000, 0.5)
     vectors = np.zeros((6, 2000))
-    for row, (secret, step) in enumerate([(SECRET, 0), (SECRET, 1), (SECRET, 2), (SECRET[::-1], 0), (SECRET[::-1], 1), (b"x" * 32, 0)]):
+    for row, (secret, step) in enumerate(
+        [(SECRET, 0), (SECRET, 1), (SECRET, 2), (SECRET[::-1], 0), (SECRET[::-1], 1), (b"x" * 32, 0)]
+    ):
         vectors[row, sampler.draw(secret, step)] = 1
     assert np.abs(np.corrcoef(vectors) - np.eye(6)).max() < 6 / np.sqrt(2000)
 

@@ -12,7 +12,9 @@ from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy import clipping, operations
 from dpgemma.training import loss as loss_lib
 
-MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
+MODEL = dataclasses.replace(
+    PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40
+)
 CLIP_NORM = 0.25
 CASES = 500
 
@@ -31,7 +33,10 @@ def released_norms(dtype, **options):
         batch = {"tokens": tokens, "scored": jnp.ones(tokens.shape, bool)}
         # Large losses, so that nearly every gradient is clipped, most of them by far.
         factor = 10 ** jax.random.uniform(next(keys), minval=0.0, maxval=6.0)
-        scaled = lambda p, row: loss(p, {}, row) * factor
+
+        def scaled(p, row):
+            return loss(p, {}, row) * factor
+
         got = clipping.clipped_sum(scaled, params, batch, jnp.array([True, False]), CLIP_NORM, **options)
         return got.total, got.stats.norms[0]
 
@@ -70,8 +75,13 @@ def test_pitfall_12_released_norm_never_exceeds_clip_norm(dtype, options, least)
 def test_pitfall_12_numbers_whose_squares_vanish_or_overflow_are_bounded_too(strategy, size):
     """A cotangent of 1e-23 has no square in float32, and an input of 1e18 makes it a gradient of 1e-5 all the same."""
     for x, g in ((1e18, 1e-23), (1e-23, 1e18), (1e12, 1e-14), (1e19, 1e19), (1e-30, 1e-5)):
-        loss = lambda w, example, g=g: operations.linear(example, w).sum() * jnp.float32(g)
-        got = clipping.clipped_sum(loss, jnp.ones((4, 5)), jnp.full((1, size, 4), x), jnp.ones(1, bool), 1e-6, strategy=strategy)
+
+        def loss(w, example, g=g):
+            return operations.linear(example, w).sum() * jnp.float32(g)
+
+        got = clipping.clipped_sum(
+            loss, jnp.ones((4, 5)), jnp.full((1, size, 4), x), jnp.ones(1, bool), 1e-6, strategy=strategy
+        )
         released = np.linalg.norm(np.asarray(got.total, np.float64))
         assert released <= 1e-6, (x, g)
         # Bounds on what vanishes cost operands only where one of them is that small.

@@ -21,7 +21,13 @@ from tests.privacy.released_norm_test import MODEL
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # The axis that two devices share, counted from the end; arrays without one are whole on both.
-AXES = {"embedder/embedding": -2, "blocks/mixer/q/w": -3, "blocks/mlp/gate/w": -1, "blocks/mlp/down/w": -2, "final_norm/scale": -1}
+AXES = {
+    "embedder/embedding": -2,
+    "blocks/mixer/q/w": -3,
+    "blocks/mlp/gate/w": -1,
+    "blocks/mlp/down/w": -2,
+    "final_norm/scale": -1,
+}
 
 
 def compare(strategy: str) -> dict:
@@ -33,32 +39,53 @@ def compare(strategy: str) -> dict:
     model = dataclasses.replace(MODEL, max_length=64)
     params = decoder.init_parameters(model, jax.random.key(0))
     row_loss = loss_lib.row_loss(model, bos=2)
-    loss = lambda p, example: row_loss(p, {}, example["row"]) * example["factor"]
+
+    def loss(p, example):
+        return row_loss(p, {}, example["row"]) * example["factor"]
+
     tokens = jnp.asarray(np.random.default_rng(0).integers(4, 40, (8, 10)), jnp.int32)
     batch = {"row": {"tokens": tokens, "scored": jnp.ones(tokens.shape, bool)}, "factor": jnp.ones(8)}
     gathered = [Gathered(DATA_AXIS, AXES[name]) if name in AXES else None for name in leaf_names(params)]
-    spec = lambda leaf, shard: PartitionSpec(*(DATA_AXIS if shard and i == leaf.ndim + shard.axis else None for i in range(leaf.ndim)))
+
+    def spec(leaf, shard):
+        return PartitionSpec(*(DATA_AXIS if shard and i == leaf.ndim + shard.axis else None for i in range(leaf.ndim)))
+
     leaves, structure = jax.tree.flatten(params)
     specs = structure.unflatten([spec(leaf, shard) for leaf, shard in zip(leaves, gathered, strict=True)])
     options = dict(strategy=strategy, microbatch_size=2)
     rows = PartitionSpec(DATA_AXIS)
 
     @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh_lib.make("data:2"), in_specs=(specs, rows, rows), out_specs=(specs, rows), check_vma=False)
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh_lib.make("data:2"),
+        in_specs=(specs, rows, rows),
+        out_specs=(specs, rows),
+        check_vma=False,
+    )
     def sharded(params, batch, mask):
         local = clipping.clipped_sum(loss, params, batch, mask, 0.5, gathered=gathered, **options)
         return clipping.sum_over_devices(local, DATA_AXIS, gathered).total, local.stats.norms
 
     whole = jax.jit(lambda p, b, m: clipping.clipped_sum(loss, p, b, m, 0.5, **options))
-    flat = lambda tree: np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
+
+    def flat(tree):
+        return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
+
     differences = {}
     # The last mask leaves one device without a single example: it goes through the other's rounds with it.
-    for name, factor, mask in (("all", 1.0, [1] * 8), ("nan", np.nan, [1] * 8), ("empty", 1.0, [1, 1, 1, 0, 0, 0, 0, 0])):
+    for name, factor, mask in (
+        ("all", 1.0, [1] * 8),
+        ("nan", np.nan, [1] * 8),
+        ("empty", 1.0, [1, 1, 1, 0, 0, 0, 0, 0]),
+    ):
         batch["factor"] = jnp.ones(8).at[1].set(factor)
         total, norms = sharded(params, batch, jnp.array(mask, bool))
         expected = whole(params, batch, jnp.array(mask, bool))
         np.testing.assert_allclose(norms, expected.stats.norms, rtol=1e-5)
-        differences[name] = float(np.linalg.norm(flat(total) - flat(expected.total)) / np.linalg.norm(flat(expected.total)))
+        differences[name] = float(
+            np.linalg.norm(flat(total) - flat(expected.total)) / np.linalg.norm(flat(expected.total))
+        )
     return differences
 
 
@@ -78,5 +105,10 @@ def test_sharded_parameters_give_the_sums_of_whole_ones(strategy):
 def test_strategies_that_hold_gradients_refuse_shards():
     with pytest.raises(ValueError, match="ghost"):
         clipping.clipped_sum(
-            lambda w, x: (w * x).sum(), jnp.ones(4), jnp.ones((1, 4)), jnp.ones(1, bool), 1.0, gathered=[Gathered("data", -1)]
+            lambda w, x: (w * x).sum(),
+            jnp.ones(4),
+            jnp.ones((1, 4)),
+            jnp.ones(1, bool),
+            1.0,
+            gathered=[Gathered("data", -1)],
         )

@@ -24,7 +24,8 @@ CONFIGS = {name: hf_config.from_hf_config(content) for name, content in json.loa
 
 
 def families(*quick):
-    """Every architecture; those that are not quick, and have no operation that the quick ones lack, run with -m slow."""
+    """Every architecture; those that are not quick, and have no operation that the quick ones lack, run with
+    -m slow."""
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in CONFIGS]
 
 
@@ -59,17 +60,23 @@ def compiled(name, adapters=False):
         config = dataclasses.replace(config, lora=lora.adapters(config, 3, 6.0, "all"))
     trainable, frozen = lora.split(config, parameters_of(config))
     row_loss = loss_lib.row_loss(config, bos=2)
-    loss = lambda p, example: row_loss(p, frozen, example["row"]) * example["factor"]
+
+    def loss(p, example):
+        return row_loss(p, frozen, example["row"]) * example["factor"]
 
     @jax.jit
     def every_way(params, batch, mask):
-        return {way: clipping.clipped_sum(loss, params, batch, mask, CLIP_NORM, **options) for way, options in WAYS.items()}
+        return {
+            way: clipping.clipped_sum(loss, params, batch, mask, CLIP_NORM, **options) for way, options in WAYS.items()
+        }
 
     return config, trainable, every_way
 
 
 def relative(got, expected):
-    distance = sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
+    distance = sum(
+        float(jnp.sum((a - b) ** 2)) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    )
     return (distance / sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(expected))) ** 0.5
 
 
@@ -112,7 +119,9 @@ def test_every_way_equals_the_definition(name, adapters=False):
         if poison != 0.0:
             without = every_way(params, batch, np.array([True, True, False, True]))
             for way in results:
-                assert relative(results[way].total, without[way].total) == 0.0, "a bad example is dropped, and nothing else changes"
+                assert relative(results[way].total, without[way].total) == 0.0, (
+                    "a bad example is dropped, and nothing else changes"
+                )
 
 
 @pytest.mark.parametrize("name", families("gemma"))
@@ -124,21 +133,34 @@ def test_every_way_equals_the_definition_with_adapters(name):
 def test_units_of_several_rows(name):
     config, params, _ = compiled(name)
     row_loss = loss_lib.row_loss(config, bos=2)
-    rows_apart = lambda p, unit: jnp.mean(jax.vmap(lambda row: row_loss(p, {}, row))(unit["row"]))
-    rows_at_once = lambda p, unit: row_loss(p, {}, unit["row"])
+
+    def rows_apart(p, unit):
+        return jnp.mean(jax.vmap(lambda row: row_loss(p, {}, row))(unit["row"]))
+
+    def rows_at_once(p, unit):
+        return row_loss(p, {}, unit["row"])
+
     batch = batch_of(config.vocab_size, (4, 3, 5))
     batch["row"]["scored"] = jnp.ones((4, 3, 5), bool)
     run = jax.jit(
         lambda p, b: (
-            {way: clipping.clipped_sum(rows_at_once, p, b, jnp.ones(4, bool), CLIP_NORM, **WAYS[way]) for way in ("ghost", "vmap")}
-            | {"apart": clipping.clipped_sum(rows_apart, p, b, jnp.ones(4, bool), CLIP_NORM, strategy="vmap", microbatch_size=4)}
+            {
+                way: clipping.clipped_sum(rows_at_once, p, b, jnp.ones(4, bool), CLIP_NORM, **WAYS[way])
+                for way in ("ghost", "vmap")
+            }
+            | {
+                "apart": clipping.clipped_sum(
+                    rows_apart, p, b, jnp.ones(4, bool), CLIP_NORM, strategy="vmap", microbatch_size=4
+                )
+            }
         )
     )
     check(run(params, batch), np.ones(4, bool))
 
 
 def untied_loss(config):
-    """The loss by ({"in": E, "out": E, "rest": ...}), so that autodiff tells the two gradients of the embedding apart."""
+    """The loss by ({"in": E, "out": E, "rest": ...}), so that autodiff tells the two gradients of the
+    embedding apart."""
 
     def loss(params, row):
         tokens = row["tokens"]
@@ -150,7 +172,9 @@ def untied_loss(config):
     return loss
 
 
-@pytest.mark.parametrize("thresholds", ["given", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "dimension"))])
+@pytest.mark.parametrize(
+    "thresholds", ["given", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uniform", "dimension"))]
+)
 @pytest.mark.parametrize("name", families("vaultgemma_capped"))
 def test_per_layer_equals_its_definition(name, thresholds):
     config, params, _ = compiled(name)
@@ -160,7 +184,9 @@ def test_per_layer_equals_its_definition(name, thresholds):
     gradients = jax.jit(jax.vmap(jax.grad(untied_loss(config)), (None, 0)))(split, batch["row"])
     gradients = jax.tree.map(lambda g: np.asarray(g, np.float64), gradients)
 
-    layered = lambda path: any("blocks" in str(key) for key in path)
+    def layered(path):
+        return any("blocks" in str(key) for key in path)
+
     rng, given_shares = np.random.default_rng(5), {}
     weights, sums = [], {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
@@ -168,7 +194,11 @@ def test_per_layer_equals_its_definition(name, thresholds):
         name_of = "embedder/embedding" if key in ("in", "out") else key.removeprefix("rest/")
         groups = leaf.shape[1] if layered(path) else 1
         size = leaf[0].size / groups
-        weight = {"uniform": 1.0, "dimension": size**0.5, "given": given_shares.setdefault(name_of, rng.random(groups) + 0.1)}[thresholds]
+        weight = {
+            "uniform": 1.0,
+            "dimension": size**0.5,
+            "given": given_shares.setdefault(name_of, rng.random(groups) + 0.1),
+        }[thresholds]
         weights.append((key, leaf.reshape(4, groups, -1), np.broadcast_to(weight, groups)))
     total = sum((w**2).sum() for key, _, w in weights if key not in ("in", "out"))
     total += sum(w for key, _, w in weights if key in ("in", "out"))[0] ** 2
@@ -181,10 +211,16 @@ def test_per_layer_equals_its_definition(name, thresholds):
 
     got = jax.jit(
         lambda p, b: clipping.clipped_sum(
-            lambda p, e: row_loss(p, {}, e["row"]), p, b, jnp.ones(4, bool), CLIP_NORM, strategy="per_layer", microbatch_size=4,
+            lambda p, e: row_loss(p, {}, e["row"]),
+            p,
+            b,
+            jnp.ones(4, bool),
+            CLIP_NORM,
+            strategy="per_layer",
+            microbatch_size=4,
             thresholds=given_shares if thresholds == "given" else thresholds,
         )
-    )(params, batch)  # fmt: skip
+    )(params, batch)
     whole = jax.jit(jax.vmap(jax.grad(lambda p, e: row_loss(p, {}, e)), (None, 0)))(params, batch["row"])
     norms = np.sqrt(sum((np.asarray(g, np.float64).reshape(4, -1) ** 2).sum(axis=1) for g in jax.tree.leaves(whole)))
     np.testing.assert_allclose(got.stats.norms, norms, rtol=1e-5)
@@ -203,7 +239,9 @@ def mixed_loss(shapes):
         x = x * (1 + operations.vector(params["scale"]))
         x = jnp.tanh(operations.linear(x, params["w"]))
         x = operations.linear(x, params["back"], inputs=2) + operations.vector(params["bias"])
-        return gemma_loss.cross_entropy(x, params["words"], example["targets"], final_cap=shapes["cap"], chunk=shapes["chunk"]).mean()
+        return gemma_loss.cross_entropy(
+            x, params["words"], example["targets"], final_cap=shapes["cap"], chunk=shapes["chunk"]
+        ).mean()
 
     return loss
 
@@ -222,21 +260,33 @@ def test_any_shapes_with_repeated_tokens_at_length(data):
 
 
 def check_any_shapes(data):
-    draw = lambda low, high: data.draw(st.integers(low, high))
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
     vocab, width, heads, head, length, batch = draw(2, 40), draw(1, 24), draw(1, 3), draw(1, 8), draw(1, 33), draw(1, 5)
     shapes = {"cap": data.draw(st.sampled_from([None, 2.0])), "chunk": draw(1, vocab)}
     rng = np.random.default_rng(draw(0, 2**31))
-    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def array(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     params = {
-        "words": array(vocab, width), "scale": array(width), "w": array(width, heads, head), "back": array(heads, head, width),
+        "words": array(vocab, width),
+        "scale": array(width),
+        "w": array(width, heads, head),
+        "back": array(heads, head, width),
         "bias": array(width),
-    }  # fmt: skip
-    ids = lambda: jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+    }
+
+    def ids():
+        return jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+
     examples = {"tokens": ids(), "targets": ids()}
     loss, mask, norm = mixed_loss(shapes), jnp.asarray(rng.random(batch) < 0.8), float(10 ** rng.uniform(-2, 1))
     run = jax.jit(
         lambda p, e, m: [
-            clipping.clipped_sum(loss, p, e, m, norm, strategy=way, microbatch_size=batch) for way in ("vmap", "ghost", "example_scan")
+            clipping.clipped_sum(loss, p, e, m, norm, strategy=way, microbatch_size=batch)
+            for way in ("vmap", "ghost", "example_scan")
         ]
     )
     reference, *others = run(params, examples, mask)
@@ -253,8 +303,11 @@ WRONG = {
     "row_norm_without_repeats": ("_row_norms", lambda right: lambda ids, g: right(jnp.arange(len(ids)), g)),
     "tied_norm_without_the_cross_term": (
         "_tied_norms",
-        lambda right: lambda rows, head, platform: (
-            ghost_norms._row_norms(rows["ids"], rows["g"]) + ghost_norms._product_norms(head["h"], head["delta"], platform)
+        lambda right: (
+            lambda rows, head, platform: (
+                ghost_norms._row_norms(rows["ids"], rows["g"])
+                + ghost_norms._product_norms(head["h"], head["delta"], platform)
+            )
         ),
     ),
     "weighted_sum_of_rows": (
@@ -273,7 +326,7 @@ WRONG = {
         "weighted_sum",
         lambda right: lambda use, taps, f, keep: right(use, taps, f, keep) * (0.99 if use.rule == "head" else 1),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -282,13 +335,22 @@ def test_a_wrong_rule_fails_the_comparison(name, monkeypatch):
     monkeypatch.setattr(ghost_norms, attribute, wrong(getattr(ghost_norms, attribute)))
     test_shapes = {"cap": 2.0, "chunk": 5}
     rng = np.random.default_rng(0)
-    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def array(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     params = {"words": array(12, 6), "scale": array(6), "w": array(6, 2, 3), "back": array(2, 3, 6), "bias": array(6)}
-    ids = lambda: jnp.asarray(rng.integers(0, 12, (4, 9)), jnp.int32)
+
+    def ids():
+        return jnp.asarray(rng.integers(0, 12, (4, 9)), jnp.int32)
+
     examples = {"tokens": ids(), "targets": ids()}
-    run = lambda way: clipping.clipped_sum(
-        mixed_loss(test_shapes), params, examples, jnp.ones(4, bool), 0.1, strategy=way, microbatch_size=4
-    )
+
+    def run(way):
+        return clipping.clipped_sum(
+            mixed_loss(test_shapes), params, examples, jnp.ones(4, bool), 0.1, strategy=way, microbatch_size=4
+        )
+
     reference, got = run("vmap"), run("ghost")
     same_norms = np.allclose(got.stats.norms, reference.stats.norms, rtol=1e-5)
     assert not (same_norms and relative(got.total, reference.total) < 1e-5)

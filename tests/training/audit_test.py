@@ -105,9 +105,16 @@ def test_interrupted_runs_are_consistent_and_marked_unfinished(text, cache, tmp_
     workdir = tmp_path / "run"
     rng = random.Random(3)
     for lines in (1, 25):
-        process = subprocess.Popen([*COMMAND, *map(str, flags(text, workdir, steps=5000))], env=ENVIRONMENT, stdout=-3, stderr=-3)
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, flags(text, workdir, steps=5000))], env=ENVIRONMENT, stdout=-3, stderr=-3
+        )
         ledger = workdir / "ledger.jsonl"
-        wait_for(lambda n=lines, ledger=ledger: ledger.exists() and len(ledger.read_text().splitlines()) >= n + rng.randint(0, 5), process)
+        wait_for(
+            lambda n=lines, ledger=ledger: (
+                ledger.exists() and len(ledger.read_text().splitlines()) >= n + rng.randint(0, 5)
+            ),
+            process,
+        )
         process.kill()
         process.wait()
         code, result = audited(capsys, workdir)
@@ -131,8 +138,12 @@ def test_a_keyed_ledger_cannot_be_rewritten_without_its_key(text, cache, tmp_pat
 
 
 def test_what_crashes_leave_behind_is_no_finding(workdir, summaries):
-    """A full disk at the first checkpoint; a later one that was lost, and the run stopped before it came so far again."""
-    places = lambda records: [(record["kind"], record.get("step")) for record in records]
+    """A full disk at the first checkpoint; a later one that was lost, and the run stopped before it came so
+    far again."""
+
+    def places(records):
+        return [(record["kind"], record.get("step")) for record in records]
+
     rewrite_chain(workdir, lambda records: records[: places(records).index(("checkpoint", 2)) + 1])
     for name in ("export", "checkpoints"):
         shutil.rmtree(workdir / name)
@@ -182,7 +193,9 @@ def other_runs_ledger(workdir):
 
 def without_last_steps(records):
     kept = {record["step"] for record in step_lines(records)[:4]}
-    return [r for r in records if r["kind"] in ("start", "report") or (r.get("step", 0) in kept and r["kind"] != "export")]
+    return [
+        r for r in records if r["kind"] in ("start", "report") or (r.get("step", 0) in kept and r["kind"] != "export")
+    ]
 
 
 def set_report(**values):
@@ -221,36 +234,74 @@ def largest_data_file(workdir):
 
 
 TAMPERINGS = {
-    "report: epsilon": (lambda w: edit(w / "report.json", '"epsilon": ', '"epsilon": 1'), "epsilon_disagrees", "report.json epsilon"),
-    "report: another accountant, looser": (lambda w: rewrite_report(w, lambda c: c.update(epsilon=round(c["cross_check"], 4))),
-                                           "epsilon_disagrees", "report.json epsilon"),
+    "report: epsilon": (
+        lambda w: edit(w / "report.json", '"epsilon": ', '"epsilon": 1'),
+        "epsilon_disagrees",
+        "report.json epsilon",
+    ),
+    "report: another accountant, looser": (
+        lambda w: rewrite_report(w, lambda c: c.update(epsilon=round(c["cross_check"], 4))),
+        "epsilon_disagrees",
+        "report.json epsilon",
+    ),
     "report: another accountant, tighter": (gaussian_limit, "epsilon_disagrees", "report.json epsilon"),
     "report: units under a rewritten chain": (set_report(num_units=10**6), "report_disagrees", "report.json num_units"),
-    "report: statement": (lambda w: edit(w / "report.json", "NOT covered", "covered"), "report_disagrees", "report.json statement"),
+    "report: statement": (
+        lambda w: edit(w / "report.json", "NOT covered", "covered"),
+        "report_disagrees",
+        "report.json statement",
+    ),
     "report: whitespace": (lambda w: edit(w / "report.json", "\n ", "\n  "), "report_edited", "report.json"),
-    "report: raw loss": (lambda w: edit(w / "report.json", '"finished"', '"loss": 3.2, "finished"'), "report_disagrees", "json loss"),
+    "report: raw loss": (
+        lambda w: edit(w / "report.json", '"finished"', '"loss": 3.2, "finished"'),
+        "report_disagrees",
+        "json loss",
+    ),
     "report: truncated": (lambda w: truncate(w / "report.json"), "unparsable", "report.json"),
     "report: missing": (lambda w: (w / "report.json").unlink(), "missing_file", "report.json"),
     "page: edited": (lambda w: edit(w / "report.html", "ε = ", "ε = 0."), "report_edited", "report.html"),
     "page: missing": (lambda w: (w / "report.html").unlink(), "missing_file", "report.html"),
-    "config: batch": (lambda w: edit(w / "config.json", '"batch_size": 12', '"batch_size": 13'), "config_disagrees", "batch_size"),
+    "config: batch": (
+        lambda w: edit(w / "config.json", '"batch_size": 12', '"batch_size": 13'),
+        "config_disagrees",
+        "batch_size",
+    ),
     "config: learning rate": (lambda w: edit(w / "config.json", "0.008", "0.009"), "config_edited", "config.json"),
     "config: truncated": (lambda w: truncate(w / "config.json"), "unparsable", "config.json"),
     "config: missing": (lambda w: (w / "config.json").unlink(), "missing_file", "config.json"),
-    "ledger: number": (lambda w: lines_of(w, lambda x: [*x[:2], x[2].replace('"step":1', '"step":9'), *x[3:]]), "ledger_edited", "line 3"),
+    "ledger: number": (
+        lambda w: lines_of(w, lambda x: [*x[:2], x[2].replace('"step":1', '"step":9'), *x[3:]]),
+        "ledger_edited",
+        "line 3",
+    ),
     "ledger: removed line": (lambda w: lines_of(w, lambda x: x[:2] + x[3:]), "ledger_line_removed", "line 3"),
     "ledger: repeated line": (lambda w: lines_of(w, lambda x: x[:3] + x[2:]), "ledger_line_repeated", "line 4"),
-    "ledger: reordered lines": (lambda w: lines_of(w, lambda x: [x[0], x[2], x[1], *x[3:]]), "ledger_lines_reordered", "line 2"),
+    "ledger: reordered lines": (
+        lambda w: lines_of(w, lambda x: [x[0], x[2], x[1], *x[3:]]),
+        "ledger_lines_reordered",
+        "line 2",
+    ),
     "ledger: last line removed": (lambda w: lines_of(w, lambda x: x[:-1]), "report_edited", "report.json"),
     "ledger: last lines removed": (lambda w: lines_of(w, lambda x: x[:-6]), "ledger_cut", "ledger.jsonl"),
     "ledger: cut off": (lambda w: truncate(w / "ledger.jsonl"), "truncated", "ledger.jsonl"),
     "ledger: missing": (lambda w: (w / "ledger.jsonl").unlink(), "missing_file", "ledger.jsonl"),
     "ledger: garbage": (lambda w: (w / "ledger.jsonl").write_bytes(bytes(range(256))), "unparsable", "ledger.jsonl"),
     "ledger: of another run": (other_runs_ledger, "ledger_foreign", "ledger.jsonl"),
-    "ledger: step removed, chain rewritten": (lambda w: rewrite_chain(w, lambda r: [*r[:2], *r[3:]]),
-                                              "ledger_line_removed", "ledger.jsonl"),
-    "ledger: steps repeated, chain rewritten": (lambda w: rewrite_chain(w, lambda r: [r[0], r[1], *r[1:]]), "ledger_line_repeated", ""),
-    "ledger: loss in a step": (lambda w: rewrite_chain(w, lambda r: [r[0], {**r[1], "loss": 1.0}, *r[2:]]), "raw_values_public", "ledger"),
+    "ledger: step removed, chain rewritten": (
+        lambda w: rewrite_chain(w, lambda r: [*r[:2], *r[3:]]),
+        "ledger_line_removed",
+        "ledger.jsonl",
+    ),
+    "ledger: steps repeated, chain rewritten": (
+        lambda w: rewrite_chain(w, lambda r: [r[0], r[1], *r[1:]]),
+        "ledger_line_repeated",
+        "",
+    ),
+    "ledger: loss in a step": (
+        lambda w: rewrite_chain(w, lambda r: [r[0], {**r[1], "loss": 1.0}, *r[2:]]),
+        "raw_values_public",
+        "ledger",
+    ),
     "steps beyond the ledger": (lambda w: rewrite_chain(w, without_last_steps), "steps_beyond_ledger", "checkpoints/6"),
     "noise changed": (change_later_steps(noise_multiplier=0.6), "mechanism_changed", "ledger.jsonl"),
     "sampling changed": (change_later_steps(sampling_probability=0.5), "mechanism_changed", "ledger.jsonl"),
@@ -259,33 +310,81 @@ TAMPERINGS = {
     "metrics: loss": (add_loss_to_metrics, "raw_values_public", "metrics.jsonl"),
     "metrics: truncated": (lambda w: truncate(w / "metrics.jsonl"), "metrics_edited", "metrics.jsonl"),
     "metrics: missing": (lambda w: (w / "metrics.jsonl").unlink(), "missing_file", "metrics.jsonl"),
-    "checkpoint: count": (lambda w: edit(w / "checkpoints/6/meta/metadata", '"optimizer_count": 6', '"optimizer_count": 7'),
-                          "checkpoint_disagrees", "checkpoints/6"),
-    "checkpoint: exchanged": (lambda w: (shutil.rmtree(w / "checkpoints/6"), shutil.copytree(w / "checkpoints/4", w / "checkpoints/6")),
-                              "checkpoint_disagrees", "checkpoints/6"),
+    "checkpoint: count": (
+        lambda w: edit(w / "checkpoints/6/meta/metadata", '"optimizer_count": 6', '"optimizer_count": 7'),
+        "checkpoint_disagrees",
+        "checkpoints/6",
+    ),
+    "checkpoint: exchanged": (
+        lambda w: (shutil.rmtree(w / "checkpoints/6"), shutil.copytree(w / "checkpoints/4", w / "checkpoints/6")),
+        "checkpoint_disagrees",
+        "checkpoints/6",
+    ),
     "checkpoint: truncated": (lambda w: truncate(largest_data_file(w)), "checkpoint_unreadable", "checkpoints/6"),
     "checkpoint: last missing": (lambda w: shutil.rmtree(w / "checkpoints/6"), "missing_file", "checkpoints/6"),
-    "report: epsilon as text": (lambda w: rewrite_report(w, lambda c: c.update(epsilon=str(c["epsilon"]))), "epsilon_disagrees", "epsilon"),
+    "report: epsilon as text": (
+        lambda w: rewrite_report(w, lambda c: c.update(epsilon=str(c["epsilon"]))),
+        "epsilon_disagrees",
+        "epsilon",
+    ),
     "report: epsilon beyond floats": (set_report(epsilon=10**400), "epsilon_disagrees", "report.json epsilon"),
     "report: statement that is none": (set_report(statement=5), "report_disagrees", "report.json statement"),
-    "report: nested without end": (lambda w: (w / "report.json").write_text("[" * 100_000), "unparsable", "report.json"),
+    "report: nested without end": (
+        lambda w: (w / "report.json").write_text("[" * 100_000),
+        "unparsable",
+        "report.json",
+    ),
     "ledger: no number": (lambda w: edit(w / "ledger.jsonl", '"step":1', '"step":NaN'), "unparsable", "line 3"),
-    "ledger: nested without end": (lambda w: lines_of(w, lambda x: [*x, "[" * 100_000 + "\n"]), "unparsable", "ledger.jsonl"),
-    "ledger: units beyond floats": (lambda w: rewrite_chain(w, lambda r: [{**r[0], "num_units": 10**400}, *r[1:]]), "unparsable", "ledger"),
-    "checkpoint: step as text": (lambda w: edit(w / "checkpoints/6/meta/metadata", '"step": 6', '"step": "6"'),
-                                 "checkpoint_unreadable", "checkpoints/6"),
-    "keys readable by others": (lambda w: os.chmod(w / "private/keys.json", 0o644), "key_readable", "private/keys.json"),
+    "ledger: nested without end": (
+        lambda w: lines_of(w, lambda x: [*x, "[" * 100_000 + "\n"]),
+        "unparsable",
+        "ledger.jsonl",
+    ),
+    "ledger: units beyond floats": (
+        lambda w: rewrite_chain(w, lambda r: [{**r[0], "num_units": 10**400}, *r[1:]]),
+        "unparsable",
+        "ledger",
+    ),
+    "checkpoint: step as text": (
+        lambda w: edit(w / "checkpoints/6/meta/metadata", '"step": 6', '"step": "6"'),
+        "checkpoint_unreadable",
+        "checkpoints/6",
+    ),
+    "keys readable by others": (
+        lambda w: os.chmod(w / "private/keys.json", 0o644),
+        "key_readable",
+        "private/keys.json",
+    ),
     "private folder open": (lambda w: os.chmod(w / "private", 0o755), "key_readable", "private/"),
-    "key in a public file": (lambda w: (w / "notes.txt").write_text(json.loads((w / "private/keys.json").read_text())["noise"]),
-                             "key_readable", "notes.txt"),
-    "raw losses: copy": (lambda w: shutil.copy(w / "private/metrics.jsonl", w / "losses.txt"), "raw_values_public", "losses.txt"),
-    "raw losses: log": (lambda w: (w / "train.log").write_text("step 3 training loss: 5.31\n"), "raw_values_public", "train.log"),
+    "key in a public file": (
+        lambda w: (w / "notes.txt").write_text(json.loads((w / "private/keys.json").read_text())["noise"]),
+        "key_readable",
+        "notes.txt",
+    ),
+    "raw losses: copy": (
+        lambda w: shutil.copy(w / "private/metrics.jsonl", w / "losses.txt"),
+        "raw_values_public",
+        "losses.txt",
+    ),
+    "raw losses: log": (
+        lambda w: (w / "train.log").write_text("step 3 training loss: 5.31\n"),
+        "raw_values_public",
+        "train.log",
+    ),
     "export: unknown": (unknown_export, "export_unknown", "release/model.safetensors"),
-    "export: card": (lambda w: edit(w / "export/README.md", "| epsilon | ", "| epsilon | 0."), "model_card_disagrees", "export/README.md"),
-    "export: card's statement": (lambda w: edit(w / "export/README.md", "NOT covered", "covered"), "model_card_disagrees", "README.md"),
+    "export: card": (
+        lambda w: edit(w / "export/README.md", "| epsilon | ", "| epsilon | 0."),
+        "model_card_disagrees",
+        "export/README.md",
+    ),
+    "export: card's statement": (
+        lambda w: edit(w / "export/README.md", "NOT covered", "covered"),
+        "model_card_disagrees",
+        "README.md",
+    ),
     "export: settings": (lambda w: edit(w / "export/config.json", "96", "97"), "export_edited", "export/config.json"),
     "export: file missing": (lambda w: (w / "export/config.json").unlink(), "missing_file", "export/config.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TAMPERINGS)
@@ -294,7 +393,9 @@ def test_tampering_is_found_and_named(name, workdir, capsys):
     tamper(workdir)
     code, result = audited(capsys, workdir)
     assert code == 1 and not result["consistent"]
-    assert any(f["kind"] == kind and where in f["where"] and f["message"] for f in result["findings"]), result["findings"]
+    assert any(f["kind"] == kind and where in f["where"] and f["message"] for f in result["findings"]), result[
+        "findings"
+    ]
 
 
 def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tmp_path, capsys):
@@ -304,8 +405,13 @@ def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tm
     shutil.rmtree(workdir / "checkpoints/6/state")
     shutil.copytree(baseline / "checkpoints/6/state", workdir / "checkpoints/6/state")
     code, result = audited(capsys, workdir)
-    assert code == 1 and any("parameters are not those" in finding["message"] for finding in result["findings"]), result["findings"]
-    for command in (["export", f"--workdir={workdir}", f"--out={tmp_path / 'sold'}"], ["sample", f"--workdir={workdir}", "--prompt=a"]):
+    assert code == 1 and any("parameters are not those" in finding["message"] for finding in result["findings"]), (
+        result["findings"]
+    )
+    for command in (
+        ["export", f"--workdir={workdir}", f"--out={tmp_path / 'sold'}"],
+        ["sample", f"--workdir={workdir}", "--prompt=a"],
+    ):
         capsys.readouterr()
         assert cli.main(command) == 2 and "other parameters than it recorded" in capsys.readouterr().err, command
     assert not (tmp_path / "sold").exists()
@@ -336,7 +442,11 @@ def test_exports_elsewhere_are_checked_on_request(workdir, tmp_path, capsys):
     assert audited(capsys, workdir, f"--export={tmp_path / 'sold'}")[0] == 0
     edit(tmp_path / "sold/README.md", "| steps | 6 |", "| steps | 5 |")
     code, result = audited(capsys, workdir, f"--export={tmp_path / 'sold'}")
-    assert code == 1 and result["findings"][0]["kind"] == "model_card_disagrees" and "steps" in result["findings"][0]["message"]
+    assert (
+        code == 1
+        and result["findings"][0]["kind"] == "model_card_disagrees"
+        and "steps" in result["findings"][0]["message"]
+    )
     assert cli.main(["audit", str(workdir), f"--export={tmp_path}"]) == 2
 
 
@@ -348,7 +458,11 @@ def test_changed_noise_is_charged_as_executed(workdir, capsys):
         DpSgdMechanism(facts["num_units"], 12, facts["max_batch_size"], noise, 1.0, 3, facts["neighbouring_relation"])
         for noise in (1.0, 0.6)
     ]
-    assert result["epsilon_rederived"] == report_lib.round_up(Accountant(parts).epsilon(facts["delta"]).upper) > result["epsilon_reported"]
+    assert (
+        result["epsilon_rederived"]
+        == report_lib.round_up(Accountant(parts).epsilon(facts["delta"]).upper)
+        > result["epsilon_reported"]
+    )
     assert any(finding["kind"] == "budget_exceeded" for finding in result["findings"])
 
 
@@ -375,7 +489,11 @@ def test_200_random_single_byte_edits_never_pass(workdir, summaries):
         original = files[name]
         if number % 2:
             place = rng.randrange(len(original))
-            edited = original[:place] + bytes([rng.choice([b for b in range(256) if b != original[place]])]) + original[place + 1 :]
+            edited = (
+                original[:place]
+                + bytes([rng.choice([b for b in range(256) if b != original[place]])])
+                + original[place + 1 :]
+            )
         else:
             places = [i for i, byte in enumerate(original) if byte in b" \n:,"]
             place = rng.choice(places)

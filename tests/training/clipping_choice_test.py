@@ -12,7 +12,9 @@ from dpgemma.training.clipping_choice import Trial
 from dpgemma.training.config import TrainConfig
 from tests.training import runs
 
-MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=300)
+MODEL = dataclasses.replace(
+    PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=300
+)
 LONG = TrainConfig(mesh="data:1", steps=10**9, sequence_length=16)
 
 
@@ -107,7 +109,9 @@ def test_impossible_settings_are_refused(flags, message):
 
 def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
     done = runs.call(*runs.flags(text, tmp_path / "run", noise_multiplier=8.0, clip_quantile=0.5))
-    assert done.returncode == 2 and "--clip_quantile cannot be followed" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "--clip_quantile cannot be followed" in done.stderr and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -115,7 +119,9 @@ def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
     "options",
     [
         dict(clipping="ghost", microbatch_size=2),
-        pytest.param(dict(clipping="per_layer", clip_thresholds="dimension", clip_scaling="automatic"), marks=pytest.mark.slow),
+        pytest.param(
+            dict(clipping="per_layer", clip_thresholds="dimension", clip_scaling="automatic"), marks=pytest.mark.slow
+        ),
         dict(clip_quantile=0.5, clip_norm=0.01, batch_size=24),
     ],
     ids=["ghost", "per_layer_automatic", "adaptive"],

@@ -15,14 +15,17 @@ def cache(tmp_path_factory):
     ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    compilation_cache.reset_cache()  # else, where something has been compiled before without one, there is none from then on
+    # else, where something has been compiled before without one, there is none from then on
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(" ".join(rng.choice(["fever", "cough", "rest", "Ada", "B12", "ward", "seen", "today"]) for _ in range(2000)))
+    path.write_text(
+        " ".join(rng.choice(["fever", "cough", "rest", "Ada", "B12", "ward", "seen", "today"]) for _ in range(2000))
+    )
     return path
 
 

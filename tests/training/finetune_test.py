@@ -1,4 +1,6 @@
-"""From a published kind of checkpoint to a privately fine-tuned one that others load: the walk of the README, on a tiny model."""
+"""From a published kind of checkpoint to a privately fine-tuned one that others load: the walk of the README, on a tiny
+model.
+"""
 
 import json
 import shutil
@@ -25,8 +27,17 @@ def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "model"
     transformers.AutoTokenizer.from_pretrained(tokenizer_files.write(path)).save_pretrained(path)
     (path / "tokenizer.model").unlink()
-    settings = {**COMMON, "vocab_size": 400, "query_pre_attn_scalar": 16, "sliding_window": 16, "max_position_embeddings": 128}
-    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    settings = {
+        **COMMON,
+        "vocab_size": 400,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "max_position_embeddings": 128,
+    }
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
     config = transformers.Gemma3TextConfig(**settings, rope_parameters=rope)
     fill(transformers.Gemma3ForCausalLM(config)).save_pretrained(path)
     return path
@@ -41,8 +52,18 @@ def data(tmp_path_factory):
 
 
 def train(base, data, workdir, *more, through=call):
-    command = ["train", f"--init_from={base}", f"--data={data}", "--lora_rank=8", "--epsilon=3", "--delta=1e-5", f"--workdir={workdir}"]
-    return through(*command, "--batch_size=32", "--max_batch_size=96", "--mesh=data:2", "--steps=4", "--sequence_length=48", *more)
+    command = [
+        "train",
+        f"--init_from={base}",
+        f"--data={data}",
+        "--lora_rank=8",
+        "--epsilon=3",
+        "--delta=1e-5",
+        f"--workdir={workdir}",
+    ]
+    return through(
+        *command, "--batch_size=32", "--max_batch_size=96", "--mesh=data:2", "--steps=4", "--sequence_length=48", *more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +110,20 @@ def test_from_a_directory_to_transformers_generate(base, trained, tmp_path):
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
     assert np.abs(a - untrained).max() > 1e-3
     # Both write what the run's own model writes.
-    ours = call("sample", f"--workdir={workdir}", *(f"--prompt={p}" for p in PROMPTS), "--temperature=0", "--max_new_tokens=12")
+    ours = call(
+        "sample", f"--workdir={workdir}", *(f"--prompt={p}" for p in PROMPTS), "--temperature=0", "--max_new_tokens=12"
+    )
     assert ours.returncode == 0, ours.stderr
     for model in (merged, adapters):
         theirs = [p + greedy(tmp_path / "merged", p, model) for p in PROMPTS]
         assert ours.stdout.splitlines() == theirs
-    directly = call("sample", f"--init_from={tmp_path / 'merged'}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
+    directly = call(
+        "sample",
+        f"--init_from={tmp_path / 'merged'}",
+        f"--prompt={PROMPTS[0]}",
+        "--temperature=0",
+        "--max_new_tokens=12",
+    )
     assert directly.stdout.splitlines() == ours.stdout.splitlines()[:1]
     # The cards carry the report, the ledger knows every file, and an audit of the whole agrees.
     for name in ("adapters", "merged"):
@@ -127,16 +156,28 @@ def jax_to_lists(tree):
 @pytest.mark.slow
 def test_full_fine_tuning_exports_the_whole_model(base, data, cache, tmp_path):
     workdir = tmp_path / "run"
-    command = ["train", f"--init_from={base}", f"--data={data}", "--epsilon=3", f"--workdir={workdir}", "--batch_size=32", "--steps=2"]
+    command = [
+        "train",
+        f"--init_from={base}",
+        f"--data={data}",
+        "--epsilon=3",
+        f"--workdir={workdir}",
+        "--batch_size=32",
+        "--steps=2",
+    ]
     done = call(*command, "--sequence_length=48")
     assert done.returncode == 0, done.stderr
     for dtype, bits in (("as_stored", 32), ("bfloat16", 16)):
         done = call("export", f"--workdir={workdir}", f"--out={tmp_path / dtype}", f"--dtype={dtype}")
         assert done.returncode == 0, done.stderr
-        assert {tensor.dtype.itemsize * 8 for tensor in load_file(tmp_path / dtype / "model.safetensors").values()} == {bits}
+        assert {tensor.dtype.itemsize * 8 for tensor in load_file(tmp_path / dtype / "model.safetensors").values()} == {
+            bits
+        }
     ours = call("sample", f"--workdir={workdir}", f"--prompt={PROMPTS[0]}", "--temperature=0", "--max_new_tokens=12")
     assert ours.stdout.splitlines() == [PROMPTS[0] + greedy(tmp_path / "as_stored", PROMPTS[0])]
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in (tmp_path / "as_stored").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
+        p.name for p in (tmp_path / "as_stored").iterdir()
+    }
     assert json.loads((workdir / "report.json").read_text())["trained_parameters"] == sum(
         tensor.size for tensor in load_file(base / "model.safetensors").values()
     )
@@ -148,7 +189,14 @@ def test_chat_data_and_chat_prompts(base, cache, tmp_path):
     path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(200)))
     done = train(base, path, tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    done = call("sample", f"--workdir={tmp_path / 'run'}", "--chat", "--prompt=who came back?", "--max_new_tokens=8", "--top_k=3")
+    done = call(
+        "sample",
+        f"--workdir={tmp_path / 'run'}",
+        "--chat",
+        "--prompt=who came back?",
+        "--max_new_tokens=8",
+        "--top_k=3",
+    )
     assert done.returncode == 0 and "who came back?" not in done.stdout
 
 
@@ -161,7 +209,10 @@ REFUSALS = {
     "rank zero": (["--init_from={base}", "--lora_rank=0"], "at least 1"),
     "rows too long": (["--init_from={base}", "--sequence_length=500"], "exceeds the 128 tokens"),
     "no tokenizer": (["--init_from={bare}", "--sequence_length=32"], "neither tokenizer.json nor tokenizer.model"),
-    "tokenizer too large": (["--init_from={bare}", "--sequence_length=32", "--tokenizer={base}"], "more than the model's 97"),
+    "tokenizer too large": (
+        ["--init_from={bare}", "--sequence_length=32", "--tokenizer={base}"],
+        "more than the model's 97",
+    ),
     "targets of nothing": (["--init_from={base}", "--lora_targets=q_proj"], "--lora_rank"),
     "seed": (["--seed=4294967296"], "below 2^32"),
     "seed beyond every count": (["--seed=100000000000000000000"], "at most 1e+18"),
@@ -195,7 +246,9 @@ def test_merged_weights_are_float32_throughout(base, data, cache, tmp_path):
     assert done.returncode == 0, done.stderr
     done = call("export", f"--workdir={workdir}", "--merge", f"--out={tmp_path / 'merged'}")
     assert done.returncode == 0, done.stderr
-    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {np.dtype("float32")}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
+        np.dtype("float32")
+    }
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
     assert call("export", f"--workdir={workdir}", "--dtype=bfloat16", f"--out={tmp_path / 'x'}").returncode == 2
 
@@ -214,7 +267,10 @@ def test_a_base_that_changed_or_moved_is_noticed(base, trained, data, tmp_path):
     moved = shutil.copytree(base, tmp_path / "moved")
     workdir = shutil.copytree(trained, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())
-    sample = lambda *more: call("sample", f"--workdir={workdir}", "--prompt=the", "--max_new_tokens=3", "--temperature=0", *more)
+
+    def sample(*more):
+        return call("sample", f"--workdir={workdir}", "--prompt=the", "--max_new_tokens=3", "--temperature=0", *more)
+
     expected = sample()
     # Where the base has gone, its new place is asked for, and only the very same one is taken.
     config_text = json.dumps({**config, "init_from": str(tmp_path / "gone"), "tokenizer": str(tmp_path / "gone")})

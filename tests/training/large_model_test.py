@@ -78,7 +78,9 @@ def directory(tmp_path_factory):
 @pytest.mark.slow
 def test_loading_takes_less_than_one_and_a_half_times_the_models_size(directory):
     assert len(list(directory.glob("*.safetensors"))) > 3
-    done = subprocess.run([sys.executable, "-c", LOAD, directory], capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, directory], capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["size"] == 2 * decoder.num_parameters(MODEL)
@@ -90,11 +92,16 @@ def test_one_private_step_of_adapters_on_a_laptop(directory, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the patient came back with a cough and was seen by the ward " * 40)
     settings = dict(
-        init_from=directory, tokenizer="byte", data=text, lora_rank=4, sequence_length=128, batch_size=2, steps=1, noise_multiplier=1,
+        init_from=directory, tokenizer="byte", data=text, lora_rank=4, sequence_length=128, batch_size=2, steps=1,
+        noise_multiplier=1,
         workdir=tmp_path / "run", mesh="data:1", holdout_fraction=0, remat="block", max_batch_size=6,
     )  # fmt: skip
     command = [sys.executable, "-m", "dpgemma", "train", *(f"--{name}={value}" for name, value in settings.items())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["steps"] == 1 and report["finished"] and report["trained_parameters"] < 0.01 * decoder.num_parameters(MODEL)
+    assert (
+        report["steps"] == 1
+        and report["finished"]
+        and report["trained_parameters"] < 0.01 * decoder.num_parameters(MODEL)
+    )

@@ -46,7 +46,9 @@ def norm(tree):
     return np.sqrt(sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(tree)))
 
 
-@pytest.mark.parametrize("name, targets", [("gemma2", "q_proj,v_proj"), pytest.param("recurrent_gemma", "all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name, targets", [("gemma2", "q_proj,v_proj"), pytest.param("recurrent_gemma", "all", marks=pytest.mark.slow)]
+)
 def test_pitfall_20_exactly_the_adapters_are_clipped_and_noised(name, targets):
     config, trainable, frozen = adapted(name, targets)
     tokens = np.concatenate([IDS, IDS[::-1]])
@@ -92,7 +94,10 @@ def test_split_and_join_lose_nothing():
 @pytest.mark.parametrize(
     "name, targets",
     [
-        *(pytest.param(name, "all", marks=() if name == "vaultgemma_capped" else pytest.mark.slow) for name in FAMILIES),
+        *(
+            pytest.param(name, "all", marks=() if name == "vaultgemma_capped" else pytest.mark.slow)
+            for name in FAMILIES
+        ),
         ("gemma3", "q_proj,o_proj,down_proj"),
     ],
 )
@@ -128,7 +133,9 @@ def test_peft_loads_adapters_of_a_text_tower(tmp_path):
     np.testing.assert_allclose(theirs, ours, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "recurrent_gemma"))])
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "recurrent_gemma"))]
+)
 def test_folding_gives_the_same_function(name):
     config, trainable, frozen = adapted(name)
     parameters = lora.join(trainable, frozen)

@@ -50,7 +50,9 @@ def test_bits_per_byte_count_scored_text_only():
 
     examples = [row(seed) for seed in range(3)]
     rows = Rows(*(np.stack([example[name] for example in examples]) for name in ("tokens", "scored")))
-    bits = loss_lib.bits_per_byte(CAPPED, PARAMETERS, rows, np.array([0, 2]), ByteTokenizer(), bos=BOS, dtype=jnp.float32)
+    bits = loss_lib.bits_per_byte(
+        CAPPED, PARAMETERS, rows, np.array([0, 2]), ByteTokenizer(), bos=BOS, dtype=jnp.float32
+    )
     nats = sum(5 * float(LOSS(PARAMETERS, {}, examples[i])) for i in (0, 2))
     size = sum(int((example["tokens"][6:11] >= 4).sum()) for example in (examples[0], examples[2]))
     np.testing.assert_allclose(bits, nats / np.log(2) / size, rtol=1e-5)

@@ -26,7 +26,11 @@ def final_parameters(workdir):
 
 
 def step_records(workdir):
-    return [{k: v for k, v in r.items() if k != "n"} for r in ledger_lib.read(workdir / "ledger.jsonl") if r["kind"] == "step"]
+    return [
+        {k: v for k, v in r.items() if k != "n"}
+        for r in ledger_lib.read(workdir / "ledger.jsonl")
+        if r["kind"] == "step"
+    ]
 
 
 def assert_same_bits(a, b):
@@ -43,10 +47,15 @@ def test_run_directory_and_output(finished):
     assert {p.name for p in workdir.iterdir()} == {
         "config.json", "ledger.jsonl", "report.json", "report.html", "metrics.jsonl", "checkpoints", "private",
     }  # fmt: skip
-    report, config = json.loads((workdir / "report.json").read_text()), json.loads((workdir / "config.json").read_text())
+    report, config = (
+        json.loads((workdir / "report.json").read_text()),
+        json.loads((workdir / "config.json").read_text()),
+    )
     assert report["epsilon"] <= report["target_epsilon"] + 1e-4 and report["finished"] and report["deviations"] == []
     assert report["steps"] == config["steps"] == 6 == len(step_records(workdir))
-    assert report["num_units"] + report["held_out_units"] == -(-(len((pathlib.Path(config["data"])).read_bytes()) + 1) // 32)
+    assert report["num_units"] + report["held_out_units"] == -(
+        -(len((pathlib.Path(config["data"])).read_bytes()) + 1) // 32
+    )
     assert config["noise_multiplier"] == report["noise_multiplier"] == 1.0
     kinds = [r["kind"] for r in ledger_lib.read(workdir / "ledger.jsonl")]
     assert kinds[0] == "start" and kinds[-3:] == ["evaluation", "finish", "report"] and kinds.count("checkpoint") == 3
@@ -78,7 +87,9 @@ def test_pitfall_15_keys_are_private_and_appear_nowhere_else(finished):
     assert stat.S_IMODE((private / "keys.json").stat().st_mode) == 0o600
     secrets = json.loads((private / "keys.json").read_text())
     assert all(len(bytes.fromhex(value)) == 32 for value in secrets.values()) and len(set(secrets.values())) == 5
-    needles = [form for value in secrets.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))]
+    needles = [
+        form for value in secrets.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))
+    ]
     for path in workdir.rglob("*"):
         if path.is_file() and private not in path.parents:
             content = path.read_bytes()
@@ -111,7 +122,9 @@ def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, cache, tm
     settings = dict(steps=steps, checkpoint_every=3)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     # One set of keys and one start for both: the second folder is a copy of the first, taken before its first step.
-    first = subprocess.Popen([*COMMAND, *map(str, flags(text, undisturbed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3)
+    first = subprocess.Popen(
+        [*COMMAND, *map(str, flags(text, undisturbed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3
+    )
     wait_for(lambda: (undisturbed / "ledger.jsonl").exists(), first)
     first.kill()
     first.wait()
@@ -124,7 +137,9 @@ def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, cache, tm
     during_save = 0
     for kill in range(kills):
         stale, lines = half_written(killed), len((killed / "ledger.jsonl").read_text().splitlines())
-        process = subprocess.Popen([*COMMAND, *map(str, flags(text, killed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3)
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, flags(text, killed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3
+        )
         if kill % 4 == 0:
             wait_for(lambda stale=stale: half_written(killed) - stale, process)
         elif kill % 4 == 1:
@@ -160,8 +175,13 @@ def half_written(workdir):
 def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
     workdir = tmp_path / "run"
     arguments = flags(text, workdir, steps=5000, checkpoint_every=5000)
-    process = subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (workdir / "metrics.jsonl").exists() and len((workdir / "metrics.jsonl").read_text().splitlines()) > 2, process)
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(
+        lambda: (workdir / "metrics.jsonl").exists() and len((workdir / "metrics.jsonl").read_text().splitlines()) > 2,
+        process,
+    )
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out == "" and "the same command goes on" in err and "Traceback" not in err
@@ -220,7 +240,11 @@ REFUSALS = {
     "no ledger": ({}, lambda w: (w / "ledger.jsonl").unlink(), "without its ledger"),
     "no keys": ({}, lambda w: (w / "private/keys.json").unlink(), "without its keys"),
     "no config": ({}, lambda w: (w / "config.json").unlink(), "without its config.json"),
-    "edited ledger": ({}, lambda w: edit(w / "ledger.jsonl", '"noise_multiplier":1.0', '"noise_multiplier":2.0'), "hash chain"),
+    "edited ledger": (
+        {},
+        lambda w: edit(w / "ledger.jsonl", '"noise_multiplier":1.0', '"noise_multiplier":2.0'),
+        "hash chain",
+    ),
     "damaged keys": ({}, lambda w: (w / "private/keys.json").write_text("{}"), "keys.json is damaged"),
     "damaged config": ({}, lambda w: (w / "config.json").write_text("{"), "config.json is damaged"),
 }
@@ -264,7 +288,13 @@ def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cac
     from accounting.mechanism import DpSgdMechanism
 
     one_more = DpSgdMechanism(
-        report["num_units"], 12, report["max_batch_size"], 1.0, 1.0, report["steps"] + 1, report["neighbouring_relation"]
+        report["num_units"],
+        12,
+        report["max_batch_size"],
+        1.0,
+        1.0,
+        report["steps"] + 1,
+        report["neighbouring_relation"],
     )
     assert Accountant(one_more).epsilon(1e-4).upper > 0.7
 
@@ -282,7 +312,9 @@ def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp
     assert "NO PRIVACY CLAIMED" in done.stderr
     report = json.loads((workdir / "report.json").read_text())
     assert report["epsilon"] == "inf" and report["noise_multiplier"] == 1.0
-    assert report["statement"].startswith("NO PRIVACY CLAIMED") and any("no guarantee is claimed" in d for d in report["deviations"])
+    assert report["statement"].startswith("NO PRIVACY CLAIMED") and any(
+        "no guarantee is claimed" in d for d in report["deviations"]
+    )
     assert all(record["noise_multiplier"] == 1.0 for record in step_records(workdir))
     # An audit derives the same, and whoever adds runs up is told what was really spent.
     assert call("audit", workdir).returncode == 0
@@ -304,7 +336,11 @@ def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, 
     trainer.train()
     trainer.run.unlock()
     report = json.loads((workdir / "report.json").read_text())
-    assert report["epsilon"] == "inf" and "public seed" in report["statement"] and any("public seed" in d for d in report["deviations"])
+    assert (
+        report["epsilon"] == "inf"
+        and "public seed" in report["statement"]
+        and any("public seed" in d for d in report["deviations"])
+    )
     assert call("audit", workdir).returncode == 0
     # Its noise can be computed by anyone, so it must not count as noise where runs are added up, nor after it went on.
     for again in range(2):
@@ -321,7 +357,9 @@ def test_steps_are_repeated_in_their_own_environment_alone(finished, text, tmp_p
     shutil.rmtree(workdir / "checkpoints")
     ledger = (workdir / "ledger.jsonl").read_bytes()
     elsewhere = ENVIRONMENT | {"JAX_THREEFRY_PARTITIONABLE": "0"}
-    refused = subprocess.run([*COMMAND, *map(str, flags(text, workdir))], env=elsewhere, capture_output=True, text=True, timeout=240)
+    refused = subprocess.run(
+        [*COMMAND, *map(str, flags(text, workdir))], env=elsewhere, capture_output=True, text=True, timeout=240
+    )
     assert refused.returncode == 2 and "must not be repeated" in refused.stderr and "Traceback" not in refused.stderr
     assert (workdir / "ledger.jsonl").read_bytes() == ledger and not (workdir / "checkpoints" / "6").exists()
     assert run(*flags(text, workdir)).returncode == 0

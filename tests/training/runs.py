@@ -16,7 +16,9 @@ COMMAND = [sys.executable, "-m", "dpgemma"]
 
 
 def run(*arguments, timeout=240, **options):
-    return subprocess.run([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, **options)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, **options
+    )
 
 
 def call(*arguments):
@@ -27,8 +29,8 @@ def call(*arguments):
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-# The cap is given because a planned one follows the number of units, which is random: every run would compile a program of its own.
-# Two devices, so that this process and others can go on with each other's runs.
+# The cap is given because a planned one follows the number of units, which is random: every run would compile a program
+# of its own. Two devices, so that this process and others can go on with each other's runs.
 SETTINGS = dict(sequence_length=32, batch_size=12, max_batch_size=48, noise_multiplier=1.0, delta=1e-4, mesh="data:2")
 
 

@@ -18,7 +18,9 @@ from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_s
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-MODEL = dataclasses.replace(PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40)
+MODEL = dataclasses.replace(
+    PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40
+)
 LOSS = loss_lib.row_loss(MODEL, bos=2, dtype=jnp.float32)
 GRADIENT = jax.jit(jax.grad(lambda params, row: LOSS(params, {}, row)))
 MECHANISM = DpSgdMechanism(100, 6, 8, 0.8, 0.5, 10)
@@ -81,7 +83,9 @@ def test_an_adapting_clip_norm_is_charged_noised_and_moved_as_written_out():
     norms = np.array([np.linalg.norm(g) for g in gradients])
     clip_norm = float(np.quantile(norms, 0.3))
     optimizer = optax.sgd(1.0)
-    step = make_train_step(LOSS, optimizer, mechanism, mesh_lib.make("data:1"), AdaptiveClipping(0.7, 0.5, 6), strategy="example_scan")
+    step = make_train_step(
+        LOSS, optimizer, mechanism, mesh_lib.make("data:1"), AdaptiveClipping(0.7, 0.5, 6), strategy="example_scan"
+    )
     start = TrainState(params, optimizer.init(params), jnp.float32(clip_norm))
     before, shapes = flat(params), [leaf.shape for leaf in jax.tree.leaves(params)]
     state, _ = step(start, {}, batch, np.ones(8, bool), KEYS)
@@ -131,9 +135,11 @@ def test_two_devices_sum_what_one_sums():
     params, batch = problem()
     sums = [
         flat(
-            jax.jit(lambda p, b, m, n=n: sharded_clipped_sum(LOSS, p, {}, b, m, MECHANISM.clip_norm, mesh_lib.make(f"data:{n}")))(
-                params, batch, np.ones(8, bool)
-            ).total
+            jax.jit(
+                lambda p, b, m, n=n: sharded_clipped_sum(
+                    LOSS, p, {}, b, m, MECHANISM.clip_norm, mesh_lib.make(f"data:{n}")
+                )
+            )(params, batch, np.ones(8, bool)).total
         )
         for n in (1, 2)
     ]
@@ -161,9 +167,15 @@ def test_runs_that_differ_in_noise_share_one_program_and_each_adds_its_own():
     optimizer, mask = optax.sgd(1.0), np.ones(8, bool)
     ends, texts = {}, {}
     for sigma in (0.0, 0.4, 0.8):
-        step = make_train_step(LOSS, optimizer, dataclasses.replace(MECHANISM, noise_multiplier=sigma), mesh_lib.make("data:1"))
+        step = make_train_step(
+            LOSS, optimizer, dataclasses.replace(MECHANISM, noise_multiplier=sigma), mesh_lib.make("data:1")
+        )
         texts[sigma] = step.lower(TrainState(params, optimizer.init(params)), {}, batch, mask, KEYS).as_text()
-        ends[sigma] = flat(step(TrainState(jax.tree.map(jnp.array, params), optimizer.init(params)), {}, batch, mask, KEYS)[0].parameters)
+        ends[sigma] = flat(
+            step(TrainState(jax.tree.map(jnp.array, params), optimizer.init(params)), {}, batch, mask, KEYS)[
+                0
+            ].parameters
+        )
     assert texts[0.4] == texts[0.8] != texts[0.0]
     np.testing.assert_allclose(ends[0.8] - ends[0.0], 2 * (ends[0.4] - ends[0.0]), atol=1e-6)
     assert np.abs(ends[0.4] - ends[0.0]).max() > 1e-3
@@ -183,5 +195,7 @@ def test_pitfall_23_the_compiled_step_holds_no_private_constant():
     step = make_train_step(LOSS, optimizer, MECHANISM, mesh_lib.make("data:1"))
     state = TrainState(params, optimizer.init(params))
     other = rows_of(batch["tokens"] * 0 + 7)
-    texts = {step.lower(state, {}, b, m, KEYS).as_text() for b, m in [(batch, np.ones(8, bool)), (other, np.arange(8) < 2)]}
+    texts = {
+        step.lower(state, {}, b, m, KEYS).as_text() for b, m in [(batch, np.ones(8, bool)), (other, np.arange(8) < 2)]
+    }
     assert len(texts) == 1

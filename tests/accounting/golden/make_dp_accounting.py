@@ -1,7 +1,7 @@
 """Writes dp_accounting.json: epsilons by dp-accounting's privacy loss distributions, at grids of 1e-4 and 1e-5.
 
-Run as `python tests/accounting/golden/make_dp_accounting.py` after a new release of dp-accounting; it takes some minutes. Kept are the
-settings with epsilon between 0.1 and 20 at which the two grids agree to 0.02 %.
+Run as `python tests/accounting/golden/make_dp_accounting.py` after a new release of dp-accounting; it takes some
+minutes. Kept are the settings with epsilon between 0.1 and 20 at which the two grids agree to 0.02 %.
 """
 
 import itertools
@@ -12,7 +12,9 @@ import dp_accounting
 from dp_accounting.pld import privacy_loss_distribution
 
 DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-SETTINGS = itertools.product((0.0005, 0.002, 0.01, 0.05, 0.2, 1.0), (0.6, 0.8, 1.0, 1.5, 3.0, 8.0), (1, 20, 200, 1000, 5000))
+SETTINGS = itertools.product(
+    (0.0005, 0.002, 0.01, 0.05, 0.2, 1.0), (0.6, 0.8, 1.0, 1.5, 3.0, 8.0), (1, 20, 200, 1000, 5000)
+)
 LARGEST_RENYI_EPSILON = 30.0
 
 
@@ -24,7 +26,9 @@ def renyi(q: float, sigma: float, steps: int) -> float:
 
 
 def epsilons(q: float, sigma: float, steps: int, interval: float) -> list[float]:
-    step = privacy_loss_distribution.from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=interval)
+    step = privacy_loss_distribution.from_gaussian_mechanism(
+        sigma, sampling_prob=q, value_discretization_interval=interval
+    )
     composed = step.self_compose(steps)
     return [float(composed.get_epsilon_for_delta(delta)) for delta in DELTAS]
 

@@ -1,4 +1,5 @@
-"""Writes logits.npz: what transformers computes for the tiny models of tests/gemma/families.py, at the last three positions.
+"""Writes logits.npz: what transformers computes for the tiny models of tests/gemma/families.py, at the last three
+positions.
 
     python -m tests.gemma.golden.make_logits
 
