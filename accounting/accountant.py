@@ -2,10 +2,10 @@
 
 Formal guarantee: `Accountant.epsilon(delta, steps).upper` is an epsilon for which `steps` releases of the mechanisms,
 one after the other on the same data, are (epsilon, delta)-differentially private for a group of `group_size` units
-under their neighbouring relation, numerical error included. Adding and removing units are both computed; each release
-is replaced by a discrete loss that dominates it (accounting.privacy_loss), releases are composed with every error
-bounded (accounting.composition), and truncation is paid for (accounting.truncation). `lower` bounds the same epsilon
-from below, short of what truncation may have helped. Tested by
+under their neighbouring relation, numerical error included. Adding and removing units are both computed. Each release
+is replaced by a discrete loss that dominates it (loss_distribution.privacy_loss), releases are composed with every
+error bounded (loss_distribution.composition), and truncation is paid for (loss_distribution.truncation). `lower` bounds
+the same epsilon from below, less what truncation may have helped. Tested by
 tests/accounting/oracle_test.py::test_agreement_with_dp_accounting and
 tests/accounting/accountant_test.py::test_upper_end_is_above_finer_grids; for groups by
 ::test_groups_agree_with_dp_accountings_mixture_of_gaussians there.
@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from accounting import privacy_loss, support, truncation
-from accounting.composition import Composition
+from accounting import support
 from accounting.errors import InputError
-from accounting.mechanism import DpSgdMechanism
-from accounting.privacy_loss import DiscreteLoss, GaussianMixturePair
+from accounting.loss_distribution import privacy_loss, truncation
+from accounting.loss_distribution.composition import Composition
+from accounting.loss_distribution.privacy_loss import DiscreteLoss, GaussianMixturePair
+from accounting.mechanism import Mechanism
+from accounting.mechanism import bounds as proofs
 
 RELATIVE_WIDTH = 1e-3
 _ABSOLUTE_WIDTH = 1e-6
@@ -67,20 +69,20 @@ class Accountant:
 
     def __init__(
         self,
-        mechanisms: DpSgdMechanism | Sequence[DpSgdMechanism],
+        mechanisms: Mechanism | Sequence[Mechanism],
         relative_width: float = RELATIVE_WIDTH,
         *,
         group_size: int = 1,
         bounds: Sequence[str] | None = None,
         claimed: bool = True,
     ):
-        self.mechanisms = (mechanisms,) if isinstance(mechanisms, DpSgdMechanism) else tuple(mechanisms)
+        self.mechanisms = (mechanisms,) if isinstance(mechanisms, Mechanism) else tuple(mechanisms)
         if not self.mechanisms or group_size < 1:
             raise InputError("need at least one mechanism and a group of at least one unit")
         if len({m.neighbouring_relation for m in self.mechanisms}) > 1:
             raise InputError("runs under different neighbouring relations do not compose: account for each by itself")
         for m in self.mechanisms:
-            support.check(m.scheme, m.neighbouring_relation, bounds or (support.LOSS,), group_size)
+            support.check(m.sampling, m.neighbouring_relation, bounds or (proofs.LOSS,), group_size)
             if group_size > m.num_units:
                 raise InputError(f"a group of {group_size} units is larger than the {m.num_units} units that there are")
         self.claimed = claimed
@@ -175,7 +177,7 @@ class Accountant:
         phases = self._phases(delta, steps)
         return self._bracket(delta, phases)[2] if phases and self._is_private(phases) else _COARSEST_INTERVAL
 
-    def _phases(self, delta: float, steps: int | None) -> tuple[tuple[DpSgdMechanism, int], ...]:
+    def _phases(self, delta: float, steps: int | None) -> tuple[tuple[Mechanism, int], ...]:
         """What the first `steps` steps release: (mechanism, number of releases), like releases together."""
         if not 0 < delta < 1:
             raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
@@ -185,22 +187,22 @@ class Accountant:
             share = left if i == len(self.mechanisms) - 1 else min(left, m.steps)
             left -= share
             if share:
-                alike = dataclasses.replace(m, steps=1)
-                taken[alike] = taken.get(alike, 0) + m.releases(share)
+                alike = m.replace(steps=1)
+                taken[alike] = taken.get(alike, 0) + m.sampling.releases(share)
         return tuple(taken.items())
 
     def _is_private(self, phases) -> bool:
         return self.claimed and all(m.is_private for m, _ in phases)
 
-    def _allows(self, bound: str, m: DpSgdMechanism) -> bool:
-        return bound in support.allowed(m.scheme, m.neighbouring_relation, self._group_size) and bound in (
-            self._bounds or support.BOUNDS
+    def _allows(self, bound: str, m: Mechanism) -> bool:
+        return bound in support.allowed(m.sampling, m.neighbouring_relation, self._group_size) and bound in (
+            self._bounds or proofs.BOUNDS
         )
 
     @property
     def _directions(self) -> tuple[bool, ...]:
         """Whether the units are removed, or added; the two are alike where every release uses all units."""
-        return (True,) if all(m.inclusion_probability == 1 for m in self.mechanisms) else (True, False)
+        return (True,) if all(m.sampling.inclusion_probability == 1 for m in self.mechanisms) else (True, False)
 
     def _bracket(self, delta: float, phases) -> tuple[float, float, float]:
         """(upper, lower, interval): refined until they are close or the grid as fine as is practical."""
@@ -241,20 +243,18 @@ class Accountant:
         releases = sum(count for _, count in phases)
         return 10.0 ** math.floor(math.log10(max(_TAIL_SHARE * delta / releases, 1e-300)))
 
-    def _pair(self, m: DpSgdMechanism, remove: bool) -> GaussianMixturePair:
+    def _pair(self, m: Mechanism, remove: bool) -> GaussianMixturePair:
         """The pair that dominates one release: of the group's k units j are drawn, with binomial probability, and shift
         it by j.
 
         For k > 1 this is the mixture-of-Gaussians mechanism (Ganesh 2024, arXiv 2401.10294).
         """
-        q, k, sign = m.inclusion_probability, self._group_size, 1.0 if remove else -1.0
+        q, k, sign = m.sampling.inclusion_probability, self._group_size, 1.0 if remove else -1.0
         weights = [(sign * j, math.comb(k, j) * q**j * (1 - q) ** (k - j)) for j in range(1, k + 1)]
         components = tuple((shift, weight) for shift, weight in weights if weight > 0)
         return GaussianMixturePair(m.noise_multiplier, **{"upper" if remove else "lower": components})
 
-    def _discretise(
-        self, kind: str, m: DpSgdMechanism, remove: bool, interval: float, tail_mass: float
-    ) -> DiscreteLoss:
+    def _discretise(self, kind: str, m: Mechanism, remove: bool, interval: float, tail_mass: float) -> DiscreteLoss:
         pair = self._pair(m, remove)
         if kind == "optimistic":
             return privacy_loss.optimistic(pair, interval, tail_mass)
@@ -277,7 +277,7 @@ class Accountant:
         total = 0.0
         for m, count in phases:
             costs = [truncation.additive_delta(m, epsilon, count)]
-            if self._allows(support.DISPLACEMENT, m):
+            if self._allows(proofs.DISPLACEMENT, m):
                 costs.append(truncation.displacement_delta(m, count, self._group_size))
             total += min(costs)
         return total
@@ -287,7 +287,7 @@ class Accountant:
         bound = smallest_epsilon(plain, delta, lambda epsilon: self._extra_delta(phases, epsilon))
         # Under a tight cap the added delta is poor, and the truncated sampler's own loss better.
         capped = [m for m, _ in phases if m.max_batch_size is not None]
-        exact = capped and all(self._allows(support.TRUNCATED_LOSS, m) for m in capped)
+        exact = capped and all(self._allows(proofs.TRUNCATED_LOSS, m) for m in capped)
         if exact and self._extra_delta(phases, min(bound, 50.0)) > 0.01 * delta:
             bound = min(bound, self._composition(delta, phases, interval, remove, "truncated").epsilon(delta, hint))
         return bound
@@ -312,7 +312,7 @@ class Accountant:
         return needed + self._extra_delta(phases, epsilon) <= delta
 
     def _cross_check(self, delta: float, phases) -> float:
-        if not all(self._allows(support.RENYI, m) for m, _ in phases):
+        if not all(self._allows(proofs.RENYI, m) for m, _ in phases):
             return math.inf
         from dp_accounting.rdp import rdp_privacy_accountant
 
@@ -324,7 +324,7 @@ class Accountant:
         )
 
 
-def epsilon(mechanism: DpSgdMechanism | Sequence[DpSgdMechanism], delta: float) -> EpsilonBracket:
+def epsilon(mechanism: Mechanism | Sequence[Mechanism], delta: float) -> EpsilonBracket:
     """The bracket of a whole run, or of several on the same data."""
     return Accountant(mechanism).epsilon(delta)
 

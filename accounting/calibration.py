@@ -4,7 +4,6 @@ Every solver ends on the private side: the returned mechanism's own upper epsilo
 target.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -12,20 +11,18 @@ from scipy import optimize
 
 from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.mechanism import DpSgdMechanism
+from accounting.mechanism import Mechanism
 
 LARGEST_NOISE = 1e4
 LARGEST_COUNT = 10**15
 _COARSE = 4e-3
 
 
-def _meets(mechanism: DpSgdMechanism, epsilon: float, delta: float, interval: float | None = None) -> bool:
+def _meets(mechanism: Mechanism, epsilon: float, delta: float, interval: float | None = None) -> bool:
     return Accountant(mechanism).upper(delta, interval=interval) <= epsilon
 
 
-def noise_multiplier(
-    mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolerance: float = 1e-5
-) -> DpSgdMechanism:
+def noise_multiplier(mechanism: Mechanism, epsilon: float, delta: float, *, tolerance: float = 1e-5) -> Mechanism:
     """The mechanism with the smallest noise, to a relative `tolerance`, that meets (epsilon, delta).
 
     Raises:
@@ -33,7 +30,7 @@ def noise_multiplier(
     """
 
     def at(sigma):
-        return dataclasses.replace(mechanism, noise_multiplier=sigma)
+        return mechanism.replace(noise_multiplier=sigma)
 
     if not epsilon > 0:
         raise InputError(f"epsilon must be positive, got {epsilon:g}")
@@ -49,8 +46,7 @@ def noise_multiplier(
         if high > LARGEST_NOISE:
             raise InputError(
                 f"no noise reaches epsilon {epsilon:g} at delta {delta:g} with this batch size, number of steps and"
-                " maximum batch:"
-                " raise epsilon or delta, or take fewer steps"
+                " maximum batch: raise epsilon or delta, or take fewer steps"
             )
     while coarse(low):
         low, high = low / 2, low
@@ -69,16 +65,16 @@ def noise_multiplier(
     return at(sigma)
 
 
-def steps(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, largest: int = LARGEST_COUNT) -> DpSgdMechanism:
+def steps(mechanism: Mechanism, epsilon: float, delta: float, *, largest: int = LARGEST_COUNT) -> Mechanism:
     """The mechanism with the most steps (at most `largest`) that meets (epsilon, delta); zero steps where one is too
     many.
     """
     accountant = Accountant(mechanism)
     most = _largest_integer(lambda t: accountant.upper(delta, t) <= epsilon, 0, largest, start=max(1, mechanism.steps))
-    return dataclasses.replace(mechanism, steps=most)
+    return mechanism.replace(steps=most)
 
 
-def expected_batch_size(mechanism: DpSgdMechanism, epsilon: float, delta: float) -> DpSgdMechanism:
+def expected_batch_size(mechanism: Mechanism, epsilon: float, delta: float) -> Mechanism:
     """The mechanism with the largest whole expected batch that meets (epsilon, delta).
 
     Raises:
@@ -86,7 +82,7 @@ def expected_batch_size(mechanism: DpSgdMechanism, epsilon: float, delta: float)
     """
 
     def at(b):
-        return dataclasses.replace(mechanism, expected_batch_size=b)
+        return mechanism.replace(expected_batch_size=b)
 
     start = max(1, int(mechanism.num_units / math.sqrt(mechanism.steps)))
     best = _largest_integer(lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_units, start)
@@ -97,7 +93,7 @@ def expected_batch_size(mechanism: DpSgdMechanism, epsilon: float, delta: float)
     return at(best)
 
 
-def num_units(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolerance: float = 1e-5) -> DpSgdMechanism:
+def num_units(mechanism: Mechanism, epsilon: float, delta: float, *, tolerance: float = 1e-5) -> Mechanism:
     """The mechanism with the fewest units, to a relative `tolerance`, that meets (epsilon, delta).
 
     Raises:
@@ -105,7 +101,7 @@ def num_units(mechanism: DpSgdMechanism, epsilon: float, delta: float, *, tolera
     """
 
     def at(n):
-        return dataclasses.replace(mechanism, num_units=n)
+        return mechanism.replace(num_units=n)
 
     fewest = math.ceil(mechanism.expected_batch_size)
     # At q = 1 / sqrt(steps) sampling begins to help; the search starts there and leaves out data sets far too small.

@@ -4,13 +4,16 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from accounting import executed as executed_lib
-from accounting import ledger, report, support
+from accounting import rounding, run_files, support
 from accounting.accountant import smallest_epsilon
 from accounting.errors import InputError
-from accounting.executed import Executed
-from accounting.mechanism import DpSgdMechanism
-from accounting.truncation import additive_delta, displacement_delta
+from accounting.ledger import chain as ledger
+from accounting.ledger import executed as executed_lib
+from accounting.ledger.executed import Executed
+from accounting.loss_distribution.truncation import additive_delta, displacement_delta
+from accounting.mechanism import Mechanism
+from accounting.mechanism import bounds as proofs
+from accounting.report import words
 
 # Shape eta of the truncated negative binomial distribution of the number of trials; infinity is the Poisson
 # distribution.
@@ -26,9 +29,9 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
     """
     found = {}
     for folder in folders:
-        path = folder / "ledger.jsonl"
+        path = folder / run_files.LEDGER
         if not path.is_file():
-            raise InputError(f"{folder} is no run directory: it has no ledger.jsonl")
+            raise InputError(f"{folder} is no run directory: it has no {run_files.LEDGER}")
         found[folder] = executed_lib.of(ledger.read(path))
         if not found[folder].has_secret_keys:
             raise InputError(
@@ -70,15 +73,14 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
         return "NO PRIVACY: at least one of the runs is a non-private baseline, and together they have no guarantee."
     who = "This run is" if len(found) == 1 else f"All {len(found)} runs together are"
     return (
-        f"{who} ({report.round_up(epsilon)}, {float(delta)!r})-differentially private with respect to one unit, which"
-        f" is {report.unit_text(first.declared)}. Neighbouring data sets: {report.relation_text(first.planned)}. This"
-        " covers every"
-        " checkpoint of every run, and every choice between them that looks at nothing else of the data."
-        + report.origin_text([run.declared for run in found.values()])
+        f"{who} ({rounding.round_up(epsilon)}, {float(delta)!r})-differentially private with respect to one unit, which"
+        f" is {words.unit_text(first.declared)}. Neighbouring data sets: {words.relation_text(first.planned)}. This"
+        " covers every checkpoint of every run, and every choice between them that looks at nothing else of the data."
+        + words.origin_text([run.declared for run in found.values()])
     )
 
 
-def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution: str, delta: float) -> float:
+def random_search_epsilon(mechanism: Mechanism, trials: float, distribution: str, delta: float) -> float:
     """Epsilon of running the mechanism K times, each with settings drawn at random, and releasing the best result only.
 
     Formal guarantee: where K is drawn from `distribution` with mean `trials`, independently of the data, nothing but
@@ -104,8 +106,8 @@ def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution
         raise InputError(f"the expected number of trials must be at least 1 and finite, got {trials:g}")
     if not mechanism.is_private:
         return math.inf
-    support.check(mechanism.scheme, mechanism.neighbouring_relation, (support.RENYI,))
-    releases = mechanism.releases(mechanism.steps)
+    support.check(mechanism.sampling, mechanism.neighbouring_relation, (proofs.RENYI,))
+    releases = mechanism.sampling.releases(mechanism.steps)
     event = dp_event.RepeatAndSelectDpEvent(mechanism.event(releases), trials, DISTRIBUTIONS[distribution])
     accountant = rdp_privacy_accountant.RdpAccountant()
     accountant.compose(event)
@@ -113,7 +115,7 @@ def random_search_epsilon(mechanism: DpSgdMechanism, trials: float, distribution
     # the data, and because leaving out the trials that have one keeps each of these distributions in its family, with a
     # smaller mean.
     costs = [lambda epsilon: additive_delta(mechanism, epsilon, releases)]
-    if support.DISPLACEMENT in support.allowed(mechanism.scheme, mechanism.neighbouring_relation):
+    if proofs.DISPLACEMENT in support.allowed(mechanism.sampling, mechanism.neighbouring_relation):
         costs.append(lambda epsilon: displacement_delta(mechanism, releases))
 
     def extra(epsilon):

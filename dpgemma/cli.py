@@ -5,35 +5,39 @@ before a command runs, so that --help answers at once.
 """
 
 import importlib
-import logging
 import sys
 
 from absl import flags
 
-from accounting.errors import InputError
+from accounting.errors import InputError, as_flags
+from dpgemma.commands import process
 
+# Name, module, description.
 COMMANDS = {
-    "train": "train or fine-tune under a privacy budget; the same command resumes",
-    "account": "solve a privacy budget for the one omitted quantity",
-    "plan": "find the best model, batch and steps for a compute, privacy and data budget",
-    "audit": "check a run's epsilon report from its ledger",
-    "sample": "generate text from a checkpoint",
-    "export": "write a Hugging Face directory",
-    "sweep": "run a grid of trainings; the same command goes on",
+    "train": ("dpgemma.commands.train", "train or fine-tune under a privacy budget; the same command resumes"),
+    "account": ("dpgemma.commands.account", "solve a privacy budget for the one omitted quantity"),
+    "plan": (
+        "experiments.commands.plan",
+        "find the best model, batch and steps for a compute, privacy and data budget",
+    ),
+    "audit": ("dpgemma.commands.audit", "check a run's epsilon report from its ledger"),
+    "sample": ("dpgemma.commands.sample", "generate text from a checkpoint"),
+    "export": ("dpgemma.commands.export", "write a Hugging Face directory"),
+    "sweep": ("experiments.commands.sweep", "run a grid of trainings; the same command goes on"),
 }
 _HELP = ("--help", "-h", "-help", "help")
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         ["usage: dpgemma COMMAND [--flags]", "", *lines, "", "dpgemma COMMAND --help lists the flags of one command."]
     )
 
 
-def _fail(message: str) -> int:
-    print(f"dpgemma: {' '.join(str(message).split())}", file=sys.stderr)
+def _fail(message: object) -> int:
+    print(f"dpgemma: {as_flags(' '.join(str(message).split()))}", file=sys.stderr)
     return 2
 
 
@@ -49,7 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
-    command = importlib.import_module(f"dpgemma.commands.{name}")
+    with process.quiet():
+        return _run(name, rest)
+
+
+def _run(name: str, rest: list[str]) -> int:
+    command = importlib.import_module(COMMANDS[name][0])
     fv = flags.FlagValues()
     command.define_flags(fv)
     if any(argument in _HELP[:3] for argument in rest):
@@ -57,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 
         print(command_flags.help_text(name, command.DESCRIPTION, fv))
         return 0
-    for library in ("absl", "asyncio"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # what they log as errors is raised as well
     try:
         positional = fv([name, *rest])[1:]
         if len(positional) == 1 and hasattr(command, "POSITIONAL") and fv[command.POSITIONAL].value is None:
@@ -76,4 +83,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry_point() -> None:
+    """The program itself: hooks stay until the process ends, because threads of libraries report until then."""
+    process.quiet().__enter__()
     sys.exit(main())

@@ -7,15 +7,15 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from accounting import executed as executed_lib
-from accounting import ledger as ledger_lib
-from accounting import report
+from accounting import run_files
 from accounting.accountant import Accountant, EpsilonBracket
 from accounting.audit import document_checks, export_checks, ledger_checks, secrecy_checks
 from accounting.audit.findings import AuditResult, Finding
 from accounting.errors import InputError
-from accounting.executed import Executed
-from accounting.report import round_up
+from accounting.ledger import chain as ledger_lib
+from accounting.ledger import executed as executed_lib
+from accounting.ledger.executed import Executed
+from accounting.rounding import round_up
 
 
 def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[pathlib.Path] = ()) -> AuditResult:
@@ -32,8 +32,8 @@ def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[
     """
     for folder in exports:
         if not export_checks.weight_files(folder):
-            raise InputError(f"{folder} is no exported model: it has no *{report.WEIGHTS_SUFFIX}")
-    names = [*secrecy_checks.PUBLIC_FILES[:3], "checkpoints"]
+            raise InputError(f"{folder} is no exported model: it has no *{run_files.WEIGHTS_SUFFIX}")
+    names = [*run_files.PUBLIC_FILES[:3], run_files.CHECKPOINTS]
     if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
     return _Audit(workdir).run(checkpoints, exports)
@@ -51,11 +51,12 @@ class _Audit:
         self._secrecy(lines)
         rederived = None
         if executed is not None:
+            # A program's own error is not a finding: only what the facts of the ledger themselves make impossible is.
             try:
                 rederived = self._derive(executed).upper
-            except (ArithmeticError, TypeError, ValueError) as error:
+            except InputError as error:
                 self.findings.append(
-                    Finding("ledger_edited", "ledger.jsonl", f"no epsilon can be derived from its facts ({error})")
+                    Finding("ledger_edited", run_files.LEDGER, f"no epsilon can be derived from its facts ({error})")
                 )
                 executed = None
         if executed is not None:
@@ -63,13 +64,13 @@ class _Audit:
             try:
                 self._documents(lines, executed)
                 self._exports(lines, exports)
-            except (ArithmeticError, TypeError, ValueError) as error:
+            except InputError as error:
                 self.findings.append(
-                    Finding("ledger_edited", "ledger.jsonl", f"no report can be derived from its facts ({error})")
+                    Finding("ledger_edited", run_files.LEDGER, f"no report can be derived from its facts ({error})")
                 )
             self._checkpoints(lines, executed, checkpoints)
         else:
-            for name in ("config.json", "report.json"):
+            for name in (run_files.CONFIG, run_files.REPORT):
                 self._content(name, required=True)
         return AuditResult(
             findings=tuple(self.findings),
@@ -94,7 +95,7 @@ class _Audit:
 
     def _reported(self, name: str):
         try:
-            value = json.loads((self.workdir / "report.json").read_bytes())[name]
+            value = json.loads((self.workdir / run_files.REPORT).read_bytes())[name]
             value = float(value) if name == "epsilon" else value if isinstance(value, str) else None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
@@ -107,20 +108,20 @@ class _Audit:
         return self._accountant(executed.mechanisms, claimed=claimed).epsilon(executed.delta)
 
     def _ledger(self) -> tuple[list[ledger_lib.Line], Executed | None]:
-        if not (self.workdir / "ledger.jsonl").is_file():
-            self.findings.append(Finding("missing_file", "ledger.jsonl", "without it nothing can be re-derived"))
+        if not (self.workdir / run_files.LEDGER).is_file():
+            self.findings.append(Finding("missing_file", run_files.LEDGER, "without it nothing can be re-derived"))
             return [], None
-        lines, problems = ledger_lib.inspect(ledger_lib.text_of(self.workdir / "ledger.jsonl"))
+        lines, problems = ledger_lib.inspect(ledger_lib.text_of(self.workdir / run_files.LEDGER))
         self.findings += ledger_checks.chain(problems)
         lines, findings = ledger_checks.well_formed(lines)
         self.findings += findings if not problems else ()
         try:
             executed = executed_lib.of([line.record for line in lines])
         except InputError as error:
-            self.findings.append(Finding("unparsable", "ledger.jsonl", str(error)))
+            self.findings.append(Finding("unparsable", run_files.LEDGER, str(error)))
             return lines, None
         if not problems:
-            self.findings += ledger_checks.events(lines)
+            self.findings += ledger_checks.order(lines)
         self.findings += ledger_checks.mechanism(executed, lines)
         findings, notices = ledger_checks.macs(executed, lines, self._ledger_key(), self._seal())
         self.findings += findings
@@ -129,27 +130,27 @@ class _Audit:
 
     def _ledger_key(self) -> bytes | None:
         try:
-            return bytes.fromhex(json.loads((self.workdir / "private/keys.json").read_text())["ledger"])
+            return bytes.fromhex(json.loads((self.workdir / run_files.KEYS).read_text())["ledger"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _seal(self) -> str | None:
         try:
-            return json.loads((self.workdir / "private/data.json").read_text())["seal"]
+            return json.loads((self.workdir / run_files.DATA).read_text())["seal"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _documents(self, lines: list[ledger_lib.Line], executed: Executed) -> None:
-        if (content := self._content("config.json", required=True)) is not None:
+        if (content := self._content(run_files.CONFIG, required=True)) is not None:
             self.findings += document_checks.config(content, executed)
         events = {event["kind"] for event in executed.events}
         # A run that was stopped before its first report has none.
-        if (content := self._content("report.json", required="report" in events)) is not None:
+        if (content := self._content(run_files.REPORT, required="report" in events)) is not None:
             self.findings += document_checks.reported(content, lines, self._derive)
         self.findings += document_checks.page(
-            self._content("report.html", required=False), lines, self._reported("statement")
+            self._content(run_files.PAGE, required=False), lines, self._reported("statement")
         )
-        if (content := self._content("metrics.jsonl", required="checkpoint" in events)) is not None:
+        if (content := self._content(run_files.METRICS, required="checkpoint" in events)) is not None:
             self.findings += document_checks.metrics(content, lines, executed.steps)
         if not executed.finished:
             self.notices.append(
@@ -165,11 +166,17 @@ class _Audit:
         # is whole. There may be none before.
         lost = not executed.finished and len(set(known)) == 1
         if known and not lost and not present & set(known[-1:] if executed.finished else known):
-            self.findings.append(Finding("missing_file", f"checkpoints/{known[-1]}", "the ledger recorded it last"))
+            self.findings.append(
+                Finding("missing_file", f"{run_files.CHECKPOINTS}/{known[-1]}", "the ledger recorded it last")
+            )
 
     def _exports(self, lines: list[ledger_lib.Line], exports: Sequence[pathlib.Path]) -> None:
         inside = sorted(
-            {path.parent for path in secrecy_checks.other_files(self.workdir) if path.suffix == report.WEIGHTS_SUFFIX}
+            {
+                path.parent
+                for path in secrecy_checks.other_files(self.workdir)
+                if path.suffix == run_files.WEIGHTS_SUFFIX
+            }
         )
         for folder in [*inside, *(folder for folder in exports if folder not in inside)]:
             name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
@@ -181,8 +188,8 @@ class _Audit:
             digest for line in lines if line.record["kind"] == "export" for digest in line.record["files"].values()
         }
         self.findings += secrecy_checks.leaks(self.workdir, others, exported)
-        if (self.workdir / "private").exists():
-            self.findings += secrecy_checks.permissions(self.workdir / "private")
+        if (self.workdir / run_files.PRIVATE).exists():
+            self.findings += secrecy_checks.permissions(self.workdir / run_files.PRIVATE)
         else:
             self.notices.append("private/ is not here: permissions and keys were not checked")
         unknown = [path for path in others if path.parent == self.workdir]

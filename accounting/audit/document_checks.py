@@ -5,12 +5,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from accounting import executed as executed_lib
-from accounting import report
+from accounting import rounding, run_files
 from accounting.accountant import EpsilonBracket
 from accounting.audit.findings import Finding
-from accounting.executed import Executed
-from accounting.ledger import Line
+from accounting.ledger import executed as executed_lib
+from accounting.ledger.chain import Line
+from accounting.ledger.executed import Executed
+from accounting.report.content import build
 
 # Another machine may round differently in the last digits of these.
 _COMPUTED = ("epsilon", "epsilon_lower_numeric", "cross_check")
@@ -27,15 +28,15 @@ Derive = Callable[[Executed], EpsilonBracket]
 
 
 def config(content: bytes, executed: Executed) -> Iterator[Finding]:
-    where = "config.json"
-    if report.digest(content) == executed.declared.get("config_sha256"):
+    where = run_files.CONFIG
+    if run_files.digest(content) == executed.declared.get("config_sha256"):
         return
     try:
         stored = dict(json.loads(content))
     except (ValueError, TypeError, RecursionError):
         yield Finding("unparsable", where, "it is no JSON object of a run's settings")
         return
-    declared = {name: report.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in _CONFIG_FIELDS}
+    declared = {name: run_files.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in _CONFIG_FIELDS}
     differing = [name for name in _CONFIG_FIELDS if stored.get(name) != declared[name]]
     for name in differing:
         yield Finding(
@@ -47,7 +48,7 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
 
 def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
     """report.json against the ledger up to the line that it names."""
-    where = "report.json"
+    where = run_files.REPORT
     try:
         stored = json.loads(content)
         head, run_id = stored["ledger_head"], stored["run_id"]
@@ -57,7 +58,7 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
     if run_id != lines[0].record.get("run_id"):
         yield Finding(
             "ledger_foreign",
-            "ledger.jsonl",
+            run_files.LEDGER,
             f"it is the ledger of run {lines[0].record.get('run_id')}, the report's is {run_id}",
         )
         return
@@ -65,16 +66,16 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
     if head not in hashes:
         yield Finding(
             "ledger_cut",
-            "ledger.jsonl",
+            run_files.LEDGER,
             f"the report was written at ledger head {head}, which the ledger does not have",
         )
     known = lines[: hashes.index(head) + 1] if head in hashes else lines
     executed = executed_lib.of([line.record for line in known])
-    expected = report.encode(_expected(executed, derive(executed), stored, head))
+    expected = run_files.encode(_expected(executed, derive(executed), stored, head))
     found = list(_differences(where, stored, expected))
     yield from found
-    digests = [line.record["files"].get("report.json") for line in lines if line.record["kind"] == "report"]
-    own = report.digest(content)
+    digests = [line.record["files"].get(run_files.REPORT) for line in lines if line.record["kind"] == "report"]
+    own = run_files.digest(content)
     if own not in digests:
         if not found:
             yield Finding("report_edited", where, "its text is none that the ledger recorded when reports were written")
@@ -92,11 +93,11 @@ def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict, head: s
     reported = stored.get("epsilon")
     if isinstance(reported, float) and same_rounded(reported, bracket.upper):
         bracket = dataclasses.replace(bracket, upper=reported)
-    return report.build(executed, bracket, head)
+    return build(executed, bracket, head)
 
 
 def same_rounded(reported: float, upper: float) -> bool:
-    return report.round_up(upper * (1 - _TOLERANCE)) <= reported <= report.round_up(upper * (1 + _TOLERANCE))
+    return rounding.round_up(upper * (1 - _TOLERANCE)) <= reported <= rounding.round_up(upper * (1 + _TOLERANCE))
 
 
 def _differences(where: str, stored: dict, expected: dict) -> Iterator[Finding]:
@@ -119,25 +120,25 @@ def page(content: bytes | None, lines: Sequence[Line], statement: str | None) ->
     import html
 
     digests = [
-        line.record["files"]["report.html"]
+        line.record["files"][run_files.PAGE]
         for line in lines
-        if line.record["kind"] == "report" and "report.html" in line.record["files"]
+        if line.record["kind"] == "report" and run_files.PAGE in line.record["files"]
     ]
     if content is None:
         if digests:
             yield Finding(
-                "missing_file", "report.html", "the ledger recorded one; the training command writes it again"
+                "missing_file", run_files.PAGE, "the ledger recorded one; the training command writes it again"
             )
         return
-    if report.digest(content) not in digests[-1:]:
-        yield Finding("report_edited", "report.html", "it is not the page that the ledger recorded last")
+    if run_files.digest(content) not in digests[-1:]:
+        yield Finding("report_edited", run_files.PAGE, "it is not the page that the ledger recorded last")
     elif statement is not None and html.escape(statement).encode() not in content:
-        yield Finding("report_disagrees", "report.html", "its statement is not that of report.json")
+        yield Finding("report_disagrees", run_files.PAGE, "its statement is not that of report.json")
 
 
 def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Finding]:
     """metrics.jsonl: public keys only, and what the ledger's checkpoint events recorded of it."""
-    where = "metrics.jsonl"
+    where = run_files.METRICS
     rows = [row + b"\n" for row in content.split(b"\n")]
     rows[-1] = rows[-1][:-1]
     rows = rows if rows[-1] else rows[:-1]
@@ -166,7 +167,7 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
             step = line.record["step"]
             if len(rows) < step and any(place > i and earlier < step for place, earlier in resumed):
                 continue  # this checkpoint was lost, and the run has not come so far again
-            if report.digest(b"".join(rows[:step])) != line.record["metrics_sha256"]:
+            if run_files.digest(b"".join(rows[:step])) != line.record["metrics_sha256"]:
                 yield Finding(
                     "metrics_edited",
                     where,
@@ -177,7 +178,7 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
 
 def checkpoint(stored: dict, lines: Sequence[Line], steps: int) -> Iterator[Finding]:
     """One checkpoint, as a dict with `step` (its folder), `meta`, `optimizer_count` (of its state) or `error`."""
-    where = f"checkpoints/{stored['step']}"
+    where = f"{run_files.CHECKPOINTS}/{stored['step']}"
     if stored.get("error"):
         yield Finding("checkpoint_unreadable", where, stored["error"])
         return

@@ -4,18 +4,18 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from accounting import executed as executed_lib
-from accounting import report
+from accounting import run_files
 from accounting.audit.document_checks import Derive, same_rounded
 from accounting.audit.findings import Finding
-from accounting.ledger import Line
-
-CARD = "README.md"
+from accounting.ledger import executed as executed_lib
+from accounting.ledger.chain import Line
+from accounting.report import card
+from accounting.report.content import build, exported_weights
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that make a folder an export: weights of a model or of adapters."""
-    return sorted(folder.glob(f"*{report.WEIGHTS_SUFFIX}"))
+    return sorted(folder.glob(f"*{run_files.WEIGHTS_SUFFIX}"))
 
 
 def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
@@ -24,31 +24,31 @@ def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Deriv
     Args:
       name: how findings call it.
     """
-    weights = {path.name: report.file_digest(path) for path in weight_files(folder)}
+    weights = {path.name: run_files.file_digest(path) for path in weight_files(folder)}
     places = [
         i
         for i, line in enumerate(lines)
-        if line.record["kind"] == "export" and report.exported_weights(line.record) == weights
+        if line.record["kind"] == "export" and exported_weights(line.record) == weights
     ]
     if not places:
         for file, digest in weights.items():
             yield Finding("export_unknown", f"{name}/{file}", f"no export event of the ledger has its SHA-256 {digest}")
         return
     # The same checkpoint may have been exported more than once, at different heads of the ledger.
-    fitting = [i for i in places if _digest(folder / CARD) == lines[i].record["files"].get(CARD)]
+    fitting = [i for i in places if _digest(folder / run_files.CARD) == lines[i].record["files"].get(run_files.CARD)]
     place = (fitting or places)[-1]
     files = lines[place].record["files"]
     for file, digest in files.items():
         if not (folder / file).is_file():
             yield Finding("missing_file", f"{name}/{file}", "the ledger recorded it with the export")
-        elif file == CARD:
+        elif file == run_files.CARD:
             yield from _card(folder / file, name, lines, place, derive, recorded=bool(fitting))
         elif _digest(folder / file) != digest:
             yield Finding("export_edited", f"{name}/{file}", "its SHA-256 is not the one that the ledger recorded")
 
 
 def _digest(path: pathlib.Path) -> str | None:
-    return report.file_digest(path) if path.is_file() else None
+    return run_files.file_digest(path) if path.is_file() else None
 
 
 def _card(
@@ -66,13 +66,17 @@ def _card(
     if epsilon is not None and same_rounded(epsilon, bracket.upper):
         bracket = dataclasses.replace(bracket, upper=epsilon)
     head = lines[place - 1].hash
-    expected = report.model_card(report.encode(report.build(executed, bracket, head)), lines[place].record["step"])
+    expected = card.model_card(run_files.encode(build(executed, bracket, head)), lines[place].record["step"])
     differing = [row for row in expected.splitlines() if row not in text.splitlines()]
     # Numbers that another machine rounds differently are no difference where the ledger knows the card's very text.
     if (differing and not recorded) or any(row.startswith("| epsilon |") for row in differing):
         for row in differing:
             yield Finding(
-                "model_card_disagrees", f"{name}/{CARD}", f"the ledger gives {row[:120]!r}, the card does not have it"
+                "model_card_disagrees",
+                f"{name}/{run_files.CARD}",
+                f"the ledger gives {row[:120]!r}, the card does not have it",
             )
     elif not recorded:
-        yield Finding("export_edited", f"{name}/{CARD}", "its SHA-256 is not the one that the ledger recorded")
+        yield Finding(
+            "export_edited", f"{name}/{run_files.CARD}", "its SHA-256 is not the one that the ledger recorded"
+        )

@@ -89,9 +89,8 @@ class AuditResult:
 
         state = "finished" if self.finished else "unfinished"
         lines = [
-            f"{'consistent' if self.consistent else 'INCONSISTENT'}: {state} run, {self.steps} steps,"
-            f" epsilon {shown(self.epsilon_reported)} reported, {shown(self.epsilon_rederived)} re-derived from the"
-            " ledger"
+            f"{'consistent' if self.consistent else 'INCONSISTENT'}: {state} run, {self.steps} steps, epsilon"
+            f" {shown(self.epsilon_reported)} reported, {shown(self.epsilon_rederived)} re-derived from the ledger"
         ]
         lines += [f"finding: {finding.kind} in {finding.where}: {finding.message}" for finding in self.findings]
         lines += [f"deviation: {line}" for line in self.deviations]

@@ -3,29 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from accounting import ledger as ledger_lib
+from accounting import run_files
 from accounting.audit.findings import Finding
-from accounting.executed import Executed
-from accounting.ledger import Line
+from accounting.ledger import chain as ledger_lib
+from accounting.ledger import events
+from accounting.ledger.chain import Line
+from accounting.ledger.executed import Executed
 
-WHERE = "ledger.jsonl"
+WHERE = run_files.LEDGER
 MALFORMED = "malformed"
-_NUMBER = (int, float)
-_FIELDS = {
-    "step": {
-        "step": int,
-        "sampling_probability": _NUMBER,
-        "noise_multiplier": _NUMBER,
-        "max_batch_size": (int, type(None)),
-    },
-    "resume": {"step": int, "environment": str},
-    "checkpoint": {"step": int, "metrics_sha256": str, "parameters_sha256": str},
-    "evaluation": {"step": int, "units": str},
-    "finish": {"step": int},
-    "export": {"step": int, "files": dict},
-    "report": {"files": dict},
-}
 
 
 def well_formed(lines: Sequence[Line]) -> tuple[list[Line], list[Finding]]:
@@ -43,14 +31,14 @@ def well_formed(lines: Sequence[Line]) -> tuple[list[Line], list[Finding]]:
     return kept, findings
 
 
-def _malformed(record: dict) -> tuple[str, str] | None:
-    kind, fields = record["kind"], set(record) - {"n", "kind"}
-    if kind not in _FIELDS:
-        return "ledger_edited", f"unknown kind of event {kind!r}" if kind != "start" else "a second start event"
-    if surplus := sorted(fields - set(_FIELDS[kind])):
+def _malformed(record: dict[str, Any]) -> tuple[str, str] | None:
+    kind = record["kind"]
+    facts = {name: value for name, value in record.items() if name not in ("n", "kind")}
+    if kind == events.START or kind not in events.EVENTS:
+        return "ledger_edited", "a second start event" if kind == events.START else f"unknown kind of event {kind!r}"
+    if surplus := events.unknown(kind, facts):
         return "raw_values_public", f"a {kind} event holds {', '.join(surplus)}, which is no public fact of one"
-    wrong = [name for name, types in _FIELDS[kind].items() if not isinstance(record.get(name, ...), types)]
-    if wrong:
+    if wrong := events.unsound(kind, facts):
         return "ledger_edited", f"a {kind} event without a sound {', '.join(wrong)}"
     return None
 
@@ -61,7 +49,7 @@ def chain(problems: Sequence[ledger_lib.Problem]) -> Iterator[Finding]:
         yield Finding(problem.kind, f"{WHERE} line {problem.line}", problem.message)
 
 
-def events(lines: Sequence[Line]) -> Iterator[Finding]:
+def order(lines: Sequence[Line]) -> Iterator[Finding]:
     """Whether steps follow one another and no event runs ahead of them; this catches edits under a rewritten chain."""
     steps = 0
     for number, line in enumerate(lines, 1):

@@ -6,11 +6,9 @@ import re
 import stat
 from collections.abc import Container, Iterator
 
-from accounting import report
+from accounting import run_files
 from accounting.audit.findings import Finding
 
-PUBLIC_FILES = ("config.json", "ledger.jsonl", "report.json", "report.html", "metrics.jsonl")
-FOLDERS = ("private", "checkpoints")
 _READ_AT_MOST = 64 * 2**20
 _RAW = re.compile(
     rb"\b(?:(?:train|training|private|held_out)[_ ]?)?(?:loss(?:es)?|grad(?:ient)?[_"
@@ -22,7 +20,7 @@ _RAW = re.compile(
 
 def permissions(private: pathlib.Path) -> Iterator[Finding]:
     """private/ and its keys are for their owner alone."""
-    for path, name in ((private, "private/"), (private / "keys.json", "private/keys.json")):
+    for path, name in ((private, "private/"), (private / pathlib.Path(run_files.KEYS).name, run_files.KEYS)):
         if not path.exists():
             yield Finding("missing_file", name, "the run has no keys; restore them or keep this copy without private/")
         elif stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -40,8 +38,8 @@ def other_files(workdir: pathlib.Path) -> list[pathlib.Path]:
     for path in sorted(workdir.rglob("*")):
         parts = path.relative_to(workdir).parts
         if (
-            parts[0] not in FOLDERS
-            and not (len(parts) == 1 and parts[0] in PUBLIC_FILES)
+            parts[0] not in run_files.FOLDERS
+            and not (len(parts) == 1 and parts[0] in run_files.PUBLIC_FILES)
             and path.is_file()
             and not path.is_symlink()
         ):
@@ -56,22 +54,22 @@ def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[
       exported: digests of files that the program wrote with an export: a vocabulary may well hold the word loss and a
         number behind it.
     """
-    private = workdir / "private"
-    keys = _keys(private / "keys.json")
+    private = workdir / run_files.PRIVATE
+    keys = _keys(workdir / run_files.KEYS)
     copies = {
-        report.file_digest(path): path.name for path in private.rglob("*") if path.is_file() and path.stat().st_size
+        run_files.file_digest(path): path.name for path in private.rglob("*") if path.is_file() and path.stat().st_size
     }
-    public = [path for path in (workdir / name for name in PUBLIC_FILES) if path.is_file()]
+    public = [path for path in (workdir / name for name in run_files.PUBLIC_FILES) if path.is_file()]
     for path in [*public, *files]:
         name = str(path.relative_to(workdir))
         with open(path, "rb") as file:
             content = file.read(_READ_AT_MOST)
         if any(key in content for key in keys):
             yield Finding("key_readable", name, "it holds a secret key of the run")
-        if path in public or path.suffix == ".safetensors" or report.file_digest(path) in exported:
+        if path in public or path.suffix == ".safetensors" or run_files.file_digest(path) in exported:
             continue  # their content is checked against the ledger
-        if report.file_digest(path) in copies:
-            yield Finding("raw_values_public", name, f"it is a copy of private/{copies[report.file_digest(path)]}")
+        if run_files.file_digest(path) in copies:
+            yield Finding("raw_values_public", name, f"it is a copy of private/{copies[run_files.file_digest(path)]}")
         elif found := _RAW.search(content):
             shown = found.group().decode(errors="replace")
             yield Finding(

@@ -8,7 +8,7 @@ import sys
 from absl import flags
 
 from accounting.errors import InputError
-from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS
+from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS, dp_sgd
 from dpgemma.commands import command_flags
 
 DESCRIPTION = "Solve a privacy budget: leave out one of epsilon, noise_multiplier, steps, batch_size and num_units."
@@ -55,7 +55,7 @@ def run(fv: flags.FlagValues) -> int:
     if not 0 < fv.delta < 1:
         raise InputError(f"--delta must lie between 0 and 1, got {fv.delta:g}")
     if fv.plot:
-        from accounting import figures
+        from accounting.report import figures
 
         figures.check_format(pathlib.Path(fv.plot))
     return _compose(fv) if fv.compose else _plan(fv)
@@ -114,7 +114,7 @@ def _cap(fv: flags.FlagValues, given: dict) -> int | None:
     missing = [name for name in ("steps", "batch_size", "num_units") if given[name] is None]
     if missing:
         raise InputError(f"--batch_multiple plans a cap for a batch that is known: give --{missing[0]} too")
-    from accounting import truncation
+    from accounting.loss_distribution import truncation
 
     target = math.inf if given["epsilon"] is None else given["epsilon"]
     return truncation.plan_max_batch_size(
@@ -125,13 +125,12 @@ def _cap(fv: flags.FlagValues, given: dict) -> int | None:
 def solve(given: dict, delta: float, cap: int | None, relation: str, sampler: str = POISSON):
     """The mechanism with the omitted (None) quantity filled in."""
     from accounting import calibration, support
-    from accounting.mechanism import DpSgdMechanism
 
     if cap is not None and sampler == FIXED:
         raise InputError("a cap truncates Poisson batches: drop --max_batch_size under --sampler=fixed")
     target = given["epsilon"]
     units = given["num_units"] or 10 * given["batch_size"]
-    mechanism = DpSgdMechanism(
+    mechanism = dp_sgd(
         num_units=units,
         expected_batch_size=given["batch_size"] or 1,
         max_batch_size=cap,
@@ -141,7 +140,7 @@ def solve(given: dict, delta: float, cap: int | None, relation: str, sampler: st
         neighbouring_relation=relation,
         sampler=sampler,
     )
-    support.check(mechanism.scheme, relation)
+    support.check(mechanism.sampling, relation)
     if given["noise_multiplier"] is None:
         mechanism = calibration.noise_multiplier(mechanism, target, delta)
     elif given["steps"] is None:
@@ -203,14 +202,15 @@ def _bracket(accountant, delta: float) -> dict:
 
 def _print(fv: flags.FlagValues, result: dict, accountant, target: float | None, solved: str) -> None:
     """The result as a table or as JSON, with the tables and the plot that were asked for."""
-    from accounting import figures, report, tables
+    from accounting import run_files
+    from accounting.report import figures, tables
 
     meaning = tables.meaning(accountant, result["delta"]) if fv.tables or fv.plot else None
     if fv.plot:
         points = figures.epsilon_points(accountant, result["delta"]) if meaning.profile is not None else []
         figures.save(pathlib.Path(fv.plot), points, target, meaning.profile)
     if fv.json:
-        print(json.dumps(report.encode(result | (meaning.as_dict() if fv.tables else {}))))
+        print(json.dumps(run_files.encode(result | (meaning.as_dict() if fv.tables else {}))))
         return
     for name, value in result.items():
         if isinstance(value, list):
@@ -226,14 +226,14 @@ def _print(fv: flags.FlagValues, result: dict, accountant, target: float | None,
 
 
 def _shown(name: str, value) -> str:
-    from accounting import report
+    from accounting import rounding
 
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(key, part)}" for key, part in value.items())
     if name.startswith("epsilon") and not name.endswith("numeric"):
-        return report.upper(report.round_up(value), 10)
+        return rounding.upper(rounding.round_up(value), 10)
     if name == "delta":
         return repr(value)
     if name == "noise_multiplier":
-        return report.upper(value)  # somebody may train with what is printed
+        return rounding.upper(value)  # somebody may train with what is printed
     return f"{value:.6g}" if isinstance(value, float) else str(value)

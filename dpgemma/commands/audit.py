@@ -25,14 +25,14 @@ def define_flags(fv: flags.FlagValues) -> None:
 def run(fv: flags.FlagValues) -> int:
     if not fv.workdir:
         raise InputError("say which run to check: dpgemma audit WORKDIR")
-    from accounting import report
+    from accounting import run_files
     from accounting.audit.audit import audit
 
     workdir = pathlib.Path(fv.workdir)
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
     checkpoints = _checkpoints(workdir / "checkpoints")
     result = audit(workdir, checkpoints, exports)
-    print(json.dumps(report.encode(result.as_dict()), indent=1) if fv.json else result.text())
+    print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
 
 

@@ -36,7 +36,8 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError(f"{out} exists and is not an empty folder: choose another --out")
     from ml_dtypes import bfloat16
 
-    from dpgemma.training import exporting, trained
+    from dpgemma.inference import exporting
+    from dpgemma.inference import models as trained
 
     dtype = {_AS_STORED: None, "float32": "float32", "bfloat16": bfloat16}[fv.dtype]
     if not fv.workdir:

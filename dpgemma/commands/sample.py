@@ -42,9 +42,10 @@ def run(fv: flags.FlagValues) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from dpgemma.gemma import chat, generation
-    from dpgemma.gemma import tokenizer as tokenizer_lib
-    from dpgemma.training import trained
+    from dpgemma.data.text import chat
+    from dpgemma.data.text import tokenizer as tokenizer_lib
+    from dpgemma.gemma import generation
+    from dpgemma.inference import models as trained
 
     try:
         sampling = generation.Sampling(fv.temperature, fv.top_k, fv.top_p, fv.seed)
@@ -63,8 +64,7 @@ def run(fv: flags.FlagValues) -> int:
     if longest + fv.max_new_tokens > model.config.max_length:
         raise InputError(
             f"{longest} prompt tokens and --max_new_tokens={fv.max_new_tokens} exceed the model's context of"
-            f" {model.config.max_length}:"
-            " shorten one of them"
+            f" {model.config.max_length}: shorten one of them"
         )
     answers = generation.generate(
         model.config, model.parameters, prompts, fv.max_new_tokens, sampling, stop=model.stop, dtype=jnp.dtype(fv.dtype)

@@ -5,7 +5,7 @@ import dataclasses
 from absl import flags
 
 from dpgemma.commands import command_flags
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.settings import TrainConfig
 
 DESCRIPTION = "Train a Gemma under a privacy budget. Run the same command again to resume."
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from accounting.errors import InputError
 from dpgemma.data import holdout
-from dpgemma.data.rows import Rows
+from dpgemma.data.text.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,5 +49,5 @@ def split(rows: Rows, secret: bytes, fraction: float) -> Dataset:
     """
     is_held_out = holdout.held_out(secret, len(rows), fraction)
     if is_held_out.all():
-        raise InputError(f"all {len(rows)} rows are held out: lower --holdout_fraction or use more data")
+        raise InputError(f"all {len(rows)} rows are held out: lower `holdout_fraction` or use more data")
     return Dataset(rows, np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out))

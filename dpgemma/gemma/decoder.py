@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpgemma.gemma.attention import ATTENTION, Attention
+from dpgemma.gemma.blocks.attention import ATTENTION, Attention
+from dpgemma.gemma.blocks.layers import Embedder, FeedForward, RMSNorm, rotary_angles, soft_cap
+from dpgemma.gemma.blocks.recurrent import Recurrent
 from dpgemma.gemma.config import RECURRENT, SLIDING, GemmaConfig
-from dpgemma.gemma.layers import Embedder, FeedForward, RMSNorm, rotary_angles, soft_cap
-from dpgemma.gemma.recurrent import Recurrent
 from dpgemma.privacy.operations import PRECISION
 
 REMAT_POLICIES = ("none", "block", "dots")

@@ -14,9 +14,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from accounting.errors import InputError
-from dpgemma.gemma import decoder, weights
+from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig, Lora
-from dpgemma.gemma.weights import LINEAR, Weight
+from dpgemma.gemma.files import weights
+from dpgemma.gemma.files.weights import LINEAR, Weight
 
 # Linear layers that may get an adapter, by their names in Hugging Face files.
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,7 +34,7 @@ _TEXT_TOWER = "language_model."
 
 
 def adapters(config: GemmaConfig, rank: int, alpha: float, targets: str) -> Lora:
-    """The adapters that --lora_rank, --lora_alpha and --lora_targets ask for.
+    """The adapters that `lora_rank`, `lora_alpha` and `lora_targets` ask for.
 
     Args:
       targets: names separated by commas, or "all" for every linear layer of the blocks.
@@ -46,10 +47,10 @@ def adapters(config: GemmaConfig, rank: int, alpha: float, targets: str) -> Lora
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise InputError(
-            f"--lora_targets={targets} names no linear layer of this model: use {ALL}, or some of {','.join(known)}"
+            f"`lora_targets`={targets} names no linear layer of this model: use {ALL}, or some of {','.join(known)}"
         )
     if rank < 1 or not 0 < alpha < float("inf"):
-        raise InputError(f"--lora_rank must be at least 1 and --lora_alpha positive, got {rank} and {alpha:g}")
+        raise InputError(f"`lora_rank` must be at least 1 and `lora_alpha` positive, got {rank} and {alpha:g}")
     return Lora(rank, alpha, names)
 
 

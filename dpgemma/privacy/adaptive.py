@@ -45,8 +45,7 @@ class AdaptiveClipping:
         if self.noise_multiplier * COUNT_SENSITIVITY >= self.count_noise > 0:
             raise ValueError(
                 f"a noise multiplier of {self.noise_multiplier:g} leaves nothing for the gradients at batch"
-                f" {self.expected_batch_size:g}:"
-                f" the count's noise of {self.count_noise:g} units must exceed half of it"
+                f" {self.expected_batch_size:g}: the count's noise of {self.count_noise:g} units must exceed half of it"
             )
 
     @property

@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpgemma.privacy import ghost, measured, norms
+from dpgemma.privacy import book_keeping as ghost
+from dpgemma.privacy import example_gradient as measured
+from dpgemma.privacy import norms
 
 # How gradients are computed: one example at a time; from the operands of one kept backward pass; the same, every
 # operation of every layer bounded by itself; all at once, as the definition says.

@@ -86,8 +86,8 @@ class Tracked:
     def __jax_array__(self):
         raise UntrackedUse(
             f"parameter {self.name} is used outside of the operations that have a norm rule"
-            " (dpgemma.privacy.operations): ghost norms"
-            " would miss a part of its gradient; use one of them, or --clipping=example_scan"
+            " (dpgemma.privacy.operations): ghost norms would miss a part of its gradient; use one of them, or"
+            " `clipping`=example_scan"
         )
 
 

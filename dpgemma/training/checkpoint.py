@@ -8,14 +8,10 @@ sampled from, nor exported under its report. Tested by
 tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones.
 """
 
-import asyncio
-import functools
 import hashlib
 import itertools
 import math
 import pathlib
-import sys
-import threading
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from accounting.errors import InputError
-from accounting.ledger import Ledger
+from accounting.ledger.chain import Ledger
 from dpgemma.training import optimizer
 from dpgemma.training.step import TrainState
 
@@ -60,10 +56,6 @@ class Checkpoints:
         count = optimizer.update_count(state.optimizer_state)
         meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
         state_dict = state.as_dict()
-        # The storage layers raise a failed write once here and print it again from their own threads, some as the
-        # program ends.
-        hooks = sys.excepthook, sys.unraisablehook
-        sys.excepthook = sys.unraisablehook = lambda *_: None
         try:
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta))
@@ -72,10 +64,8 @@ class Checkpoints:
         except Exception as error:  # a full disk comes back as one of many types
             raise InputError(
                 f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the"
-                " same command again;"
-                " the checkpoints before it are kept"
+                " same command again; the checkpoints before it are kept"
             ) from None
-        sys.excepthook, sys.unraisablehook = hooks
 
     def restore(self, like: TrainState, ledger: Ledger, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
         """The latest checkpoint that can be read, as (step, state); None if there is none.
@@ -88,7 +78,6 @@ class Checkpoints:
         Raises:
           InputError: a checkpoint that this ledger does not know.
         """
-        _quieten_reading()
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like.as_dict())
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -158,7 +147,6 @@ def summaries(directory: pathlib.Path) -> list[dict]:
 
     Every array is read, a few at a time, so that a damaged one is found in little memory.
     """
-    _quieten_reading()
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
@@ -219,7 +207,6 @@ def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
     absent = InputError(f"{directory.parent} has no checkpoint yet: train it first")
     if not directory.is_dir():
         raise absent
-    _quieten_reading()
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
@@ -237,24 +224,6 @@ def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
                 f"checkpoint {step} in {directory} cannot be read ({_reason(error)}): resume training, which falls back"
             ) from None
     return step, restored.state["parameters"], restored.meta
-
-
-@functools.cache
-def _quieten_reading() -> None:
-    """From now on, what cannot be read is said once, by the exception that is raised.
-
-    The storage layers read many arrays side by side. Where one fails, the others have nobody left to answer to, which
-    Python prints as exceptions that cannot be raised: of coroutines dropped unfinished, and in threads that no Python
-    program began.
-    """
-    print_unraisable = sys.unraisablehook
-
-    def without_reading(unraisable):
-        dropped = asyncio.iscoroutine(unraisable.object) and "orbax" in unraisable.object.cr_code.co_filename
-        if not dropped and not isinstance(threading.current_thread(), threading._DummyThread):
-            print_unraisable(unraisable)
-
-    sys.unraisablehook = without_reading
 
 
 def _reason(error: Exception) -> str:

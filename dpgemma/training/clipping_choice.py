@@ -18,11 +18,11 @@ import numpy as np
 from dpgemma import user_cache
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.config import GemmaConfig
+from dpgemma.objectives import causal as loss_lib
 from dpgemma.privacy import clipping
-from dpgemma.training import loss as loss_lib
-from dpgemma.training import mesh as mesh_lib
+from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.training import progress
-from dpgemma.training.config import AUTO, TrainConfig
+from dpgemma.training.settings import AUTO, TrainConfig
 from dpgemma.training.step import sharded_clipped_sum
 
 # The ways that compute the same sum, with units at a time; the smaller of two that are equally fast comes first.
@@ -91,7 +91,7 @@ def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> tuple[TrainCon
     if jax.default_backend() == "cpu" and operations < WORTH_A_TRIAL:
         return _chosen(config, *ways[0], "the run is too short for a trial to pay")
     if len(ways) == 1:
-        return _chosen(config, *ways[0], "the only way with this --microbatch_size")
+        return _chosen(config, *ways[0], "the only way with this `microbatch_size`")
     key = _key(config, model)
     cached = _read_cache().get(key, {})
     if tuple(cached.get("way", ())) in ways:
@@ -108,7 +108,7 @@ def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> tuple[TrainCon
 
 def _chosen(config: TrainConfig, strategy: str, size: int, why: str) -> tuple[TrainConfig, str]:
     chosen = dataclasses.replace(config, clipping=strategy, microbatch_size=size)
-    return chosen, f"--clipping={strategy} --microbatch_size={size} ({why})"
+    return chosen, f"`clipping`={strategy} `microbatch_size`={size} ({why})"
 
 
 def measure(config: TrainConfig, model: GemmaConfig, bos: int, ways) -> list[Trial]:

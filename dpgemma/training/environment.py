@@ -9,15 +9,7 @@ import platform
 
 from accounting.errors import InputError
 
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _OPTIONS = ("jax_threefry_partitionable", "jax_enable_x64", "jax_disable_most_optimizations")
-
-
-def make_deterministic() -> None:
-    """Sums on GPUs in a fixed order. Before jax is first used; flags that somebody has set already stay as they are."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
 
 
 def description() -> str:
@@ -69,6 +61,6 @@ def check_repeats(records: list[dict], step: int, here: str) -> None:
         if record["kind"] == "step" and record["step"] >= step and there != here:
             raise InputError(
                 f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: its"
-                " noise would be"
-                " the same and its rounding not; go on where it was executed, or start another run in a new --workdir"
+                " noise would be the same and its rounding not; go on where it was executed, or start another run in a"
+                " new `workdir`"
             )

@@ -2,7 +2,7 @@
 
 import optax
 
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.settings import TrainConfig
 
 FINAL_SHARE = 0.1
 

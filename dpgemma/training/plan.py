@@ -3,20 +3,21 @@
 import dataclasses
 import math
 
-from accounting import calibration, report, truncation
+from accounting import calibration, run_files
 from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, DpSgdMechanism
+from accounting.loss_distribution import truncation
+from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, Mechanism, dp_sgd
 from dpgemma.gemma import decoder, lora
 from dpgemma.privacy.adaptive import AdaptiveClipping
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM
-from dpgemma.training.config import SEALS, TrainConfig
+from dpgemma.training.settings import SEALS, TrainConfig
 from dpgemma.training.start import StartingPoint
 
 
-def mechanism_of(config: TrainConfig) -> DpSgdMechanism:
+def mechanism_of(config: TrainConfig) -> Mechanism:
     """The mechanism of a resolved configuration: the one object that trainer and accountant share."""
-    return DpSgdMechanism(
+    return dp_sgd(
         num_units=config.num_units,
         expected_batch_size=config.batch_size,
         max_batch_size=config.max_batch_size,
@@ -38,7 +39,7 @@ def adaptive_clipping(config: TrainConfig) -> AdaptiveClipping | None:
     try:
         return AdaptiveClipping(config.clip_quantile, config.noise_multiplier, config.batch_size)
     except ValueError as error:
-        raise InputError(f"--clip_quantile cannot be followed: {error}; raise --batch_size, or drop it") from None
+        raise InputError(f"`clip_quantile` cannot be followed: {error}; raise `batch_size`, or drop it") from None
 
 
 def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_given: bool) -> TrainConfig:
@@ -66,13 +67,12 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
         )
     elif cap < config.batch_size:
         raise InputError(
-            f"--max_batch_size={cap} is below the expected batch of {config.batch_size}: raise it or omit it"
+            f"`max_batch_size`={cap} is below the expected batch of {config.batch_size}: raise it or omit it"
         )
     elif cap % multiple:
         raise InputError(
-            f"--max_batch_size={cap} must be a multiple of {multiple} ({devices} devices, {config.microbatch_size}"
-            " units at a time):"
-            f" use {-(-cap // multiple) * multiple}"
+            f"`max_batch_size`={cap} must be a multiple of {multiple} ({devices} devices, {config.microbatch_size}"
+            f" units at a time): use {-(-cap // multiple) * multiple}"
         )
     resolved = dataclasses.replace(
         config, num_units=num_units, max_batch_size=cap, noise_multiplier=config.noise_multiplier or 0.0
@@ -88,8 +88,8 @@ def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_gi
     affordable = calibration.steps(mechanism, config.epsilon, config.delta, largest=config.steps).steps
     if affordable == 0:
         raise InputError(
-            f"--noise_multiplier={config.noise_multiplier:g} passes epsilon {config.epsilon:g} in the first step:"
-            " raise either"
+            f"`noise_multiplier`={config.noise_multiplier:g} passes epsilon {config.epsilon:g} in the first step: raise"
+            " either"
         )
     return dataclasses.replace(resolved, steps=affordable)
 
@@ -103,11 +103,11 @@ def check(config: TrainConfig, counted_units: int) -> int:
     num_units = _units(config, counted_units)
     if config.batch_size > num_units:
         raise InputError(
-            f"--batch_size={config.batch_size} exceeds the {num_units} training units: lower it or use more data"
+            f"`batch_size`={config.batch_size} exceeds the {num_units} training units: lower it or use more data"
         )
     if config.clip_norm < SMALLEST_CLIP_NORM:
         raise InputError(
-            f"--clip_norm={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}"
+            f"`clip_norm`={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}"
         )
     return num_units
 
@@ -116,18 +116,18 @@ def _units(config: TrainConfig, counted: int) -> int:
     if config.neighbouring_relation == ADD_OR_REMOVE:
         if config.num_units is None:
             raise InputError(
-                "under --neighbouring_relation=add_or_remove the number of units is private: declare it with"
-                " --num_units"
+                "under `neighbouring_relation`=add_or_remove the number of units is private: declare it with"
+                " `num_units`"
             )
         if counted > config.num_units:
             raise InputError(
-                f"the data hold more training units than the declared --num_units={config.num_units}: raise the"
+                f"the data hold more training units than the declared `num_units`={config.num_units}: raise the"
                 " declaration"
             )
         return config.num_units
     if config.num_units not in (None, counted):
         raise InputError(
-            f"--num_units={config.num_units} differs from the {counted} training units counted: omit it under zero_out"
+            f"`num_units`={config.num_units} differs from the {counted} training units counted: omit it under zero_out"
         )
     return counted
 
@@ -155,7 +155,7 @@ def start_event(config: TrainConfig, start: StartingPoint, held_out: int, *, sec
     )
     # Under add_or_remove a count of units would be a count of the private data.
     facts.update(held_out_units=held_out if config.neighbouring_relation == ZERO_OUT else None)
-    return report.encode(facts)
+    return run_files.encode(facts)
 
 
 def summary(config: TrainConfig, start: StartingPoint, path) -> str:

@@ -4,11 +4,15 @@ import dataclasses
 import math
 import pathlib
 
-from dpgemma.data import dataset, units
-from dpgemma.gemma import tokenizer as tokenizer_lib
-from dpgemma.training import clipping_choice, environment, loop, mesh, plan, progress, run_directory
+from dpgemma.data import dataset
+from dpgemma.data.text import tokenizer as tokenizer_lib
+from dpgemma.data.text import units
+from dpgemma.sharding import mesh
+from dpgemma.training import clipping_choice, environment, plan, progress
+from dpgemma.training import run as run_directory
 from dpgemma.training import start as start_lib
-from dpgemma.training.config import TrainConfig
+from dpgemma.training import trainer as loop
+from dpgemma.training.settings import TrainConfig
 
 
 def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: bool = False, keys=None) -> loop.Trainer:
@@ -49,7 +53,7 @@ def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: b
     config = dataclasses.replace(config, privacy_unit=unit)
     if not rows.scored.any(axis=1).all():
         progress.warn(
-            "some records have nothing to learn within --sequence_length: their prompts fill it; raise it or shorten"
+            "some records have nothing to learn within `sequence_length`: their prompts fill it; raise it or shorten"
             " them"
         )
     data = dataset.split(rows, keys.holdout, config.holdout_fraction)

@@ -1,10 +1,12 @@
 """Writes the report of a run: a function of its ledger, known to the ledger by its hash."""
 
-from accounting import executed as executed_lib
-from accounting import figures, page, report, tables
+from accounting import run_files
 from accounting.accountant import Accountant
-from accounting.ledger import Ledger
-from dpgemma.training.run_directory import RunDirectory
+from accounting.ledger import executed as executed_lib
+from accounting.ledger.chain import Ledger
+from accounting.report import figures, page, tables
+from accounting.report.content import build
+from dpgemma.training.run import RunDirectory
 
 
 def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = None, *, with_page: bool) -> dict:
@@ -22,16 +24,16 @@ def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = Non
     mechanisms = executed.mechanisms or (executed.planned,)
     if accountant is None or accountant.mechanisms != mechanisms:
         accountant = executed.accountant()
-    content = report.build(executed, accountant.epsilon(executed.delta, executed.steps), ledger.head)
+    content = build(executed, accountant.epsilon(executed.delta, executed.steps), ledger.head)
     if _is_current(run, ledger, with_page):
         return content
-    files = {run.report_file: report.dumps(content)}
+    files = {run.report_file: run_files.dumps(content)}
     if with_page:
         files[run.page_file] = _page(executed, content)
-    ledger.append("report", files={path.name: report.digest(text.encode()) for path, text in files.items()})
+    ledger.append("report", files={path.name: run_files.digest(text.encode()) for path, text in files.items()})
     ledger.sync()
     for path, text in files.items():
-        report.write(path, text)
+        run_files.write(path, text)
     return content
 
 
@@ -47,4 +49,4 @@ def _is_current(run: RunDirectory, ledger: Ledger, with_page: bool) -> bool:
     wanted = [run.report_file, run.page_file] if with_page else [run.report_file]
     if last["kind"] != "report" or not {path.name for path in wanted} <= set(last["files"]):
         return False
-    return all(path.is_file() and report.digest(path.read_bytes()) == last["files"][path.name] for path in wanted)
+    return all(path.is_file() and run_files.digest(path.read_bytes()) == last["files"][path.name] for path in wanted)

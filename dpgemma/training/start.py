@@ -7,13 +7,15 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from accounting import report
+from accounting import run_files
 from accounting.errors import InputError
-from dpgemma.gemma import decoder, hf_config, lora, tensor_files, weights
+from dpgemma.data.text.tokenizer import BYTE
+from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.config import GemmaConfig
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import tensor_files, weights
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.gemma.tokenizer import BYTE
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.settings import TrainConfig
 
 DEFAULT_MODEL = "tiny"
 
@@ -51,7 +53,7 @@ class StartingPoint:
 
 
 def of(config: TrainConfig) -> StartingPoint:
-    """The starting point that --model, or --init_from and the adapters' flags, name.
+    """The starting point that `model`, or `init_from` and the adapters' flags, name.
 
     Raises:
       InputError: unknown preset, a directory that is none, or a row longer than the model's context.
@@ -60,12 +62,12 @@ def of(config: TrainConfig) -> StartingPoint:
         name = config.model or DEFAULT_MODEL
         if name not in PRESETS:
             raise InputError(
-                f"--model={name} is no preset: choose one of {', '.join(PRESETS)}, or give --init_from=FOLDER"
+                f"`model`={name} is no preset: choose one of {', '.join(PRESETS)}, or give `init_from`=FOLDER"
             )
         point = StartingPoint(name, PRESETS[name])
     else:
         if config.model is not None:
-            raise InputError("--init_from brings its own architecture: drop --model")
+            raise InputError("`init_from` brings its own architecture: drop `model`")
         directory = pathlib.Path(config.init_from)
         model = hf_config.read(directory)
         hf_config.to_hf_config(model, {})  # what could not be exported is refused before it is trained
@@ -75,21 +77,21 @@ def of(config: TrainConfig) -> StartingPoint:
         point = StartingPoint(model.model_type, model, directory, directory_digest(directory))
     if config.sequence_length > point.model.max_length:
         raise InputError(
-            f"--sequence_length={config.sequence_length} exceeds the {point.model.max_length} tokens of {point.name}'s"
+            f"`sequence_length`={config.sequence_length} exceeds the {point.model.max_length} tokens of {point.name}'s"
             " context: lower it"
         )
     if point.model.attention_cap is not None and config.attention == "fused":
-        raise InputError(f"--attention=fused cannot cap scores as {point.name} does: use blockwise or dense")
+        raise InputError(f"`attention`=fused cannot cap scores as {point.name} does: use blockwise or dense")
     return point
 
 
 def tokenizer_of(config: TrainConfig) -> str:
-    """What --tokenizer means where it is omitted."""
+    """What `tokenizer` means where it is omitted."""
     return config.tokenizer or config.init_from or BYTE
 
 
 def directory_digest(directory: pathlib.Path) -> str:
     """SHA-256 over the SHA-256 of a directory's configuration and weights, by file name."""
     files = [directory / "config.json", *tensor_files.weight_files(directory)]
-    lines = [f"{path.name} {report.file_digest(path)}\n" for path in files]
+    lines = [f"{path.name} {run_files.file_digest(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from accounting.mechanism import DpSgdMechanism
+from accounting.mechanism import Mechanism
 from dpgemma.privacy import clipping, noise
 from dpgemma.privacy.adaptive import AdaptiveClipping
-from dpgemma.training.mesh import DATA_AXIS
+from dpgemma.sharding.mesh import DATA_AXIS
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +100,7 @@ class TrainStep:
 def make_train_step(
     loss,
     optimizer: optax.GradientTransformation,
-    mechanism: DpSgdMechanism,
+    mechanism: Mechanism,
     mesh,
     adaptive: AdaptiveClipping | None = None,
     **clipping_options,

@@ -33,9 +33,10 @@ from jax.sharding import PartitionSpec
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.training import clipping_choice, loss
-from dpgemma.training import mesh as mesh_lib
-from dpgemma.training.config import TrainConfig
+from dpgemma.objectives import causal as loss
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.training import clipping_choice
+from dpgemma.training.settings import TrainConfig
 from dpgemma.training.step import sharded_clipped_sum
 
 BENCHMARK = "30m"

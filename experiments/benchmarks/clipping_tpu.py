@@ -28,8 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
+from dpgemma.objectives import causal as loss
 from dpgemma.privacy import clipping, tracking
-from dpgemma.training import loss
 from experiments.benchmarks import tpu_cycles
 
 SEQUENCES = 64

@@ -16,8 +16,9 @@ import time
 
 def measure(steps: int, batch_size: int) -> dict:
     from accounting.curve import EpsilonCurve
-    from dpgemma.training import config as config_lib
-    from dpgemma.training import loop, prepare
+    from dpgemma.training import prepare
+    from dpgemma.training import settings as config_lib
+    from dpgemma.training import trainer as loop
 
     spent, first_and_last = [], []
     at = EpsilonCurve.at

@@ -23,11 +23,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from accounting.mechanism import DpSgdMechanism
+from accounting.mechanism import dp_sgd
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.training import loss, mesh, optimizer
-from dpgemma.training.config import TrainConfig
+from dpgemma.objectives import causal as loss
+from dpgemma.sharding import mesh
+from dpgemma.training import optimizer
+from dpgemma.training.settings import TrainConfig
 from dpgemma.training.step import TrainState, make_train_step
 from experiments.benchmarks.clipping_tpu import check_for_libtpu
 
@@ -54,7 +56,7 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
     moments = jax.tree.map(lambda leaf: place(leaf, leaf.dtype), jax.eval_shape(update.init, trainable))
     row = jax.ShapeDtypeStruct((rows, length), bool)
     batch = {"tokens": place(row, jnp.int32), "scored": place(row, jnp.bool_)}
-    mechanism = DpSgdMechanism(10**6, rows, rows, 1.0, 1.0, 100, "zero_out")
+    mechanism = dp_sgd(10**6, rows, rows, 1.0, 1.0, 100, "zero_out")
     row_loss = loss.row_loss(config, bos=2, dtype=jnp.bfloat16, remat="block")
     step = make_train_step(row_loss, update, mechanism, one, strategy="example_scan", microbatch_size=at_once)
     keys = place(jax.ShapeDtypeStruct((4, 2), bool), jnp.uint32)

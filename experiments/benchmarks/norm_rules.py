@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpgemma.privacy import ghost_norms
+from dpgemma.privacy import norm_rules as ghost_norms
 
 SHAPES = [(64, 448, 448), (256, 448, 448), (64, 448, 1792), (256, 448, 1792), (256, 1792, 448), (1024, 448, 1792)]
 BATCH = 4

@@ -12,15 +12,16 @@ import math
 
 import numpy as np
 
-from accounting import calibration, saddlepoint
-from accounting.mechanism import DpSgdMechanism
+from accounting import calibration
+from accounting.loss_distribution import saddlepoint
+from accounting.mechanism import dp_sgd
 from experiments.laws import forms
 from experiments.planning.published import DELTA, SEQUENCE_LENGTH, TABLE_2, VAULTGEMMA, Row, compute
 
 
 def noise_of(row: Row) -> dict:
     """Noise multipliers of one row, both by certified bounds."""
-    mechanism = DpSgdMechanism(int(row.num_units), row.batch_size, None, 1.0, 1.0, int(row.steps))
+    mechanism = dp_sgd(int(row.num_units), row.batch_size, None, 1.0, 1.0, int(row.steps))
     sampled = calibration.noise_multiplier(mechanism, row.epsilon, DELTA).noise_multiplier
     releases = math.ceil(row.steps * row.batch_size / row.num_units)
     laid_out = float(saddlepoint.gaussian_noise_multiplier(row.epsilon, DELTA, releases))

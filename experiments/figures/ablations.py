@@ -145,9 +145,7 @@ def plot(rows: Sequence[Ablation], centre: tuple[float, float, float]) -> Plot:
         "fig6",
         "What a wrong choice costs",
         "The lowest predicted loss with the number of steps, the model size or the batch fixed and all else at its"
-        " best, around"
-        f" epsilon {e:g}, {drawing.number(n)} units and {drawing.power(c)} FLOP; dots are the best of each line, and"
-        " what is far"
-        " worse is cut off.",
+        f" best, around epsilon {e:g}, {drawing.number(n)} units and {drawing.power(c)} FLOP; dots are the best of each"
+        " line, and what is far worse is cut off.",
         tuple(drawn),
     )

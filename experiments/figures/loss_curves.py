@@ -108,8 +108,7 @@ def plot_losses(panels: Sequence[list[Frontier]]) -> Plot:
         "fig3ab",
         "What more compute brings",
         "The lowest predicted loss of each compute or less, for several numbers of units; the dot is the least compute"
-        " within 1 % of the"
-        " lowest loss of all, with the size of its model.",
+        " within 1 % of the lowest loss of all, with the size of its model.",
         (Row(tuple(panel(found) for found in panels), (*keys, Key("enough compute", drawing.QUIET, "dot"))),),
     )
 
@@ -148,7 +147,6 @@ def plot_tokens(found: list[TokensPerParameter], num_units: float, clean: tuple[
         "fig3c",
         "Tokens per parameter",
         f"Tokens seen per parameter by the best configuration for each compute with {drawing.number(num_units)} units;"
-        " rings are at the"
-        " smallest or the largest model of the law, where the true optimum may lie beyond.",
+        " rings are at the smallest or the largest model of the law, where the true optimum may lie beyond.",
         (Row((draw,), tuple(keys)),),
     )

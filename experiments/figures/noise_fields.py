@@ -70,9 +70,8 @@ def plot(fields: Sequence[Field]) -> Plot:
         "fig4",
         "Which budget lowers the noise most",
         "Each arrow shows how much of the noise-batch ratio doubling the budget of either axis takes away, at"
-        f" {STEPS:,} steps and delta"
-        f" {DELTA:g} (accounting alone, no law): it points towards the budget that helps more, and the grey lines are"
-        " the ratio.",
+        f" {STEPS:,} steps and delta {DELTA:g} (accounting alone, no law): it points towards the budget that helps"
+        " more, and the grey lines are the ratio.",
         (Row(tuple(_panel(found) for found in fields)),),
     )
 

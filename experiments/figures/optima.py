@@ -36,8 +36,7 @@ def plot(found: list[Frontier]) -> Plot:
         "fig1",
         "The best configuration for a compute",
         "The model size, batch and number of steps of the lowest predicted loss for each compute with"
-        f" {drawing.number(found[0].num_units)}"
-        " units, the range of all that come within 1 % of it, and as a dot the compute from which on more brings less"
-        " than 1 %.",
+        f" {drawing.number(found[0].num_units)} units, the range of all that come within 1 % of it, and as a dot the"
+        " compute from which on more brings less than 1 %.",
         (Row(tuple(panel(name) for name in _LABELS), tuple(keys)),),
     )

@@ -51,8 +51,7 @@ svg { width: 100%; height: auto; max-width: 30rem; display: block; }
 """
 _TABLE = (
     "The least compute whose predicted loss is within 1 % of the lowest over all compute; a row that ends at the edge"
-    " of what was trained"
-    " is a bound and no optimum."
+    " of what was trained is a bound and no optimum."
 )
 
 
@@ -137,9 +136,8 @@ def render(fitted: FittedLaw, budget: Budget, plots: Sequence[Plot], rows: Seque
         f"<p>The law was fitted to {_html(domain_text(fitted.law.domain))}. Curves end where these do: nothing is"
         " extrapolated.</p>",
         f"<p>Privacy budgets are at δ = {budget.delta:g}; compute is 6 × parameters × batch × {fitted.sequence_length}"
-        " tokens × steps."
-        f" Where the figures have a centre, it is ε = {budget.epsilon:g}, {budget.num_units:,.0f} units and"
-        f" {_html(drawing.power(budget.compute))} FLOP.</p>",
+        f" tokens × steps. Where the figures have a centre, it is ε = {budget.epsilon:g}, {budget.num_units:,.0f} units"
+        f" and {_html(drawing.power(budget.compute))} FLOP.</p>",
         "<h2>How far the law can be trusted</h2>",
         _errors(fitted),
         *(_figure(plot) for plot in plots),
@@ -185,8 +183,7 @@ def _errors(fitted: FittedLaw) -> str:
     ]
     return (
         "<p>Relative errors of its predictions of runs that were left out of the fit, by what leaving them out asks"
-        " for: a model size or"
-        " noise level between others, a larger model, a longer run, more noise.</p>"
+        " for: a model size or noise level between others, a larger model, a longer run, more noise.</p>"
         + _rows(("what was left out", "median error", "nine of ten within", "points"), lines, text_columns=(0,))
     )
 

@@ -85,13 +85,12 @@ def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -
 def text(found: list[Trial]) -> str:
     """The trials as a table for a terminal."""
     lines = [
-        f"{'held out':<14} {'steps':>6} {'noise':>9} {'predicted':>10} {'interval':>17} {'measured':>9} {'error':>7} "
-        " beyond"
+        f"{'held out':<14} {'steps':>6} {'noise':>9} {'predicted':>10} {'interval':>17} {'measured':>9} {'error':>7}"
+        "  beyond"
     ]
     lines += [
         f"{t.model:<14} {t.steps:>6.0f} {t.ratio:>9.3g} {t.predicted:>10.4f} {f'{t.low:.4f} {t.high:.4f}':>17}"
-        f" {t.measured:>9.4f}"
-        f" {100 * t.error:>6.2f}%  {', '.join(t.beyond)}"
+        f" {t.measured:>9.4f} {100 * t.error:>6.2f}%  {', '.join(t.beyond)}"
         for t in found
     ]
     return "\n".join(lines)

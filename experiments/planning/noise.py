@@ -18,10 +18,11 @@ import pathlib
 import numpy as np
 from scipy import optimize
 
-from accounting import calibration, saddlepoint
+from accounting import calibration
 from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.mechanism import DpSgdMechanism
+from accounting.loss_distribution import saddlepoint
+from accounting.mechanism import dp_sgd
 from dpgemma import user_cache
 
 # Distance of lattice nodes, in ln T and in ln q.
@@ -98,7 +99,7 @@ class NoiseSurface:
         units, interval = probability * _LARGE, _COARSEST
 
         def excess(log_sigma: float) -> float:
-            mechanism = DpSgdMechanism(_LARGE, units, None, math.exp(log_sigma), 1.0, max(1, round(steps)))
+            mechanism = dp_sgd(_LARGE, units, None, math.exp(log_sigma), 1.0, max(1, round(steps)))
             epsilon = Accountant(mechanism).upper(self.delta, interval=interval)
             return math.log(max(epsilon, 1e-9) / self.epsilon) if math.isfinite(epsilon) else 50.0
 
@@ -138,7 +139,7 @@ def certified(num_units: int, batch_size: float, steps: int, epsilon: float, del
     """The smallest noise multiplier whose upper epsilon, by the accountant, is within the budget; plain Poisson
     sampling.
     """
-    mechanism = DpSgdMechanism(num_units, batch_size, None, 1.0, 1.0, steps, relation)
+    mechanism = dp_sgd(num_units, batch_size, None, 1.0, 1.0, steps, relation)
     found = calibration.noise_multiplier(mechanism, epsilon, delta)
     return Certified(found.noise_multiplier, Accountant(found).upper(delta))
 

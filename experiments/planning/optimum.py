@@ -109,9 +109,9 @@ def search(
         )
         raise InputError(
             f"with {budget.compute:.3g} operations and {budget.num_units:.3g} units no run has between"
-            f" {domain.steps[0]:.4g} and"
-            f" {domain.steps[1]:.4g} steps, which is what the law was fitted to: compute must lie between"
-            f" {ends[0] * domain.parameters[0]:.2g} and {ends[1] * domain.parameters[1]:.2g}, or allow extrapolation"
+            f" {domain.steps[0]:.4g} and {domain.steps[1]:.4g} steps, which is what the law was fitted to: compute must"
+            f" lie between {ends[0] * domain.parameters[0]:.2g} and {ends[1] * domain.parameters[1]:.2g}, or allow"
+            " extrapolation"
         )
     sigma = np.asarray(noise(t, b / budget.num_units), float)
     ratio = sigma / b
@@ -123,9 +123,8 @@ def search(
     good = np.isfinite(loss) & (inside | extrapolate)
     if not good.any():
         raise InputError(
-            f"every configuration of this budget has a noise-batch ratio above {domain.ratio[1]:.3g}, the most that"
-            " the law was fitted to:"
-            " raise epsilon, the number of units or the compute, or allow extrapolation"
+            f"every configuration of this budget has a noise-batch ratio above {domain.ratio[1]:.3g}, the most that the"
+            " law was fitted to: raise epsilon, the number of units or the compute, or allow extrapolation"
         )
     order = np.flatnonzero(good)[np.argsort(loss[good], kind="stable")]
     return Candidates(m[order], t[order], b[order], sigma[order], loss[order], inside[order])

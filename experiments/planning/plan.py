@@ -74,12 +74,11 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None) -> d
     if ratio < law.domain.ratio[0]:
         notes.append(
             f"the noise-batch ratio {ratio:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at"
-            " which the loss is"
-            " predicted: a bound from above"
+            " which the loss is predicted: a bound from above"
         )
     ends = {"model size": (place[0], law.domain.parameters[1]), "number of steps": (place[1], law.domain.steps[1])}
     notes += [
-        f"the {name} is at the end of what was measured, {end:.4g}: beyond it there may be better ones (--extrapolate)"
+        f"the {name} is at the end of what was measured, {end:.4g}: beyond it there may be better ones (`extrapolate`)"
         for name, (value, end) in ends.items()
         if _AT_END * end <= value <= end
     ]
@@ -170,7 +169,7 @@ def _same(noise: NoiseSurface, budget: Budget) -> NoiseSurface:
 def _certify(budget: Budget, batch_size: int, steps: int, relation: str, cache: pathlib.Path | None) -> Certified:
     """The winner's noise by the accountant, kept for the next time that it is asked for."""
     if batch_size > budget.num_units:
-        raise InputError("the batch is larger than the number of units: raise --num_units or lower --compute")
+        raise InputError("the batch is larger than the number of units: raise `num_units` or lower `compute`")
     key = json.dumps([1, int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation])
     path = None if cache is None else cache / f"certified_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     stored = user_cache.read(path) if path else {}
@@ -216,7 +215,6 @@ def text(result: dict) -> str:
     lines += [
         "",
         f"without privacy the same compute would go to {clean['parameters']:.3g} parameters and {clean['tokens']:.3g}"
-        " tokens: loss"
-        f" {clean['predicted_loss']:.4f}{' (extrapolated)' if clean['extrapolated'] else ''}",
+        f" tokens: loss {clean['predicted_loss']:.4f}{' (extrapolated)' if clean['extrapolated'] else ''}",
     ]
     return "\n".join(lines)

@@ -12,8 +12,8 @@ def check(grid: Grid) -> None:
     Raises:
       InputError: the first such setting.
     """
-    from dpgemma.data import sources
-    from dpgemma.gemma import tokenizer as tokenizer_lib
+    from dpgemma.data import readers as sources
+    from dpgemma.data.text import tokenizer as tokenizer_lib
     from dpgemma.training import start as start_lib
 
     for run in grid.runs:
@@ -25,7 +25,7 @@ def check(grid: Grid) -> None:
     for data, field in dict.fromkeys((run.config.data, run.config.text_field) for run in grid.runs):
         # The synthetic corpus is made when it is needed.
         if data != sources.SYNTHETIC and next(iter(sources.records(data, field)), None) is None:
-            raise InputError(f"--data={data} is empty: there is nothing to train on")
+            raise InputError(f"`data`={data} is empty: there is nothing to train on")
 
 
 def check_sum(grid: Grid) -> None:
@@ -48,9 +48,8 @@ def check_sum(grid: Grid) -> None:
         }
         if len(found) > 1:
             raise InputError(
-                f"the runs differ in {what} ({', '.join(sorted(map(str, found)))}), so their privacy does not add up"
-                " to one guarantee: with"
-                " public_data = false use one sweep, in a --workdir of its own, for each"
+                f"the runs differ in {what} ({', '.join(sorted(map(str, found)))}), so their privacy does not add up to"
+                " one guarantee: with public_data = false use one sweep, in a `workdir` of its own, for each"
             )
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from dpgemma.training.config import AUTO, TrainConfig
+from dpgemma.training.settings import AUTO, TrainConfig
 from experiments.sweep import launchers
 from experiments.sweep.checks import devices, operations
 from experiments.sweep.folder import SweepFolder
@@ -61,8 +61,7 @@ class Cost:
         return "\n".join(
             [
                 f"{self.pending} of {self.runs} runs are left: {self.flops:.4g} floating-point operations (6 M B S T),"
-                f" {hours} hours in"
-                f" {self.slots} slots",
+                f" {hours} hours in {self.slots} slots",
                 *units,
                 self.basis,
             ]
@@ -143,16 +142,16 @@ def _basis(taken: list[str], tried: list[str]) -> str:
     if tried:
         parts.append(
             f"for {', '.join(tried)} from a trial of the gradient on this machine, one core for each device; start,"
-            " compilation and what"
-            " else a step does are not included"
+            " compilation and what else a step does are not included"
         )
     return f"The time is {'; '.join(parts)}." if parts else "Nothing is left to do."
 
 
 def main(shapes: list[str]) -> int:
-    from dpgemma.gemma import tokenizer as tokenizer_lib
+    from dpgemma.data.text import tokenizer as tokenizer_lib
     from dpgemma.gemma.presets import PRESETS
-    from dpgemma.training import clipping_choice, mesh
+    from dpgemma.sharding import mesh
+    from dpgemma.training import clipping_choice
     from experiments.sweep import worker
 
     worker.settle()

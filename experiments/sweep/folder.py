@@ -19,9 +19,9 @@ import math
 import pathlib
 import shutil
 
-from accounting import report
+from accounting import run_files
 from accounting.errors import InputError
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.settings import TrainConfig
 from experiments.sweep import results
 from experiments.sweep.grid import Grid, Run
 
@@ -96,7 +96,7 @@ class SweepFolder:
         """Marks a run as done, and drops all checkpoints but the last: the model that was trained, without which no
         audit is whole.
         """
-        write_text(self.result_file(run), report.dumps(result))
+        write_text(self.result_file(run), run_files.dumps(result))
         checkpoints = self.run_folder(run) / "checkpoints"
         steps = (
             sorted(int(place.name) for place in checkpoints.iterdir() if place.name.isdecimal())
@@ -134,7 +134,7 @@ class SweepFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
-                    f"another sweep is at work in {self.path}: wait for it, or choose another --workdir"
+                    f"another sweep is at work in {self.path}: wait for it, or choose another `workdir`"
                 ) from None
             yield
 
@@ -148,7 +148,7 @@ def make_folder(place: pathlib.Path) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file in one step, in a folder that is made for it."""
     make_folder(path.parent)
-    report.write(path, text)
+    run_files.write(path, text)
 
 
 def stored(path: pathlib.Path) -> Grid:
@@ -170,7 +170,7 @@ def stored(path: pathlib.Path) -> Grid:
     except FileNotFoundError:
         raise InputError(f"{path} is no sweep's folder: it has no grid.json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}/grid.json is damaged, or of another version: choose another --workdir") from None
+        raise InputError(f"{path}/grid.json is damaged, or of another version: choose another `workdir`") from None
 
 
 def look(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
@@ -184,13 +184,13 @@ def look(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
         if known.public_data != grid.public_data:
             raise InputError(
                 f"{path} holds a sweep that says public_data = {str(known.public_data).lower()}: choose another"
-                " --workdir"
+                " `workdir`"
             )
         ids = {run.id for run in grid.runs}
         # Runs that the file does not name any more stay in the table, and in the report if they were executed.
         grid = dataclasses.replace(grid, runs=(*grid.runs, *(run for run in known.runs if run.id not in ids)))
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} is neither empty nor the folder of a sweep: choose another --workdir")
+        raise InputError(f"{path} is neither empty nor the folder of a sweep: choose another `workdir`")
     return SweepFolder(path, grid.public_data), grid
 
 
@@ -200,7 +200,7 @@ def create(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
     """
     folder, everything = look(path, grid)
     runs = [{"id": run.id, "held_out": run.held_out, "settings": run.config.as_dict()} for run in everything.runs]
-    text = report.dumps({"public_data": grid.public_data, "runs": runs})
+    text = run_files.dumps({"public_data": grid.public_data, "runs": runs})
     if not folder.grid_file.is_file() or folder.grid_file.read_text() != text:
         write_text(folder.grid_file, text)
     return folder, everything

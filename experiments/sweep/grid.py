@@ -33,7 +33,7 @@ import tomllib
 import typing
 
 from accounting.errors import InputError
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.settings import TrainConfig
 
 RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
 # Of every setting, the type of its values: a number that the file writes as 1 and one that it writes as 1.0 are the

@@ -8,10 +8,10 @@ import json
 import math
 import pathlib
 
-from accounting import executed as executed_lib
-from accounting import ledger
 from accounting.errors import InputError
-from dpgemma.training.config import AUTO, OPERATIONAL
+from accounting.ledger import chain as ledger
+from accounting.ledger import executed as executed_lib
+from dpgemma.training.settings import AUTO, OPERATIONAL
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Run
 

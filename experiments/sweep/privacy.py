@@ -9,27 +9,25 @@ Tested by tests/experiments/sweep_test.py::test_pitfall_25_a_sweep_of_private_da
 import math
 import pathlib
 
-from accounting import executed as executed_lib
-from accounting import ledger, report, tuning
+from accounting import rounding, run_files, tuning
 from accounting.accountant import Accountant
+from accounting.ledger import chain as ledger
+from accounting.ledger import executed as executed_lib
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Grid
 
 PUBLIC = (
     "This sweep ran on data that its grid declares to be public. Its runs claim no privacy, its table shows raw"
-    " training losses, and"
-    " nothing in it costs the privacy of other data to which its law is applied."
+    " training losses, and nothing in it costs the privacy of other data to which its law is applied."
 )
 _RAW = (
     " The training losses in private/results.csv are raw and NOT covered: settings chosen by them may reveal something"
-    " about single units;"
-    " choose by models and public data alone, or run the sweep on public data."
+    " about single units; choose by models and public data alone, or run the sweep on public data."
 )
 _NOTHING = "No step of this sweep has been executed: nothing has been spent."
 _UNFINISHED = (
     "This sweep is at work, or was killed: what its runs cost together has not been added up. The same dpgemma sweep"
-    " command goes on, and"
-    " adds it up in the end."
+    " command goes on, and adds it up in the end."
 )
 
 
@@ -46,17 +44,17 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
     accountant = Accountant([mechanism for run in found.values() for mechanism in run.mechanisms])
     epsilon = accountant.upper(delta)
     statement = tuning.statement(found, epsilon, delta) + (_RAW if math.isfinite(epsilon) else "")
-    return _report(grid, len(found), statement, report.round_up(epsilon), delta)
+    return _report(grid, len(found), statement, rounding.round_up(epsilon), delta)
 
 
 def write(folder: SweepFolder, grid: Grid) -> None:
-    report.write(folder.report_file, report.dumps(summary(folder, grid)))
+    run_files.write(folder.report_file, run_files.dumps(summary(folder, grid)))
 
 
 def write_unfinished(folder: SweepFolder, grid: Grid) -> None:
     """Replaces the report of an earlier state before further runs are executed, so that no report says too little."""
     statement = PUBLIC if grid.public_data else _UNFINISHED
-    report.write(folder.report_file, report.dumps(_report(grid, len(_begun(folder)), statement)))
+    run_files.write(folder.report_file, run_files.dumps(_report(grid, len(_begun(folder)), statement)))
 
 
 def _begun(folder: SweepFolder) -> list[pathlib.Path]:

@@ -121,7 +121,7 @@ def reproducible_keys(run: Run):
     All runs of a seed draw the same batches and hold out the same rows. Such keys are no secret; `prepare` says so in
     the ledger.
     """
-    from dpgemma.training.run_directory import Keys
+    from dpgemma.training.run import Keys
 
     names = ("sampling", "noise", "holdout", "fingerprint", "ledger")
     return Keys(

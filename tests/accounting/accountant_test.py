@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import math
 
@@ -10,16 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from accounting import accountant, calibration, truncation
+from accounting import accountant, calibration
 from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, DpSgdMechanism
+from accounting.loss_distribution import truncation
+from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, dp_sgd
 
-VAULTGEMMA = DpSgdMechanism(12_695_312_500, 517_989, None, 0.614, 1.0, 100_000)
+VAULTGEMMA = dp_sgd(12_695_312_500, 517_989, None, 0.614, 1.0, 100_000)
 
 
 def mechanism(q=0.01, sigma=1.0, steps=1000, units=1_000_000, cap=None, relation=ADD_OR_REMOVE):
-    return DpSgdMechanism(units, q * units, cap, sigma, 1.0, steps, relation)
+    return dp_sgd(units, q * units, cap, sigma, 1.0, steps, relation)
 
 
 def test_upper_end_is_above_finer_grids():
@@ -148,7 +148,7 @@ def test_pitfall_28_a_capped_group_pays_for_what_truncation_may_reveal():
     plain = mechanism(0.05, 2.0, 50, units=10_000, relation=ZERO_OUT)
 
     def capped(cap):
-        return Accountant(dataclasses.replace(plain, max_batch_size=cap), group_size=3).quick_upper(1e-5)
+        return Accountant(plain.replace(max_batch_size=cap), group_size=3).quick_upper(1e-5)
 
     free = Accountant(plain, group_size=3).quick_upper(1e-5)
     assert free <= capped(700) <= free * 1.001 < capped(610)
@@ -173,7 +173,7 @@ def test_displacement_bound_covers_a_brute_force_of_the_truncated_sampler():
     # The others' gradients are zero here, so the kept batch only shifts the sum by the first unit's.
     with_unit = probabilities[0] * density(0.0) + probabilities[1] * density(1.0)
     without = density(0.0)
-    m = DpSgdMechanism(n, n * q, cap, sigma, 1.0, 1, ZERO_OUT)
+    m = dp_sgd(n, n * q, cap, sigma, 1.0, 1, ZERO_OUT)
     for epsilon in (0.1, 0.3, 1.0):
         exact = max(
             np.trapezoid(np.maximum(a - math.exp(epsilon) * b, 0), x)
@@ -199,7 +199,7 @@ def test_pitfall_28_truncation_is_charged_by_the_additive_bound_under_add_or_rem
     plain, delta = mechanism(0.05, 1.0, 200, units=10_000), 1e-5
     epsilon = Accountant(plain).epsilon(delta).upper
     cap = truncation.plan_max_batch_size(10_000, 500, 200, epsilon, delta, share=0.3)
-    bracket = Accountant(dataclasses.replace(plain, max_batch_size=cap)).epsilon(delta)
+    bracket = Accountant(plain.replace(max_batch_size=cap)).epsilon(delta)
     overflow = stats.binom.sf(cap, 10_000, 0.05)
     expected = Accountant(plain).upper(delta - (1 + math.exp(bracket.upper)) * 200 * overflow, interval=1e-4)
     assert bracket.upper == pytest.approx(expected, rel=1e-3)
@@ -254,7 +254,7 @@ def test_calibration_ends_on_the_private_side():
     plan = mechanism(512 / 8000, 1.0, 160, units=8000)
     solved = calibration.noise_multiplier(plan, 8.0, 1e-5)
     assert Accountant(solved).epsilon(1e-5).upper <= 8.0
-    less = dataclasses.replace(solved, noise_multiplier=solved.noise_multiplier * 0.999)
+    less = solved.replace(noise_multiplier=solved.noise_multiplier * 0.999)
     assert Accountant(less).epsilon(1e-5).upper > 8.0
 
     steps = calibration.steps(solved, 8.0, 1e-5, largest=1000).steps

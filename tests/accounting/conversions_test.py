@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from accounting import conversions, tables
+from accounting import conversions
 from accounting.accountant import Accountant
-from accounting.mechanism import DpSgdMechanism
+from accounting.mechanism import dp_sgd
+from accounting.report import tables
 
 
 def gaussian(mu, steps=25):
     """A mechanism that is one Gaussian of the given mu."""
-    return Accountant(DpSgdMechanism(1000, 1000, None, math.sqrt(steps) / mu, 1.0, steps))
+    return Accountant(dp_sgd(1000, 1000, None, math.sqrt(steps) / mu, 1.0, steps))
 
 
 def profile_of(accountant, delta=1e-6):
@@ -49,7 +50,7 @@ def test_no_likelihood_ratio_attack_beats_the_tradeoff_curve():
     (Hoeffding).
     """
     q, sigma, steps, trials = 0.1, 1.0, 20, 200_000
-    p = profile_of(Accountant(DpSgdMechanism(1000, 100, None, sigma, 1.0, steps)), 1e-5)
+    p = profile_of(Accountant(dp_sgd(1000, 100, None, sigma, 1.0, steps)), 1e-5)
     rng = np.random.default_rng(0)
     shift = rng.random((trials, steps)) < q
     noise = rng.normal(size=(2, trials, steps)) * sigma
@@ -70,7 +71,7 @@ def test_no_likelihood_ratio_attack_beats_the_tradeoff_curve():
 
 def test_curve_is_a_convex_tradeoff_curve_between_the_corners():
     alpha = np.linspace(0, 1, 201)
-    curve = profile_of(Accountant(DpSgdMechanism(1000, 50, None, 0.8, 1.0, 50))).tradeoff(alpha)
+    curve = profile_of(Accountant(dp_sgd(1000, 50, None, 0.8, 1.0, 50))).tradeoff(alpha)
     assert (
         curve[-1] == 0
         and 0.999 < curve[0] <= 1
@@ -81,7 +82,7 @@ def test_curve_is_a_convex_tradeoff_curve_between_the_corners():
 
 
 def test_tables_without_a_guarantee_promise_nothing():
-    result = tables.meaning(Accountant(DpSgdMechanism(1000, 50, None, 0.0, 1.0, 50)), 1e-5)
+    result = tables.meaning(Accountant(dp_sgd(1000, 50, None, 0.0, 1.0, 50)), 1e-5)
     assert all(epsilon == math.inf for _, epsilon in result.groups) and all(
         detected == 1 for _, detected in result.attacks
     )
@@ -89,7 +90,7 @@ def test_tables_without_a_guarantee_promise_nothing():
 
 
 def test_tables_of_a_plan():
-    accountant = Accountant(DpSgdMechanism(12_920, 256, 384, 0.5224, 1.0, 80, "zero_out"))
+    accountant = Accountant(dp_sgd(12_920, 256, 384, 0.5224, 1.0, 80, "zero_out"))
     result = tables.meaning(accountant, 1e-5)
     assert [k for k, _ in result.groups] == [1, 2, 3, 7]
     epsilons = [epsilon for _, epsilon in result.groups]

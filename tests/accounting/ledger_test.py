@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from accounting import ledger as ledger_lib
 from accounting.errors import InputError
-from accounting.ledger import Ledger
+from accounting.ledger import chain as ledger_lib
+from accounting.ledger.chain import Ledger
 
 GROUP = {"sampling_probability": 0.1, "noise_multiplier": 1.0, "max_batch_size": 60}
 

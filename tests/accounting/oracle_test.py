@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from accounting import conversions, privacy_loss
+from accounting import conversions
 from accounting.accountant import Accountant
-from accounting.mechanism import DpSgdMechanism
+from accounting.loss_distribution import privacy_loss
+from accounting.mechanism import dp_sgd
 from tests.accounting.golden import make_dp_accounting
 
 VALUES = json.loads((pathlib.Path(__file__).parent / "golden/dp_accounting.json").read_text())
@@ -22,7 +23,7 @@ def sampled(groups, every):
 
 
 def accountant(q, sigma, steps, width=2.5e-4):
-    return Accountant(DpSgdMechanism(10**7, q * 10**7, None, sigma, 1.0, steps), relative_width=width)
+    return Accountant(dp_sgd(10**7, q * 10**7, None, sigma, 1.0, steps), relative_width=width)
 
 
 def test_there_are_enough_settings():
@@ -75,4 +76,4 @@ def test_the_charged_rounding_error_of_normal_tails_is_larger_than_the_real_one(
 def test_without_sampling_nothing_is_lost_to_cancellation():
     """q = 1, 100 steps at sigma 0.2: a Gaussian of sensitivity 10, whose epsilon has a closed form."""
     exact = optimize.brentq(lambda e: float(conversions.gaussian_delta(e, 50.0)) - 1e-5, 1000, 2000)
-    assert exact <= Accountant(DpSgdMechanism(100, 100, None, 0.2, 1.0, 100)).upper(1e-5) <= exact * 1.001
+    assert exact <= Accountant(dp_sgd(100, 100, None, 0.2, 1.0, 100)).upper(1e-5) <= exact * 1.001

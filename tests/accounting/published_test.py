@@ -1,19 +1,18 @@
 """Published figures: what papers state and what other libraries' own tests and documents hold, each with its source."""
 
-import dataclasses
 import math
 
 import pytest
 
 from accounting.accountant import Accountant
-from accounting.mechanism import ZERO_OUT, DpSgdMechanism
+from accounting.mechanism import ZERO_OUT, dp_sgd
 
-VAULTGEMMA = DpSgdMechanism(12_695_312_500, 517_989, None, 0.614, 1.0, 100_000)
+VAULTGEMMA = dp_sgd(12_695_312_500, 517_989, None, 0.614, 1.0, 100_000)
 
 
 def bracket(q, sigma, steps, delta, width=2e-4):
     units = 10**9
-    return Accountant(DpSgdMechanism(units, q * units, None, sigma, 1.0, steps), relative_width=width).epsilon(delta)
+    return Accountant(dp_sgd(units, q * units, None, sigma, 1.0, steps), relative_width=width).epsilon(delta)
 
 
 # (q, sigma, steps, delta, epsilon, tolerance, source): values of converged accountants or closed forms, to the
@@ -108,8 +107,8 @@ def test_mixed_composition_stays_below_the_published_bound():
     # tensorflow/privacy, rdp_accountant_test.py, test_check_composition: two kinds of steps, at most 8.509656 at delta
     # 1e-5.
     units = 10**9
-    first = DpSgdMechanism(units, 1e-4 * units, None, 0.4, 1.0, 40_000)
-    second = DpSgdMechanism(units, 0.1 * units, None, 2.0, 1.0, 100)
+    first = dp_sgd(units, 1e-4 * units, None, 0.4, 1.0, 40_000)
+    second = dp_sgd(units, 0.1 * units, None, 2.0, 1.0, 100)
     together = Accountant([first, second]).epsilon(1e-5)
     assert together.upper < 8.509656
     # 5.4973 by dp-accounting's privacy loss distributions of the two
@@ -133,14 +132,14 @@ def test_vaultgemmas_setting():
 def test_vaultgemmas_claim_holds_from_9_7e9_sequences_on():
     # google/vaultgemma-1b: epsilon <= 2 at delta 1.1e-10
     for units in (9_700_000_000, 11_000_000_000, 12_695_312_500):
-        assert Accountant(dataclasses.replace(VAULTGEMMA, num_units=units)).epsilon(1.1e-10).upper <= 2.0
-    assert Accountant(dataclasses.replace(VAULTGEMMA, num_units=9_600_000_000)).epsilon(1.1e-10).lower > 2.0
+        assert Accountant(VAULTGEMMA.replace(num_units=units)).epsilon(1.1e-10).upper <= 2.0
+    assert Accountant(VAULTGEMMA.replace(num_units=9_600_000_000)).epsilon(1.1e-10).lower > 2.0
 
 
 def test_half_a_percent_of_headroom_ruins_vaultgemmas_guarantee():
     # arXiv 2508.15089 in dp-accounting's form, zero-out: 11.4 at a cap of 1.005 B, the untruncated 1.71 at 1.01 B
     def at(cap):
-        return Accountant(dataclasses.replace(VAULTGEMMA, max_batch_size=cap, neighbouring_relation=ZERO_OUT))
+        return Accountant(VAULTGEMMA.replace(max_batch_size=cap, neighbouring_relation=ZERO_OUT))
 
     assert at(520_605).upper(1.1e-10, interval=1e-3) == pytest.approx(11.2, abs=0.4)
     assert at(523_169).upper(1.1e-10, interval=2.5e-4) == pytest.approx(1.712, abs=0.006)
@@ -153,6 +152,6 @@ def test_half_a_percent_of_headroom_ruins_vaultgemmas_guarantee():
     [(1, 2.02, 1.11), (2, 3.19, 1.92), (3, 4.17, 2.57), pytest.param(7, 6.89, 4.55, marks=pytest.mark.slow)],
 )
 def test_owners_of_several_sequences(k, at_1e10, at_1e8):
-    accountant = Accountant(dataclasses.replace(VAULTGEMMA, num_units=9_680_000_000), group_size=k)
+    accountant = Accountant(VAULTGEMMA.replace(num_units=9_680_000_000), group_size=k)
     for delta, published in ((1.1e-10, at_1e10), (1e-8, at_1e8)):
         assert published * 0.985 <= accountant.quick_upper(delta) <= published * 1.005

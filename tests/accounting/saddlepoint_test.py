@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from accounting import calibration, saddlepoint
+from accounting import calibration
 from accounting.errors import InputError
-from accounting.mechanism import DpSgdMechanism
+from accounting.loss_distribution import saddlepoint
+from accounting.mechanism import dp_sgd
 
 # (epsilon, delta, q, T): budgets of laptops, of the scaling-law paper and of full batches.
 BUDGETS = [
@@ -20,7 +21,7 @@ BUDGETS = [
 def test_estimate_agrees_with_the_certified_calibration(epsilon, delta, q, steps):
     sigma, reliable = saddlepoint.noise_multiplier(epsilon, delta, q, steps)
     exact = calibration.noise_multiplier(
-        DpSgdMechanism(10**6, q * 10**6, None, 1.0, 1.0, steps), epsilon, delta
+        dp_sgd(10**6, q * 10**6, None, 1.0, 1.0, steps), epsilon, delta
     ).noise_multiplier
     assert reliable
     assert float(sigma) == pytest.approx(exact, rel=1e-3)

@@ -2,10 +2,9 @@ import itertools
 
 import pytest
 
-from accounting import support
 from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.mechanism import ADD_OR_REMOVE, RELATIONS, ZERO_OUT, DpSgdMechanism
+from accounting.mechanism import ADD_OR_REMOVE, RELATIONS, ZERO_OUT, bounds, dp_sgd
 
 SCHEMES = {
     "poisson": dict(expected_batch_size=10, max_batch_size=None),
@@ -28,11 +27,9 @@ PROVEN = {
 }
 
 
-@pytest.mark.parametrize("scheme, relation, bound", list(itertools.product(SCHEMES, RELATIONS, support.BOUNDS)))
+@pytest.mark.parametrize("scheme, relation, bound", list(itertools.product(SCHEMES, RELATIONS, bounds.BOUNDS)))
 def test_pitfall_28_only_proven_combinations_are_accounted(scheme, relation, bound):
-    m = DpSgdMechanism(
-        100, noise_multiplier=2.0, clip_norm=1.0, steps=3, neighbouring_relation=relation, **SCHEMES[scheme]
-    )
+    m = dp_sgd(100, noise_multiplier=2.0, clip_norm=1.0, steps=3, neighbouring_relation=relation, **SCHEMES[scheme])
     assert m.scheme == scheme
     if (scheme, relation, bound) in PROVEN:
         Accountant(m, bounds=(bound,))
@@ -43,38 +40,36 @@ def test_pitfall_28_only_proven_combinations_are_accounted(scheme, relation, bou
 
 @pytest.mark.parametrize("bound", ["renyi", "truncated_loss"])
 def test_bounds_for_one_unit_are_refused_for_groups(bound):
-    m = DpSgdMechanism(100, 10, 40, 2.0, 1.0, 3, ZERO_OUT)
+    m = dp_sgd(100, 10, 40, 2.0, 1.0, 3, ZERO_OUT)
     with pytest.raises(InputError, match="derived for one unit"):
         Accountant(m, bounds=(bound,), group_size=2)
 
 
 def test_other_relations_samplers_and_bounds_do_not_exist():
     with pytest.raises(InputError, match="neighbouring relation must be one of"):
-        DpSgdMechanism(100, 10, None, 1.0, 1.0, 1, "replace_one")
+        dp_sgd(100, 10, None, 1.0, 1.0, 1, "replace_one")
     with pytest.raises(InputError, match="sampler must be one of"):
-        DpSgdMechanism(100, 10, None, 1.0, 1.0, 1, sampler="shuffled")
+        dp_sgd(100, 10, None, 1.0, 1.0, 1, sampler="shuffled")
     with pytest.raises(InputError, match="unknown bound"):
-        Accountant(DpSgdMechanism(100, 10, None, 1.0, 1.0, 1), bounds=("gdp_clt",))
+        Accountant(dp_sgd(100, 10, None, 1.0, 1.0, 1), bounds=("gdp_clt",))
 
 
 def test_runs_under_different_relations_do_not_compose():
-    runs = [DpSgdMechanism(100, 10, None, 1.0, 1.0, 1, relation) for relation in (ZERO_OUT, ADD_OR_REMOVE)]
+    runs = [dp_sgd(100, 10, None, 1.0, 1.0, 1, relation) for relation in (ZERO_OUT, ADD_OR_REMOVE)]
     with pytest.raises(InputError, match="do not compose"):
         Accountant(runs)
 
 
 def test_fixed_batches_cost_one_gaussian_for_every_epoch():
-    fixed = DpSgdMechanism(
-        1000, 100, None, 3.0, 1.0, 25, ZERO_OUT, sampler="fixed"
-    )  # each unit in at most 3 of 25 batches
-    gaussian = DpSgdMechanism(1000, 1000, None, 3.0, 1.0, 3, ZERO_OUT)
-    sampled = DpSgdMechanism(1000, 100, None, 3.0, 1.0, 25, ZERO_OUT)
+    fixed = dp_sgd(1000, 100, None, 3.0, 1.0, 25, ZERO_OUT, sampler="fixed")  # each unit in at most 3 of 25 batches
+    gaussian = dp_sgd(1000, 1000, None, 3.0, 1.0, 3, ZERO_OUT)
+    sampled = dp_sgd(1000, 100, None, 3.0, 1.0, 25, ZERO_OUT)
     assert Accountant(fixed).epsilon(1e-5) == Accountant(gaussian).epsilon(1e-5)
     assert Accountant(sampled).epsilon(1e-5).upper < Accountant(fixed).epsilon(1e-5).lower
 
 
 def test_a_restricted_accountant_is_never_below_the_free_one():
-    m = DpSgdMechanism(10_000, 500, 580, 1.0, 1.0, 100, ZERO_OUT)
+    m = dp_sgd(10_000, 500, 580, 1.0, 1.0, 100, ZERO_OUT)
     free = Accountant(m).upper(1e-6, interval=1e-3)
-    for bounds in (("additive", "loss_distribution"), ("displacement", "loss_distribution")):
-        assert Accountant(m, bounds=bounds).upper(1e-6, interval=1e-3) >= free
+    for names in (("additive", "loss_distribution"), ("displacement", "loss_distribution")):
+        assert Accountant(m, bounds=names).upper(1e-6, interval=1e-3) >= free

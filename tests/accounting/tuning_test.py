@@ -8,10 +8,10 @@ from dp_accounting import dp_event
 from accounting import tuning
 from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.ledger import Ledger
-from accounting.mechanism import ZERO_OUT, DpSgdMechanism
+from accounting.ledger.chain import Ledger
+from accounting.mechanism import ZERO_OUT, dp_sgd
 
-PLAN = DpSgdMechanism(10_000, 200, None, 1.0, 1.0, 100)
+PLAN = dp_sgd(10_000, 200, None, 1.0, 1.0, 100)
 
 
 @pytest.mark.parametrize("distribution, shape", [("geometric", 1.0), ("logarithmic", 0.0), ("poisson", math.inf)])
@@ -26,10 +26,10 @@ def test_pitfall_25_random_search_costs_what_papernot_and_steinke_prove(distribu
 
 
 def test_random_search_with_a_cap_pays_for_truncation_in_every_trial():
-    capped = DpSgdMechanism(10_000, 200, 300, 1.0, 1.0, 100, ZERO_OUT)
+    capped = dp_sgd(10_000, 200, 300, 1.0, 1.0, 100, ZERO_OUT)
     free = tuning.random_search_epsilon(PLAN, 10, "geometric", 1e-6)
     assert free <= tuning.random_search_epsilon(capped, 10, "geometric", 1e-6) <= free * 1.01
-    tight = DpSgdMechanism(10_000, 200, 230, 1.0, 1.0, 100, ZERO_OUT)
+    tight = dp_sgd(10_000, 200, 230, 1.0, 1.0, 100, ZERO_OUT)
     assert tuning.random_search_epsilon(tight, 10, "geometric", 1e-6) == math.inf
 
 
@@ -67,8 +67,8 @@ def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):
     folders = [write_run(tmp_path / "a", 100, "a"), write_run(tmp_path / "b", 40, "b", noise_multiplier=0.8)]
     assert cli.main(["account", f"--compose={folders[0]},{folders[1]}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    other = DpSgdMechanism(10_000, 200, None, 0.8, 1.0, 40, ZERO_OUT)
-    expected = Accountant([DpSgdMechanism(10_000, 200, None, 1.0, 1.0, 100, ZERO_OUT), other]).epsilon(1e-6)
+    other = dp_sgd(10_000, 200, None, 0.8, 1.0, 40, ZERO_OUT)
+    expected = Accountant([dp_sgd(10_000, 200, None, 1.0, 1.0, 100, ZERO_OUT), other]).epsilon(1e-6)
     assert result["epsilon"] == expected.upper and result["delta"] == 1e-6 and result["steps"] == 140
     assert [(run["run_id"], run["steps"]) for run in result["runs"]] == [("a", 100), ("b", 40)]
     assert (
@@ -86,8 +86,7 @@ def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(run_id="a"), "given twice"), (dict(sequence_length=64), "differ in"
-                                                                      " sequence_length"), (dict(delta=1e-5),
+        (dict(run_id="a"), "given twice"), (dict(sequence_length=64), "differ in sequence_length"), (dict(delta=1e-5),
                                                                       "different deltas"),
         (dict(neighbouring_relation="add_or_remove"), "differ in neighbouring_relation"),
         # Rows of tokens of another tokenizer, or of other text, are other units.

@@ -26,8 +26,8 @@ def run(*arguments, timeout=120):
 @pytest.mark.parametrize("command", ["train", "account", "audit", "sample", "export", "sweep"])
 def test_help_answers_at_once_without_jax(command):
     code = (
-        "import sys; from dpgemma import cli; code = cli.main([sys.argv[1], '--help']);"
-        "assert not {'jax', 'numpy', 'scipy', 'flax', 'orbax'} & set(sys.modules); sys.exit(code)"
+        "import sys; from dpgemma import cli; code = cli.main([sys.argv[1], '--help']);assert not {'jax', 'numpy',"
+        " 'scipy', 'flax', 'orbax'} & set(sys.modules); sys.exit(code)"
     )
     seconds = []
     for _ in range(5):
@@ -155,7 +155,7 @@ def test_other_commands_refuse_bad_input(arguments, message, text, tmp_path, cap
 
 
 def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
-    from dpgemma.training import run_directory
+    from dpgemma.training import run as run_directory
 
     def refuse(*arguments):
         raise OSError(28, "No space left on device", str(tmp_path / "run"))

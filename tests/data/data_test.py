@@ -5,9 +5,11 @@ import pytest
 from scipy import stats
 
 from accounting.errors import InputError
-from dpgemma.data import dataset, holdout, packing, sources
-from dpgemma.data.rows import Rows
-from dpgemma.gemma.tokenizer import ByteTokenizer
+from dpgemma.data import dataset, holdout
+from dpgemma.data import readers as sources
+from dpgemma.data.text import packing
+from dpgemma.data.text.rows import Rows
+from dpgemma.data.text.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 

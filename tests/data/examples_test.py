@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from accounting.errors import InputError
-from dpgemma.data import examples, units
-from dpgemma.gemma.tokenizer import ByteTokenizer
+from dpgemma.data.text import examples, units
+from dpgemma.data.text.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 RECORDS = [

@@ -9,7 +9,7 @@ import pytest
 
 from accounting import calibration
 from accounting.errors import InputError
-from accounting.mechanism import DpSgdMechanism
+from accounting.mechanism import dp_sgd
 from experiments.figures import ablations, drawing, fixed, loss_curves, noise_fields, optima, page, saturation, scales
 from experiments.figures.study import Study
 from experiments.laws import fitting
@@ -187,7 +187,7 @@ def test_a_law_that_knows_nothing_of_a_budget_leaves_everything_empty(out_of_rea
 @functools.cache
 def exact_noise(epsilon, probability):
     """By the accountant, proven."""
-    mechanism = DpSgdMechanism(2**40, probability * 2**40, None, 1.0, 1.0, noise_fields.STEPS)
+    mechanism = dp_sgd(2**40, probability * 2**40, None, 1.0, 1.0, noise_fields.STEPS)
     return calibration.noise_multiplier(mechanism, epsilon, noise_fields.DELTA, tolerance=1e-3).noise_multiplier
 
 

@@ -6,7 +6,7 @@ from absl import flags
 
 from accounting.errors import InputError
 from dpgemma.commands import train
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.settings import TrainConfig
 from experiments.sweep import grid
 
 PUBLIC = {"public_data": True}

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from dpgemma.commands import sweep as command
+from experiments.commands import sweep as command
 from experiments.laws import fitting, held_out
 from experiments.sweep import results
 from tests.experiments import planted

@@ -6,7 +6,7 @@ import pytest
 
 from accounting import calibration
 from accounting.errors import InputError
-from accounting.mechanism import DpSgdMechanism
+from accounting.mechanism import dp_sgd
 from experiments.laws import fitting
 from experiments.planning import noise, optimum, plan
 from experiments.planning.optimum import Budget
@@ -24,7 +24,7 @@ def test_surface_agrees_with_the_certified_calibration(surface):
     rng = np.random.default_rng(0)
     steps, q = np.exp(rng.uniform(np.log(60), np.log(5000), 8)).round(), np.exp(rng.uniform(np.log(1e-3), 0, 8))
     for t, probability, sigma in zip(steps, q, surface(steps, q), strict=True):
-        mechanism = DpSgdMechanism(10**6, probability * 10**6, None, 1.0, 1.0, int(t))
+        mechanism = dp_sgd(10**6, probability * 10**6, None, 1.0, 1.0, int(t))
         assert sigma == pytest.approx(calibration.noise_multiplier(mechanism, 8, 1e-5).noise_multiplier, rel=0.01)
 
 
@@ -37,9 +37,7 @@ def test_surface_of_a_tiny_delta_uses_the_accountant_where_the_estimate_fails():
 @pytest.mark.parametrize("steps, q", [(9537, 1.6e-3), (3815, 6.6e-4)])
 def test_surface_is_right_where_units_take_part_often_under_little_noise(steps, q):
     # Where neither the saddle point converges nor a coarse grid is fine enough.
-    exact = calibration.noise_multiplier(
-        DpSgdMechanism(10**6, q * 10**6, None, 1.0, 1.0, steps), 1.0, 1e-8
-    ).noise_multiplier
+    exact = calibration.noise_multiplier(dp_sgd(10**6, q * 10**6, None, 1.0, 1.0, steps), 1.0, 1e-8).noise_multiplier
     assert float(noise.NoiseSurface(1.0, 1e-8)(steps, q)) == pytest.approx(exact, rel=0.01)
 
 

@@ -7,8 +7,7 @@ from accounting.errors import InputError
 from experiments.sweep import results
 
 RECORDS = [
-    {"Model": "ladder_20k", "Learning Rate": 2**-7, "Iterations": 4, "Noise Batch"
-                                                                     " Ratio": 0.0, "Cross Entropy": 5.25,
+    {"Model": "ladder_20k", "Learning Rate": 2**-7, "Iterations": 4, "Noise Batch Ratio": 0.0, "Cross Entropy": 5.25,
                                                                      "Parameters": 20184,
      "Sequence Length": 16, "Held Out": 0.0, "Config": "a1"},
     {"Model": "ladder_45k", "Learning Rate": 1 / 3, "Iterations": 8, "Noise Batch"

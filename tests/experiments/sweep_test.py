@@ -15,9 +15,10 @@ import time
 import jax
 import pytest
 
-from accounting import executed, ledger
 from accounting.accountant import Accountant
 from accounting.errors import InputError
+from accounting.ledger import chain as ledger
+from accounting.ledger import executed
 from dpgemma import cli
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS

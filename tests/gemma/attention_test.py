@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpgemma.gemma import attention
+from dpgemma.gemma.blocks import attention
 from dpgemma.gemma.config import FULL, SLIDING
 from tests.gemma.decoder_test import PLAIN
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpgemma.gemma import decoder, weights
+from dpgemma.gemma import decoder
 from dpgemma.gemma.config import FULL, RECURRENT, SLIDING, GemmaConfig, Lora
+from dpgemma.gemma.files import weights
 from dpgemma.gemma.presets import PRESETS
 from tests.gemma.families import our_logits
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dpgemma.gemma import decoder, hf_config, tensor_files, weights
+from dpgemma.gemma import decoder
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import tensor_files, weights
 from tests.gemma import families
 from tests.gemma.families import FAMILIES, our_logits
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 import transformers
 
-from dpgemma.gemma import hf_config, weights
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import weights
 from tests.gemma import families
 
 

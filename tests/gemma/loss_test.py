@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpgemma.gemma import loss
+from dpgemma.objectives import cross_entropy as loss
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

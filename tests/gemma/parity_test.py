@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpgemma.gemma import attention, decoder, layers, loss, recurrent, weights
+from dpgemma.gemma import decoder
+from dpgemma.gemma.blocks import attention, layers, recurrent
 from dpgemma.gemma.config import Rope
+from dpgemma.gemma.files import weights
+from dpgemma.objectives import cross_entropy as loss
 from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import imported, torch_logits, torch_model
 

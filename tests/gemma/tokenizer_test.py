@@ -5,7 +5,7 @@ import pytest
 import transformers
 
 from accounting.errors import InputError
-from dpgemma.gemma import chat, tokenizer
+from dpgemma.data.text import chat, tokenizer
 from tests.gemma import tokenizer_files
 
 TEXTS = [

@@ -11,7 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from accounting.errors import InputError
 from dpgemma import cli
-from dpgemma.gemma import decoder, hf_config, tensor_files, weights
+from dpgemma.gemma import decoder
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import tensor_files, weights
 from dpgemma.gemma.presets import PRESETS
 from tests.gemma import families
 from tests.gemma.families import FAMILIES, IDS, our_logits
@@ -156,7 +158,8 @@ def test_weights_arrive_in_the_meshs_sharding(tmp_path):
 import pathlib, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from dpgemma.gemma import hf_config, weights
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import weights
 directory = pathlib.Path({str(directory("gemma2"))!r})
 config = hf_config.read(directory)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))

@@ -9,9 +9,9 @@ from dp_accounting.pld import PLDAccountant
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
+from dpgemma.objectives import causal as loss_lib
 from dpgemma.privacy import adaptive, clipping, noise
 from dpgemma.privacy.adaptive import AdaptiveClipping
-from dpgemma.training import loss as loss_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

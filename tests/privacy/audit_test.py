@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpgemma.privacy import audit, clipping, operations
+from dpgemma.privacy import clipping, operations
+from dpgemma.privacy import uses as audit
 from dpgemma.privacy.tracking import UntrackedUse
 
 PARAMS = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
+from dpgemma.objectives import causal as loss_lib
 from dpgemma.privacy import clipping, norms
-from dpgemma.training import loss as loss_lib
 
 STRATEGIES = [("example_scan", 1), ("vmap", 1), ("vmap", 2), ("vmap", 4)]
 MODEL = dataclasses.replace(

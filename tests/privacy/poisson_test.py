@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from dpgemma.privacy import keystream
-from dpgemma.privacy.poisson import PoissonSampler
+from dpgemma.privacy.samplers import PoissonSampler
 
 SECRET = bytes(range(32))
 # Fixed keys: a correct sampler passes each statistical check below with probability above 1 - 1e-6.
@@ -105,7 +105,7 @@ def test_batch_of_518_thousand_among_12_billion():
     # In a process of its own, so that its peak memory is the sampler's.
     code = """
 import resource, time
-from dpgemma.privacy.poisson import PoissonSampler
+from dpgemma.privacy.samplers import PoissonSampler
 sampler = PoissonSampler(12_695_312_500, 517_989 / 12_695_312_500, 524_810)
 PoissonSampler(100, 0.5, 10).draw(b'k' * 32, 0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,8 +9,8 @@ import pytest
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
+from dpgemma.objectives import causal as loss_lib
 from dpgemma.privacy import clipping, operations
-from dpgemma.training import loss as loss_lib
 
 MODEL = dataclasses.replace(
     PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from dpgemma.privacy import clipping
 from dpgemma.privacy.tracking import Gathered
-from dpgemma.training import mesh as mesh_lib
-from dpgemma.training.mesh import DATA_AXIS
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.mesh import DATA_AXIS
 from tests.privacy.released_norm_test import MODEL
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -33,8 +33,8 @@ AXES = {
 def compare(strategy: str) -> dict:
     """Relative differences between sharded and whole parameters; needs two devices."""
     from dpgemma.gemma import decoder
+    from dpgemma.objectives import causal as loss_lib
     from dpgemma.privacy.tracking import leaf_names
-    from dpgemma.training import loss as loss_lib
 
     model = dataclasses.replace(MODEL, max_length=64)
     params = decoder.init_parameters(model, jax.random.key(0))
@@ -93,8 +93,8 @@ def compare(strategy: str) -> dict:
 def test_sharded_parameters_give_the_sums_of_whole_ones(strategy):
     # In a process of its own, because the number of CPU devices is fixed once.
     code = (
-        "import jax, json; jax.config.update('jax_num_cpu_devices', 2);"
-        f" from tests.privacy import sharded_test; print(json.dumps(sharded_test.compare('{strategy}')))"
+        "import jax, json; jax.config.update('jax_num_cpu_devices', 2); from tests.privacy import sharded_test;"
+        f" print(json.dumps(sharded_test.compare('{strategy}')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

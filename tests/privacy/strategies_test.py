@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpgemma.gemma import decoder, hf_config, lora
-from dpgemma.gemma import loss as gemma_loss
-from dpgemma.privacy import audit, clipping, ghost_norms, operations, tracking
-from dpgemma.training import loss as loss_lib
+from dpgemma.gemma import decoder, lora
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.objectives import causal as loss_lib
+from dpgemma.objectives import cross_entropy as gemma_loss
+from dpgemma.privacy import clipping, operations, tracking
+from dpgemma.privacy import norm_rules as ghost_norms
+from dpgemma.privacy import uses as audit
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

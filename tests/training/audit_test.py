@@ -11,13 +11,12 @@ import subprocess
 import pytest
 from scipy import optimize
 
-from accounting import conversions
-from accounting import ledger as ledger_lib
-from accounting import report as report_lib
+from accounting import conversions, rounding, run_files
 from accounting.accountant import Accountant
 from accounting.audit.audit import audit
-from accounting.ledger import Ledger
-from accounting.mechanism import DpSgdMechanism
+from accounting.ledger import chain as ledger_lib
+from accounting.ledger.chain import Ledger
+from accounting.mechanism import dp_sgd
 from dpgemma import cli
 from dpgemma.training import checkpoint
 from tests.training.runs import COMMAND, ENVIRONMENT, call, flags, run, wait_for
@@ -66,10 +65,10 @@ def rewrite_report(workdir, change):
     path = workdir / "report.json"
     content = json.loads(path.read_text())
     change(content)
-    old = report_lib.digest(path.read_bytes())
+    old = run_files.digest(path.read_bytes())
     text = json.dumps(content, indent=1) + "\n"
     path.write_text(text)
-    edit(workdir / "ledger.jsonl", old, report_lib.digest(text.encode()))
+    edit(workdir / "ledger.jsonl", old, run_files.digest(text.encode()))
     lines = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
     (workdir / "ledger.jsonl").write_text("")
     ledger = Ledger.open(workdir / "ledger.jsonl")
@@ -163,7 +162,7 @@ def test_a_vocabulary_that_knows_the_word_loss_is_no_leak(workdir):
 
     file = workdir / "export" / "tokenizer.json"
     file.write_text('{"vocab": {"loss": 4681}}')
-    exported = report_lib.file_digest(file)
+    exported = run_files.file_digest(file)
     assert [f.kind for f in secrecy_checks.leaks(workdir, [file])] == ["raw_values_public"]
     assert not list(secrecy_checks.leaks(workdir, [file], {exported}))
 
@@ -455,12 +454,12 @@ def test_changed_noise_is_charged_as_executed(workdir, capsys):
     _, result = audited(capsys, workdir)
     facts = ledger_lib.read(workdir / "ledger.jsonl")[0]
     parts = [
-        DpSgdMechanism(facts["num_units"], 12, facts["max_batch_size"], noise, 1.0, 3, facts["neighbouring_relation"])
+        dp_sgd(facts["num_units"], 12, facts["max_batch_size"], noise, 1.0, 3, facts["neighbouring_relation"])
         for noise in (1.0, 0.6)
     ]
     assert (
         result["epsilon_rederived"]
-        == report_lib.round_up(Accountant(parts).epsilon(facts["delta"]).upper)
+        == rounding.round_up(Accountant(parts).epsilon(facts["delta"]).upper)
         > result["epsilon_reported"]
     )
     assert any(finding["kind"] == "budget_exceeded" for finding in result["findings"])

@@ -9,7 +9,7 @@ from accounting.errors import InputError
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.training import checkpoint, clipping_choice
 from dpgemma.training.clipping_choice import Trial
-from dpgemma.training.config import TrainConfig
+from dpgemma.training.settings import TrainConfig
 from tests.training import runs
 
 MODEL = dataclasses.replace(

@@ -2,10 +2,12 @@
 
 import dataclasses
 
-from dpgemma.data import units
-from dpgemma.gemma import attention, decoder
-from dpgemma.privacy import clipping, ghost
-from dpgemma.training import config
+from dpgemma.data.text import units
+from dpgemma.gemma import decoder
+from dpgemma.gemma.blocks import attention
+from dpgemma.privacy import book_keeping as ghost
+from dpgemma.privacy import clipping
+from dpgemma.training import settings as config
 
 
 def test_choices_are_those_of_the_modules():

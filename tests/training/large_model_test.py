@@ -9,7 +9,9 @@ import pytest
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
-from dpgemma.gemma import decoder, hf_config, tensor_files, weights
+from dpgemma.gemma import decoder
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import tensor_files, weights
 from dpgemma.gemma.presets import PRESETS
 from tests.training.runs import ENVIRONMENT
 
@@ -20,7 +22,8 @@ SHARD = 500_000_000
 LOAD = """
 import json, pathlib, sys, threading, time
 import jax
-from dpgemma.gemma import hf_config, weights
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import weights
 jax.block_until_ready(jax.numpy.ones(8) + 1)
 
 def anonymous():

@@ -13,12 +13,14 @@ import torch
 import transformers
 
 from accounting.errors import InputError
-from accounting.mechanism import DpSgdMechanism
-from dpgemma.gemma import decoder, hf_config, lora, weights
+from accounting.mechanism import dp_sgd
+from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.config import Lora
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import weights
+from dpgemma.objectives import causal as loss_lib
 from dpgemma.privacy import noise
-from dpgemma.training import loss as loss_lib
-from dpgemma.training import mesh
+from dpgemma.sharding import mesh
 from dpgemma.training.step import TrainState, make_train_step
 from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import directory, imported, multimodal_model, torch_logits
@@ -26,7 +28,7 @@ from tests.gemma.hf_models import directory, imported, multimodal_model, torch_l
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 KEYS = noise.noise_keys(bytes(32), 0)
-MECHANISM = DpSgdMechanism(100, 4, 4, 0.8, 0.5, 10)
+MECHANISM = dp_sgd(100, 4, 4, 0.8, 0.5, 10)
 
 
 def adapted(name, targets="all", rank=3, alpha=6.0):

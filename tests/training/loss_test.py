@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dpgemma.gemma import decoder
-from dpgemma.training import loss as loss_lib
+from dpgemma.objectives import causal as loss_lib
 from tests.gemma.decoder_test import CAPPED, random_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -45,8 +45,8 @@ def test_a_row_with_nothing_scored_has_no_gradient():
 
 
 def test_bits_per_byte_count_scored_text_only():
-    from dpgemma.data.rows import Rows
-    from dpgemma.gemma.tokenizer import ByteTokenizer
+    from dpgemma.data.text.rows import Rows
+    from dpgemma.data.text.tokenizer import ByteTokenizer
 
     examples = [row(seed) for seed in range(3)]
     rows = Rows(*(np.stack([example[name] for example in examples]) for name in ("tokens", "scored")))

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from accounting import ledger as ledger_lib
+from accounting.ledger import chain as ledger_lib
 from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, flags, run, wait_for
 
 
@@ -62,7 +62,7 @@ def test_run_directory_and_output(finished):
 
 
 def test_pitfall_1_batches_are_the_accounted_samplers(finished):
-    from dpgemma.privacy.poisson import PoissonSampler
+    from dpgemma.privacy.samplers import PoissonSampler
 
     workdir, _ = finished
     report, keys = (json.loads((workdir / name).read_text()) for name in ("report.json", "private/keys.json"))
@@ -193,7 +193,7 @@ def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
 
 def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path, monkeypatch):
     from dpgemma.training import prepare, progress
-    from dpgemma.training.config import TrainConfig
+    from dpgemma.training.settings import TrainConfig
 
     update = progress.Progress.update
 
@@ -285,9 +285,9 @@ def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cac
     assert 0 < report["steps"] < 6 and report["epsilon"] <= 0.7 == report["target_epsilon"]
 
     from accounting.accountant import Accountant
-    from accounting.mechanism import DpSgdMechanism
+    from accounting.mechanism import dp_sgd
 
-    one_more = DpSgdMechanism(
+    one_more = dp_sgd(
         report["num_units"],
         12,
         report["max_batch_size"],
@@ -323,8 +323,9 @@ def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp
 
 
 def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, tmp_path):
-    from dpgemma.training import prepare, run_directory
-    from dpgemma.training.config import TrainConfig
+    from dpgemma.training import prepare
+    from dpgemma.training import run as run_directory
+    from dpgemma.training.settings import TrainConfig
 
     workdir = tmp_path / "run"
     keys = run_directory.Keys(*(bytes([i]) * 32 for i in range(5)))

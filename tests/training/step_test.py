@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from accounting.mechanism import DpSgdMechanism
+from accounting.mechanism import dp_sgd
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
+from dpgemma.objectives import causal as loss_lib
 from dpgemma.privacy import noise
 from dpgemma.privacy.adaptive import AdaptiveClipping
-from dpgemma.training import loss as loss_lib
-from dpgemma.training import mesh as mesh_lib
+from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -23,7 +23,7 @@ MODEL = dataclasses.replace(
 )
 LOSS = loss_lib.row_loss(MODEL, bos=2, dtype=jnp.float32)
 GRADIENT = jax.jit(jax.grad(lambda params, row: LOSS(params, {}, row)))
-MECHANISM = DpSgdMechanism(100, 6, 8, 0.8, 0.5, 10)
+MECHANISM = dp_sgd(100, 6, 8, 0.8, 0.5, 10)
 KEYS = noise.noise_keys(bytes(32), 3)
 
 
@@ -77,7 +77,7 @@ def expected_update(mask):
 
 def test_an_adapting_clip_norm_is_charged_noised_and_moved_as_written_out():
     """Noise of 0.5 in all, of which the count's 6 / 20 units take so much that 0.9045 are left for the gradients."""
-    mechanism = dataclasses.replace(MECHANISM, noise_multiplier=0.5)
+    mechanism = MECHANISM.replace(noise_multiplier=0.5)
     params, batch = problem()
     gradients = [flat(GRADIENT(params, {name: column[i] for name, column in batch.items()})) for i in range(8)]
     norms = np.array([np.linalg.norm(g) for g in gradients])
@@ -147,7 +147,7 @@ def test_two_devices_sum_what_one_sums():
 
 
 def test_baseline_takes_the_same_path_without_noise_and_clipping():
-    mechanism = DpSgdMechanism(100, 8, 8, 0.0, float("inf"), 10)
+    mechanism = dp_sgd(100, 8, 8, 0.0, float("inf"), 10)
     start, end, _ = take_step(2, mechanism)
     params, batch = problem()
     mean = jax.grad(lambda p: jax.vmap(LOSS, (None, None, 0))(p, {}, batch).mean())(params)
@@ -167,9 +167,7 @@ def test_runs_that_differ_in_noise_share_one_program_and_each_adds_its_own():
     optimizer, mask = optax.sgd(1.0), np.ones(8, bool)
     ends, texts = {}, {}
     for sigma in (0.0, 0.4, 0.8):
-        step = make_train_step(
-            LOSS, optimizer, dataclasses.replace(MECHANISM, noise_multiplier=sigma), mesh_lib.make("data:1")
-        )
+        step = make_train_step(LOSS, optimizer, MECHANISM.replace(noise_multiplier=sigma), mesh_lib.make("data:1"))
         texts[sigma] = step.lower(TrainState(params, optimizer.init(params)), {}, batch, mask, KEYS).as_text()
         ends[sigma] = flat(
             step(TrainState(jax.tree.map(jnp.array, params), optimizer.init(params)), {}, batch, mask, KEYS)[

@@ -1,0 +1,242 @@
+"""What was really executed: an append-only, hash-chained file of public facts.
+
+One JSON object per line. Every line carries the SHA-256 of the line before it and its own content, so that an edited,
+removed, repeated or reordered line breaks the chain. The chain has no key: it finds accidents and partial edits, not
+someone who rewrites the whole file; for that, deposit the head hash elsewhere, or let every line carry an HMAC of its
+hash under a private key as well. No line holds a wall-clock time or anything that depends on private data.
+
+A step is written before it is executed, and at most once: a resumed run executes it again with the same batch and the
+same noise, which releases nothing new.
+"""
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import os
+import pathlib
+from typing import Any
+
+from accounting.errors import InputError
+from accounting.ledger import events
+
+GENESIS = "0" * 64
+CHAIN = "sha256 chain without a key"
+KEYED_CHAIN = "sha256 chain with an HMAC under a private key"
+_MOST_PROBLEMS = 20
+
+
+def _canonical(record: dict) -> str:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _seal(previous: str, record: dict) -> str:
+    return hashlib.sha256((previous + _canonical(record)).encode()).hexdigest()
+
+
+def _mac(key: bytes, sealed: str) -> str:
+    return hmac.new(key, sealed.encode(), hashlib.sha256).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of the file: what it records, its hash in the chain, its HMAC if it has one, and its text."""
+
+    record: dict
+    hash: str
+    mac: str | None
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Attributes:
+    kind: truncated, unparsable, ledger_edited, ledger_line_removed, ledger_line_repeated or ledger_lines_reordered.
+    line: number in the file, from 1.
+    message: a sentence.
+    """
+
+    kind: str
+    line: int
+    message: str
+
+
+def text_of(path: pathlib.Path) -> str:
+    """The file as text; bytes that no ledger holds become characters that break the chain."""
+    return path.read_bytes().decode("ascii", errors="replace")
+
+
+def inspect(text: str) -> tuple[list[Line], list[Problem]]:
+    """Every line that can be read, and everything that is wrong with the file."""
+    rows = text.split("\n")
+    problems = []
+    if rows.pop() != "":
+        problems.append(
+            Problem("truncated", len(rows) + 1, "the last line is cut off; the file was truncated or edited")
+        )
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        line = _parse(row)
+        if line is None:
+            problems.append(
+                Problem("unparsable", number, f"line {number} is not a ledger record; the file was edited or damaged")
+            )
+        else:
+            problem = _break(number, line, lines, rows) if len(problems) < _MOST_PROBLEMS else None
+            problems += [problem] if problem else []
+            lines.append(line)
+    return lines, problems
+
+
+def _parse(row: str) -> Line | None:
+    try:
+        record = json.loads(row)
+        sealed, mac = record.pop("hash"), record.pop("mac", None)
+        whole = isinstance(record["n"], int) and isinstance(record["kind"], str) and isinstance(sealed, str)
+        _canonical(record)  # refuses numbers that are none
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+    return Line(record, sealed, mac, row) if whole else None
+
+
+def _break(number: int, line: Line, before: list[Line], rows: list[str]) -> Problem | None:
+    """What is wrong with a line that does not continue the chain; None if it does."""
+    last = before[-1] if before else None
+    expected = last.record["n"] + 1 if last else 0
+    seals = {"hash": line.hash} | ({"mac": line.mac} if line.mac is not None else {})
+    spelt = line.text == _canonical({**line.record, **seals})
+    if spelt and line.record["n"] == expected and line.hash == _seal(last.hash if last else GENESIS, line.record):
+        return None
+
+    def problem(kind, message):
+        return Problem(kind, number, f"line {number} does not continue the hash chain; {message}")
+
+    if any(line.text == other.text for other in before):
+        return problem("ledger_line_repeated", "it is a line that stands further up already")
+    if line.record["n"] != expected and line.hash == _seal(_hash_of(line.record["n"] - 1, rows), line.record):
+        return problem("ledger_lines_reordered", "the lines were put in another order")
+    if line.record["n"] > expected:
+        return problem("ledger_line_removed", f"{line.record['n'] - expected} lines before it were removed")
+    return problem("ledger_edited", "the file was edited or damaged")
+
+
+def _hash_of(n: int, rows: list[str]) -> str:
+    """The hash of the line that numbers itself n, wherever it stands."""
+    found = [line.hash for line in map(_parse, rows) if line is not None and line.record["n"] == n]
+    return GENESIS if n < 0 else found[0] if found else ""
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The records of a ledger file, their chain verified.
+
+    Raises:
+      InputError: the first line that is not what was written, by number.
+    """
+    return [line.record for line in _verified(text_of(path), path)]
+
+
+def _verified(text: str, path) -> list[Line]:
+    lines, problems = inspect(text)
+    if problems:
+        raise InputError(f"{path}: {problems[0].message}")
+    return lines
+
+
+def wrong_macs(lines: list[Line], key: bytes) -> list[int]:
+    """Numbers, from 1, of the lines whose HMAC is missing or was not made with this key."""
+    return [i for i, line in enumerate(lines, 1) if not hmac.compare_digest(line.mac or "", _mac(key, line.hash))]
+
+
+class Ledger:
+    """Appends to one ledger file and knows which steps it holds.
+
+    Args:
+      lines: those that the file has.
+      key: the private key of every line's HMAC, or None.
+    """
+
+    def __init__(self, path: pathlib.Path, lines: list[Line], key: bytes | None = None):
+        self.path = path
+        self._lines = lines
+        self._key = key
+        self._steps = {line.record["step"]: line.record for line in lines if line.record["kind"] == "step"}
+        self._file = open(path, "a")
+
+    @classmethod
+    def open(cls, path: pathlib.Path, key: bytes | None = None) -> "Ledger":
+        """Opens or creates; a last line that a crash cut off is dropped, because its step was never executed.
+
+        Raises:
+          InputError: the chain does not hold.
+        """
+        text = text_of(path) if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        lines = _verified(whole, path)
+        if whole != text:
+            with open(path, "r+") as file:
+                file.truncate(len(whole.encode()))
+        return cls(path, lines, key)
+
+    @property
+    def records(self) -> list[dict]:
+        return [line.record for line in self._lines]
+
+    @property
+    def head(self) -> str:
+        """Hash of the last line; deposit it elsewhere to fix the ledger's content."""
+        return self._lines[-1].hash if self._lines else GENESIS
+
+    @property
+    def length(self) -> int:
+        return len(self._lines)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps recorded, 0 .. steps - 1."""
+        return len(self._steps)
+
+    @property
+    def finished(self) -> bool:
+        return any(line.record["kind"] == "finish" for line in self._lines)
+
+    def begins_with(self, length: int, head: str) -> bool:
+        """Whether this ledger once had `length` lines and this head."""
+        return 0 < length <= self.length and self._lines[length - 1].hash == head
+
+    def append(self, kind: str, **facts: Any) -> None:
+        """Writes one line.
+
+        Raises:
+          ValueError: facts that accounting.ledger.events does not know for this kind.
+        """
+        events.check_writable(kind, facts)
+        record = {"n": self.length, "kind": kind, **facts}
+        sealed = _seal(self.head, record)
+        mac = None if self._key is None else _mac(self._key, sealed)
+        text = _canonical({**record, "hash": sealed} | ({} if mac is None else {"mac": mac}))
+        self._file.write(text + "\n")
+        self._file.flush()
+        self._lines.append(Line(record, sealed, mac, text))
+
+    def append_step(self, step: int, group: dict) -> None:
+        """Records step `step` unless it is recorded already.
+
+        Raises:
+          InputError: the step is not the next one, or was recorded with another sampling, noise or cap.
+        """
+        if step == self.steps:
+            self.append("step", step=step, **group)
+            self._steps[step] = self._lines[-1].record
+            return
+        known = self._steps.get(step)
+        if known is None or any(known[name] != value for name, value in group.items()):
+            raise InputError(
+                f"{self.path}: step {step} does not follow what the ledger records; this is another run's ledger"
+            )
+
+    def sync(self) -> None:
+        """Returns when the file is on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

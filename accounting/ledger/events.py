@@ -1,0 +1,128 @@
+"""What a ledger can say: every kind of line, its facts, their types and their meaning.
+
+Writers and auditors both go by this table, so a fact that is not in it can neither be written nor be taken for a public
+one. Every line also has its number `n`, its `kind`, its `hash` and, under a keyed seal, its `mac`.
+"""
+
+import dataclasses
+from typing import Any
+
+# 1: no `format` in the start event. 2: the start event names the format. Both are audited alike.
+FORMAT = 2
+OLDEST_FORMAT = 1
+
+START, STEP, RESUME, CHECKPOINT, EVALUATION, FINISH, EXPORT, REPORT = (
+    "start", "step", "resume", "checkpoint", "evaluation", "finish", "export", "report",
+)  # fmt: skip
+
+_NUMBER: tuple[type, ...] = (int, float)
+_TEXT: tuple[type, ...] = (str,)
+_COUNT: tuple[type, ...] = (int,)
+_OR_NONE: tuple[type, ...] = (type(None),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One fact of a line.
+
+    Attributes:
+      types: that its value may have; a number that is infinite is written as the string "inf" and counts as a float.
+      meaning: one line.
+      required: whether a line without it is garbled. The others came with later versions, or belong to the environment.
+    """
+
+    types: tuple[type, ...]
+    meaning: str
+    required: bool = True
+
+    def admits(self, value: object) -> bool:
+        """Whether a decoded value has one of the types; a truth value is no number."""
+        if isinstance(value, bool):
+            return bool in self.types
+        return isinstance(value, self.types)
+
+
+EVENTS: dict[str, dict[str, Fact]] = {
+    START: {
+        "format": Fact(_COUNT, "version of this table that the run was written by", required=False),
+        "run_id": Fact(_TEXT, "public name at random, which tells this run's ledger from any other"),
+        "config_sha256": Fact(_TEXT, "of config.json"),
+        "seal": Fact(_TEXT, "how lines are bound to each other"),
+        "num_units": Fact(_COUNT, "N, training units; counted under zero_out, declared under add_or_remove"),
+        "expected_batch_size": Fact(_NUMBER, "B = q N, in units"),
+        "max_batch_size": Fact(_COUNT + _OR_NONE, "truncation cap of a batch, in units"),
+        "noise_multiplier": Fact(_NUMBER, "sigma, in units of the sensitivity"),
+        "clip_norm": Fact(_NUMBER, "C, L2 bound of one unit's gradient; where it adapts, the first"),
+        "steps": Fact(_COUNT, "T, planned number of steps"),
+        "neighbouring_relation": Fact(_TEXT, "zero_out or add_or_remove"),
+        "sampler": Fact(_TEXT, "poisson or fixed"),
+        "clip_scaling": Fact(_TEXT, "clip, normalise or automatic", required=False),
+        "clip_quantile": Fact(_NUMBER + _OR_NONE, "share of the units that C follows", required=False),
+        "epsilon": Fact(_NUMBER, "the target"),
+        "delta": Fact(_NUMBER, "at which epsilon is stated"),
+        "privacy_unit": Fact(_TEXT, "what one unit is"),
+        "sequence_length": Fact(_COUNT, "length of a row"),
+        "model": Fact(_TEXT, "name of the preset or architecture"),
+        "architecture": Fact((dict,), "of the model, adapters included"),
+        "parameters": Fact(_COUNT, "numbers that the model has"),
+        "trained_parameters": Fact(_COUNT, "numbers that are trained"),
+        "init_sha256": Fact(_TEXT + _OR_NONE, "of the checkpoint that the run started from"),
+        "secret_keys": Fact((bool,), "whether the keys came from the operating system's randomness"),
+        "held_out_units": Fact(_COUNT + _OR_NONE, "held out for evaluation; undisclosed under add_or_remove"),
+        "environment": Fact(_TEXT, "versions and devices that decide the last bits of a step", required=False),
+    },
+    STEP: {
+        "step": Fact(_COUNT, "number of the step, from 0"),
+        "sampling_probability": Fact(_NUMBER, "q"),
+        "noise_multiplier": Fact(_NUMBER, "sigma"),
+        "max_batch_size": Fact(_COUNT + _OR_NONE, "truncation cap"),
+    },
+    RESUME: {
+        "step": Fact(_COUNT, "at which the run goes on"),
+        "environment": Fact(_TEXT, "of the process that goes on"),
+    },
+    CHECKPOINT: {
+        "step": Fact(_COUNT, "number of steps taken"),
+        "metrics_sha256": Fact(_TEXT, "of the public metrics so far"),
+        "parameters_sha256": Fact(_TEXT, "of the trained parameters"),
+    },
+    EVALUATION: {
+        "step": Fact(_COUNT, "number of steps taken"),
+        "units": Fact(_TEXT, "which units were looked at"),
+    },
+    FINISH: {"step": Fact(_COUNT, "number of steps taken")},
+    EXPORT: {
+        "step": Fact(_COUNT, "of the checkpoint"),
+        "files": Fact((dict,), "SHA-256 of every written file, by name"),
+    },
+    REPORT: {"files": Fact((dict,), "SHA-256 of every written file, by name")},
+}
+
+
+def unknown(kind: str, facts: dict[str, Any]) -> list[str]:
+    """The names of facts that a line of this kind must not have, in order."""
+    return sorted(set(facts) - set(EVENTS.get(kind, {})))
+
+
+def unsound(kind: str, facts: dict[str, Any]) -> list[str]:
+    """The names of facts that a line of this kind lacks, or has with a value of another type."""
+    return [
+        name
+        for name, fact in EVENTS[kind].items()
+        if (fact.required or name in facts) and not (name in facts and fact.admits(facts[name]))
+    ]
+
+
+def check_writable(kind: str, facts: dict[str, Any]) -> None:
+    """Refuses to write what no auditor would take for a public fact.
+
+    Raises:
+      ValueError: a kind that is not in the table, a fact that its kind does not have, or one of another type.
+    """
+    if kind not in EVENTS:
+        raise ValueError(f"a ledger has no event of kind {kind!r}")
+    if names := unknown(kind, facts):
+        raise ValueError(f"a {kind} event has no fact {', '.join(names)}")
+    wrong = [name for name, value in facts.items() if value != "inf" and not EVENTS[kind][name].admits(value)]
+    if wrong:
+        raise ValueError(f"a {kind} event has {', '.join(wrong)} of another type")

@@ -1,0 +1,123 @@
+"""What a ledger proves: which mechanisms were executed, how often, and under which declared facts."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from accounting import run_files
+from accounting.accountant import Accountant
+from accounting.errors import InputError
+from accounting.ledger import events
+from accounting.mechanism import Mechanism, dp_sgd
+from accounting.mechanism.mechanism import FACTS, GROUP
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """Attributes:
+    declared: the facts of the start event; infinities decoded.
+    planned: the mechanism that the start event declares, with all its steps.
+    mechanisms: what the step lines say was executed, in order, one entry for each change of sampling, noise or cap.
+    events: the records that are neither start nor step.
+    """
+
+    declared: dict
+    planned: Mechanism
+    mechanisms: tuple[Mechanism, ...]
+    events: tuple[dict, ...]
+
+    @property
+    def steps(self) -> int:
+        return sum(m.steps for m in self.mechanisms)
+
+    @property
+    def finished(self) -> bool:
+        return any(event["kind"] == events.FINISH for event in self.events)
+
+    @property
+    def delta(self) -> float:
+        return self.declared["delta"]
+
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether every step had the declared sampling, noise and cap, and none was beyond the plan."""
+        return self.steps <= self.planned.steps and all(
+            m == self.planned.replace(steps=m.steps) for m in self.mechanisms
+        )
+
+    @property
+    def claims_privacy(self) -> bool:
+        """Whether noise that nobody can know was added towards a finite epsilon. Otherwise the run answers for
+        nothing."""
+        return self.has_secret_keys and math.isfinite(self.declared["epsilon"])
+
+    @property
+    def has_secret_keys(self) -> bool:
+        """Whether sampling and noise came from the operating system's randomness, not from a seed that anyone
+        may know."""
+        return self.declared["secret_keys"]
+
+    def accountant(self) -> Accountant:
+        """That of what was executed; of the plan, where nothing was."""
+        return Accountant(self.mechanisms or (self.planned,), claimed=self.claims_privacy)
+
+    @property
+    def deviations(self) -> list[str]:
+        """What this run does but should not; empty is the goal."""
+        m, found = self.planned, []
+        if not m.is_private:
+            found.append("non-private baseline: no noise is added and no guarantee holds")
+        elif not self.claims_privacy:
+            found.append("the target epsilon is infinite: noise is added, but no guarantee is claimed")
+        elif self.delta > 1 / m.num_units:
+            found.append(
+                f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish"
+                " some unit in the clear and still satisfy the definition; choose a delta well below 1/N"
+            )
+        if not self.has_secret_keys:
+            found.append(
+                "sampling and noise were made from a public seed: they hide nothing, and no guarantee can hold"
+            )
+        if not self.is_as_planned:
+            found.append(
+                "the executed steps differ from the declared mechanism; epsilon is derived from what was executed"
+            )
+        return found
+
+
+def of(records: Sequence[dict]) -> Executed:
+    """What a ledger's records say.
+
+    Raises:
+      InputError: they do not begin with a start event, or a record lacks or garbles a fact.
+    """
+    if not records or records[0].get("kind") != events.START:
+        raise InputError("the ledger does not begin with a start event")
+    declared = run_files.decode(records[0])
+    version = declared.get("format", events.OLDEST_FORMAT)
+    if version not in range(events.OLDEST_FORMAT, events.FORMAT + 1):
+        raise InputError(
+            f"the ledger has format {version}, and this program reads {events.OLDEST_FORMAT} to {events.FORMAT}: use"
+            " the version of dpgemma that wrote it"
+        )
+    garbled = events.unsound(events.START, declared)
+    if garbled:
+        raise InputError(f"the ledger's start event has no sound {', '.join(garbled)}")
+    if not (0 < declared["delta"] < 1 and declared["epsilon"] >= 0):
+        raise InputError("the ledger's start event has no sound epsilon and delta")
+    try:
+        planned = dp_sgd(**{name: declared[name] for name in FACTS if name in declared})
+        steps = [tuple(record[name] for name in GROUP) for record in records if record["kind"] == events.STEP]
+        mechanisms = tuple(_mechanism(planned, group, len(list(run))) for group, run in itertools.groupby(steps))
+    except (KeyError, TypeError, OverflowError) as error:
+        raise InputError(f"a ledger record lacks or garbles a fact ({error})") from None
+    return Executed(declared, planned, mechanisms, tuple(r for r in records[1:] if r["kind"] != events.STEP))
+
+
+def _mechanism(planned: Mechanism, group: tuple, steps: int) -> Mechanism:
+    probability, noise, cap = group
+    # The declared batch is kept where it gives the recorded probability: dividing back would round.
+    same = probability == planned.sampling_probability
+    batch = planned.expected_batch_size if same else probability * planned.num_units
+    return planned.replace(expected_batch_size=batch, noise_multiplier=noise, max_batch_size=cap, steps=steps)

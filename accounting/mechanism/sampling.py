@@ -1,0 +1,153 @@
+"""How the batches of a run are formed: public facts only. The generators are in `dpgemma.privacy.samplers`."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+from accounting.errors import InputError
+from accounting.mechanism.bounds import ADDITIVE, DISPLACEMENT, LOSS, RENYI, TRUNCATED_LOSS
+
+ZERO_OUT = "zero_out"  # one unit replaced by an empty one, which keeps its place in every draw
+ADD_OR_REMOVE = "add_or_remove"  # one unit present or absent
+RELATIONS = (ZERO_OUT, ADD_OR_REMOVE)
+
+POISSON = "poisson"
+FIXED = "fixed"
+
+# What floating point can still account for.
+MOST_UNITS, MOST_STEPS = 10**16, 10**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What every way of forming batches has.
+
+    Attributes:
+      num_units: N, privacy units that can be drawn. Public: under zero_out because neighbours have the same N, under
+        add_or_remove because the user declares it.
+      expected_batch_size: B = q N, in units; also the divisor of the noised sum.
+    """
+
+    num_units: int
+    expected_batch_size: float
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_units <= MOST_UNITS:
+            raise InputError(
+                f"the number of units must be at least 1 and at most {MOST_UNITS:.0e}, got {self.num_units}"
+            )
+        if not 0 < self.expected_batch_size <= self.num_units:
+            raise InputError(
+                f"expected batch size {self.expected_batch_size:g} must be above 0 and at most the {self.num_units}"
+                " privacy units: lower the batch size or use more data"
+            )
+
+    @property
+    def sampling_probability(self) -> float:
+        """q = B / N."""
+        return self.expected_batch_size / self.num_units
+
+    @property
+    def max_batch_size(self) -> int | None:
+        """The truncation cap, or None."""
+        return None
+
+    @property
+    def scheme(self) -> str:
+        """The name by which reports and refusals call it."""
+        return self.name
+
+    @property
+    def inclusion_probability(self) -> float:
+        """Probability that a unit takes part in a release that can contain it."""
+        return self.sampling_probability
+
+    def releases(self, steps: int) -> int:
+        """In how many of `steps` steps one unit can take part."""
+        return steps
+
+    def bounds(self, relation: str) -> tuple[str, ...]:
+        """The bounds of epsilon that are proved for it under a neighbouring relation; none where there is no proof."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisson(Sampling):
+    """Every unit is drawn independently with probability q in every step."""
+
+    name: ClassVar[str] = POISSON
+
+    @property
+    def scheme(self) -> str:
+        return "full_batch" if self.sampling_probability == 1 else POISSON
+
+    def bounds(self, relation: str) -> tuple[str, ...]:
+        return (LOSS, RENYI)
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedPoisson(Sampling):
+    """As Poisson; of an overfull batch a uniformly random subset of `cap` units is kept."""
+
+    cap: int
+
+    name: ClassVar[str] = POISSON
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cap < 1:
+            raise InputError(f"maximum batch size must be at least 1, got {self.cap}")
+
+    @property
+    def max_batch_size(self) -> int | None:
+        return self.cap
+
+    @property
+    def scheme(self) -> str:
+        return "truncated_poisson"
+
+    def bounds(self, relation: str) -> tuple[str, ...]:
+        if relation == ZERO_OUT:
+            return (LOSS, ADDITIVE, DISPLACEMENT, TRUNCATED_LOSS, RENYI)
+        return (LOSS, ADDITIVE, RENYI)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Sampling):
+    """Batches laid out beforehand: each unit in at most ceil(T B / N) of them, and no help from sampling."""
+
+    name: ClassVar[str] = FIXED
+
+    @property
+    def inclusion_probability(self) -> float:
+        return 1.0
+
+    def releases(self, steps: int) -> int:
+        return min(steps, math.ceil(steps * self.sampling_probability))
+
+    def bounds(self, relation: str) -> tuple[str, ...]:
+        return (LOSS, RENYI) if relation == ZERO_OUT else ()
+
+
+SAMPLERS = (POISSON, FIXED)
+
+
+def sampling_of(
+    name: str, num_units: int, expected_batch_size: float, max_batch_size: int | None = None
+) -> Poisson | TruncatedPoisson | Fixed:
+    """The sampling that flags and ledgers name.
+
+    Raises:
+      InputError: an unknown name, impossible sizes, or a cap on batches that are laid out beforehand.
+    """
+    if name not in SAMPLERS:
+        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    if name == FIXED:
+        if max_batch_size is not None:
+            raise InputError("a cap truncates Poisson batches: drop `max_batch_size` under `sampler`=fixed")
+        return Fixed(num_units, expected_batch_size)
+    if max_batch_size is None:
+        return Poisson(num_units, expected_batch_size)
+    return TruncatedPoisson(num_units, expected_batch_size, max_batch_size)

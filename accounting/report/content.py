@@ -1,0 +1,56 @@
+"""The privacy report of a run: what was spent, in numbers and in a paragraph that a lawyer can read.
+
+Everything in it is a function of the ledger up to one line, whose hash it names; so whoever holds the ledger can write
+it again.
+"""
+
+from accounting.accountant import EpsilonBracket
+from accounting.ledger.executed import Executed
+from accounting.report.words import statement
+from accounting.rounding import round_up
+from accounting.run_files import WEIGHTS_SUFFIX
+
+
+def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict:
+    """The content of report.json.
+
+    Args:
+      executed: what the ledger says, up to the line with the hash `ledger_head`.
+    """
+    m, declared = executed.planned, executed.declared
+    return {
+        "run_id": declared["run_id"],
+        "target_epsilon": declared["epsilon"],
+        "epsilon": round_up(bracket.upper),
+        "epsilon_lower_numeric": bracket.lower,
+        "delta": executed.delta,
+        "privacy_unit": declared["privacy_unit"],
+        "num_units": m.num_units,
+        "held_out_units": declared["held_out_units"],
+        "neighbouring_relation": m.neighbouring_relation,
+        "sampler": m.scheme,
+        "expected_batch_size": m.expected_batch_size,
+        "max_batch_size": m.max_batch_size,
+        "sampling_probability": m.sampling_probability,
+        "noise_multiplier": m.noise_multiplier,
+        "noise_batch_ratio": m.noise_batch_ratio,
+        "clip_norm": m.clip_norm,
+        "clip_scaling": declared.get("clip_scaling", "clip"),
+        "clip_quantile": declared.get("clip_quantile"),
+        "steps": executed.steps,
+        "finished": executed.finished,
+        "accountant": "pld",
+        "cross_check": bracket.cross_check,
+        "statement": statement(executed, bracket),
+        "deviations": executed.deviations,
+        "trained_parameters": declared["trained_parameters"],
+        "init_sha256": declared["init_sha256"],
+        "exports": [exported_weights(event) for event in executed.events if event["kind"] == "export"],
+        "ledger_seal": declared["seal"],
+        "ledger_head": ledger_head,
+    }
+
+
+def exported_weights(event: dict) -> dict[str, str]:
+    """SHA-256 of the weight files that an export event names, by file name."""
+    return {name: digest for name, digest in sorted(event["files"].items()) if name.endswith(WEIGHTS_SUFFIX)}

@@ -1,0 +1,209 @@
+"""report.html: the report as one page for people, self-contained, readable on a phone and on paper."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from accounting import rounding
+from accounting.ledger.executed import Executed
+from accounting.report import figures, words
+from accounting.report.tables import Meaning
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 50rem; padding: 1.5rem 1.25rem 4rem; background: #fff; color: #222;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+.lead { font-size: 1.05rem; } .quiet { color: #666; font-size: .9rem; }
+.number { font-size: 2.6rem; font-weight: 600; color: #0b5fa5; line-height: 1.1; margin: 1rem 0 .2rem; }
+.none .number { color: #b00020; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #eee; vertical-align: top; }
+td + td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+th { font-weight: 600; }
+figure { margin: 0; } svg { width: 100%; height: auto; max-width: 40rem; display: block; }
+code { font-size: .85em; overflow-wrap: anywhere; }
+@media print { body { max-width: none; padding: 0; font-size: 10.5pt; }
+  h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
+"""
+
+
+def render(executed: Executed, content: dict, meaning: Meaning, points: Sequence[tuple[int, float]]) -> str:
+    """The page.
+
+    Args:
+      executed: what the ledger says.
+      content: the report of the same ledger, from report.build.
+      meaning: its tables.
+      points: (steps, epsilon) for the plot.
+    """
+    private = math.isfinite(content["epsilon"])
+    plots = figures.svgs(points if private else [], content["target_epsilon"], meaning.profile)
+    title = f"Privacy report of run {content['run_id'][:8]}"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="quiet">{escape(_status(executed))}</p>',
+        f'<div class="{"" if private else "none"}"><p class="number">ε = {_number(content["epsilon"])}</p>'
+        f'<p class="lead">at δ = {content["delta"]!r}, for one unit:'
+        f" {escape(words.unit_text(executed.declared))}.</p></div>",
+        _section("Statement", f"<p>{escape(content['statement'])}</p>"),
+        _section("Who may see what", _table(("", ""), _audience(private))),
+        _section("Parameters", _table(("", ""), _parameters(executed, content))),
+        *(
+            _section(heading, f"<figure>{plot}</figure>{note}")
+            for (heading, note), plot in zip(_PLOT_TEXTS, plots, strict=False)
+        ),
+        *(_tables(meaning) if private else []),
+        _section("Compute", _table(("", ""), _compute(executed))),
+        _section("Deviations", _deviations(content["deviations"])),
+        _section("How to check this", _checking(executed, content)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+_PLOT_TEXTS = (
+    ("Epsilon over the steps", '<p class="quiet">Upper bounds; what any checkpoint up to a step has spent.</p>'),
+    (
+        "What an attacker can do",
+        '<p class="quiet">Somebody who knows everything but whether one unit took part makes at least these errors. On'
+        " the dashed line"
+        " nothing better than guessing is possible; the shaded gap is all that the model can give away.</p>",
+    ),
+)
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>\n{content}</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    titles = "".join(f"<th>{escape(name)}</th>" for name in head) if any(head) else ""
+    lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f'<div class="scroll"><table>{f"<tr>{titles}</tr>" if titles else ""}\n{lines}</table></div>'
+
+
+def _bound(value) -> str:
+    """An upper bound."""
+    return rounding.upper(value, 10) if isinstance(value, float) and math.isfinite(value) else _number(value)
+
+
+def _number(value) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, str) or not math.isfinite(value):
+        return "∞"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _status(executed: Executed) -> str:
+    state = "Finished" if executed.finished else "Unfinished: this is what has been spent so far"
+    return f"{state}; {executed.steps:,} of {executed.planned.steps:,} planned steps were executed."
+
+
+def _audience(private: bool) -> list[tuple[str, str]]:
+    if not private:
+        return [("Nothing may be shown", "This run has no guarantee. Treat its model like the data themselves.")]
+    return [
+        (
+            "Anyone",
+            "the model, every checkpoint, this report, config.json, ledger.jsonl, metrics.jsonl and samples from the"
+            " model",
+        ),
+        (
+            "The operator only",
+            "the folder private/, the terminal's output, and losses on the training or the held-out units",
+        ),
+        (
+            "Not protected",
+            "what many units have in common, held-out units, and the choice of settings or tokenizer by looking at the"
+            " data",
+        ),
+    ]
+
+
+def _parameters(executed: Executed, content: dict) -> list[tuple[str, str]]:
+    declared = executed.declared
+    return [
+        ("Privacy unit", words.unit_text(declared)),
+        ("Neighbouring data sets", f"{content['neighbouring_relation']}: {words.relation_text(executed.planned)}"),
+        ("Units", _number(content["num_units"])),
+        ("Sampling", f"{content['sampler']}, probability {content['sampling_probability']:.6g}"),
+        (
+            "Expected batch",
+            f"{_number(content['expected_batch_size'])} units, at most {_number(content['max_batch_size'])}",
+        ),
+        ("Noise multiplier", _number(content["noise_multiplier"])),
+        ("Noise-batch ratio", f"{_number(content['noise_batch_ratio'])} (noise on the mean gradient, in clip norms)"),
+        ("Clip norm", _number(content["clip_norm"])),
+        ("Steps", _number(content["steps"])),
+        ("Epsilon, certified bracket", f"{_number(content['epsilon_lower_numeric'])} to {_bound(content['epsilon'])}"),
+        ("Epsilon by Rényi accounting", f"{_bound(content['cross_check'])} (a second accountant, looser as a rule)"),
+        ("Target epsilon", _number(content["target_epsilon"])),
+        ("Delta", f"{content['delta']!r}"),
+    ]
+
+
+def _tables(meaning: Meaning) -> list[str]:
+    groups = [(k, _bound(rounding.round_up(epsilon))) for k, epsilon in meaning.groups]
+    attacks = [(f"{rate:g}", f"{rounding.upper(detected, 4)}") for rate, detected in meaning.attacks]
+    deltas = [(rounding.upper(epsilon), rounding.upper(delta, 3)) for epsilon, delta in meaning.deltas]
+    return [
+        _section(
+            "Owners of several units",
+            "<p>Somebody whose data fill several units is protected by the epsilon in their line, at the same"
+            " delta.</p>" + _table(("Units", "Epsilon"), groups),
+        ),
+        _section(
+            "Membership attacks",
+            _table(("False-positive rate", "Units detected, at most"), attacks)
+            + f"<p>The two rates differ by at most {rounding.upper(meaning.membership_advantage, 4)}. As far as delta"
+            " reaches, the run is at least as private as a Gaussian mechanism with μ ="
+            f" {rounding.upper(meaning.gaussian_mu, 4)}.</p>",
+        ),
+        _section("Delta at other epsilons", _table(("Epsilon", "Delta"), deltas)),
+    ]
+
+
+def _model_size(declared: dict) -> str:
+    """How many, how many of them were trained, and where they started."""
+    everything, trained = declared["parameters"], declared["trained_parameters"]
+    text = (
+        _number(everything) if trained == everything else f"{_number(everything)}, {_number(trained)} of them trained"
+    )
+    return (
+        text if declared["init_sha256"] is None else f"{text}; from a checkpoint with SHA-256 {declared['init_sha256']}"
+    )
+
+
+def _compute(executed: Executed) -> list[tuple[str, str]]:
+    declared, m = executed.declared, executed.planned
+    tokens = m.expected_batch_size * declared["sequence_length"] * executed.steps
+    rows = [("Model", declared["model"]), ("Parameters", _model_size(declared)), ("Tokens, expected", f"{tokens:.4g}")]
+    trained = declared["trained_parameters"]
+    flops = (6 * trained + 4 * (declared["parameters"] - trained)) * tokens
+    flops = f"{flops:.3g} (6 for each trained parameter and token, 4 for a frozen one; clipping not counted)"
+    return [*rows, ("Floating-point operations", flops)]
+
+
+def _deviations(deviations: Sequence[str]) -> str:
+    if not deviations:
+        return "<p>None.</p>"
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in deviations) + "</ul>"
+
+
+def _checking(executed: Executed, content: dict) -> str:
+    resumes = sum(event["kind"] == "resume" for event in executed.events)
+    return (
+        "<p><code>dpgemma audit WORKDIR</code> derives epsilon again from the ledger alone and compares it with"
+        f" everything else in the folder. {escape(words.seal_text(executed.declared))} The run was resumed {resumes}"
+        f" times.</p><p>Ledger head when this was written:<br><code>{escape(content['ledger_head'])}</code></p>"
+    )

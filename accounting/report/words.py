@@ -1,0 +1,132 @@
+"""The sentences of a privacy report: unit, neighbouring data sets, mechanism, what is covered and what is not."""
+
+import math
+from collections.abc import Sequence
+
+from accounting.accountant import EpsilonBracket
+from accounting.errors import InputError
+from accounting.ledger.chain import CHAIN, KEYED_CHAIN
+from accounting.ledger.executed import Executed
+from accounting.mechanism import ADD_OR_REMOVE, Mechanism
+from accounting.rounding import round_up
+
+_UNITS = {
+    "sequence": "one row of {sequence_length} consecutive tokens of the packed training text",
+    "example": "one record of the training data, of which the first {sequence_length} tokens are used",
+}
+_RELATIONS = {
+    "zero_out": "the two data sets differ in the content of one unit, which one of them replaces by an empty unit; the"
+    " number of"
+    " units is public",
+    ADD_OR_REMOVE: "the two data sets differ in the presence of one unit; the number of units was declared by the"
+    " operator and not"
+    " taken from the data",
+}
+
+
+def unit_text(declared: dict) -> str:
+    """What one privacy unit is, in words.
+
+    Raises:
+      InputError: the ledger names a unit that does not exist.
+    """
+    if declared["privacy_unit"] not in _UNITS:
+        raise InputError(f"the ledger names an unknown privacy unit {declared['privacy_unit']!r}")
+    return _UNITS[declared["privacy_unit"]].format(sequence_length=declared["sequence_length"])
+
+
+def relation_text(mechanism: Mechanism) -> str:
+    return _RELATIONS[mechanism.neighbouring_relation]
+
+
+def mechanism_text(mechanism: Mechanism) -> str:
+    """One run of equal steps, in words."""
+    m = mechanism
+    cap = "" if m.max_batch_size is None else f", at most {m.max_batch_size} of them"
+    return (
+        f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, Gaussian noise of"
+        f" {m.noise_multiplier:.6g} times that norm on their sum, batches drawn by Poisson sampling with probability"
+        f" {m.sampling_probability:.6g} from {m.num_units} units{cap})"
+    )
+
+
+def clipping_text(declared: dict) -> str:
+    """What is to be said of gradients that are not plainly clipped to a constant norm; empty where they are."""
+    quantile = declared.get("clip_quantile")
+    if quantile is not None:
+        return (
+            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the units' norms,"
+            " by counts whose own noise is part of the noise multiplier."
+        )
+    if declared.get("clip_scaling") == "automatic":
+        return " Instead of being clipped, gradients were divided by their norm, which makes that norm their largest."
+    return ""
+
+
+def origin_text(declared: Sequence[dict]) -> str:
+    """What is not covered where training started from somebody's checkpoint; nothing where it did not."""
+    digests = sorted({facts["init_sha256"] for facts in declared} - {None})
+    if not digests:
+        return ""
+    return (
+        f" Training started from an existing checkpoint (SHA-256 {', '.join(digests)}): what that one reveals about the"
+        " data it was made from is NOT covered."
+    )
+
+
+def seal_text(declared: dict) -> str:
+    """What the ledger's chain can and cannot show."""
+    if declared["seal"] == KEYED_CHAIN:
+        return (
+            "Every line carries an HMAC under a key in private/: nobody without that key can rewrite the ledger"
+            " unnoticed."
+        )
+    assert declared["seal"] == CHAIN
+    return (
+        "The chain has no key: it finds accidents and partial edits. Deposit the head hash elsewhere to rule out a"
+        " rewritten ledger."
+    )
+
+
+def statement(executed: Executed, bracket: EpsilonBracket) -> str:
+    """One paragraph: what is protected, how far, against whom, and what is not."""
+    m, declared = executed.planned, executed.declared
+    mechanisms = executed.mechanisms or (m,)
+    if not all(x.is_private for x in mechanisms):
+        return (
+            "NO PRIVACY: this is a non-private baseline, trained without noise"
+            + (" and without clipping" if math.isinf(m.clip_norm) else "")
+            + ". The model may reveal anything about its training data, and nothing of it should be released."
+        )
+    if not executed.claims_privacy:
+        return (
+            f"NO PRIVACY CLAIMED: the target epsilon is infinite. Noise of {m.noise_multiplier:.6g} times the clip norm"
+            " was added to every sum, as in a study of what noise costs, but no guarantee was derived, and nothing"
+            " should be released as private."
+            + (
+                ""
+                if executed.has_secret_keys
+                else " That noise was made from a public seed and can be taken off again."
+            )
+        )
+    held_out = declared.get("held_out_units")
+    count = "An undisclosed number of" if held_out is None else held_out
+    held = (
+        f" {count} further units were held out by a secret random assignment, are not among the {m.num_units}, and are"
+        " NOT covered: the loss measured on them was shown to the operator, and any choice based on it may reveal"
+        " something about them."
+        if held_out != 0
+        else ""
+    )
+    origin = origin_text([declared])
+    return (
+        f"The trained parameters are ({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private with"
+        f" respect to one unit, which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers"
+        f" the final parameters and every checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
+        + clipping_text(declared)
+        + " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what"
+        " content one unit took part. It does not hide facts that many units share: a person who appears in k units is"
+        " protected less, roughly k times epsilon and worse. It does not cover the folder private/ (secret keys, raw"
+        " losses and norms), the progress shown on the operator's terminal, the choice of settings by earlier runs on"
+        " the same data, or the tokenizer." + origin + held
+    )

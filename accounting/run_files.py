@@ -1,0 +1,70 @@
+"""The files of a run: what they are called, which of them are private, and how they are written.
+
+Names are relative to the folder of the run. Trainer, exporter, sweep and audit take them from here.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+from typing import Any
+
+CONFIG = "config.json"  # every resolved setting
+LEDGER = "ledger.jsonl"  # what was executed
+REPORT = "report.json"
+PAGE = "report.html"
+METRICS = "metrics.jsonl"  # public or noised values only
+CHECKPOINTS = "checkpoints"
+PRIVATE = "private"  # mode 0700; the only place for what the guarantee does not cover
+KEYS = f"{PRIVATE}/keys.json"
+DATA = f"{PRIVATE}/data.json"  # the keyed fingerprint of the data, and how the ledger is sealed
+LOCK = f"{PRIVATE}/lock"
+PRIVATE_METRICS = f"{PRIVATE}/metrics.jsonl"  # raw losses and norms
+HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units
+
+PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS)
+FOLDERS = (PRIVATE, CHECKPOINTS)
+
+CARD = "README.md"  # the model card of an export
+WEIGHTS_SUFFIX = ".safetensors"
+
+
+def encode(value: Any) -> Any:
+    """JSON has no infinity: it becomes the string "inf", at any depth.
+
+    >>> encode({"epsilon": math.inf})
+    {'epsilon': 'inf'}
+    """
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    return "inf" if value == math.inf else value
+
+
+def decode(facts: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `encode` for the values of one object."""
+    return {name: math.inf if value == "inf" else value for name, value in facts.items()}
+
+
+def dumps(value: dict[str, Any]) -> str:
+    """JSON text with infinities encoded; NaN is refused."""
+    return json.dumps(encode(value), indent=1, allow_nan=False) + "\n"
+
+
+def digest(content: bytes) -> str:
+    """SHA-256, by which the ledger knows a file."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file that may be large."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Replaces the file in one step, so that a reader sees the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

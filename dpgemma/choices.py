@@ -1,0 +1,49 @@
+"""The values that settings may take, one line each. This module imports nothing, so that --help answers at once.
+
+What belongs to the guarantee itself (neighbouring relations, samplers) stands in accounting.mechanism instead.
+"""
+
+AUTO = "auto"
+
+# What one privacy unit is.
+SEQUENCE = "sequence"  # one row of packed text
+EXAMPLE = "example"  # one record in a row of its own
+PRIVACY_UNITS = (AUTO, SEQUENCE, EXAMPLE)
+
+# How the sum of clipped gradients is computed. All but per_layer give the same sum, up to rounding.
+EXAMPLE_SCAN = "example_scan"  # forms the gradients of few units at a time, and measures each while it is formed
+GHOST = "ghost"  # forms none: norms and sum come from the operands that one backward pass keeps
+PER_LAYER = "per_layer"  # as ghost, with a bound of its own for every operation of every layer
+VMAP = "vmap"  # forms all gradients at once, as the definition says; for tests
+STRATEGIES = (EXAMPLE_SCAN, GHOST, PER_LAYER, VMAP)
+CLIPPING = (AUTO, *STRATEGIES)
+
+# How per_layer divides one norm C among its G groups.
+UNIFORM = "uniform"  # C / sqrt(G) each
+BY_DIMENSION = "dimension"  # in proportion to the square root of a group's size
+THRESHOLDS = (UNIFORM, BY_DIMENSION)
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("float32", "bfloat16")
+
+# What the backward pass computes again instead of keeping it: nothing, every block, or all but products with weights.
+REMAT_POLICIES = ("none", "block", "dots")
+
+# How attention is computed: all scores at once, a tile of them at a time, or by JAX's own kernel (no soft-caps).
+DENSE, BLOCKWISE, FUSED = "dense", "blockwise", "fused"
+ATTENTION = (AUTO, DENSE, BLOCKWISE, FUSED)
+
+# How the lines of a ledger are bound: by a hash chain alone, or with an HMAC under a private key as well.
+CHAIN, HMAC = "chain", "hmac"
+SEALS = (CHAIN, HMAC)
+
+# The type of exported weights; as_stored keeps that of the model.
+AS_STORED = "as_stored"
+EXPORT_DTYPES = (AS_STORED, *DTYPES)
+
+# From which distribution the number of trials of a random search is drawn.
+TRIALS = ("geometric", "logarithmic", "poisson")
+
+# Where the processes of a sweep run: on this machine, as Slurm jobs, or on a Ray cluster.
+LAUNCHERS = ("local", "slurm", "ray")

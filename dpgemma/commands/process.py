@@ -1,0 +1,107 @@
+"""Everything that the command line changes in its process: environment, loggers, hooks, signals.
+
+The library changes none of it. Each change is a context manager that restores what it found.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# What these libraries log as errors, they raise as well.
+_LOGGERS = ("absl", "asyncio")
+# Their threads and coroutines report a failed read or write again, after it has been raised.
+_STORAGE = ("orbax", "tensorstore")
+
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Every error is reported once: by the exception that the program turns into a sentence."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    hooks = sys.excepthook, sys.unraisablehook
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    print_exception, print_unraisable = hooks
+
+    def without_storage(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if not _is_from_storage(trace):
+            print_exception(kind, error, trace)
+
+    def unraisable_without_storage(unraisable: Any) -> None:
+        dropped = asyncio.iscoroutine(unraisable.object) and _is_storage(unraisable.object.cr_code.co_filename)
+        # They read many arrays side by side in threads that no Python program began; where one read fails, the others
+        # raise into such a thread.
+        foreign = isinstance(threading.current_thread(), threading._DummyThread)
+        if not (dropped or foreign or _is_from_storage(unraisable.exc_traceback)):
+            print_unraisable(unraisable)
+
+    sys.excepthook, sys.unraisablehook = without_storage, unraisable_without_storage
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _is_storage(filename: str) -> bool:
+    return any(name in filename for name in _STORAGE)
+
+
+def _is_from_storage(trace: types.TracebackType | None) -> bool:
+    """Whether an exception passed through the storage layers."""
+    while trace is not None:
+        if _is_storage(trace.tb_frame.f_code.co_filename):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+@contextlib.contextmanager
+def deterministic_sums() -> Iterator[None]:
+    """Sums on GPUs in a fixed order. To be entered before jax is first used; flags that are set already are kept."""
+    before = os.environ.get("XLA_FLAGS")
+    if "xla_gpu_deterministic_ops" not in (before or ""):
+        os.environ["XLA_FLAGS"] = f"{before or ''} {_DETERMINISTIC}".strip()
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("XLA_FLAGS", None)
+        else:
+            os.environ["XLA_FLAGS"] = before
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGINT or SIGTERM has come; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,33 @@
+"""Documents into rows of equal length, the privacy units of `privacy_unit`=sequence.
+
+Formal guarantee: every token of every document lies in exactly one row, and rows do not overlap: changing one row's
+content changes one privacy unit. A document longer than a row spans several units, and a short row may join several
+documents. Tested by tests/data/data_test.py::test_pitfall_19_every_token_lies_in_exactly_one_row.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from accounting.errors import InputError
+from dpgemma.data.text.rows import Rows
+
+
+def pack(documents: Iterable[bytes], tokenizer, length: int) -> Rows:
+    """Rows of `length` tokens: documents, each closed by eos, one after the other; the last row is filled with pad. All
+    text is scored.
+
+    Raises:
+      InputError: no text at all.
+    """
+    pieces = []
+    for document in documents:
+        tokens = tokenizer.encode(document)
+        if tokens.size:
+            pieces += [tokens, np.array([tokenizer.eos], np.int32)]
+    if not pieces:
+        raise InputError("the data are empty: there is no text to train on")
+    stream = np.concatenate(pieces)
+    fill = (0, -stream.size % length)
+    scored = np.pad(np.ones(stream.size, bool), fill)
+    return Rows(np.pad(stream, fill, constant_values=tokenizer.pad).reshape(-1, length), scored.reshape(-1, length))

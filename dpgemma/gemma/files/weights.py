@@ -1,0 +1,271 @@
+"""Weights of Hugging Face directories: one table of names for both directions, read and written tensor by tensor."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from accounting.errors import InputError
+from dpgemma.gemma import decoder
+from dpgemma.gemma.config import GemmaConfig
+from dpgemma.gemma.decoder import ATTENTION_BLOCKS, RECURRENT_BLOCKS
+from dpgemma.gemma.files.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles
+
+SHARD_BYTES = 4 * 10**9
+
+AS_IS = "as is"
+LINEAR = "linear"  # a matrix [fan-in, fan-out] with its axes split, stored as [fan-out, fan-in]
+CHANNELS = "channels"  # [C, K] stored as [C, 1, K]
+
+EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter: its path here, its name in the file (with {} for the number of the layer) and its layout there."""
+
+    path: tuple[str, ...]
+    name: str
+    layout: str = AS_IS
+
+
+def _pair(stack: str, here: str, there: str, layout: str, *, bias: bool = False) -> list[Weight]:
+    path = (stack, *here.split("."))
+    name = f"model.layers.{{}}.{there}"
+    return [Weight((*path, "w"), f"{name}.weight", layout)] + (
+        [Weight((*path, "bias"), f"{name}.bias")] if bias else []
+    )
+
+
+def _norms(model_type: str) -> dict[str, str]:
+    """Names of a layer's norms. Gemma 1 and its successors mean different norms by post_attention_layernorm."""
+    if model_type == "recurrent_gemma":
+        return {"pre_mixer_norm": "temporal_pre_norm", "pre_ffw_norm": "channel_pre_norm"}
+    if model_type == "gemma":
+        return {"pre_mixer_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
+    names = {"pre_mixer_norm": "input_layernorm", "pre_ffw_norm": "pre_feedforward_layernorm"}
+    if model_type == "vaultgemma":
+        return names
+    return names | {"post_mixer_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+
+
+def table(config: GemmaConfig) -> list[Weight]:
+    """Every parameter of a decoder, adapters left out."""
+    recurrent = config.model_type == "recurrent_gemma"
+    mixer, mlp = ("temporal_block", "mlp_block") if recurrent else ("self_attn", "mlp")
+    weights = [
+        Weight(("embedder", "embedding"), EMBEDDING),
+        Weight(("final_norm", "scale"), "model.final_norm.weight" if recurrent else "model.norm.weight"),
+    ]
+    stacks = {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}
+    for stack in (stack for stack, layers in stacks.items() if layers):
+        layer = "model.layers.{}."
+        weights += [
+            Weight((stack, here, "scale"), f"{layer}{there}.weight")
+            for here, there in _norms(config.model_type).items()
+        ]
+        for name in ("gate", "up", "down"):
+            weights += _pair(stack, f"mlp.{name}", f"{mlp}.{name}_proj", LINEAR, bias=config.biases)
+        if stack == ATTENTION_BLOCKS:
+            for here, there in {"q": "q", "k": "k", "v": "v", "out": "o"}.items():
+                weights += _pair(
+                    stack, f"mixer.{here}", f"{mixer}.{there}_proj", LINEAR, bias=config.biases and here == "out"
+                )
+            if config.qk_norm:
+                weights += [
+                    Weight((stack, "mixer", f"{x}_norm", "scale"), f"{layer}{mixer}.{x}_norm.weight") for x in "qk"
+                ]
+            continue
+        for name in ("linear_x", "linear_y", "linear_out"):
+            weights += _pair(stack, f"mixer.{name}", f"{mixer}.{name}", LINEAR, bias=True)
+        weights += _pair(stack, "mixer.conv", f"{mixer}.conv_1d", CHANNELS, bias=True)
+        unit = f"{layer}{mixer}.rg_lru."
+        for gate in ("input_gate", "recurrent_gate"):
+            for here, there in {"w": "weight", "bias": "bias"}.items():
+                weights.append(Weight((stack, "mixer", "rg_lru", gate, here), f"{unit}{gate}_{there}"))
+        weights.append(Weight((stack, "mixer", "rg_lru", "recurrent_param"), f"{unit}recurrent_param"))
+    return weights
+
+
+def layers_of(config: GemmaConfig, weight: Weight) -> tuple[int, ...]:
+    """Numbers of the layers that a stacked parameter holds; none for the parameters outside of layers."""
+    return {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}.get(
+        weight.path[0], ()
+    )
+
+
+def leaves(tree: dict, prefix: tuple[str, ...] = ()) -> dict:
+    """Leaves of nested dicts by path."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {path: leaf for name, branch in tree.items() for path, leaf in leaves(branch, (*prefix, name)).items()}
+
+
+def tree_of(leaves_by_path: dict) -> dict:
+    """The inverse of `leaves`."""
+    tree: dict = {}
+    for path, leaf in leaves_by_path.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def file_shape(shape: tuple[int, ...], weight: Weight, fan_in: int) -> tuple[int, ...]:
+    """Shape in the file of a parameter of this shape here."""
+    if weight.layout == LINEAR:
+        return math.prod(shape) // fan_in, fan_in
+    return (shape[0], 1, shape[1]) if weight.layout == CHANNELS else shape
+
+
+def to_file(array: np.ndarray, weight: Weight, fan_in: int) -> np.ndarray:
+    if weight.layout == LINEAR:
+        array = array.reshape(fan_in, -1).T
+    return np.ascontiguousarray(
+        array.reshape(file_shape(array.shape, weight, fan_in) if weight.layout == CHANNELS else array.shape)
+    )
+
+
+def from_file(array: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.ndarray:
+    return (array.T if weight.layout == LINEAR else array).reshape(shape)
+
+
+def fan_in(config: GemmaConfig, weight: Weight, shape: tuple[int, ...]) -> int:
+    """Rows of a linear layer's matrix: the axes that it contracts. Attention's output contracts two (heads and their
+    width).
+    """
+    contracted = 2 if weight.path[1:3] == ("mixer", "out") else 1
+    return math.prod(shape[:contracted])
+
+
+def load(config: GemmaConfig, directory: pathlib.Path, sharding=None, dtype=None) -> dict:
+    """The parameter tree of a directory, adapters left out.
+
+    One stacked parameter is in host memory at a time, beside those that are done.
+
+    Args:
+      config: as `hf_config.read` gives it.
+      sharding: of every array, or a function of a parameter's path that gives its own; by default the first device.
+      dtype: of every array; by default the file's.
+
+    Raises:
+      InputError: names the missing, superfluous or misshapen tensors.
+    """
+    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding_of = sharding if callable(sharding) else lambda path: sharding
+    plain = dataclasses.replace(config, lora=None)
+    shapes = {path: leaf.shape for path, leaf in leaves(decoder.parameter_shapes(plain)).items()}
+    parameters = {}
+    with TensorFiles(directory) as checkpoint:
+        _check(plain, checkpoint, shapes)
+        for weight in table(plain):
+            parameters[weight.path] = _load_one(
+                plain, checkpoint, weight, shapes[weight.path], sharding_of(weight.path) or first_device, dtype
+            )
+    return tree_of(parameters)
+
+
+def _names(config: GemmaConfig, weight: Weight) -> list[str]:
+    """The tensors that a parameter is made of."""
+    return [weight.name.format(i) for i in layers_of(config, weight)] or [weight.name]
+
+
+def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict) -> None:
+    expected = {name: weight for weight in table(config) for name in _names(config, weight)}
+    missing, extra = sorted(set(expected) - checkpoint.names), sorted(checkpoint.names - set(expected) - {_HEAD})
+    if missing or extra:
+        raise InputError(
+            f"the weights do not fit the architecture {config.model_type}: missing {', '.join(missing) or 'nothing'};"
+            f" superfluous {', '.join(extra) or 'nothing'}"
+        )
+    for name, weight in expected.items():
+        shape = shapes[weight.path][1:] if layers_of(config, weight) else shapes[weight.path]
+        wanted, found = file_shape(shape, weight, fan_in(config, weight, shape)), checkpoint.shape(name)
+        # Vocabularies may be padded; the padding has no token, and under DP it would be given noise.
+        padded = name == EMBEDDING and found[1:] == wanted[1:] and found[0] >= wanted[0]
+        if found != wanted and not padded:
+            raise InputError(f"tensor {name} has shape {found}, but the architecture wants {wanted}")
+    if _HEAD in checkpoint.names and not np.array_equal(checkpoint.read(_HEAD), checkpoint.read(EMBEDDING)):
+        raise InputError(f"{_HEAD} differs from the embedding: Gemma decoders tie the two, so this is another model")
+
+
+def _load_one(config: GemmaConfig, checkpoint: TensorFiles, weight: Weight, shape: tuple[int, ...], sharding, dtype):
+    names = _names(config, weight)
+    dtype = dtype or checkpoint.dtype(names[0])
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if not layers_of(config, weight):
+            rows = range(*index[0].indices(shape[0]))
+            return np.asarray(checkpoint.read(names[0], slice(rows.start, rows.stop))[(slice(None), *index[1:])], dtype)
+        chosen = names[index[0]]
+        result = np.empty(
+            (len(chosen), *(len(range(*s.indices(n))) for s, n in zip(index[1:], shape[1:], strict=True))), dtype
+        )
+        for i, name in enumerate(chosen):
+            result[i] = from_file(checkpoint.read(name), weight, shape[1:])[index[1:]]
+        return result
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+
+def tensors(config: GemmaConfig, parameters: dict, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and arrays of the file, one at a time; adapters left out.
+
+    Args:
+      dtype: of the arrays; by default each parameter's own.
+
+    Raises:
+      InputError: a parameter has no name in the table.
+    """
+    by_path = {path: leaf for path, leaf in leaves(parameters).items() if path[-1] not in ("lora_a", "lora_b")}
+    unknown = set(by_path) ^ {weight.path for weight in table(config)}
+    if unknown:
+        raise InputError(f"no tensor name is known for {', '.join('/'.join(path) for path in sorted(unknown))}")
+    for weight in table(config):
+        array, layers = by_path[weight.path], layers_of(config, weight)
+        for i, name in enumerate(_names(config, weight)):
+            one = np.asarray(array[i] if layers else array, dtype)
+            yield name, to_file(one, weight, fan_in(config, weight, one.shape))
+
+
+def save(
+    config: GemmaConfig, parameters: dict, directory: pathlib.Path, dtype=None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes the safetensors files, with an index if one file is not enough; one file's tensors are in memory at a
+    time.
+    """
+    shard, places, sizes = {}, {}, []
+
+    def flush():
+        name = f"model-{len(sizes) + 1:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+        sizes.append(sum(array.nbytes for array in shard.values()))
+        shard.clear()
+
+    for name, array in tensors(config, parameters, dtype):
+        if shard and sum(a.nbytes for a in shard.values()) + array.nbytes > shard_bytes:
+            flush()
+        shard[name] = array
+    flush()
+    if len(sizes) == 1:
+        (directory / places[EMBEDDING]).rename(directory / SINGLE_FILE)
+        return
+    final = {
+        f"model-{i + 1:05d}.safetensors": f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors"
+        for i in range(len(sizes))
+    }
+    for old, new in final.items():
+        (directory / old).rename(directory / new)
+    index = {
+        "metadata": {"total_size": sum(sizes)},
+        "weight_map": {name: final[place] for name, place in places.items()},
+    }
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")

@@ -1,0 +1,126 @@
+"""A model to use without training it: a run's latest checkpoint, or a Hugging Face directory."""
+
+import dataclasses
+import json
+import pathlib
+
+from accounting.errors import InputError
+from accounting.ledger import chain as ledger
+from dpgemma.data.text import tokenizer as tokenizer_lib
+from dpgemma.data.text.tokenizer import END_OF_TURN, Tokenizer
+from dpgemma.gemma import lora
+from dpgemma.gemma.config import GemmaConfig
+from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import weights
+from dpgemma.training import checkpoint, start
+from dpgemma.training.run import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Attributes:
+    config: the decoder, adapters included.
+    parameters: its whole tree, or the adapters alone where the rest was not asked for.
+    tokenizer: None where it was not asked for.
+    base: the directory that it starts from, or None.
+    """
+
+    config: GemmaConfig
+    parameters: dict
+    tokenizer: Tokenizer | None
+    base: pathlib.Path | None
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        end_of_turn = self.tokenizer.token_id(END_OF_TURN)
+        return (self.tokenizer.eos,) if end_of_turn is None else (self.tokenizer.eos, end_of_turn)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel(Model):
+    """A run's model.
+
+    Attributes:
+      step: of its checkpoint.
+      ledger_lines, ledger_head: the ledger's place that the checkpoint is bound to.
+    """
+
+    run: RunDirectory
+    step: int
+    ledger_lines: int
+    ledger_head: str
+
+
+def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> TrainedModel:
+    """The latest checkpoint of a run.
+
+    Args:
+      base: where the directory lies that the run started from, if it has moved.
+      with_base: whether frozen parameters are wanted beside trained adapters.
+
+    Raises:
+      InputError: no run, no readable checkpoint, or no such base as the run started from.
+    """
+    run = RunDirectory(pathlib.Path(workdir))
+    settings = run.config()
+    config, sha256 = _start(run)
+    step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)
+    if not checkpoint.is_recorded(meta, checkpoint.digest(parameters), _records(run)):
+        raise InputError(
+            f"checkpoint {step} of {workdir} belongs to another ledger or holds other parameters than it recorded: run"
+            " dpgemma audit"
+        )
+    if base and sha256 is None:
+        raise InputError(f"{workdir} started from random weights: drop `init_from`")
+    origin = base or settings["init_from"]
+    directory = pathlib.Path(origin) if origin else None
+    needs_base = config.lora is not None and with_base
+    brings_tokenizer = directory is not None and settings["tokenizer"] == settings["init_from"]
+    if (base or needs_base or brings_tokenizer) and not directory.is_dir():
+        raise InputError(
+            f"the model that this run started from is not at {directory} any more: say where with `init_from`=FOLDER"
+        )
+    if (base or needs_base) and start.directory_digest(directory) != sha256:
+        raise InputError(
+            f"{directory} is not the model that this run started from: its SHA-256 differs; give another `init_from`"
+        )
+    if needs_base:
+        parameters = lora.join(parameters, weights.load(config, directory))
+    tokenizer = tokenizer_lib.load(str(directory) if brings_tokenizer else settings["tokenizer"])
+    return TrainedModel(config, parameters, tokenizer, directory, run, step, meta["ledger_lines"], meta["ledger_head"])
+
+
+def load_directory(directory: str, tokenizer: str | None = None, *, with_tokenizer: bool = True) -> Model:
+    """The model of a Hugging Face directory, weights in the type of the file.
+
+    Args:
+      tokenizer: where the directory has none, as `tokenizer` names it.
+
+    Raises:
+      InputError: no such directory, or one that this program cannot read.
+    """
+    path = pathlib.Path(directory)
+    config = hf_config.read(path)
+    loaded = tokenizer_lib.load(tokenizer or directory) if with_tokenizer else None
+    if loaded is not None:
+        tokenizer_lib.check_vocabulary(loaded, config.vocab_size)
+    return Model(config, weights.load(config, path), loaded, path)
+
+
+def _records(run: RunDirectory) -> list[dict]:
+    """The ledger as far as it can be read: the run may be at work."""
+    try:
+        return [line.record for line in ledger.inspect(ledger.text_of(run.ledger_file))[0]]
+    except OSError:
+        return []
+
+
+def _start(run: RunDirectory) -> tuple[GemmaConfig, str | None]:
+    """The architecture with which the run's ledger opens, and the SHA-256 of the directory that it started from."""
+    try:
+        with open(run.ledger_file) as file:
+            facts = json.loads(file.readline())
+        return GemmaConfig.from_dict(facts["architecture"]), facts["init_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{run.ledger_file} does not begin with a sound start event: run dpgemma audit") from None

@@ -1,0 +1,115 @@
+"""Next-token cross-entropy against the tied embedding, in vocabulary chunks where all logits would not fit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dpgemma.gemma.blocks.layers import soft_cap
+from dpgemma.privacy import operations
+from dpgemma.privacy.operations import PRECISION
+
+CHUNK = 8192
+# Up to this many logits (128 MiB in float32) are kept for the backward pass; more are made anew, chunk by chunk.
+MOST_LOGITS = 2**25
+
+_dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+def _chunk_size(vocab_size: int, target: int) -> int:
+    """The largest divisor of the vocabulary in [target / 2, target], else target itself (the tail is then padded)."""
+    if vocab_size <= target:
+        return vocab_size
+    return next((c for c in range(target, target // 2, -1) if vocab_size % c == 0), target)
+
+
+def cross_entropy(hidden, embedding_VxD, targets, *, final_cap: float | None = None, chunk: int | None = None):
+    """Negative log-likelihood [..., T] in nats of targets [..., T] given hidden states [..., T, D].
+
+    Args:
+      chunk: words of the vocabulary whose logits exist at a time, in the forward and in the backward pass; by default
+        all of them where they are few.
+    """
+    vocab_size = embedding_VxD.shape[0]
+    if chunk is None:
+        chunk = vocab_size if targets.size * vocab_size <= MOST_LOGITS else CHUNK
+    core = CrossEntropy(final_cap, _chunk_size(vocab_size, chunk))
+    # One axis of rows: XLA's CPU backend is faster with matrices.
+    losses = operations.head(core, hidden.reshape(-1, hidden.shape[-1]), embedding_VxD, targets.reshape(-1))
+    return losses.reshape(targets.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """The two passes of the loss over all words, `chunk` of them at a time, as operations.head takes them."""
+
+    final_cap: float | None
+    chunk: int
+
+    def _chunks(self, embedding_VxD):
+        """The words as [K, C, D], zeros behind the last, and the number [K] of each chunk's first word."""
+        vocab_size, width = embedding_VxD.shape
+        count = -(-vocab_size // self.chunk)
+        padded = jnp.pad(embedding_VxD, ((0, count * self.chunk - vocab_size), (0, 0)))
+        return padded.reshape(count, self.chunk, width), jnp.arange(count) * self.chunk
+
+    def _logits(self, hidden_NxD, words_CxD):
+        return soft_cap(_dot("nd,cd->nc", hidden_NxD, words_CxD.astype(hidden_NxD.dtype)), self.final_cap)
+
+    def forward(self, hidden_NxD, embedding_VxD, targets_N):
+        """Losses [N] and what the backward pass needs.
+
+        A running maximum and a rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018,
+        arXiv 1805.02867, algorithm 3); logits are kept only where one chunk holds them all.
+        """
+        vocab_size = embedding_VxD.shape[0]
+        if self.chunk == vocab_size:
+            z = self._logits(hidden_NxD, embedding_VxD)
+            log_total = jax.nn.logsumexp(z, axis=-1)
+            losses = log_total - jnp.take_along_axis(z, targets_N[:, None], axis=-1)[:, 0]
+            return losses, (hidden_NxD, embedding_VxD, targets_N, log_total, z)
+
+        def accumulate(carry, xs):
+            running_max, running_sum = carry
+            words_CxD, first = xs
+            z = self._logits(hidden_NxD, words_CxD)
+            z = jnp.where(first + jnp.arange(self.chunk) < vocab_size, z, -jnp.inf)
+            new_max = jnp.maximum(running_max, z.max(axis=-1))
+            running_sum = running_sum * jnp.exp(running_max - new_max) + jnp.exp(z - new_max[:, None]).sum(axis=-1)
+            return (new_max, running_sum), None
+
+        start = (jnp.full(targets_N.shape, -jnp.inf), jnp.zeros(targets_N.shape))
+        (maximum, total), _ = jax.lax.scan(accumulate, start, self._chunks(embedding_VxD))
+        log_total = maximum + jnp.log(total)
+        of_target = soft_cap(
+            _dot("nd,nd->n", hidden_NxD, embedding_VxD[targets_N].astype(hidden_NxD.dtype)), self.final_cap
+        )
+        return log_total - of_target, (hidden_NxD, embedding_VxD, targets_N, log_total, None)
+
+    def backward(self, residuals, d_losses_N, use):
+        """The gradient [N, D] by the hidden states, and `use(delta [N, C])` of every chunk, stacked; delta is the
+        gradient by the logits before the cap, in the type of the hidden states."""
+        hidden_NxD, embedding_VxD, targets_N, log_total, kept = residuals
+
+        def of_chunk(words_CxD, first, z):
+            number = first + jnp.arange(self.chunk)
+            delta = jnp.exp(z - log_total[:, None]) - (targets_N[:, None] == number)
+            if self.final_cap is not None:
+                delta = delta * (1 - (z / self.final_cap) ** 2)
+            delta = jnp.where(number < embedding_VxD.shape[0], delta * d_losses_N[:, None], 0.0).astype(
+                hidden_NxD.dtype
+            )
+            return _dot("nc,cd->nd", delta, words_CxD.astype(hidden_NxD.dtype)), use(delta)
+
+        def add_chunk(d_hidden, xs):
+            words_CxD, first = xs
+            one, used = of_chunk(words_CxD, first, self._logits(hidden_NxD, words_CxD))
+            return d_hidden + one, used
+
+        if kept is not None:
+            d_hidden, used = of_chunk(embedding_VxD, 0, kept)
+            used = used[None]
+        else:
+            d_hidden, used = jax.lax.scan(add_chunk, jnp.zeros(hidden_NxD.shape), self._chunks(embedding_VxD))
+        return d_hidden.astype(hidden_NxD.dtype), used

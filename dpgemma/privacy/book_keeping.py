@@ -1,0 +1,192 @@
+"""One backward pass over a microbatch whose result is kept as operands of products, not as gradients."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpgemma.privacy import norm_rules as ghost_norms
+from dpgemma.privacy import tracking
+from dpgemma.privacy import uses as audit
+
+# How `shares` divides one norm among groups: equally, or in proportion to the square root of a group's size.
+UNIFORM, BY_DIMENSION = "uniform", "dimension"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """How one leaf of the parameters is used.
+
+    Attributes:
+      shape: of the leaf on this device: layer axes, then those that an operation sees.
+      layers: how many leading axes are layer axes.
+      uses: by rule.
+      gathered: the axis that is spread over devices, if one is.
+    """
+
+    shape: tuple[int, ...]
+    layers: int
+    uses: dict[str, tracking.Use]
+    gathered: tracking.Gathered | None = None
+
+    @classmethod
+    def of(cls, leaf, uses: dict[str, tracking.Use], gathered=None) -> "Parameter":
+        layers = leaf.ndim - len(next(iter(uses.values())).shape) if uses else 0
+        if gathered and not layers - leaf.ndim <= gathered.axis < 0:
+            raise ValueError(
+                f"axis {gathered.axis} of a parameter {leaf.shape} with {layers} layer axes cannot be spread over"
+                " devices"
+            )
+        return cls(leaf.shape, layers, uses, gathered)
+
+    def taps(self, batch: int) -> dict:
+        """Zeros for every array that the rules need: [*layer axes, B, ...]."""
+
+        def shape(tap):
+            return (*self.shape[: self.layers], batch, *tap.shape)
+
+        return {
+            rule: {name: jnp.zeros(shape(tap), tap.dtype) for name, tap in use.taps.items()}
+            for rule, use in self.uses.items()
+        }
+
+    def axes(self) -> dict:
+        """Where B lies in each of them."""
+        return {rule: dict.fromkeys(use.taps, self.layers) for rule, use in self.uses.items()}
+
+    @property
+    def num_layers(self) -> int:
+        return math.prod(self.shape[: self.layers])
+
+    def by_layer(self, taps: dict) -> dict:
+        """The taps with one leading axis of layers in place of any number: [L, B, ...]."""
+        return jax.tree.map(lambda x: x.reshape(self.num_layers, *x.shape[self.layers :]), taps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What one backward pass left: for every parameter, operands by layer and example."""
+
+    names: list[str]
+    parameters: list[Parameter]
+    taps: list[dict]
+    losses: jax.Array
+    structure: Any
+
+    def norms(self) -> ghost_norms.Norms:
+        """Of the whole gradient, [B]."""
+        of_parameter = [jax.tree.map(lambda x: x.sum(axis=0), self._norms(taps)) for taps in self.taps if taps]
+        return functools.reduce(
+            ghost_norms.Norms.__add__, of_parameter, ghost_norms.Norms(*[jnp.zeros(self.losses.shape)] * 3)
+        )
+
+    def group_norms(self) -> list[dict]:
+        """For every parameter and each rule by which it is used, of each layer by itself, [L, B]."""
+        return [{rule: self._norms({rule: taps[rule]}) for rule in taps} for taps in self.taps]
+
+    @staticmethod
+    def _norms(taps: dict) -> ghost_norms.Norms:
+        platform = jax.default_backend()
+        return jax.lax.map(jax.vmap(lambda taps: ghost_norms.example_norms(taps, platform)), taps)
+
+    def shares(self, thresholds: str | Mapping[str, Any]) -> list[dict]:
+        """For every parameter and each rule by which it is used, [L] shares of one norm that bound all groups together.
+
+        Args:
+          thresholds: as clipping.clipped_sum takes them.
+
+        Raises:
+          ValueError: an unknown word; or a name, a number of layers or a share that does not fit.
+        """
+        weights = [
+            {rule: _weight(thresholds, name, p) for rule in p.uses}
+            for name, p in zip(self.names, self.parameters, strict=True)
+        ]
+        # Groups of one parameter overlap, so their bounds add before they are squared.
+        together = math.sqrt(sum(float(np.square(sum(groups.values())).sum()) for groups in weights if groups))
+        return [{rule: jnp.asarray(w / together, jnp.float32) for rule, w in groups.items()} for groups in weights]
+
+    def weighted_sums(self, factors, keep_B):
+        """The tree of sums over the examples of factor * gradient, in float32.
+
+        Args:
+          factors: [B]; or for every parameter and each of its rules [L, B].
+          keep_B: bool; examples that are not kept contribute exact zeros.
+        """
+        if not isinstance(factors, list):
+            factors = [
+                {rule: jnp.broadcast_to(factors, (p.num_layers, *factors.shape)) for rule in p.uses}
+                for p in self.parameters
+            ]
+        sums = [self._weighted_sum(*item, keep_B) for item in zip(self.parameters, self.taps, factors, strict=True)]
+        return self.structure.unflatten(sums)
+
+    @staticmethod
+    def _weighted_sum(parameter: Parameter, taps: dict, factors: dict, keep_B):
+        def of_layer(layer):
+            taps, factors = layer
+            uses = parameter.uses.items()
+            whole = sum(ghost_norms.weighted_sum(use, taps[rule], factors[rule], keep_B) for rule, use in uses)
+            return parameter.gathered.sum_and_scatter(whole) if parameter.gathered else whole
+
+        if not parameter.uses:
+            return jnp.zeros(parameter.shape)
+        # Whole arrays of all layers are what sharding has to avoid.
+        by_layer = functools.partial(jax.lax.map, of_layer) if parameter.gathered else jax.vmap(of_layer)
+        return by_layer((taps, factors)).reshape(parameter.shape)
+
+
+def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
+    """The relative bound of one group in each layer, [L]."""
+    if thresholds == UNIFORM:
+        return np.ones(parameter.num_layers)
+    if thresholds == BY_DIMENSION:
+        return np.full(parameter.num_layers, math.sqrt(math.prod(next(iter(parameter.uses.values())).shape)))
+    if isinstance(thresholds, str) or name not in thresholds:
+        given = thresholds if isinstance(thresholds, str) else "thresholds"
+        raise ValueError(
+            f"{given} has no share for parameter {name}: use {UNIFORM}, {BY_DIMENSION} or a share for every name"
+        )
+    weight = np.broadcast_to(np.asarray(thresholds[name], float), (parameter.num_layers,))
+    if not (np.isfinite(weight) & (weight > 0)).all():
+        raise ValueError(f"the shares of parameter {name} must be positive and finite, got {thresholds[name]}")
+    return weight
+
+
+def backward(loss, params, examples, gathered: list | None = None) -> Kept:
+    """Runs the loss of every example forward and backward once.
+
+    Args:
+      loss: loss(params, example) -> scalar; parameters are opened by privacy.operations only.
+      examples: tree of arrays with a leading axis of B examples.
+      gathered: for every leaf of the parameters, the axis that is spread over devices, or None.
+
+    Raises:
+      tracking.UntrackedUse: a parameter is used in a way that has no norm rule.
+    """
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
+    leaves, structure = jax.tree.flatten(params)
+    gathered = gathered or [None] * len(leaves)
+    whole = [
+        jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, gathered, strict=True)
+    ]
+    uses = audit.uses_of(loss, structure.unflatten(whole), example)
+    names = tracking.leaf_names(params)
+    parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, gathered, strict=True)]
+    batch = jax.tree.leaves(examples)[0].shape[0]
+
+    def losses(taps):
+        def of_example(taps, example):
+            return loss(tracking.boxes(params, taps, gathered=gathered), example)
+
+        return jax.vmap(of_example, in_axes=([p.axes() for p in parameters], 0))(taps, examples)
+
+    values, pull_back = jax.vjp(losses, [p.taps(batch) for p in parameters])
+    # Without the barrier a compiler may make an operand twice, for the norm and for the sum, and round it differently.
+    taps, values = jax.lax.optimization_barrier((pull_back(jnp.ones_like(values))[0], values))
+    return Kept(names, parameters, [p.by_layer(t) for p, t in zip(parameters, taps, strict=True)], values, structure)

@@ -1,0 +1,207 @@
+"""Every setting of a training run, with its public default and its help text. `--help`, config.json and resume all read
+this.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+from accounting.errors import InputError
+from accounting.ledger import chain as ledger_lib
+from accounting.mechanism import RELATIONS
+
+# Settings that change neither the mechanism nor the result, so a run may be resumed with others.
+OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
+
+# How the ledger is sealed, as a flag says it and as the ledger does.
+SEALS = {"chain": ledger_lib.CHAIN, "hmac": ledger_lib.KEYED_CHAIN}
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("float32", "bfloat16")
+# As in gemma.decoder and gemma.attention, which are not imported here: --help must answer at once.
+REMAT_POLICIES = ("none", "block", "dots")
+ATTENTION = ("auto", "dense", "blockwise", "fused")
+# As in privacy.clipping.
+CLIPPING = ("auto", "example_scan", "ghost", "per_layer", "vmap")
+CLIP_SCALINGS = ("clip", "normalise", "automatic")
+AUTO, SEQUENCE, EXAMPLE = "auto", "sequence", "example"
+PRIVACY_UNITS = (AUTO, SEQUENCE, EXAMPLE)
+
+
+def _setting(default, text: str, choices: tuple[str, ...] | None = None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings as given (None: to be resolved) or, after resolution, as used. Defaults are constants, never taken from
+    data.
+    """
+
+    model: str | None = _setting(
+        None, "Preset to train from random weights, such as tiny (the default) or vaultgemma_1b."
+    )
+    init_from: str | None = _setting(
+        None, "Hugging Face directory to start from: its architecture, weights and, by default, tokenizer."
+    )
+    lora_rank: int | None = _setting(
+        None, "Rank of low-rank adapters; given, they alone are trained, and `init_from` stays as it is."
+    )
+    lora_alpha: float | None = _setting(None, "Scale of the adapters, divided by the rank; omitted, it is the rank.")
+    lora_targets: str = _setting(
+        "all", "Linear layers that get adapters: all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,..."
+    )
+    data: str = _setting(
+        "synthetic", "synthetic, a text file or glob, a .jsonl file or glob, or tfds:NAME prepared on disk."
+    )
+    text_field: str = _setting("text", "Field of a JSONL or TFDS record that holds the text.")
+    tokenizer: str | None = _setting(
+        None,
+        "byte, a SentencePiece .model file, or a Hugging Face directory; by default that of `init_from`, else byte.",
+    )
+    sequence_length: int = _setting(128, "Tokens per row.")
+    privacy_unit: str = _setting(
+        AUTO,
+        "What the guarantee protects: sequence (a row of packed text) or example (a record with prompt and response,"
+        " with messages, or with text, in a row of its own); auto looks at the fields of the first record.",
+        PRIVACY_UNITS,
+    )
+    holdout_fraction: float = _setting(
+        0.1, "Share of units held out for evaluation; they are not trained on and not covered."
+    )
+    neighbouring_relation: str = _setting("zero_out", "Neighbouring data sets.", RELATIONS)
+    num_units: int | None = _setting(
+        None, "Declared number of training units; needed under add_or_remove, where counting would leak."
+    )
+    epsilon: float | None = _setting(
+        8.0,
+        "Target epsilon; inf (with `clip_norm`=inf) trains the non-private baseline, and claims nothing whatever the"
+        " noise.",
+    )
+    delta: float = _setting(1e-5, "Target delta.")
+    noise_multiplier: float | None = _setting(
+        None, "Noise on the sum, in clip norms; omitted, it is solved from epsilon and delta."
+    )
+    clip_norm: float = _setting(1.0, "L2 bound of each unit's gradient.")
+    batch_size: int = _setting(512, "EXPECTED Poisson batch, in units.")
+    max_batch_size: int | None = _setting(
+        None, "Truncation cap of a batch; omitted, it is planned to cost 0.1 % of delta."
+    )
+    steps: int = _setting(160, "Number of updates.")
+    clipping: str = _setting(
+        AUTO,
+        "How clipped gradients are computed: example_scan holds the gradients of few units at a time, ghost none, vmap"
+        " is the definition; per_layer bounds every operation of every layer by itself. auto tries the first two on"
+        " rows of noise, and keeps the faster one.",
+        CLIPPING,
+    )
+    microbatch_size: int | None = _setting(
+        None, "Units per device that are computed at once; omitted, it is chosen with `clipping`."
+    )
+    clip_scaling: str = _setting(
+        "clip",
+        "clip: to `clip_norm` at most; normalise: the same, divided by it; automatic: every gradient divided by its"
+        " norm (AUTO-S).",
+        CLIP_SCALINGS,
+    )
+    clip_thresholds: str = _setting(
+        "uniform",
+        "How per_layer divides `clip_norm`: equally, or by dimension (its square root).",
+        ("uniform", "dimension"),
+    )
+    clip_quantile: float | None = _setting(
+        None,
+        "Share of units whose gradients shall not be clipped; given, the clip norm starts at `clip_norm` and adapts,"
+        " under noise.",
+    )
+    optimizer: str = _setting("adamw", "Optimizer.", OPTIMIZERS)
+    learning_rate: float = _setting(8e-3, "Peak learning rate.")
+    warmup_steps: int = _setting(10, "Updates of linear warm-up.")
+    schedule: str = _setting("cosine", "Decay after warm-up, to a tenth of the peak.", SCHEDULES)
+    weight_decay: float = _setting(0.0, "Decoupled weight decay (adamw).")
+    dtype: str = _setting(
+        "float32", "Type of activations and matrix products; norms, sums and noise stay float32.", DTYPES
+    )
+    remat: str = _setting(
+        "none",
+        "What the backward pass recomputes: none keeps activations, block recomputes each block, dots all but products"
+        " with weights.",
+        REMAT_POLICIES,
+    )
+    attention: str = _setting(
+        AUTO,
+        "How attention is computed: dense keeps all scores, blockwise a tile of them, fused is JAX's own (no"
+        " soft-caps); auto is dense up to 1024 tokens and blockwise beyond.",
+        ATTENTION,
+    )
+    mesh: str = _setting("auto", "Devices: auto, or data:N. On a CPU, auto makes one device per core, up to 8.")
+    seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
+    ledger_seal: str = _setting(
+        "chain", "Hash chain of the ledger: without a key, or with an HMAC under a private key.", tuple(SEALS)
+    )
+    checkpoint_every: int = _setting(40, "Updates between checkpoints.")
+    keep_checkpoints: int = _setting(3, "Checkpoints kept.")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"`{field.name}` must be one of {', '.join(choices)}, got {value!r}")
+        for name in (
+            "sequence_length",
+            "batch_size",
+            "steps",
+            "microbatch_size",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.lora_rank is not None and self.init_from is None:
+            raise InputError("adapters need weights to adapt: give `init_from`=FOLDER, or drop `lora_rank`")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets != "all"):
+            raise InputError(
+                "`lora_alpha` and `lora_targets` have no meaning without `lora_rank`: give it, or neither of them"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"`seed` must be at least 0 and below 2^32, got {self.seed}")
+        if not 0 <= self.holdout_fraction < 1:
+            raise InputError(f"`holdout_fraction` must be at least 0 and below 1, got {self.holdout_fraction:g}")
+        if not 0 < self.delta < 1:
+            raise InputError(f"`delta` must lie between 0 and 1, got {self.delta:g}")
+        if self.epsilon is not None and not self.epsilon >= 0:
+            raise InputError(f"`epsilon` must not be negative, got {self.epsilon:g}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InputError(f"`learning_rate` must be positive and finite, got {self.learning_rate:g}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise InputError("`warmup_steps` and `weight_decay` must not be negative")
+        if self.clip_thresholds != "uniform" and self.clipping != "per_layer":
+            raise InputError("`clip_thresholds` divides the norm among layers: give `clipping`=per_layer, or drop it")
+        if self.clip_scaling == "automatic" and (self.clip_norm != 1 or self.clip_quantile is not None):
+            raise InputError("`clip_scaling`=automatic has no clip norm: drop `clip_norm` and `clip_quantile`")
+        if self.clip_scaling != "clip" and math.isinf(self.clip_norm):
+            raise InputError(f"`clip_scaling`={self.clip_scaling} needs a finite `clip_norm`")
+        if self.clip_quantile is not None and not 0 < self.clip_quantile < 1:
+            raise InputError(f"`clip_quantile` must lie between 0 and 1, got {self.clip_quantile:g}")
+        if self.clip_quantile is not None and (math.isinf(self.clip_norm) or self.clipping == "per_layer"):
+            raise InputError(
+                "`clip_quantile` adapts one finite clip norm of the whole gradient: drop it, `clip_norm`=inf or"
+                " per_layer"
+            )
+        if math.isinf(self.clip_norm) and self.epsilon is not None and math.isfinite(self.epsilon):
+            raise InputError(
+                "`clip_norm`=inf bounds nobody's influence, so no finite epsilon holds: give a finite `clip_norm`, or"
+                " `epsilon`=inf"
+            )
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict:
+        """The settings that make a run the same run."""
+        return {name: value for name, value in self.as_dict().items() if name not in OPERATIONAL}
+
+    def digest(self) -> str:
+        """Hash of the identity; the first 8 digits name the default work directory."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()

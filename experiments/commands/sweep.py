@@ -1,0 +1,191 @@
+"""dpgemma sweep CONFIG.toml: runs the grid of a file, each run once; the same command goes on."""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+import signal
+import sys
+
+from absl import flags
+
+from accounting.errors import InputError
+from dpgemma.commands import command_flags
+
+DESCRIPTION = (
+    "Run a grid of trainings and fit the scaling law: dpgemma sweep CONFIG.toml. Run the same command again to go on."
+    " Exit code 1: some run failed."
+)
+POSITIONAL = "config"
+# As in experiments.sweep.launchers, which is not imported here: --help must answer at once.
+_LAUNCHERS = ("local", "slurm", "ray")
+
+
+def define_flags(fv: flags.FlagValues) -> None:
+    command_flags.string("config", None, "TOML file of the grid; also given without the flag's name.", fv)
+    command_flags.string("workdir", None, "Folder of the sweep; by default runs/sweep_<name of the file>.", fv)
+    command_flags.choice(
+        "launcher", "local", _LAUNCHERS, "Where processes run: here, as Slurm jobs, or on a Ray cluster.", fv
+    )
+    command_flags.count("slots", None, "Processes at once; by default one for each GPU or core, under Slurm 16.", fv)
+    command_flags.count("runs_per_process", 8, "Most runs that a process executes one after the other.", fv)
+    command_flags.count(
+        "retries", 2, "How often in a row a run may die without getting further before it counts as failed.", fv
+    )
+    command_flags.string(
+        "slurm_parameters", None, "Parameters of submitit, such as partition=gpu,gres=gpu:1,timeout_min=600.", fv
+    )
+    command_flags.switch("dry_run", "Print what the runs that are left would cost, and start nothing.", fv)
+    command_flags.string(
+        "emit",
+        None,
+        "Write a dpgemma train command for each run that is left to this file (- for standard output), and start"
+        " nothing. Their keys are their own, even where the data are public; a later sweep of the same folder takes in"
+        " what they have finished.",
+        fv,
+    )
+    command_flags.switch("json", "Print one JSON object.", fv)
+
+
+def run(fv: flags.FlagValues) -> int:
+    if not fv.config:
+        raise InputError("say which grid to run: dpgemma sweep CONFIG.toml")
+    if fv.emit and (fv.dry_run or fv.json):
+        raise InputError(f"--emit writes commands and nothing else: drop --{'dry_run' if fv.dry_run else 'json'}")
+    for name, least in (("slots", 1), ("runs_per_process", 1), ("retries", 0)):
+        if fv[name].value is not None and fv[name].value < least:
+            raise InputError(f"--{name} must be at least {least}, got {fv[name].value}")
+    from experiments.sweep import checks
+    from experiments.sweep import folder as folder_lib
+    from experiments.sweep import grid as grid_lib
+
+    config = pathlib.Path(fv.config)
+    path = pathlib.Path(fv.workdir or f"runs/sweep_{config.stem}")
+    grid = grid_lib.read(config)
+    checks.check(grid)
+    folder, everything = folder_lib.look(path, grid)
+    checks.check_sum(everything)
+    if fv.dry_run:
+        return _dry_run(fv, folder, grid, everything)
+    if fv.emit:
+        return _emit(fv, path, grid)
+    return _sweep(fv, path, grid)
+
+
+def _launcher(fv: flags.FlagValues, folder, grid):
+    from experiments.sweep import checks, launchers
+
+    devices = max(map(checks.devices, grid.runs))
+    return launchers.make(fv.launcher, fv.slots, folder.logs, devices=devices, slurm_parameters=fv.slurm_parameters)
+
+
+def _dry_run(fv: flags.FlagValues, folder, grid, everything) -> int:
+    from experiments.sweep import cost, harvest
+
+    pending = [run for run in folder.pending(grid) if not harvest.is_finished(folder, run)]
+    slots = fv.slots or _launcher(fv, folder, grid).slots
+    found = cost.estimate(folder, grid, everything, pending, slots)
+    print(json.dumps(dataclasses.asdict(found)) if fv.json else found.text())
+    return 0
+
+
+def _emit(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
+    from experiments.sweep import folder as folder_lib
+    from experiments.sweep import harvest, privacy
+
+    folder, everything = folder_lib.create(path, grid)
+    with folder.locked():
+        harvest.save_finished(folder, folder.pending(grid))
+        commands = [
+            shlex.join(["dpgemma", *run.arguments(str(folder.run_folder(run)))]) for run in folder.pending(grid)
+        ]
+        if commands:
+            privacy.write_unfinished(folder, everything)
+    text = "".join(command + "\n" for command in commands)
+    if fv.emit == "-":
+        print(text, end="")
+    else:
+        pathlib.Path(fv.emit).write_text(text)
+    return 0
+
+
+def _sweep(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
+    from experiments.sweep import folder as folder_lib
+    from experiments.sweep import sweep
+
+    launcher = _launcher(fv, folder_lib.look(path, grid)[0], grid)
+    folder, everything = folder_lib.create(path, grid)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with folder.locked():
+            outcome = sweep.run(
+                folder, grid, everything, launcher, retries=fv.retries, runs_per_process=fv.runs_per_process
+            )
+    except KeyboardInterrupt:
+        done = len(grid.runs) - len(folder.pending(grid))
+        raise KeyboardInterrupt(
+            f"interrupted with {done} of {len(grid.runs)} runs done; the same command goes on from there"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return _report(fv, folder, grid, outcome)
+
+
+def _fit(folder, table) -> tuple[str | None, list]:
+    """Fits the law of a table, and tries it on what was held out: (its file, the trials). A table that is too small has
+    no law.
+
+    Both files lie beside the table, which is in a closed folder where the data are private: they hold losses.
+    """
+    from experiments.laws import fitting, held_out
+
+    if table is None:
+        return None, []
+    try:
+        fitted = fitting.fit(table)
+    except InputError as error:
+        print(f"no law is fitted: {error}", file=sys.stderr)
+        return None, []
+    path = folder.results_file.with_name("law.json")
+    fitted.save(path)
+    trials = held_out.trials(fitted, table)
+    if trials:
+        path.with_name("held_out.txt").write_text(held_out.text(trials) + "\n")
+    return str(path), trials
+
+
+def _report(fv: flags.FlagValues, folder, grid, outcome) -> int:
+    from experiments.laws import held_out
+
+    runs = {run.id: run for run in grid.runs}
+    for name, reason in outcome.failed.items():
+        c = runs[name].config
+        what = (
+            f"{c.model}, noise_batch_ratio {runs[name].noise_batch_ratio:g}, learning_rate {c.learning_rate:g},"
+            f" {c.steps} steps"
+        )
+        print(f"dpgemma: run {name} ({what}): {reason}", file=sys.stderr)
+    done = len(runs) - len(outcome.failed)
+    law, trials = _fit(folder, outcome.table)
+    table = None if outcome.table is None else str(folder.results_file)
+    if fv.json:
+        facts = {
+            "runs": len(runs),
+            "done": done,
+            "failed": outcome.failed,
+            "table": table,
+            "report": str(folder.report_file),
+        }
+        shown = [{**dataclasses.asdict(trial), "error": trial.error} for trial in trials] if grid.public_data else None
+        print(json.dumps(facts | {"law": law, "held_out": shown, "public_data": grid.public_data}))
+    else:
+        print(f"{done} of {len(runs)} runs are done; table: {table or 'none yet'}; report: {folder.report_file}")
+        if law:
+            print(f"law: {law}; ask it with dpgemma plan --law={law}")
+        if trials:
+            print(
+                held_out.text(trials)
+                if grid.public_data
+                else f"held-out configurations: {pathlib.Path(law).with_name('held_out.txt')}"
+            )
+    return 1 if outcome.failed else 0
