@@ -75,8 +75,8 @@ def _digest(workdir: pathlib.Path) -> dict:
     return {"parameters": parameters[-1], "steps": hashlib.sha256(json.dumps(steps).encode()).hexdigest()}
 
 
-def run(tree: pathlib.Path) -> dict:
-    """Digests of the six runs of a source tree, by name."""
+def run(tree: pathlib.Path, names: list[str]) -> dict:
+    """Digests of the named runs of a source tree."""
     found = {}
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "PYTHONPATH": str(tree),
@@ -85,7 +85,7 @@ def run(tree: pathlib.Path) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         _inputs(folder)
-        for name, changes in RUNS.items():
+        for name, changes in ((name, RUNS[name]) for name in names):
             data = "records.jsonl" if changes.get("data") == "records" else "text.txt"
             settings = _COMMON | changes | {"data": data, "workdir": f"runs/{name}"}
             flags = [f"--{key}={value}" for key, value in settings.items()]
@@ -98,6 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tree", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS), help="some of the six")
     parser.add_argument("--compare", type=pathlib.Path, nargs=2)
     arguments = parser.parse_args()
     if arguments.compare:
@@ -108,7 +109,7 @@ def main() -> int:
             f" equal{': differing ' + ', '.join(differing) if differing else ''}"
         )
         return 1 if differing else 0
-    text = json.dumps(run(arguments.tree.resolve()), indent=1) + "\n"
+    text = json.dumps(run(arguments.tree.resolve(), arguments.runs), indent=1) + "\n"
     arguments.out.write_text(text) if arguments.out else print(text, end="")
     return 0
 

@@ -9,13 +9,13 @@ from absl import flags
 
 from accounting.errors import InputError
 from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS, dp_sgd
+from dpgemma import choices
 from dpgemma.commands import command_flags
 
 DESCRIPTION = "Solve a privacy budget: leave out one of epsilon, noise_multiplier, steps, batch_size and num_units."
 
 _QUANTITIES = ("epsilon", "noise_multiplier", "steps", "batch_size", "num_units")
 _RESULT_NAMES = {"batch_size": "expected_batch_size"}
-_TRIALS = ("geometric", "logarithmic", "poisson")
 
 
 def define_flags(fv: flags.FlagValues) -> None:
@@ -43,7 +43,7 @@ def define_flags(fv: flags.FlagValues) -> None:
         fv,
     )
     command_flags.choice(
-        "trials_distribution", "geometric", _TRIALS, "Distribution from which the number of trials is drawn.", fv
+        "trials_distribution", "geometric", choices.TRIALS, "Distribution from which the number of trials is drawn.", fv
     )
     command_flags.string(
         "compose", None, "Folders of runs on the same data, separated by commas: epsilon of all together.", fv

@@ -30,7 +30,7 @@ def run(fv: flags.FlagValues) -> int:
 
     workdir = pathlib.Path(fv.workdir)
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
-    checkpoints = _checkpoints(workdir / "checkpoints")
+    checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
     result = audit(workdir, checkpoints, exports)
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1

@@ -5,10 +5,10 @@ import pathlib
 from absl import flags
 
 from accounting.errors import InputError
+from dpgemma import choices
 from dpgemma.commands import command_flags
 
 DESCRIPTION = "Write the latest checkpoint of a run as a Hugging Face directory (or adapters in PEFT's format)."
-_AS_STORED = "as_stored"
 
 
 def define_flags(fv: flags.FlagValues) -> None:
@@ -20,7 +20,7 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string("out", None, "Folder to write; must not exist or be empty.", fv)
     command_flags.switch("merge", "Adds a run's adapters into the weights and writes a whole model.", fv)
     command_flags.choice(
-        "dtype", _AS_STORED, (_AS_STORED, "float32", "bfloat16"), "Type of the written weights; merged are float32.", fv
+        "dtype", choices.AS_STORED, choices.EXPORT_DTYPES, "Type of the written weights; merged are float32.", fv
     )
 
 
@@ -39,7 +39,7 @@ def run(fv: flags.FlagValues) -> int:
     from dpgemma.inference import exporting
     from dpgemma.inference import models as trained
 
-    dtype = {_AS_STORED: None, "float32": "float32", "bfloat16": bfloat16}[fv.dtype]
+    dtype = {choices.AS_STORED: None, "float32": "float32", "bfloat16": bfloat16}[fv.dtype]
     if not fv.workdir:
         if fv.merge:
             raise InputError("--merge merges the adapters of a run: give its --workdir, or drop --merge")

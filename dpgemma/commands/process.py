@@ -14,11 +14,14 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dpgemma.sharding.rules import wanted
+
 # What these libraries log as errors, they raise as well.
 _LOGGERS = ("absl", "asyncio")
 # Their threads and coroutines report a failed read or write again, after it has been raised.
 _STORAGE = ("orbax", "tensorstore")
 
+_MOST_CPU_DEVICES = 8
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -78,6 +81,21 @@ def deterministic_sums() -> Iterator[None]:
             os.environ.pop("XLA_FLAGS", None)
         else:
             os.environ["XLA_FLAGS"] = before
+
+
+def split_cpu(mesh: str) -> None:
+    """Makes as many CPU devices as a mesh asks for; for "auto" one for each core, up to 8.
+
+    It takes effect on the CPU alone, and only before jax first looks at its devices. From then on they stay.
+
+    Raises:
+      InputError: no mesh.
+    """
+    import jax
+
+    cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES) if hasattr(os, "sched_getaffinity") else 1
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", wanted(mesh) or cores)
 
 
 @contextlib.contextmanager

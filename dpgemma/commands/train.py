@@ -4,31 +4,32 @@ import dataclasses
 
 from absl import flags
 
-from dpgemma.commands import command_flags
-from dpgemma.training.settings import TrainConfig
+from dpgemma.commands import command_flags, process
+from dpgemma.training.settings import Settings
 
 DESCRIPTION = "Train a Gemma under a privacy budget. Run the same command again to resume."
 
 
 def define_flags(fv: flags.FlagValues) -> None:
-    command_flags.define_from_dataclass(TrainConfig, fv)
+    command_flags.define_from_dataclass(Settings, fv)
     command_flags.string(
         "workdir", None, "Folder of the run; by default runs/<first 8 digits of the settings' hash>.", fv
     )
 
 
 def run(fv: flags.FlagValues) -> int:
-    config = TrainConfig(**{field.name: fv[field.name].value for field in dataclasses.fields(TrainConfig)})
-    from dpgemma.training import environment
+    settings = Settings(**{field.name: fv[field.name].value for field in dataclasses.fields(Settings)})
+    with process.deterministic_sums():
+        process.split_cpu(settings.mesh)
+        from dpgemma.commands.terminal import Terminal
+        from dpgemma.training.prepare import prepare
 
-    environment.make_deterministic()
-    from dpgemma.training.prepare import prepare
-
-    trainer = prepare(config, fv.workdir, epsilon_given=bool(fv["epsilon"].present))
-    try:
-        bits = trainer.train()
-    finally:
-        trainer.run.unlock()
-    if bits is not None and len(trainer.data.held_out):
-        print(f"held-out {bits:.4f} bits/byte")
+        trainer = prepare(settings, fv.workdir, epsilon_given=bool(fv["epsilon"].present), observers=[Terminal()])
+        try:
+            with process.stop_on_signal() as stopped:
+                measured = trainer.train(stopped)
+        finally:
+            trainer.run.unlock()
+    for name, value in (measured or {}).items():
+        print(f"held-out {value:.4f} {name.replace('_per_', '/')}")
     return 0

@@ -1,4 +1,4 @@
-"""Low-rank adapters: which parameters are trained, how adapters are folded into the weights, and PEFT's files.
+"""Low-rank adapters: which parameters are trained, and how adapters are folded into the weights.
 
 Formal guarantee: `split` sorts every parameter into exactly one of two trees, and where a model has adapters the
 trainable one holds their matrices and nothing else. The trainer differentiates, clips and noises that tree alone, so
@@ -6,31 +6,15 @@ frozen weights are a function of the public checkpoint. Tested by
 tests/training/lora_test.py::test_pitfall_20_exactly_the_adapters_are_clipped_and_noised.
 """
 
-import json
-import pathlib
-import re
-
 import numpy as np
-from safetensors.numpy import save_file
 
 from accounting.errors import InputError
-from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig, Lora
+from dpgemma.gemma.families import family_of
 from dpgemma.gemma.files import weights
-from dpgemma.gemma.files.weights import LINEAR, Weight
 
-# Linear layers that may get an adapter, by their names in Hugging Face files.
-ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RECURRENT_TARGETS = ("linear_x", "linear_y", "linear_out")
 ALL = "all"
-
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 _MATRICES = ("lora_a", "lora_b")
-_PEFT = {"lora_a": "lora_A", "lora_b": "lora_B"}
-_PEFT_PREFIX = "base_model.model."
-# Where the text tower of a multimodal model lies in memory, which is what PEFT's names follow.
-_TEXT_TOWER = "language_model."
 
 
 def adapters(config: GemmaConfig, rank: int, alpha: float, targets: str) -> Lora:
@@ -42,7 +26,7 @@ def adapters(config: GemmaConfig, rank: int, alpha: float, targets: str) -> Lora
     Raises:
       InputError: a layer that this model does not have, or a rank or scale below what makes sense.
     """
-    known = ATTENTION_TARGETS + (RECURRENT_TARGETS if config.recurrent_layers else ())
+    known = family_of(config).lora_targets
     names = known if targets == ALL else tuple(name.strip() for name in targets.split(",") if name.strip())
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -89,46 +73,3 @@ def fold(config: GemmaConfig, parameters: dict) -> dict:
                 result[i] = np.asarray(leaf[i], np.float32) + scale * product.reshape(result[i].shape)
             folded[path] = result
     return weights.tree_of(folded)
-
-
-def _table(config: GemmaConfig) -> list[Weight]:
-    """PEFT's names of the adapters' matrices."""
-    shapes = weights.leaves(decoder.parameter_shapes(config))
-    return [
-        Weight((*w.path[:-1], here), _PEFT_PREFIX + w.name.removesuffix("weight") + f"{there}.weight", LINEAR)
-        for w in weights.table(config)
-        for here, there in _PEFT.items()
-        if w.path[-1] == "w" and (*w.path[:-1], here) in shapes
-    ]
-
-
-def _fan_in(weight: Weight, shape: tuple[int, ...]) -> int:
-    return shape[0] if weight.path[-1] == "lora_b" else int(np.prod(shape[:-1]))
-
-
-def save_peft(
-    config: GemmaConfig, trainable: dict, directory: pathlib.Path, base: str, *, multimodal: bool = False
-) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json.
-
-    Args:
-      base: name or path of the model that the adapters belong to.
-      multimodal: whether that model has other towers beside the text decoder, which get no adapters.
-    """
-    leaves, tensors = weights.leaves(trainable), {}
-    for weight in _table(config):
-        for i, array in zip(
-            weights.layers_of(config, weight), np.asarray(leaves[weight.path], np.float32), strict=True
-        ):
-            name = weight.name.replace(".model.layers", f".model.{_TEXT_TOWER}layers") if multimodal else weight.name
-            tensors[name.format(i)] = weights.to_file(array, weight, _fan_in(weight, array.shape))
-    save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
-    lora = config.lora
-    targets = rf".*{re.escape(_TEXT_TOWER)}.*\.({'|'.join(lora.targets)})" if multimodal else list(lora.targets)
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": False, "modules_to_save": None, "inference_mode": True,
-    }  # fmt: skip
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n")

@@ -11,18 +11,17 @@ import numpy as np
 
 from accounting import run_files
 from accounting.errors import InputError
+from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.report import card
 from accounting.report.content import build
 from dpgemma.data.text.tokenizer import FILES, MODEL_FILE, Tokenizer
 from dpgemma.gemma import lora
-from dpgemma.gemma.files import config_json as hf_config
-from dpgemma.gemma.files import weights
+from dpgemma.gemma.files import config_json, peft, weights
 from dpgemma.inference.models import Model, TrainedModel
-from dpgemma.training import reporting
+from dpgemma.training import report_files
 from dpgemma.training import run as run_directory
 
-_CARD = "README.md"
 _GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -66,19 +65,19 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
         content = build(done, accountant.epsilon(done.delta, done.steps), ledger.head)
         with folder(out) as temporary:
             if model.config.lora is not None and not merge:
-                multimodal = model.base.is_dir() and hf_config.is_multimodal(model.base)
-                lora.save_peft(model.config, model.parameters, temporary, str(model.base), multimodal=multimodal)
+                multimodal = model.base.is_dir() and config_json.is_multimodal(model.base)
+                peft.save_peft(model.config, model.parameters, temporary, str(model.base), multimodal=multimodal)
             elif model.config.lora is not None:
                 _write_model(model, lora.fold(model.config, model.parameters), temporary, dtype or "float32")
             else:
                 _write_model(model, model.parameters, temporary, dtype)
             _write_tokenizer(model.tokenizer.files(), temporary)
-            (temporary / _CARD).write_text(card.model_card(run_files.encode(content), model.step))
+            (temporary / run_files.CARD).write_text(card.model_card(run_files.encode(content), model.step))
             # The ledger knows an export before it exists, and every file of it by its hash.
             files = {path.name: run_files.file_digest(path) for path in sorted(temporary.iterdir())}
-            ledger.append("export", step=model.step, files=files)
+            ledger.append(events.EXPORT, step=model.step, files=files)
             ledger.sync()
-        reporting.write(run, ledger, accountant, with_page=done.finished)
+        report_files.write(run, ledger, accountant, with_page=done.finished)
 
 
 def export_directory(model: Model, out: pathlib.Path, dtype=None) -> None:
@@ -88,17 +87,17 @@ def export_directory(model: Model, out: pathlib.Path, dtype=None) -> None:
     with folder(out) as temporary:
         _write_model(model, model.parameters, temporary, dtype)
         _write_tokenizer([model.base / name for name in FILES if (model.base / name).is_file()], temporary)
-        (temporary / _CARD).write_text(card.plain_card())
+        (temporary / run_files.CARD).write_text(card.plain_card())
 
 
 def _write_model(model: Model, parameters: dict, directory: pathlib.Path, dtype) -> None:
-    known = hf_config.special_ids(model.base) if model.base is not None and model.base.is_dir() else {}
+    known = config_json.special_ids(model.base) if model.base is not None and model.base.is_dir() else {}
     ids = known if model.tokenizer is None else _special_ids(model.tokenizer, known)
     weights.save(model.config, parameters, directory, dtype)
-    content = hf_config.to_hf_config(
+    content = config_json.to_hf_config(
         model.config, ids, np.dtype(dtype or parameters["embedder"]["embedding"].dtype).name
     )
-    (directory / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    (directory / config_json.FILE).write_text(json.dumps(content, indent=1) + "\n")
     generation = model.base / _GENERATION if known else None
     if generation is not None and ids == known and generation.is_file():
         shutil.copyfile(generation, directory / _GENERATION)

@@ -9,10 +9,10 @@ from accounting.ledger import chain as ledger
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text.tokenizer import END_OF_TURN, Tokenizer
 from dpgemma.gemma import lora
+from dpgemma.gemma import start as start_lib
 from dpgemma.gemma.config import GemmaConfig
-from dpgemma.gemma.files import config_json as hf_config
-from dpgemma.gemma.files import weights
-from dpgemma.training import checkpoint, start
+from dpgemma.gemma.files import config_json, weights
+from dpgemma.training import checkpoint
 from dpgemma.training.run import RunDirectory
 
 
@@ -81,7 +81,7 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
         raise InputError(
             f"the model that this run started from is not at {directory} any more: say where with `init_from`=FOLDER"
         )
-    if (base or needs_base) and start.directory_digest(directory) != sha256:
+    if (base or needs_base) and start_lib.directory_digest(directory) != sha256:
         raise InputError(
             f"{directory} is not the model that this run started from: its SHA-256 differs; give another `init_from`"
         )
@@ -101,7 +101,7 @@ def load_directory(directory: str, tokenizer: str | None = None, *, with_tokeniz
       InputError: no such directory, or one that this program cannot read.
     """
     path = pathlib.Path(directory)
-    config = hf_config.read(path)
+    config = config_json.read(path)
     loaded = tokenizer_lib.load(tokenizer or directory) if with_tokenizer else None
     if loaded is not None:
         tokenizer_lib.check_vocabulary(loaded, config.vocab_size)

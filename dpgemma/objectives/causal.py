@@ -1,60 +1,150 @@
-"""The loss of one row, as the trainer differentiates it, and bits per byte of held-out rows."""
+"""The next-token loss of a unit of text, as the trainer differentiates it, and bits per byte of held-out text."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpgemma.data.text.rows import Rows
+from dpgemma.data.batch import Unit
+from dpgemma.data.spec import RowSpec
+from dpgemma.data.text import rows as text_rows
+from dpgemma.data.text.rows import SCORED, TOKENS
+from dpgemma.data.text.tokenizer import Tokenizer
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.config import GemmaConfig
-from dpgemma.objectives import cross_entropy as gemma_loss
+from dpgemma.gemma.files import weights
+from dpgemma.gemma.start import StartingPoint
+from dpgemma.objectives.cross_entropy import cross_entropy
+from dpgemma.objectives.protocol import Params
 
-_EVALUATION_BATCH = 32
+BITS_PER_BYTE = "bits_per_byte"
 
 
-def token_losses(config: GemmaConfig, parameters, row: dict, *, bos: int, **options):
-    """Negative log-likelihoods [..., S] of a row's tokens, each from bos and the tokens before it; zero where they are
-    not scored.
+def token_losses(config: GemmaConfig, parameters: Params, row: Mapping[str, Any], *, bos: int, **options: Any) -> Any:
+    """Negative log-likelihoods [..., S] of a row's tokens, each given bos and the tokens before it.
+
+    Where a token is not scored, its loss is zero.
 
     Args:
-      row: tokens and scored, each [..., S], as in data.rows.
+      row: tokens and scored, each [..., S], as in data.text.rows.
+      bos: number of the token that rows begin after.
       options: of decoder.hidden_states.
     """
-    tokens = row["tokens"]
+    tokens = row[TOKENS]
     bos_column = jnp.full((*tokens.shape[:-1], 1), bos, tokens.dtype)
     inputs = jnp.concatenate([bos_column, tokens[..., :-1]], axis=-1)
     hidden = decoder.hidden_states(config, parameters, inputs, **options)
-    losses = gemma_loss.cross_entropy(hidden, parameters["embedder"]["embedding"], tokens, final_cap=config.final_cap)
-    return jnp.where(row["scored"], losses, 0.0)
+    losses = cross_entropy(hidden, parameters["embedder"]["embedding"], tokens, final_cap=config.final_cap)
+    return jnp.where(row[SCORED], losses, 0.0)
 
 
-def row_loss(config: GemmaConfig, **options):
-    """loss(trainable, frozen, row): mean over the scored tokens of this row; zero where there are none.
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction by a decoder, whole or by its adapters.
 
-    Formal guarantee: it is a function of one row and the parameters; no other row, and no token behind the last scored
-    one, has a part in it. Tested by tests/training/loss_test.py::
-    test_pitfall_18_neither_the_number_nor_the_content_of_unscored_tokens_behind_matters.
+    Attributes:
+      start: the model and where its parameters start.
+      tokenizer: of the rows; knows bos, and how many bytes a token stands for.
+      length: S, tokens of a row.
+      dtype, remat, attention: as decoder.hidden_states takes them; dtype by its name.
     """
 
-    def loss(trainable, frozen, row):
-        losses = token_losses(config, lora.join(trainable, frozen), row, **options)
-        return losses.sum() / jnp.maximum(row["scored"].sum(), 1)
+    start: StartingPoint
+    tokenizer: Tokenizer
+    length: int
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
 
-    return loss
+    name = "causal"
 
+    @property
+    def model(self) -> GemmaConfig:
+        return self.start.model
 
-def bits_per_byte(config: GemmaConfig, parameters, rows: Rows, numbers: np.ndarray, tokenizer, **options) -> float:
-    """Bits needed per byte to code the scored text of the numbered rows; NaN for no text."""
-    losses = jax.jit(functools.partial(token_losses, config, **options))
-    nats, size = 0.0, 0
-    for first in range(0, len(numbers), _EVALUATION_BATCH):
-        chunk = rows.take(numbers[first : first + _EVALUATION_BATCH], _EVALUATION_BATCH)
-        nats += float(losses(parameters, chunk).sum())
-        size += sum(
-            len(tokenizer.decode(tokens[scored]))
-            for tokens, scored in zip(chunk["tokens"], chunk["scored"], strict=True)
-        )
-    return nats / math.log(2) / size if size else math.nan
+    @property
+    def spec(self) -> RowSpec:
+        return text_rows.spec(self.length)
+
+    @property
+    def volume(self) -> tuple[str, int]:
+        return TOKENS, self.length
+
+    @property
+    def operations_per_row(self) -> float:
+        """6 operations for each parameter and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
+        return 6.0 * decoder.num_parameters(self.model) * self.length
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        settings = [self.length, self.dtype, self.remat, self.attention]
+        return {"model": dataclasses.asdict(self.model), "settings": settings}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "model": self.start.name,
+            "architecture": dataclasses.asdict(self.model),
+            "init_sha256": self.start.sha256,
+            "sequence_length": self.length,
+        }
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "bos": self.tokenizer.bos,
+            "dtype": jnp.dtype(self.dtype),
+            "remat": self.remat,
+            "attention": self.attention,
+        }
+
+    def init(self, seed: int, sharding: Any = None) -> tuple[Params, Params]:
+        return self.start.parameters(seed, sharding)
+
+    def shapes(self) -> tuple[Params, Params]:
+        return lora.split(self.model, decoder.parameter_shapes(self.model))
+
+    def axes(self) -> tuple[Params, Params]:
+        return lora.split(self.model, weights.axes(self.model))
+
+    def join(self, trainable: Params, frozen: Params) -> Params:
+        return lora.join(trainable, frozen)
+
+    def loss(self, trainable: Params, frozen: Params, unit: Unit) -> jax.Array:
+        """The mean over the unit's rows of the mean loss of a row's scored tokens; zero for a row without any.
+
+        Formal guarantee: it is a function of one unit and the parameters; no other unit, no place that holds no row,
+        and no token behind the last scored one of a row has a part in it. Tested by tests/training/loss_test.py::
+        test_pitfall_18_neither_the_number_nor_the_content_of_unscored_tokens_behind_matters and
+        tests/training/units_test.py::test_places_without_a_row_have_no_part_in_a_unit.
+        """
+        rows, real = unit.rows, unit.real
+        if real.shape[0] == 1:  # a slot that is taken has its first row, so its only one
+            rows = jax.tree.map(lambda x: x[0], rows)
+        losses = token_losses(self.model, self.join(trainable, frozen), rows, **self._options)
+        if real.shape[0] == 1:
+            return losses.sum() / jnp.maximum(rows[SCORED].sum(), 1)
+        of_row = losses.sum(axis=-1) / jnp.maximum(rows[SCORED].sum(axis=-1), 1)
+        return jnp.where(real, of_row, 0.0).sum() / jnp.maximum(real.sum(), 1)
+
+    def measures(
+        self, trainable: Params, frozen: Params, rows: Mapping[str, np.ndarray]
+    ) -> dict[str, tuple[float, float]]:
+        """Bits per byte: bits needed to code the scored text, and the bytes that it has."""
+        losses = self._compiled_losses(self.join(trainable, frozen), dict(rows))
+        texts = zip(rows[TOKENS], rows[SCORED], strict=True)
+        size = sum(len(self.tokenizer.decode(tokens[scored])) for tokens, scored in texts)
+        return {BITS_PER_BYTE: (float(losses.sum()) / math.log(2), float(size))}
+
+    @functools.cached_property
+    def _compiled_losses(self) -> Any:
+        return jax.jit(functools.partial(token_losses, self.model, **self._options))
+
+    def noise_rows(self, count: int) -> dict[str, np.ndarray]:
+        tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (count, self.length)).astype(np.int32)
+        return {TOKENS: tokens, SCORED: np.ones(tokens.shape, bool)}

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpgemma.privacy import norm_rules as ghost_norms
-from dpgemma.privacy import tracking
+from dpgemma.choices import BY_DIMENSION, UNIFORM
+from dpgemma.privacy import norm_rules, tracking
 from dpgemma.privacy import uses as audit
-
-# How `shares` divides one norm among groups: equally, or in proportion to the square root of a group's size.
-UNIFORM, BY_DIMENSION = "uniform", "dimension"
+from dpgemma.sharding.place import Gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,23 +24,22 @@ class Parameter:
       shape: of the leaf on this device: layer axes, then those that an operation sees.
       layers: how many leading axes are layer axes.
       uses: by rule.
-      gathered: the axis that is spread over devices, if one is.
+      shard: which part of the leaf this device holds, if it is spread over devices.
     """
 
     shape: tuple[int, ...]
     layers: int
     uses: dict[str, tracking.Use]
-    gathered: tracking.Gathered | None = None
+    shard: Gathered | None = None
 
     @classmethod
-    def of(cls, leaf, uses: dict[str, tracking.Use], gathered=None) -> "Parameter":
+    def of(cls, leaf, uses: dict[str, tracking.Use], shard: Gathered | None = None) -> "Parameter":
         layers = leaf.ndim - len(next(iter(uses.values())).shape) if uses else 0
-        if gathered and not layers - leaf.ndim <= gathered.axis < 0:
+        if shard and not layers - leaf.ndim <= shard.axis < 0:
             raise ValueError(
-                f"axis {gathered.axis} of a parameter {leaf.shape} with {layers} layer axes cannot be spread over"
-                " devices"
+                f"axis {shard.axis} of a parameter {leaf.shape} with {layers} layer axes cannot be spread over devices"
             )
-        return cls(leaf.shape, layers, uses, gathered)
+        return cls(leaf.shape, layers, uses, shard)
 
     def taps(self, batch: int) -> dict:
         """Zeros for every array that the rules need: [*layer axes, B, ...]."""
@@ -77,22 +74,21 @@ class Kept:
     taps: list[dict]
     losses: jax.Array
     structure: Any
+    platform: str
 
-    def norms(self) -> ghost_norms.Norms:
+    def norms(self) -> norm_rules.Norms:
         """Of the whole gradient, [B]."""
         of_parameter = [jax.tree.map(lambda x: x.sum(axis=0), self._norms(taps)) for taps in self.taps if taps]
         return functools.reduce(
-            ghost_norms.Norms.__add__, of_parameter, ghost_norms.Norms(*[jnp.zeros(self.losses.shape)] * 3)
+            norm_rules.Norms.__add__, of_parameter, norm_rules.Norms(*[jnp.zeros(self.losses.shape)] * 3)
         )
 
     def group_norms(self) -> list[dict]:
         """For every parameter and each rule by which it is used, of each layer by itself, [L, B]."""
         return [{rule: self._norms({rule: taps[rule]}) for rule in taps} for taps in self.taps]
 
-    @staticmethod
-    def _norms(taps: dict) -> ghost_norms.Norms:
-        platform = jax.default_backend()
-        return jax.lax.map(jax.vmap(lambda taps: ghost_norms.example_norms(taps, platform)), taps)
+    def _norms(self, taps: dict) -> norm_rules.Norms:
+        return jax.lax.map(jax.vmap(lambda taps: norm_rules.example_norms(taps, self.platform)), taps)
 
     def shares(self, thresholds: str | Mapping[str, Any]) -> list[dict]:
         """For every parameter and each rule by which it is used, [L] shares of one norm that bound all groups together.
@@ -131,13 +127,13 @@ class Kept:
         def of_layer(layer):
             taps, factors = layer
             uses = parameter.uses.items()
-            whole = sum(ghost_norms.weighted_sum(use, taps[rule], factors[rule], keep_B) for rule, use in uses)
-            return parameter.gathered.sum_and_scatter(whole) if parameter.gathered else whole
+            whole = sum(norm_rules.weighted_sum(use, taps[rule], factors[rule], keep_B) for rule, use in uses)
+            return parameter.shard.sum_and_scatter(whole) if parameter.shard else whole
 
         if not parameter.uses:
             return jnp.zeros(parameter.shape)
         # Whole arrays of all layers are what sharding has to avoid.
-        by_layer = functools.partial(jax.lax.map, of_layer) if parameter.gathered else jax.vmap(of_layer)
+        by_layer = functools.partial(jax.lax.map, of_layer) if parameter.shard else jax.vmap(of_layer)
         return by_layer((taps, factors)).reshape(parameter.shape)
 
 
@@ -158,35 +154,38 @@ def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
     return weight
 
 
-def backward(loss, params, examples, gathered: list | None = None) -> Kept:
+def backward(loss, params, examples, shards: list | None = None, platform: str = "cpu") -> Kept:
     """Runs the loss of every example forward and backward once.
 
     Args:
       loss: loss(params, example) -> scalar; parameters are opened by privacy.operations only.
       examples: tree of arrays with a leading axis of B examples.
-      gathered: for every leaf of the parameters, the axis that is spread over devices, or None.
+      shards: for every leaf of the parameters, the axis that is spread over devices, or None.
+      platform: for which the cheaper way to a norm is chosen.
 
     Raises:
       tracking.UntrackedUse: a parameter is used in a way that has no norm rule.
     """
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     leaves, structure = jax.tree.flatten(params)
-    gathered = gathered or [None] * len(leaves)
+    shards = shards or [None] * len(leaves)
     whole = [
-        jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, gathered, strict=True)
+        jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, shards, strict=True)
     ]
     uses = audit.uses_of(loss, structure.unflatten(whole), example)
     names = tracking.leaf_names(params)
-    parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, gathered, strict=True)]
+    parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, shards, strict=True)]
     batch = jax.tree.leaves(examples)[0].shape[0]
 
     def losses(taps):
         def of_example(taps, example):
-            return loss(tracking.boxes(params, taps, gathered=gathered), example)
+            return loss(tracking.boxes(params, taps, shards=shards), example)
 
         return jax.vmap(of_example, in_axes=([p.axes() for p in parameters], 0))(taps, examples)
 
     values, pull_back = jax.vjp(losses, [p.taps(batch) for p in parameters])
     # Without the barrier a compiler may make an operand twice, for the norm and for the sum, and round it differently.
     taps, values = jax.lax.optimization_barrier((pull_back(jnp.ones_like(values))[0], values))
-    return Kept(names, parameters, [p.by_layer(t) for p, t in zip(parameters, taps, strict=True)], values, structure)
+    return Kept(
+        names, parameters, [p.by_layer(t) for p, t in zip(parameters, taps, strict=True)], values, structure, platform
+    )

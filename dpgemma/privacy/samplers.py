@@ -1,4 +1,7 @@
-"""Poisson sampling of unit indices in time and memory proportional to the batch.
+"""The generators of batches, one for every class of accounting.mechanism.sampling that a run may use: a closed
+registry.
+
+Poisson sampling takes time and memory proportional to the batch.
 
 Formal guarantee: in every step each of the N units is drawn independently with probability q, up to float64 rounding (a
 relative error of about 1e-15 in q); where more than `max_batch_size` are drawn, a uniformly random subset of that size
@@ -10,10 +13,21 @@ Tested by tests/privacy/poisson_test.py::test_inclusion_is_uniform, ::test_pairs
 
 import dataclasses
 import math
+from typing import Protocol
 
 import numpy as np
 
+from accounting.errors import InputError
+from accounting.mechanism import Poisson, Sampling, TruncatedPoisson
 from dpgemma.privacy import keystream
+
+
+class Sampler(Protocol):
+    """Draws the units of every step."""
+
+    def draw(self, secret: bytes, step: int) -> np.ndarray:
+        """Sorted distinct unit numbers int64 [k]: a function of the secret key, the step and public facts alone."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +72,14 @@ class PoissonSampler:
             if positions[-1] >= self.num_units:
                 return positions[: np.searchsorted(positions, self.num_units)]
             count *= 2
+
+
+def sampler_of(sampling: Sampling) -> Sampler:
+    """The generator of a run's batches.
+
+    Raises:
+      InputError: a way of forming batches that is there to be accounted for only.
+    """
+    if type(sampling) in (Poisson, TruncatedPoisson):
+        return PoissonSampler(sampling.num_units, sampling.sampling_probability, sampling.max_batch_size)
+    raise InputError(f"{sampling.scheme} batches can be accounted for, but not drawn: use Poisson sampling")

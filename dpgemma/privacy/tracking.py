@@ -8,26 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dpgemma.sharding.place import Gathered
+
 MARK, MAPPED = "dpgemma-use:", "dpgemma-mapped:"
-
-
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-    """An axis, counted from the end, that is spread over the devices along a mesh axis (inside shard_map)."""
-
-    axis_name: str
-    axis: int
-
-    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        axis = len(shape) + self.axis
-        return (*shape[:axis], shape[axis] * jax.lax.axis_size(self.axis_name), *shape[axis + 1 :])
-
-    def gather(self, shard):
-        return jax.lax.all_gather(shard, self.axis_name, axis=shard.ndim + self.axis, tiled=True)
-
-    def sum_and_scatter(self, whole):
-        """This device's shard of the sum of every device's array."""
-        return jax.lax.psum_scatter(whole, self.axis_name, scatter_dimension=whole.ndim + self.axis, tiled=True)
 
 
 class UntrackedUse(TypeError):
@@ -161,8 +144,8 @@ def leaf_names(tree) -> list[str]:
     ]
 
 
-def boxes(params, taps: list[dict], *, keep: bool = True, gathered: list | None = None, uses: Uses | None = None):
-    """The tree of parameters with every leaf boxed; `taps` and `gathered` in the order of the leaves."""
+def boxes(params, taps: list[dict], *, keep: bool = True, shards: list | None = None, uses: Uses | None = None):
+    """The tree of parameters with every leaf boxed; `taps` and `shards` in the order of the leaves."""
     leaves, structure = jax.tree.flatten(params)
-    named = zip(leaves, taps, leaf_names(params), gathered or [None] * len(leaves), strict=True)
+    named = zip(leaves, taps, leaf_names(params), shards or [None] * len(leaves), strict=True)
     return structure.unflatten([Tracked(leaf, tap, name, keep, shard, uses) for leaf, tap, name, shard in named])

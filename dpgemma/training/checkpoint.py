@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from accounting.errors import InputError
+from accounting.ledger import events
 from accounting.ledger.chain import Ledger
 from dpgemma.training import optimizer
 from dpgemma.training.step import TrainState
@@ -51,7 +52,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        ledger.append("checkpoint", step=step, parameters_sha256=digest(state.parameters), **facts)
+        ledger.append(events.CHECKPOINT, step=step, parameters_sha256=digest(state.parameters), **facts)
         ledger.sync()
         count = optimizer.update_count(state.optimizer_state)
         meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}

@@ -7,32 +7,34 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from accounting.mechanism import Clip
 from dpgemma import user_cache
-from dpgemma.gemma import decoder, lora
-from dpgemma.gemma.config import GemmaConfig
-from dpgemma.objectives import causal as loss_lib
-from dpgemma.privacy import clipping
+from dpgemma.choices import AUTO, EXAMPLE_SCAN, GHOST
+from dpgemma.data.batch import Batch
+from dpgemma.objectives.protocol import Objective
+from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
-from dpgemma.training import progress
-from dpgemma.training.settings import AUTO, TrainConfig
+from dpgemma.sharding import place
+from dpgemma.training.observers import Observer
+from dpgemma.training.settings import Settings
 from dpgemma.training.step import sharded_clipped_sum
 
+Way = tuple[str, int]
+
 # The ways that compute the same sum, with units at a time; the smaller of two that are equally fast comes first.
-CANDIDATES = (
-    (clipping.EXAMPLE_SCAN, 1),
-    (clipping.EXAMPLE_SCAN, 2),
-    (clipping.EXAMPLE_SCAN, 4),
-    (clipping.GHOST, 1),
-    (clipping.GHOST, 4),
-)
+CANDIDATES: tuple[Way, ...] = ((EXAMPLE_SCAN, 1), (EXAMPLE_SCAN, 2), (EXAMPLE_SCAN, 4), (GHOST, 1), (GHOST, 4))
 # Below this many floating-point operations on a CPU, a run takes minutes: trials would take longer than they could
 # save.
 WORTH_A_TRIAL = 3e14
@@ -44,13 +46,19 @@ _PACKAGES = ("jax", "jaxlib", "flax", "dpgemma")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One way and what it took: seconds per unit and device, and bytes of temporary memory; or why it cannot
-    be taken."""
+    """One way and what it took, or why it cannot be taken.
+
+    Attributes:
+      strategy, microbatch_size: the way.
+      seconds: per unit and device.
+      temporary_bytes: memory that the program needs beside its inputs.
+      refused: why the way cannot be taken; None if it can.
+    """
 
     strategy: str
     microbatch_size: int
-    seconds: float | None = None
-    temporary_bytes: int | None = None
+    seconds: float = math.nan
+    temporary_bytes: int = 0
     refused: str | None = None
 
     def __str__(self) -> str:
@@ -58,146 +66,145 @@ class Trial:
         return f"{self.strategy} by {self.microbatch_size}: {taken}"
 
 
-def options(config: TrainConfig) -> dict:
-    """The arguments of clipping.clipped_sum that a resolved configuration stands for."""
-    return dict(
-        strategy=config.clipping,
-        microbatch_size=config.microbatch_size,
-        scaling=config.clip_scaling,
-        thresholds=config.clip_thresholds,
-    )
-
-
-def as_before(config: TrainConfig, recorded: dict) -> tuple[TrainConfig, None]:
-    """What an earlier start of the same run chose, where this command leaves it open."""
-    clipping_before = recorded.get("clipping") if config.clipping == AUTO else config.clipping
-    size = recorded.get("microbatch_size") if config.microbatch_size is None else config.microbatch_size
-    return dataclasses.replace(config, clipping=clipping_before, microbatch_size=size), None
-
-
-def resolve(config: TrainConfig, model: GemmaConfig, bos: int) -> tuple[TrainConfig, str | None]:
-    """The configuration with clipping and microbatch_size filled in, and one line that says what was chosen and why.
+def as_before(settings: Settings, recorded: Mapping[str, Any]) -> Strategy:
+    """What an earlier start of the same run chose, where this command leaves it open.
 
     Args:
-      config: with the mesh resolved.
-      bos: number of the token that rows begin after.
+      recorded: the run's config.json.
     """
-    if config.clipping != AUTO:
-        return dataclasses.replace(config, microbatch_size=config.microbatch_size or 1), None
-    ways = [way for way in CANDIDATES if config.microbatch_size in (None, way[1])] or [
-        (clipping.EXAMPLE_SCAN, config.microbatch_size)
-    ]
-    operations = 6.0 * decoder.num_parameters(model) * config.sequence_length * config.batch_size * config.steps
-    if jax.default_backend() == "cpu" and operations < WORTH_A_TRIAL:
-        return _chosen(config, *ways[0], "the run is too short for a trial to pay")
-    if len(ways) == 1:
-        return _chosen(config, *ways[0], "the only way with this `microbatch_size`")
-    key = _key(config, model)
-    cached = _read_cache().get(key, {})
-    if tuple(cached.get("way", ())) in ways:
-        return _chosen(config, *cached["way"], f"as in an earlier trial: {cached.get('why')}")
-    trials = measure(config, model, bos, ways)
-    possible = [trial for trial in trials if trial.refused is None]
-    if not possible:
-        return _chosen(config, *ways[0], "nothing seems to fit in memory: " + "; ".join(map(str, trials)))
-    best = min(possible, key=lambda trial: trial.seconds)
-    why = "; ".join(map(str, trials))
-    _write_cache(key, {"way": [best.strategy, best.microbatch_size], "why": why})
-    return _chosen(config, best.strategy, best.microbatch_size, why)
+    name = str(recorded.get("clipping")) if settings.clipping == AUTO else settings.clipping
+    size = settings.microbatch_size
+    return Strategy(name, int(recorded.get("microbatch_size", 1)) if size is None else size, settings.clip_thresholds)
 
 
-def _chosen(config: TrainConfig, strategy: str, size: int, why: str) -> tuple[TrainConfig, str]:
-    chosen = dataclasses.replace(config, clipping=strategy, microbatch_size=size)
-    return chosen, f"`clipping`={strategy} `microbatch_size`={size} ({why})"
+def measure(objective: Objective, mesh: str, ways: Sequence[Way], limit: float | None = None) -> list[Trial]:
+    """Compiles and times the clipped sum of a few rows of noise in every way that fits.
 
-
-def measure(config: TrainConfig, model: GemmaConfig, bos: int, ways) -> list[Trial]:
-    """Compiles and times the clipped sum of a few rows of random tokens in every way that fits."""
-    mesh = mesh_lib.make(config.mesh)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    loss = loss_lib.row_loss(
-        model, bos=bos, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=config.attention
-    )
-    shapes = lora.split(model, decoder.parameter_shapes(model))
+    Args:
+      limit: bytes of memory of one device; by default what it says itself.
+    """
+    devices = mesh_lib.make(mesh)
     # Trained parameters are float32; frozen ones are as their file has them, most often bfloat16.
     trainable, frozen = (
-        jax.tree.map(lambda leaf, dtype=dtype: jnp.full(leaf.shape, 0.01, dtype, device=replicated), tree)
-        for tree, dtype in zip(shapes, (jnp.float32, jnp.bfloat16), strict=True)
+        jax.tree.map(
+            lambda leaf, dtype=dtype: jnp.full(leaf.shape, 0.01, dtype, device=place.replicated(devices)), tree
+        )
+        for tree, dtype in zip(objective.shapes(), (jnp.float32, jnp.bfloat16), strict=True)
     )
-    units = max(size for _, size in ways) * mesh.size
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (units, config.sequence_length)).astype(np.int32)
-    batch = {"tokens": tokens, "scored": np.ones(tokens.shape, bool)}
-    limit = memory_limit(mesh)
-    return [_trial(way, loss, trainable, frozen, batch, mesh, limit) for way in ways]
+    units = max(size for _, size in ways) * devices.size
+    batch = Batch.of_rows(objective.noise_rows(units), np.ones(units, bool))
+    limit = memory_limit(devices) if limit is None else limit
+    return [_trial(way, objective, trainable, frozen, batch, devices, limit) for way in ways]
 
 
-def _trial(way, *problem) -> Trial:
+def _trial(
+    way: Way, objective: Objective, trainable: Any, frozen: Any, batch: Batch, mesh: Mesh, limit: float | None
+) -> Trial:
     try:
-        return _timed(way, *problem)
+        return _timed(way, objective, trainable, frozen, batch, mesh, limit)
     except jax.errors.JaxRuntimeError as error:  # an accelerator without enough memory says so here
         return Trial(*way, refused=str(error).splitlines()[0][:100])
 
 
-def _timed(way, loss, trainable, frozen, batch, mesh, limit: float | None) -> Trial:
-    strategy, size = way
+def _timed(
+    way: Way, objective: Objective, trainable: Any, frozen: Any, batch: Batch, mesh: Mesh, limit: float | None
+) -> Trial:
+    how = Strategy(*way)
     run = jax.jit(
-        lambda trainable, frozen, batch, mask: sharded_clipped_sum(
-            loss, trainable, frozen, batch, mask, 1.0, mesh, strategy=strategy, microbatch_size=size
+        lambda trainable, frozen, batch: sharded_clipped_sum(
+            objective.loss, trainable, frozen, batch, Clip(1.0), how, mesh
         )
     )
-    mask = np.ones(len(batch["tokens"]), bool)
-    compiled = run.lower(trainable, frozen, batch, mask).compile()
+    compiled = run.lower(trainable, frozen, batch).compile()
     memory = compiled.memory_analysis()
     # Beside what the program holds, there are the sum, its noised copy and the optimizer's two numbers for each trained
     # parameter.
-    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + 4 * 4 * decoder.count(trainable)
+    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + 4 * 4 * trained
     if limit is not None and needed > _MEMORY_SHARE * limit:
         refused = f"needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}"
-        return Trial(strategy, size, temporary_bytes=memory.temp_size_in_bytes, refused=refused)
+        return Trial(*way, temporary_bytes=memory.temp_size_in_bytes, refused=refused)
     seconds = []
     for _ in range(_REPETITIONS + 1):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(trainable, frozen, batch, mask))
-        seconds.append((time.perf_counter() - start) / (len(mask) / mesh.size))
-    return Trial(strategy, size, min(seconds[1:]), memory.temp_size_in_bytes)
+        jax.block_until_ready(compiled(trainable, frozen, batch))
+        seconds.append((time.perf_counter() - start) / (batch.slots / mesh.size))
+    return Trial(*way, seconds=min(seconds[1:]), temporary_bytes=memory.temp_size_in_bytes)
 
 
-def memory_limit(mesh) -> float | None:
+def memory_limit(mesh: Mesh) -> float | None:
     """Bytes that one device may use; None where it does not say."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size if hasattr(os, "sysconf") else None
-    return (device.memory_stats() or {}).get("bytes_limit")
+        if not hasattr(os, "sysconf"):
+            return None
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(mesh.size)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else float(limit)
 
 
-def _key(config: TrainConfig, model: GemmaConfig) -> str:
+def resolve(
+    settings: Settings,
+    mesh: str,
+    objective: Objective,
+    observers: Sequence[Observer] = (),
+    *,
+    measure: Callable[[Objective, str, Sequence[Way]], list[Trial]] = measure,
+) -> tuple[Strategy, str | None]:
+    """The strategy with microbatch size, and one line that says what was chosen and why (None if nothing was open).
+
+    Args:
+      mesh: resolved.
+      measure: the trial.
+    """
+    wanted = settings.microbatch_size
+    if settings.clipping != AUTO:
+        return Strategy(settings.clipping, wanted or 1, settings.clip_thresholds), None
+    ways = [way for way in CANDIDATES if wanted in (None, way[1])] or [(EXAMPLE_SCAN, wanted or 1)]
+    operations = objective.operations_per_row * settings.batch_size * settings.steps
+    if jax.default_backend() == "cpu" and operations < WORTH_A_TRIAL:
+        return _chosen(settings, ways[0], "the run is too short for a trial to pay")
+    if len(ways) == 1:
+        return _chosen(settings, ways[0], "the only way with this `microbatch_size`")
+    key = _key(objective, mesh, wanted)
+    cached = _read_cache().get(key, {})
+    if tuple(cached.get("way", ())) in ways:
+        return _chosen(settings, tuple(cached["way"]), f"as in an earlier trial: {cached.get('why')}")
+    trials = measure(objective, mesh, ways)
+    possible = [trial for trial in trials if trial.refused is None]
+    if not possible:
+        return _chosen(settings, ways[0], "nothing seems to fit in memory: " + "; ".join(map(str, trials)))
+    best = min(possible, key=lambda trial: trial.seconds)
+    why = "; ".join(map(str, trials))
+    try:
+        user_cache.write(
+            cache_file(), _read_cache() | {key: {"way": [best.strategy, best.microbatch_size], "why": why}}
+        )
+    except OSError as error:  # it costs another trial, not the run
+        for observer in observers:
+            observer.warn(f"the trial's result is not kept: {error}")
+    return _chosen(settings, (best.strategy, best.microbatch_size), why)
+
+
+def _chosen(settings: Settings, way: Way, why: str) -> tuple[Strategy, str]:
+    name, size = way
+    return Strategy(name, size, settings.clip_thresholds), f"`clipping`={name} `microbatch_size`={size} ({why})"
+
+
+def _key(objective: Objective, mesh: str, microbatch_size: int | None) -> str:
     facts = {
-        "model": dataclasses.asdict(model),
-        "settings": [
-            config.sequence_length,
-            config.dtype,
-            config.remat,
-            config.attention,
-            config.mesh,
-            config.microbatch_size,
-        ],
+        **objective.identity,
+        "mesh": [mesh, microbatch_size],
         "devices": [jax.devices()[0].device_kind, jax.device_count(), os.cpu_count()],
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _cache_file() -> pathlib.Path:
+def cache_file() -> pathlib.Path:
+    """Where the results of trials are kept."""
     return user_cache.folder() / "clipping.json"
 
 
-def _read_cache() -> dict:
-    return {key: entry for key, entry in user_cache.read(_cache_file()).items() if isinstance(entry, dict)}
-
-
-def _write_cache(key: str, entry: dict) -> None:
-    """Adds one entry; a folder that cannot be written costs another trial, not the run."""
-    try:
-        user_cache.write(_cache_file(), _read_cache() | {key: entry})
-    except OSError as error:
-        progress.warn(f"the trial's result is not kept: {error}")
+def _read_cache() -> dict[str, Any]:
+    return {key: entry for key, entry in user_cache.read(cache_file()).items() if isinstance(entry, dict)}

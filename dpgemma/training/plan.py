@@ -1,173 +1,197 @@
-"""From flags to a run that can start: every omitted setting resolved, every impossible combination refused."""
+"""From settings to a plan: every omitted setting resolved, every impossible combination refused."""
 
 import dataclasses
 import math
+from typing import Any
 
-from accounting import calibration, run_files
+from accounting import calibration
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.loss_distribution import truncation
-from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, Mechanism, dp_sgd
-from dpgemma.gemma import decoder, lora
-from dpgemma.privacy.adaptive import AdaptiveClipping
-from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM
-from dpgemma.training.settings import SEALS, TrainConfig
-from dpgemma.training.start import StartingPoint
+from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd
+from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM, Strategy
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.training.optimizer import Optimization
+from dpgemma.training.settings import Settings
 
 
-def mechanism_of(config: TrainConfig) -> Mechanism:
-    """The mechanism of a resolved configuration: the one object that trainer and accountant share."""
-    return dp_sgd(
-        num_units=config.num_units,
-        expected_batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
-        noise_multiplier=config.noise_multiplier,
-        clip_norm=config.clip_norm,
-        steps=config.steps,
-        neighbouring_relation=config.neighbouring_relation,
-    )
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run does, with nothing left open.
 
-
-def adaptive_clipping(config: TrainConfig) -> AdaptiveClipping | None:
-    """How the clip norm of a resolved configuration moves.
-
-    Raises:
-      InputError: the noise leaves nothing for the count of clipped units.
+    Attributes:
+      mechanism: the one object that trainer, accountant, ledger and report share.
+      epsilon: the target, which the run does not exceed; inf where nothing is claimed.
+      delta: at which epsilon is stated.
+      strategy: how clipped sums are computed.
+      optimization: how parameters follow the noised gradients.
+      mesh: "data:N".
+      seed: public seed of the initial parameters.
+      checkpoint_every: updates between checkpoints.
+      keep_checkpoints: checkpoints kept.
     """
-    if config.clip_quantile is None:
-        return None
-    try:
-        return AdaptiveClipping(config.clip_quantile, config.noise_multiplier, config.batch_size)
-    except ValueError as error:
-        raise InputError(f"`clip_quantile` cannot be followed: {error}; raise `batch_size`, or drop it") from None
+
+    mechanism: Mechanism
+    epsilon: float
+    delta: float
+    strategy: Strategy
+    optimization: Optimization
+    mesh: str
+    seed: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The settings that were open, by name, as they are used."""
+        return {
+            "num_units": self.mechanism.num_units,
+            "max_batch_size": self.mechanism.max_batch_size,
+            "noise_multiplier": self.mechanism.noise_multiplier,
+            "steps": self.mechanism.steps,
+            "epsilon": self.epsilon,
+            "clipping": self.strategy.name,
+            "microbatch_size": self.strategy.microbatch_size,
+            "mesh": self.mesh,
+        }
 
 
-def resolve(config: TrainConfig, counted_units: int, devices: int, *, epsilon_given: bool) -> TrainConfig:
-    """The configuration with units, cap, noise, target and steps filled in.
+def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strategy, *, epsilon_given: bool) -> Plan:
+    """The plan, with units, cap, noise, target and steps filled in.
 
     Args:
-      config: with clipping and microbatch_size chosen.
       counted_units: training units that the data hold.
-      devices: N of the mesh; the cap is a multiple of it.
+      mesh: resolved; the cap is a multiple of its devices.
+      strategy: the chosen way of clipping.
       epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target
         would be passed.
 
     Raises:
       InputError: a combination that cannot be trained or has no guarantee.
     """
-    num_units = check(config, counted_units)
-    multiple = devices * config.microbatch_size
+    num_units, target = check(settings, counted_units), settings.epsilon
+    assert target is not None
+    given_noise = settings.noise_multiplier
     # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the
     # smaller it is.
-    planned_for = math.inf if config.noise_multiplier is not None and not epsilon_given else config.epsilon
-    cap = config.max_batch_size
-    if cap is None:
-        cap = truncation.plan_max_batch_size(
-            num_units, config.batch_size, config.steps, planned_for, config.delta, multiple=multiple
-        )
-    elif cap < config.batch_size:
-        raise InputError(
-            f"`max_batch_size`={cap} is below the expected batch of {config.batch_size}: raise it or omit it"
-        )
-    elif cap % multiple:
-        raise InputError(
-            f"`max_batch_size`={cap} must be a multiple of {multiple} ({devices} devices, {config.microbatch_size}"
-            f" units at a time): use {-(-cap // multiple) * multiple}"
-        )
-    resolved = dataclasses.replace(
-        config, num_units=num_units, max_batch_size=cap, noise_multiplier=config.noise_multiplier or 0.0
+    follows = given_noise is not None and not epsilon_given
+    mechanism = dp_sgd(
+        num_units=num_units,
+        expected_batch_size=settings.batch_size,
+        max_batch_size=_cap(settings, num_units, math.inf if follows else target, mesh, strategy),
+        noise_multiplier=given_noise or 0.0,
+        clip_norm=settings.clip_norm,
+        steps=settings.steps,
+        neighbouring_relation=settings.neighbouring_relation,
+        clip_scaling=settings.clip_scaling,
+        clip_quantile=settings.clip_quantile,
     )
-    mechanism = mechanism_of(resolved)
-    if config.noise_multiplier is None:
-        mechanism = calibration.noise_multiplier(mechanism, config.epsilon, config.delta)
-        return dataclasses.replace(resolved, noise_multiplier=mechanism.noise_multiplier)
-    if math.isinf(config.epsilon):  # noise for its own sake: nothing is claimed, so nothing has to be kept to
-        return resolved
-    if not epsilon_given:
-        return dataclasses.replace(resolved, epsilon=Accountant(mechanism).upper(config.delta))
-    affordable = calibration.steps(mechanism, config.epsilon, config.delta, largest=config.steps).steps
-    if affordable == 0:
-        raise InputError(
-            f"`noise_multiplier`={config.noise_multiplier:g} passes epsilon {config.epsilon:g} in the first step: raise"
-            " either"
+    if given_noise is None:
+        mechanism = calibration.noise_multiplier(mechanism, target, settings.delta)
+    elif math.isfinite(target):  # with an infinite target noise is there for its own sake, and nothing is kept to
+        if not epsilon_given:
+            target = Accountant(mechanism).upper(settings.delta)
+        else:
+            mechanism = calibration.steps(mechanism, target, settings.delta, largest=settings.steps)
+            if mechanism.steps == 0:
+                raise InputError(
+                    f"`noise_multiplier`={given_noise:g} passes epsilon {target:g} in the first step: raise either"
+                )
+    _ = mechanism.gradient_noise_multiplier  # refuses a clip norm that cannot adapt, before anything is written
+    optimization = Optimization(
+        settings.optimizer,
+        settings.learning_rate,
+        settings.warmup_steps,
+        settings.schedule,
+        settings.weight_decay,
+        mechanism.steps,
+    )
+    return Plan(
+        mechanism,
+        target,
+        settings.delta,
+        strategy,
+        optimization,
+        mesh,
+        settings.seed,
+        settings.checkpoint_every,
+        settings.keep_checkpoints,
+    )
+
+
+def _cap(settings: Settings, num_units: int, target: float, mesh: str, strategy: Strategy) -> int:
+    """The truncation cap: the one given, or the smallest that costs little."""
+    devices, size = mesh_lib.num_devices(mesh), strategy.microbatch_size
+    multiple, cap = devices * size, settings.max_batch_size
+    if cap is None:
+        return truncation.plan_max_batch_size(
+            num_units, settings.batch_size, settings.steps, target, settings.delta, multiple=multiple
         )
-    return dataclasses.replace(resolved, steps=affordable)
+    if cap < settings.batch_size:
+        raise InputError(
+            f"`max_batch_size`={cap} is below the expected batch of {settings.batch_size}: raise it or omit it"
+        )
+    if cap % multiple:
+        raise InputError(
+            f"`max_batch_size`={cap} must be a multiple of {multiple} ({devices} devices, {size} units at a time): use"
+            f" {-(-cap // multiple) * multiple}"
+        )
+    return cap
 
 
-def check(config: TrainConfig, counted_units: int) -> int:
+def check(settings: Settings, counted_units: int) -> int:
     """The number of units, or what can be refused before anything is computed.
 
     Raises:
       InputError: data, batch size or clip norm that do not go together.
     """
-    num_units = _units(config, counted_units)
-    if config.batch_size > num_units:
+    num_units = _units(settings, counted_units)
+    if settings.batch_size > num_units:
         raise InputError(
-            f"`batch_size`={config.batch_size} exceeds the {num_units} training units: lower it or use more data"
+            f"`batch_size`={settings.batch_size} exceeds the {num_units} training units: lower it or use more data"
         )
-    if config.clip_norm < SMALLEST_CLIP_NORM:
+    if settings.clip_norm < SMALLEST_CLIP_NORM:
         raise InputError(
-            f"`clip_norm`={config.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}"
+            f"`clip_norm`={settings.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}"
         )
     return num_units
 
 
-def _units(config: TrainConfig, counted: int) -> int:
-    if config.neighbouring_relation == ADD_OR_REMOVE:
-        if config.num_units is None:
+def _units(settings: Settings, counted: int) -> int:
+    declared = settings.num_units
+    if settings.neighbouring_relation == ADD_OR_REMOVE:
+        if declared is None:
             raise InputError(
                 "under `neighbouring_relation`=add_or_remove the number of units is private: declare it with"
                 " `num_units`"
             )
-        if counted > config.num_units:
+        if counted > declared:
             raise InputError(
-                f"the data hold more training units than the declared `num_units`={config.num_units}: raise the"
-                " declaration"
+                f"the data hold more training units than the declared `num_units`={declared}: raise the declaration"
             )
-        return config.num_units
-    if config.num_units not in (None, counted):
+        return declared
+    if declared not in (None, counted):
         raise InputError(
-            f"`num_units`={config.num_units} differs from the {counted} training units counted: omit it under zero_out"
+            f"`num_units`={declared} differs from the {counted} training units counted: omit it under zero_out"
         )
     return counted
 
 
-def start_event(config: TrainConfig, start: StartingPoint, held_out: int, *, secret_keys: bool) -> dict:
-    """The public facts with which a ledger opens; the report is written from these and the steps alone.
+def summary(plan: Plan, name: str, place: Any) -> str:
+    """One line for the operator.
 
     Args:
-      held_out: units held out.
-      secret_keys: whether the keys came from the operating system.
+      name: of the model.
+      place: where the run lies.
     """
-    facts = dataclasses.asdict(mechanism_of(config)) | {"secret_keys": secret_keys}
-    facts.update(
-        epsilon=config.epsilon,
-        delta=config.delta,
-        privacy_unit=config.privacy_unit,
-        sequence_length=config.sequence_length,
-    )
-    facts.update(clip_scaling=config.clip_scaling, clip_quantile=config.clip_quantile)
-    facts.update(model=start.name, architecture=dataclasses.asdict(start.model), init_sha256=start.sha256)
-    shapes = decoder.parameter_shapes(start.model)
-    trainable, _ = lora.split(start.model, shapes)
-    facts.update(
-        parameters=decoder.count(shapes), trained_parameters=decoder.count(trainable), seal=SEALS[config.ledger_seal]
-    )
-    # Under add_or_remove a count of units would be a count of the private data.
-    facts.update(held_out_units=held_out if config.neighbouring_relation == ZERO_OUT else None)
-    return run_files.encode(facts)
-
-
-def summary(config: TrainConfig, start: StartingPoint, path) -> str:
-    """One line for the terminal."""
-    m = mechanism_of(config)
+    m = plan.mechanism
     privacy = (
-        f"epsilon {config.epsilon:.4g} at delta {config.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm"
+        f"epsilon {plan.epsilon:.4g} at delta {plan.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm"
         f" {m.clip_norm:g}"
     )
-    size = f"{m.num_units} units, batch {config.batch_size} (at most {m.max_batch_size}), {m.steps} steps"
+    size = f"{m.num_units} units, batch {m.expected_batch_size} (at most {m.max_batch_size}), {m.steps} steps"
     if not m.is_private:
         privacy = "NO PRIVACY (baseline)"
-    elif math.isinf(config.epsilon):
+    elif math.isinf(plan.epsilon):
         privacy = f"NO PRIVACY CLAIMED, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
-    return f"{start.name} in {path}: {size}, {privacy}"
+    return f"{name} in {place}: {size}, {privacy}"

@@ -3,77 +3,183 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
-from dpgemma.data import dataset
+from accounting import run_files
+from accounting.errors import InputError
+from accounting.ledger import chain
+from accounting.ledger.events import FORMAT
+from accounting.mechanism import ZERO_OUT
+from dpgemma.choices import HMAC
+from dpgemma.data import holdout
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text import units
-from dpgemma.sharding import mesh
-from dpgemma.training import clipping_choice, environment, plan, progress
-from dpgemma.training import run as run_directory
-from dpgemma.training import start as start_lib
-from dpgemma.training import trainer as loop
-from dpgemma.training.settings import TrainConfig
+from dpgemma.gemma import decoder
+from dpgemma.gemma import start as start_lib
+from dpgemma.objectives.causal import CausalLM
+from dpgemma.objectives.protocol import Objective
+from dpgemma.privacy.keys import Keys
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.training import clipping_choice, environment
+from dpgemma.training import plan as plan_lib
+from dpgemma.training import run as run_lib
+from dpgemma.training.observers import Observer
+from dpgemma.training.plan import Plan
+from dpgemma.training.settings import Settings
+from dpgemma.training.trainer import Trainer
 
 
-def prepare(config: TrainConfig, workdir: str | None = None, *, epsilon_given: bool = False, keys=None) -> loop.Trainer:
+def prepare(
+    settings: Settings, workdir: str | None = None, *, epsilon_given: bool = False, observers: Sequence[Observer] = ()
+) -> Trainer:
     """Resolves the settings, creates or opens the run's folder and returns the Trainer.
 
-    Formal guarantee: a run with a finite target has keys of the operating system's randomness; one whose keys were
-    given says in its ledger's first line that they are no secret, and no report, audit or sum of runs derives an
-    epsilon from its noise. Tested by
-    tests/training/run_test.py::test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere.
+    Formal guarantee: the keys of a new run come from the operating system's randomness. Tested by
+    tests/training/run_test.py::test_pitfall_15_keys_come_from_the_operating_system.
 
     Args:
-      config: the settings as given.
+      settings: as given.
       workdir: the run's folder; None for the default.
       epsilon_given: whether epsilon was asked for, rather than a default.
-      keys: of a new run, instead of the operating system's; taken to be public. For sweeps of public data: no flag
-        leads here.
 
     Raises:
-      ValueError: keys were given, and the target is finite.
       InputError: anything that the user can mend.
     """
-    if keys is not None and math.isfinite(config.epsilon):
-        raise ValueError("a run with a finite target epsilon needs secret keys")
-    start = start_lib.of(config)
-    config = dataclasses.replace(
-        config, model=start.name, tokenizer=start_lib.tokenizer_of(config), mesh=mesh.resolve(config.mesh)
-    )
-    tokenizer = tokenizer_lib.load(config.tokenizer)
-    tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
-    path = pathlib.Path(workdir or f"runs/{config.digest()[:8]}")
-    run = run_directory.open_existing(path)
-    secret_keys = run.has_secret_keys() if run else keys is None
-    keys = run.keys() if run else keys or run_directory.Keys.generate()
+    return _prepare(settings, workdir, Keys.generate(), True, epsilon_given, observers)
 
-    unit, rows = units.rows(
-        config.privacy_unit, config.data, config.text_field, tokenizer, config.sequence_length, start.model.vocab_size
+
+def prepare_with_public_keys(
+    settings: Settings, keys: Keys, workdir: str | None = None, *, observers: Sequence[Observer] = ()
+) -> Trainer:
+    """As `prepare`, for a study of public data whose keys are nobody's secret, so that it can be repeated anywhere.
+
+    Formal guarantee: the run's ledger says in its first line that the keys are no secret, and no report, audit or sum
+    of runs derives an epsilon from its noise. Tested by
+    tests/training/run_test.py::test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere.
+
+    Raises:
+      ValueError: the target is finite.
+      InputError: anything that the user can mend.
+    """
+    if settings.epsilon is None or math.isfinite(settings.epsilon):
+        raise ValueError("a run with a finite target epsilon needs secret keys")
+    return _prepare(settings, workdir, keys, False, True, observers)
+
+
+def _prepare(
+    settings: Settings,
+    workdir: str | None,
+    new_keys: Keys,
+    secret_keys: bool,
+    epsilon_given: bool,
+    observers: Sequence[Observer],
+) -> Trainer:
+    objective = objective_of(settings)
+    start, tokenizer = objective.start, objective.tokenizer
+    named = dataclasses.replace(
+        settings, model=start.name, tokenizer=tokenizer_of(settings), mesh=mesh_lib.resolve(settings.mesh)
     )
-    config = dataclasses.replace(config, privacy_unit=unit)
-    if not rows.scored.any(axis=1).all():
-        progress.warn(
-            "some records have nothing to learn within `sequence_length`: their prompts fill it; raise it or shorten"
-            " them"
-        )
-    data = dataset.split(rows, keys.holdout, config.holdout_fraction)
-    plan.check(config, data.num_units)
+    path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
+    run = run_lib.open_existing(path)
+    keys = run.keys if run else new_keys
+    secret_keys = run.has_secret_keys() if run else secret_keys
+
+    privacy_unit, source = units.read(
+        settings.privacy_unit,
+        settings.data,
+        settings.text_field,
+        tokenizer,
+        settings.sequence_length,
+        start.model.vocab_size,
+    )
+    if units.some_have_nothing_to_learn(source):
+        for observer in observers:
+            observer.warn(
+                "some records have nothing to learn within `sequence_length`: their prompts fill it; raise it or"
+                " shorten them"
+            )
+    training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
+    plan_lib.check(settings, training.num_units)
     # Chosen once: a run that goes on computes as it began.
     if run:
-        config, choice = clipping_choice.as_before(config, run.config())
+        strategy, choice = clipping_choice.as_before(settings, run.config()), None
     else:
-        config, choice = clipping_choice.resolve(config, start.model, tokenizer.bos)
-    config = plan.resolve(config, data.num_units, int(config.mesh.partition(":")[2]), epsilon_given=epsilon_given)
-    plan.adaptive_clipping(config)  # refuses what cannot be, before anything is written
-    fingerprint = run_directory.fingerprint(keys, rows)
-    start_event = plan.start_event(config, start, len(data.held_out), secret_keys=secret_keys)
+        strategy, choice = clipping_choice.resolve(settings, named.mesh, objective, observers)
+    plan = plan_lib.resolve(settings, training.num_units, named.mesh, strategy, epsilon_given=epsilon_given)
+    config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit}
+    fingerprint = source.fingerprint(keys.fingerprint)
+    facts = start_event(plan, config, objective, held_out.num_units, secret_keys=secret_keys)
     if run:
-        run.check_resumable(config.as_dict(), fingerprint, start_event)
+        run.check_resumable(config, fingerprint, facts)
     else:
-        run = run_directory.create(
-            path, config.as_dict(), keys, fingerprint, start_event | {"environment": environment.description()}
+        run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": environment.description()})
+    for observer in observers:
+        observer.inform(plan_lib.summary(plan, start.name, path))
+        if choice:
+            observer.inform(choice)
+    return Trainer(plan, objective, training, run, observers, held_out=held_out)
+
+
+def objective_of(settings: Settings) -> CausalLM:
+    """What the settings say is learned, and by which model.
+
+    Raises:
+      InputError: a model or tokenizer that does not exist, or that does not fit the other settings.
+    """
+    start, tokenizer = start_of(settings), tokenizer_lib.load(tokenizer_of(settings))
+    tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
+    return CausalLM(start, tokenizer, settings.sequence_length, settings.dtype, settings.remat, settings.attention)
+
+
+def tokenizer_of(settings: Settings) -> str:
+    """What `tokenizer` means where it is omitted: that of `init_from`, else bytes."""
+    return settings.tokenizer or settings.init_from or tokenizer_lib.BYTE
+
+
+def start_of(settings: Settings) -> start_lib.StartingPoint:
+    """The model that `model`, or `init_from` and the settings of adapters, name.
+
+    Raises:
+      InputError: an unknown preset, a directory that is none, or rows that the model cannot take.
+    """
+    if settings.init_from is None:
+        point = start_lib.of_preset(settings.model)
+    elif settings.model is not None:
+        raise InputError("`init_from` brings its own architecture: drop `model`")
+    else:
+        point = start_lib.of_directory(
+            pathlib.Path(settings.init_from), settings.lora_rank, settings.lora_alpha, settings.lora_targets
         )
-    progress.inform(plan.summary(config, start, path))
-    if choice:
-        progress.inform(choice)
-    return loop.Trainer(config, start, tokenizer, data, run)
+    start_lib.check(point, settings.sequence_length, settings.attention)
+    return point
+
+
+def start_event(
+    plan: Plan, config: dict[str, Any], objective: Objective, held_out: int, *, secret_keys: bool
+) -> dict[str, Any]:
+    """The public facts with which a ledger opens; the report is written from these and the steps alone.
+
+    Args:
+      config: every resolved setting.
+      held_out: units held out.
+      secret_keys: whether the keys came from the operating system.
+    """
+    trainable, frozen = objective.shapes()
+    trained = decoder.count(trainable)
+    facts = {
+        "format": FORMAT,
+        **plan.mechanism.facts(),
+        "secret_keys": secret_keys,
+        "epsilon": plan.epsilon,
+        "delta": plan.delta,
+        "privacy_unit": config["privacy_unit"],
+        **objective.facts,
+        "parameters": trained + decoder.count(frozen),
+        "trained_parameters": trained,
+        "seal": chain.KEYED_CHAIN if config["ledger_seal"] == HMAC else chain.CHAIN,
+        # Under add_or_remove a count of units would be a count of the private data.
+        "held_out_units": held_out if plan.mechanism.neighbouring_relation == ZERO_OUT else None,
+    }
+    encoded: dict[str, Any] = run_files.encode(facts)
+    return encoded

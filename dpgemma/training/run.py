@@ -1,59 +1,26 @@
 """The folder of one run: what is public, what is private, and who may go on with it.
 
 A new run's folder is written under a temporary name and appears complete: configuration, keys and an opened ledger
-together, or not at all. Secret keys are 256 bits from the operating system. They lie in private/keys.json (0600, in a
-folder of mode 0700) and nowhere else.
+together, or not at all. Secret keys lie in private/ (mode 0700) and nowhere else.
 """
 
 import contextlib
-import dataclasses
 import fcntl
-import hashlib
+import functools
 import json
 import os
 import pathlib
 import secrets
 import shutil
+from typing import IO, Any
 
 from accounting import run_files
 from accounting.errors import InputError
-from accounting.ledger import executed
+from accounting.ledger import events, executed
 from accounting.ledger.chain import Ledger
+from dpgemma.choices import HMAC
+from dpgemma.privacy.keys import Keys
 from dpgemma.training.settings import OPERATIONAL
-
-
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """256-bit secrets: which units are drawn, which noise is added, which units are held out, the data's fingerprint,
-    the ledger's HMAC.
-    """
-
-    sampling: bytes = dataclasses.field(repr=False)
-    noise: bytes = dataclasses.field(repr=False)
-    holdout: bytes = dataclasses.field(repr=False)
-    fingerprint: bytes = dataclasses.field(repr=False)
-    ledger: bytes = dataclasses.field(repr=False)
-
-    @classmethod
-    def generate(cls) -> "Keys":
-        return cls(*(secrets.token_bytes(32) for _ in dataclasses.fields(cls)))
-
-    def save(self, path: pathlib.Path) -> None:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({field.name: getattr(self, field.name).hex() for field in dataclasses.fields(self)}, file)
-
-    @classmethod
-    def load(cls, path: pathlib.Path) -> "Keys":
-        try:
-            stored = json.loads(path.read_text())
-            keys = {field.name: bytes.fromhex(stored[field.name]) for field in dataclasses.fields(cls)}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{path} is damaged: without its keys this run cannot go on; start another in a new `workdir`"
-            ) from None
-        if any(len(key) != 32 for key in keys.values()):
-            raise InputError(f"{path} holds keys of another length: it was not written by this program")
-        return cls(**keys)
 
 
 class RunDirectory:
@@ -61,26 +28,28 @@ class RunDirectory:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self.private = path / "private"
-        self.checkpoints = path / "checkpoints"
-        self.config_file = path / "config.json"
-        self.ledger_file = path / "ledger.jsonl"
-        self.report_file = path / "report.json"
-        self.page_file = path / "report.html"
-        self.metrics_file = path / "metrics.jsonl"
-        self.keys_file = self.private / "keys.json"
-        self.data_file = self.private / "data.json"
-        self._lock = None
+        self.private = path / run_files.PRIVATE
+        self.checkpoints = path / run_files.CHECKPOINTS
+        self.config_file = path / run_files.CONFIG
+        self.ledger_file = path / run_files.LEDGER
+        self.report_file = path / run_files.REPORT
+        self.page_file = path / run_files.PAGE
+        self.metrics_file = path / run_files.METRICS
+        self.private_metrics_file = path / run_files.PRIVATE_METRICS
+        self.held_out_file = path / run_files.HELD_OUT
+        self.keys_file = path / run_files.KEYS
+        self.data_file = path / run_files.DATA
+        self._lock: IO[str] | None = None
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """The resolved configuration, infinities decoded."""
         try:
             stored = json.loads(self.config_file.read_text())
         except FileNotFoundError:
-            raise InputError(f"{self.path} is no run directory: it has no config.json") from None
+            raise InputError(f"{self.path} is no run directory: it has no {run_files.CONFIG}") from None
         except ValueError:
             raise InputError(f"{self.config_file} is damaged: it is no JSON") from None
-        return {name: float("inf") if value == "inf" else value for name, value in stored.items()}
+        return run_files.decode(stored)
 
     def open_ledger(self) -> Ledger:
         """The ledger, ready for appending.
@@ -88,9 +57,11 @@ class RunDirectory:
         Raises:
           InputError: its chain does not hold.
         """
-        return Ledger.open(self.ledger_file, ledger_key(self.keys(), self.config()))
+        return Ledger.open(self.ledger_file, ledger_key(self.keys, self.config()))
 
+    @functools.cached_property
     def keys(self) -> Keys:
+        """The run's secret keys, read once."""
         return Keys.load(self.keys_file)
 
     def has_secret_keys(self) -> bool:
@@ -104,7 +75,7 @@ class RunDirectory:
         Raises:
           InputError: another process holds it.
         """
-        self._lock = open(self.private / "lock", "w")
+        self._lock = open(self.path / run_files.LOCK, "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -118,7 +89,7 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def check_resumable(self, config: dict, fingerprint: str, start_event: dict) -> None:
+    def check_resumable(self, config: dict[str, Any], fingerprint: str, start_event: dict[str, Any]) -> None:
         """Refuses to go on with other settings, other data or a ledger that was changed.
 
         Raises:
@@ -143,6 +114,11 @@ class RunDirectory:
             )
         with contextlib.closing(self.open_ledger()) as ledger:
             facts = ledger.records[0]
+        if facts.get("format", events.OLDEST_FORMAT) != events.FORMAT:
+            raise InputError(
+                f"{self.path} was begun by another version of this program: it can be audited, sampled from and"
+                " exported, but not trained further; start another run in a new `workdir`"
+            )
         differing = [name for name in start_event if facts.get(name) != start_event[name]]
         if differing:
             raise InputError(
@@ -161,9 +137,9 @@ def open_existing(path: pathlib.Path) -> RunDirectory | None:
         return None
     run = RunDirectory(path)
     files = {
-        "keys (private/keys.json)": run.keys_file,
-        "ledger (ledger.jsonl)": run.ledger_file,
-        "config.json": run.config_file,
+        f"keys ({run_files.KEYS})": run.keys_file,
+        f"ledger ({run_files.LEDGER})": run.ledger_file,
+        run_files.CONFIG: run.config_file,
     }
     missing = [name for name, file in files.items() if not file.is_file()]
     if len(missing) == len(files):
@@ -177,7 +153,9 @@ def open_existing(path: pathlib.Path) -> RunDirectory | None:
     return run
 
 
-def create(path: pathlib.Path, config: dict, keys: Keys, fingerprint: str, start_event: dict) -> RunDirectory:
+def create(
+    path: pathlib.Path, config: dict[str, Any], keys: Keys, fingerprint: str, start_event: dict[str, Any]
+) -> RunDirectory:
     """A new run's folder, complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = RunDirectory(path.with_name(f".{path.name}.{os.getpid()}.new"))
@@ -192,7 +170,7 @@ def create(path: pathlib.Path, config: dict, keys: Keys, fingerprint: str, start
         ledger = Ledger.open(temporary.ledger_file, ledger_key(keys, config))
         # A public name at random tells this run's ledger from that of any other, even one with the same settings.
         ledger.append(
-            "start", run_id=secrets.token_hex(16), config_sha256=run_files.digest(text.encode()), **start_event
+            events.START, run_id=secrets.token_hex(16), config_sha256=run_files.digest(text.encode()), **start_event
         )
         ledger.sync()
         ledger.close()
@@ -205,17 +183,6 @@ def create(path: pathlib.Path, config: dict, keys: Keys, fingerprint: str, start
     return run
 
 
-def ledger_key(keys: Keys, config: dict) -> bytes | None:
+def ledger_key(keys: Keys, config: dict[str, Any]) -> bytes | None:
     """The key of the ledger's HMACs, if the run was configured with them."""
-    return keys.ledger if config["ledger_seal"] == "hmac" else None
-
-
-def fingerprint(keys: Keys, rows) -> str:
-    """Keyed hash of the packed data; kept in private/, because an unkeyed one would let anyone test a guess of the
-    data.
-    """
-    digest = hashlib.blake2b(key=keys.fingerprint, digest_size=32)
-    for column in (rows.tokens, rows.scored):
-        digest.update(repr(column.shape).encode())
-        digest.update(column.data)
-    return digest.hexdigest()
+    return keys.ledger if config["ledger_seal"] == HMAC else None

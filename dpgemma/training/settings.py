@@ -6,27 +6,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import typing
 
 from accounting.errors import InputError
-from accounting.ledger import chain as ledger_lib
 from accounting.mechanism import RELATIONS
+from accounting.mechanism.clip import SCALINGS
+from dpgemma import choices
+from dpgemma.choices import AUTO
+from dpgemma.sharding.rules import SYNTAX
 
 # Settings that change neither the mechanism nor the result, so a run may be resumed with others.
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
-
-# How the ledger is sealed, as a flag says it and as the ledger does.
-SEALS = {"chain": ledger_lib.CHAIN, "hmac": ledger_lib.KEYED_CHAIN}
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "linear", "constant")
-DTYPES = ("float32", "bfloat16")
-# As in gemma.decoder and gemma.attention, which are not imported here: --help must answer at once.
-REMAT_POLICIES = ("none", "block", "dots")
-ATTENTION = ("auto", "dense", "blockwise", "fused")
-# As in privacy.clipping.
-CLIPPING = ("auto", "example_scan", "ghost", "per_layer", "vmap")
-CLIP_SCALINGS = ("clip", "normalise", "automatic")
-AUTO, SEQUENCE, EXAMPLE = "auto", "sequence", "example"
-PRIVACY_UNITS = (AUTO, SEQUENCE, EXAMPLE)
 
 
 def _setting(default, text: str, choices: tuple[str, ...] | None = None):
@@ -34,9 +24,9 @@ def _setting(default, text: str, choices: tuple[str, ...] | None = None):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings as given (None: to be resolved) or, after resolution, as used. Defaults are constants, never taken from
-    data.
+class Settings:
+    """Settings as a user gives them; None and "auto" are resolved by training.plan. Defaults are constants, never taken
+    from data.
     """
 
     model: str | None = _setting(
@@ -65,7 +55,7 @@ class TrainConfig:
         AUTO,
         "What the guarantee protects: sequence (a row of packed text) or example (a record with prompt and response,"
         " with messages, or with text, in a row of its own); auto looks at the fields of the first record.",
-        PRIVACY_UNITS,
+        choices.PRIVACY_UNITS,
     )
     holdout_fraction: float = _setting(
         0.1, "Share of units held out for evaluation; they are not trained on and not covered."
@@ -94,60 +84,64 @@ class TrainConfig:
         "How clipped gradients are computed: example_scan holds the gradients of few units at a time, ghost none, vmap"
         " is the definition; per_layer bounds every operation of every layer by itself. auto tries the first two on"
         " rows of noise, and keeps the faster one.",
-        CLIPPING,
+        choices.CLIPPING,
     )
     microbatch_size: int | None = _setting(
         None, "Units per device that are computed at once; omitted, it is chosen with `clipping`."
     )
     clip_scaling: str = _setting(
         "clip",
-        "clip: to `clip_norm` at most; normalise: the same, divided by it; automatic: every gradient divided by its"
-        " norm (AUTO-S).",
-        CLIP_SCALINGS,
+        "How a gradient g is scaled. clip: g min(1, C / |g|) with C from `clip_norm`; normalise: g min(1, C / |g|) /"
+        " C; automatic: g / (|g| + 0.01) (AUTO-S).",
+        SCALINGS,
     )
     clip_thresholds: str = _setting(
         "uniform",
         "How per_layer divides `clip_norm`: equally, or by dimension (its square root).",
-        ("uniform", "dimension"),
+        choices.THRESHOLDS,
     )
     clip_quantile: float | None = _setting(
         None,
         "Share of units whose gradients shall not be clipped; given, the clip norm starts at `clip_norm` and adapts,"
         " under noise.",
     )
-    optimizer: str = _setting("adamw", "Optimizer.", OPTIMIZERS)
+    optimizer: str = _setting("adamw", "Optimizer.", choices.OPTIMIZERS)
     learning_rate: float = _setting(8e-3, "Peak learning rate.")
     warmup_steps: int = _setting(10, "Updates of linear warm-up.")
-    schedule: str = _setting("cosine", "Decay after warm-up, to a tenth of the peak.", SCHEDULES)
+    schedule: str = _setting("cosine", "Decay after warm-up, to a tenth of the peak.", choices.SCHEDULES)
     weight_decay: float = _setting(0.0, "Decoupled weight decay (adamw).")
     dtype: str = _setting(
-        "float32", "Type of activations and matrix products; norms, sums and noise stay float32.", DTYPES
+        "float32", "Type of activations and matrix products; norms, sums and noise stay float32.", choices.DTYPES
     )
     remat: str = _setting(
         "none",
         "What the backward pass recomputes: none keeps activations, block recomputes each block, dots all but products"
         " with weights.",
-        REMAT_POLICIES,
+        choices.REMAT_POLICIES,
     )
     attention: str = _setting(
         AUTO,
         "How attention is computed: dense keeps all scores, blockwise a tile of them, fused is JAX's own (no"
-        " soft-caps); auto is dense up to 1024 tokens and blockwise beyond.",
-        ATTENTION,
+        " soft-caps); auto is dense for rows of up to 1024 and blockwise for longer ones.",
+        choices.ATTENTION,
     )
-    mesh: str = _setting("auto", "Devices: auto, or data:N. On a CPU, auto makes one device per core, up to 8.")
+    mesh: str = _setting(AUTO, f"Devices: {SYNTAX}. On a CPU, auto makes one device per core, up to 8.")
     seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
     ledger_seal: str = _setting(
-        "chain", "Hash chain of the ledger: without a key, or with an HMAC under a private key.", tuple(SEALS)
+        "chain", "Hash chain of the ledger: without a key, or with an HMAC under a private key.", choices.SEALS
     )
     checkpoint_every: int = _setting(40, "Updates between checkpoints.")
     keep_checkpoints: int = _setting(3, "Checkpoints kept.")
 
     def __post_init__(self):
+        hints = typing.get_type_hints(Settings)
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            if choices and value not in choices:
-                raise InputError(f"`{field.name}` must be one of {', '.join(choices)}, got {value!r}")
+            value, allowed = getattr(self, field.name), field.metadata["choices"]
+            if allowed and value not in allowed:
+                raise InputError(f"`{field.name}` must be one of {', '.join(allowed)}, got {value!r}")
+            kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+            if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else kinds):
+                raise InputError(f"`{field.name}` must be of type {kinds[0].__name__}, got {value!r}")
         for name in (
             "sequence_length",
             "batch_size",

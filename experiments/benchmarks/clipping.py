@@ -36,7 +36,7 @@ from dpgemma.gemma.presets import PRESETS
 from dpgemma.objectives import causal as loss
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.training import clipping_choice
-from dpgemma.training.settings import TrainConfig
+from dpgemma.training.settings import Settings
 from dpgemma.training.step import sharded_clipped_sum
 
 BENCHMARK = "30m"
@@ -135,7 +135,7 @@ class Programs:
 
     def auto(self, remat: str) -> tuple[str, int]:
         """What --clipping=auto takes for this model on these devices."""
-        config = TrainConfig(
+        config = Settings(
             sequence_length=self.length, mesh=mesh_lib.resolve("auto"), dtype=self.dtype.name, remat=remat
         )
         per_device = self.batch_size // self.mesh.size

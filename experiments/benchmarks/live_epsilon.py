@@ -39,7 +39,7 @@ def measure(steps: int, batch_size: int) -> dict:
 
     EpsilonCurve.at, loop.Trainer._take_steps = timed, timed_steps
     with tempfile.TemporaryDirectory() as folder:
-        settings = config_lib.TrainConfig(steps=steps, batch_size=batch_size)
+        settings = config_lib.Settings(steps=steps, batch_size=batch_size)
         trainer = prepare.prepare(settings, str(pathlib.Path(folder) / "run"))
         trainer.train()
         certified = [trainer.accountant.epsilon(trainer.config.delta, t).upper for t in (1, steps // 3, steps)]

@@ -29,7 +29,7 @@ from dpgemma.gemma.presets import PRESETS
 from dpgemma.objectives import causal as loss
 from dpgemma.sharding import mesh
 from dpgemma.training import optimizer
-from dpgemma.training.settings import TrainConfig
+from dpgemma.training.settings import Settings
 from dpgemma.training.step import TrainState, make_train_step
 from experiments.benchmarks.clipping_tpu import check_for_libtpu
 
@@ -52,7 +52,7 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
     trainable, frozen = lora.split(config, decoder.parameter_shapes(config))
     trainable = jax.tree.map(lambda leaf: place(leaf, jnp.float32), trainable)
     frozen = jax.tree.map(lambda leaf: place(leaf, jnp.bfloat16), frozen)
-    update = optimizer.make(TrainConfig())
+    update = optimizer.make(Settings())
     moments = jax.tree.map(lambda leaf: place(leaf, leaf.dtype), jax.eval_shape(update.init, trainable))
     row = jax.ShapeDtypeStruct((rows, length), bool)
     batch = {"tokens": place(row, jnp.int32), "scored": place(row, jnp.bool_)}

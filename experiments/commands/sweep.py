@@ -4,28 +4,26 @@ import dataclasses
 import json
 import pathlib
 import shlex
-import signal
 import sys
 
 from absl import flags
 
 from accounting.errors import InputError
-from dpgemma.commands import command_flags
+from dpgemma import choices
+from dpgemma.commands import command_flags, process
 
 DESCRIPTION = (
     "Run a grid of trainings and fit the scaling law: dpgemma sweep CONFIG.toml. Run the same command again to go on."
     " Exit code 1: some run failed."
 )
 POSITIONAL = "config"
-# As in experiments.sweep.launchers, which is not imported here: --help must answer at once.
-_LAUNCHERS = ("local", "slurm", "ray")
 
 
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string("config", None, "TOML file of the grid; also given without the flag's name.", fv)
     command_flags.string("workdir", None, "Folder of the sweep; by default runs/sweep_<name of the file>.", fv)
     command_flags.choice(
-        "launcher", "local", _LAUNCHERS, "Where processes run: here, as Slurm jobs, or on a Ray cluster.", fv
+        "launcher", "local", choices.LAUNCHERS, "Where processes run: here, as Slurm jobs, or on a Ray cluster.", fv
     )
     command_flags.count("slots", None, "Processes at once; by default one for each GPU or core, under Slurm 16.", fv)
     command_flags.count("runs_per_process", 8, "Most runs that a process executes one after the other.", fv)
@@ -115,9 +113,8 @@ def _sweep(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
 
     launcher = _launcher(fv, folder_lib.look(path, grid)[0], grid)
     folder, everything = folder_lib.create(path, grid)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with folder.locked():
+        with process.interrupt_on_sigterm(), folder.locked():
             outcome = sweep.run(
                 folder, grid, everything, launcher, retries=fv.retries, runs_per_process=fv.runs_per_process
             )
@@ -126,8 +123,6 @@ def _sweep(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
         raise KeyboardInterrupt(
             f"interrupted with {done} of {len(grid.runs)} runs done; the same command goes on from there"
         ) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return _report(fv, folder, grid, outcome)
 
 

@@ -3,6 +3,7 @@
 import functools
 
 from accounting.errors import InputError
+from dpgemma.sharding.rules import wanted
 from experiments.sweep.grid import Grid, Run
 
 
@@ -12,19 +13,19 @@ def check(grid: Grid) -> None:
     Raises:
       InputError: the first such setting.
     """
-    from dpgemma.data import readers as sources
+    from dpgemma.data import readers
     from dpgemma.data.text import tokenizer as tokenizer_lib
-    from dpgemma.training import start as start_lib
+    from dpgemma.training import prepare
 
     for run in grid.runs:
         parameters(run.config.model)
         devices(run)
-        start_lib.of(run.config)
-    for spec in dict.fromkeys(start_lib.tokenizer_of(run.config) for run in grid.runs):
+        prepare.start_of(run.config)
+    for spec in dict.fromkeys(prepare.tokenizer_of(run.config) for run in grid.runs):
         tokenizer_lib.load(spec)
     for data, field in dict.fromkeys((run.config.data, run.config.text_field) for run in grid.runs):
         # The synthetic corpus is made when it is needed.
-        if data != sources.SYNTHETIC and next(iter(sources.records(data, field)), None) is None:
+        if data != readers.SYNTHETIC and next(iter(readers.records(data, field)), None) is None:
             raise InputError(f"`data`={data} is empty: there is nothing to train on")
 
 
@@ -37,14 +38,13 @@ def check_sum(grid: Grid) -> None:
     Raises:
       InputError: names the setting in which they differ.
     """
-    from dpgemma.training import start as start_lib
+    from dpgemma.training import prepare
 
     if grid.public_data:
         return
     for what in ("data", "text_field", "privacy_unit", "sequence_length", "neighbouring_relation", "tokenizer"):
         found = {
-            start_lib.tokenizer_of(run.config) if what == "tokenizer" else getattr(run.config, what)
-            for run in grid.runs
+            prepare.tokenizer_of(run.config) if what == "tokenizer" else getattr(run.config, what) for run in grid.runs
         }
         if len(found) > 1:
             raise InputError(
@@ -80,7 +80,10 @@ def devices(run: Run) -> int:
     Raises:
       InputError: its mesh does not say how many. What mesh = "auto" stands for would depend on where a run is executed.
     """
-    axis, _, count = run.config.mesh.partition(":")
-    if axis != "data" or not count.isdecimal() or int(count) < 1:
+    try:
+        count = wanted(run.config.mesh)
+    except InputError:
+        count = None
+    if count is None:
         raise InputError(f'mesh must be "data:N" with N devices for each run of a sweep, got {run.config.mesh!r}')
-    return int(count)
+    return count

@@ -1,5 +1,6 @@
-"""What is left of a sweep costs: floating-point operations by rule, and hours by what finished runs took, or by a trial
-on this machine.
+"""Estimates what the rest of a sweep costs.
+
+Floating-point operations follow from a rule; hours from what finished runs took, or from a trial on this machine.
 
 python -m experiments.sweep.cost SETTINGS     # the trial, in a process of its own that has a worker's cores and threads
 """
@@ -11,7 +12,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from dpgemma.training.settings import AUTO, TrainConfig
+from dpgemma.choices import AUTO
+from dpgemma.training.settings import Settings
 from experiments.sweep import launchers
 from experiments.sweep.checks import devices, operations
 from experiments.sweep.folder import SweepFolder
@@ -112,7 +114,7 @@ def _of_finished(folder: SweepFolder, everything: Grid) -> dict[str, float]:
     return {model: seconds[model] / units[model] for model in seconds}
 
 
-def _shape(config: TrainConfig) -> str:
+def _shape(config: Settings) -> str:
     return json.dumps({name: getattr(config, name) for name in _SHAPE})
 
 
@@ -148,25 +150,22 @@ def _basis(taken: list[str], tried: list[str]) -> str:
 
 
 def main(shapes: list[str]) -> int:
-    from dpgemma.data.text import tokenizer as tokenizer_lib
-    from dpgemma.gemma.presets import PRESETS
-    from dpgemma.sharding import mesh
+    from dpgemma.commands import process
     from dpgemma.training import clipping_choice
+    from dpgemma.training.prepare import objective_of
     from experiments.sweep import worker
 
     worker.settle()
     seconds = []
     for shape in shapes:
-        config = TrainConfig(**json.loads(shape))
-        mesh.resolve(config.mesh)
+        config = Settings(**json.loads(shape))
+        process.split_cpu(config.mesh)
         way = (
             clipping_choice.CANDIDATES[0] if config.clipping == AUTO else (config.clipping, config.microbatch_size or 1)
         )
-        (trial,) = clipping_choice.measure(
-            config, PRESETS[config.model], tokenizer_lib.load(tokenizer_lib.BYTE).bos, [way]
-        )
+        (trial,) = clipping_choice.measure(objective_of(config), config.mesh, [way])
         # Devices take their units at the same time.
-        seconds.append(None if trial.seconds is None else trial.seconds / devices(Run(config)))
+        seconds.append(None if trial.refused else trial.seconds / devices(Run(config)))
     print(json.dumps(seconds))
     return 0
 

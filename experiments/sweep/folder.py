@@ -21,7 +21,7 @@ import shutil
 
 from accounting import run_files
 from accounting.errors import InputError
-from dpgemma.training.settings import TrainConfig
+from dpgemma.training.settings import Settings
 from experiments.sweep import results
 from experiments.sweep.grid import Grid, Run
 
@@ -49,7 +49,7 @@ class SweepFolder:
 
     @property
     def report_file(self) -> pathlib.Path:
-        return self.path / "report.json"
+        return self.path / run_files.REPORT
 
     @property
     def results_file(self) -> pathlib.Path:
@@ -68,7 +68,7 @@ class SweepFolder:
         return self._raw(self.path / "runs" / run.id) / "error.txt"
 
     def _raw(self, place: pathlib.Path) -> pathlib.Path:
-        return place if self.public_data else place / "private"
+        return place if self.public_data else place / run_files.PRIVATE
 
     def is_done(self, run: Run) -> bool:
         return self.result_file(run).is_file()
@@ -81,7 +81,7 @@ class SweepFolder:
         if self.is_done(run):
             return run.config.steps
         try:
-            with open(self.run_folder(run) / "metrics.jsonl", "rb") as file:
+            with open(self.run_folder(run) / run_files.METRICS, "rb") as file:
                 return sum(1 for _ in file)
         except OSError:
             return 0
@@ -97,7 +97,7 @@ class SweepFolder:
         audit is whole.
         """
         write_text(self.result_file(run), run_files.dumps(result))
-        checkpoints = self.run_folder(run) / "checkpoints"
+        checkpoints = self.run_folder(run) / run_files.CHECKPOINTS
         steps = (
             sorted(int(place.name) for place in checkpoints.iterdir() if place.name.isdecimal())
             if checkpoints.is_dir()
@@ -141,7 +141,7 @@ class SweepFolder:
 
 def make_folder(place: pathlib.Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    if place.name == "private":
+    if place.name == run_files.PRIVATE:
         place.chmod(0o700)
 
 
@@ -163,7 +163,7 @@ def stored(path: pathlib.Path) -> Grid:
         def decode(settings):
             return {name: math.inf if value == "inf" else value for name, value in settings.items()}
 
-        runs = {run["id"]: Run(TrainConfig(**decode(run["settings"])), run["held_out"]) for run in content["runs"]}
+        runs = {run["id"]: Run(Settings(**decode(run["settings"])), run["held_out"]) for run in content["runs"]}
         if any(name != run.id for name, run in runs.items()):
             raise ValueError("settings that this version does not know, or has more of")
         return Grid(tuple(runs.values()), content["public_data"])

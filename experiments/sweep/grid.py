@@ -33,12 +33,12 @@ import tomllib
 import typing
 
 from accounting.errors import InputError
-from dpgemma.training.settings import TrainConfig
+from dpgemma.training.settings import Settings
 
 RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
 # Of every setting, the type of its values: a number that the file writes as 1 and one that it writes as 1.0 are the
 # same setting.
-_KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(TrainConfig).items()} | {
+_KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(Settings).items()} | {
     RATIO: float
 }
 # What a grid says in terms of the noise-batch ratio, a setting of the same run may not say too.
@@ -52,7 +52,7 @@ _DEFAULTS = {"model": "tiny", "mesh": "data:1"}
 class Run:
     """One configuration: its settings, and whether the law is to be tested on it instead of fitted to it."""
 
-    config: TrainConfig
+    config: Settings
     held_out: bool = False
 
     @property
@@ -66,7 +66,7 @@ class Run:
 
     def arguments(self, workdir: str) -> list[str]:
         """The `dpgemma` command that is this run, without the program's name."""
-        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
         # The target is always said: with a noise multiplier, an omitted epsilon would be solved for.
         given = {
             name: value for name, value in self.config.as_dict().items() if value != defaults[name] or name == "epsilon"
@@ -162,12 +162,12 @@ def _runs(shared: dict, table: dict, where: str) -> list[Run]:
     return runs
 
 
-def _config(settings: dict, where: str) -> TrainConfig:
+def _config(settings: dict, where: str) -> Settings:
     ratio = settings.pop(RATIO)
     if not 0 <= ratio < math.inf:
         raise InputError(f"{where}: noise_batch_ratio must be finite and not negative, got {ratio}")
     try:
-        config = TrainConfig(**settings, epsilon=math.inf, noise_multiplier=0.0)
+        config = Settings(**settings, epsilon=math.inf, noise_multiplier=0.0)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if math.isinf(config.clip_norm):

@@ -8,10 +8,12 @@ import json
 import math
 import pathlib
 
+from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger
 from accounting.ledger import executed as executed_lib
-from dpgemma.training.settings import AUTO, OPERATIONAL
+from dpgemma.choices import AUTO
+from dpgemma.training.settings import OPERATIONAL
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Run
 
@@ -21,7 +23,9 @@ POINTS = 32
 
 @contextlib.contextmanager
 def alone(folder: SweepFolder, run: Run, *, wait: bool = True):
-    """Keeps other processes away from a run: two launchers may have been given it. Yields whether it could be had.
+    """Keeps other processes away from a run: two launchers may have been given it.
+
+    Yields True if the lock was acquired.
 
     Args:
       wait: until nobody else works on it.
@@ -52,7 +56,7 @@ def save_finished(folder: SweepFolder, runs: list[Run]) -> None:
 
 def is_finished(folder: SweepFolder, run: Run) -> bool:
     """Whether the trainer's folder of a run holds all steps of it, by its ledger."""
-    path = folder.run_folder(run) / "ledger.jsonl"
+    path = folder.run_folder(run) / run_files.LEDGER
     try:
         return path.is_file() and executed_lib.of(ledger.read(path)).finished
     except InputError:
@@ -66,7 +70,7 @@ def result(folder: SweepFolder, run: Run) -> dict:
       InputError: the trainer's folder is that of other settings.
     """
     place = folder.run_folder(run)
-    recorded = json.loads((place / "config.json").read_text())
+    recorded = json.loads((place / run_files.CONFIG).read_text())
     given = {
         name: value
         for name, value in run.config.as_dict().items()
@@ -77,12 +81,12 @@ def result(folder: SweepFolder, run: Run) -> dict:
         raise InputError(
             f"{place} was trained with another {', '.join(differing)}: rename it, and the sweep trains the run again"
         )
-    facts = executed_lib.of(ledger.read(place / "ledger.jsonl"))
-    bits = json.loads((place / "private" / "held_out.jsonl").read_text().splitlines()[-1])["bits_per_byte"]
+    facts = executed_lib.of(ledger.read(place / run_files.LEDGER))
+    bits = json.loads((place / run_files.HELD_OUT).read_text().splitlines()[-1]).get("bits_per_byte", math.nan)
     return {
         "model": facts.declared["model"],
         "parameters": facts.declared["parameters"],
-        "curve": curve(place / "private" / "metrics.jsonl", run.config.steps),
+        "curve": curve(place / run_files.PRIVATE_METRICS, run.config.steps),
         # In nats per byte; of the byte tokenizer those are nats per token, as the curve is.
         "eval_loss": None if math.isnan(bits) else bits * math.log(2),
         "num_units": facts.planned.num_units,

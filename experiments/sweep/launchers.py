@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from accounting.errors import InputError
+from dpgemma.choices import LAUNCHERS
 from experiments.sweep import gpus
 
-LOCAL, SLURM, RAY = "local", "slurm", "ray"
-LAUNCHERS = (LOCAL, SLURM, RAY)
+LOCAL, SLURM, RAY = LAUNCHERS
 # What a launcher reports for a process that did not end by itself, as a shell does.
 KILLED = 128
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"

@@ -36,7 +36,7 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
     begun = _begun(folder)
     if grid.public_data:
         return _report(grid, len(begun), PUBLIC)
-    executed = [place for place in begun if executed_lib.of(ledger.read(place / "ledger.jsonl")).steps]
+    executed = [place for place in begun if executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]
     if not executed:
         return _report(grid, 0, _NOTHING)
     found = tuning.runs(executed)

@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 
-from accounting.errors import InputError
-from dpgemma.training import environment
+from accounting.errors import InputError, as_flags
+from dpgemma.commands import process
+from dpgemma.privacy.keys import Keys
 from experiments.sweep import folder as folder_lib
 from experiments.sweep import harvest
 from experiments.sweep.folder import SweepFolder
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     try:
         grid = folder_lib.stored(path)
     except InputError as error:
-        print(f"dpgemma: {error}", file=sys.stderr)
+        print(f"dpgemma: {as_flags(str(error))}", file=sys.stderr)
         return REFUSED
     folder = SweepFolder(path, grid.public_data)
     share_programs(folder.cache)
@@ -45,8 +46,8 @@ def main(argv: list[str]) -> int:
         try:
             execute(folder, run)
         except InputError as error:
-            print(f"dpgemma: {error}", file=sys.stderr)
-            folder_lib.write_text(folder.error_file(run), " ".join(str(error).split()))
+            print(f"dpgemma: {as_flags(str(error))}", file=sys.stderr)
+            folder_lib.write_text(folder.error_file(run), as_flags(" ".join(str(error).split())))
             code = REFUSED
         except Stopped:
             return STOPPED
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 def settle() -> None:
     """Takes the cores that the launcher gave, and ends, at a checkpoint, when the launcher does. Before jax is used."""
-    environment.make_deterministic()
+    process.deterministic_sums().__enter__()  # this process is the worker's own to its end
     cores = [int(core) for core in os.environ.get("DPGEMMA_CORES", "").split(",") if core]
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
@@ -98,13 +99,19 @@ def execute(folder: SweepFolder, run: Run) -> None:
         if folder.is_done(run):
             return
         folder.error_file(run).unlink(missing_ok=True)
-        from dpgemma.training.prepare import prepare
+        process.split_cpu(run.config.mesh)
+        from dpgemma.commands.terminal import Terminal
+        from dpgemma.training.prepare import prepare, prepare_with_public_keys
 
-        start = time.monotonic()
-        keys = reproducible_keys(run) if folder.public_data else None
-        trainer = prepare(run.config, str(folder.run_folder(run)), epsilon_given=True, keys=keys)
+        start, workdir, observers = time.monotonic(), str(folder.run_folder(run)), [Terminal()]
+        if folder.public_data:
+            trainer = prepare_with_public_keys(run.config, reproducible_keys(run), workdir, observers=observers)
+        else:
+            trainer = prepare(run.config, workdir, epsilon_given=True, observers=observers)
         try:
-            if trainer.train() is None:
+            with process.stop_on_signal() as stopped:
+                measured = trainer.train(stopped)
+            if measured is None:
                 raise Stopped
         finally:
             trainer.run.unlock()
@@ -115,14 +122,12 @@ def execute(folder: SweepFolder, run: Run) -> None:
             raise Stopped
 
 
-def reproducible_keys(run: Run):
+def reproducible_keys(run: Run) -> Keys:
     """Keys made of the public seed alone, so that a study of public data gives the same table wherever it runs.
 
-    All runs of a seed draw the same batches and hold out the same rows. Such keys are no secret; `prepare` says so in
-    the ledger.
+    All runs of a seed draw the same batches and hold out the same rows. Such keys are no secret, and the ledger says
+    so.
     """
-    from dpgemma.training.run import Keys
-
     names = ("sampling", "noise", "holdout", "fingerprint", "ledger")
     return Keys(
         *(

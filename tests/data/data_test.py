@@ -5,27 +5,27 @@ import pytest
 from scipy import stats
 
 from accounting.errors import InputError
-from dpgemma.data import dataset, holdout
-from dpgemma.data import readers as sources
+from dpgemma.data import holdout, readers
+from dpgemma.data.batch import collate
 from dpgemma.data.text import packing
-from dpgemma.data.text.rows import Rows
+from dpgemma.data.text.rows import units_of_one_row
 from dpgemma.data.text.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
 
 def rows_of(tokens):
-    return Rows(tokens, np.ones(tokens.shape, bool))
+    return units_of_one_row(tokens, np.ones(tokens.shape, bool))
 
 
 def test_pitfall_19_every_token_lies_in_exactly_one_row():
     # pitfall 19: no overlap between units, nothing lost.
     documents = [b"alpha", b"", b"a much longer document than one row", b"z"]
-    rows = packing.pack(documents, TOKENIZER, 8)
+    rows = packing.pack(documents, TOKENIZER, 8).columns
     stream = [t for d in documents if d for t in [*TOKENIZER.encode(d), TOKENIZER.eos]]
-    assert rows.tokens.shape[1] == 8 and rows.tokens.dtype == np.int32
-    flat = rows.tokens.ravel()
-    np.testing.assert_array_equal(rows.scored.ravel(), np.arange(len(flat)) < len(stream))
+    assert rows["tokens"].shape[1] == 8 and rows["tokens"].dtype == np.int32
+    flat = rows["tokens"].ravel()
+    np.testing.assert_array_equal(rows["scored"].ravel(), np.arange(len(flat)) < len(stream))
     assert flat[: len(stream)].tolist() == stream
     assert (flat[len(stream) :] == TOKENIZER.pad).all() and len(flat) - len(stream) < 8
 
@@ -42,9 +42,10 @@ def test_pitfall_3_assignment_ignores_content():
     rows = np.arange(4000, dtype=np.int32).reshape(-1, 4)
     other = rows.copy()
     other[17] = 0
-    a, b = dataset.split(rows_of(rows), key, 0.1), dataset.split(rows_of(other), key, 0.1)
-    np.testing.assert_array_equal(a.training, b.training)
-    assert sorted([*a.training, *a.held_out]) == list(range(1000))
+    a, b = holdout.split(rows_of(rows), key, 0.1), holdout.split(rows_of(other), key, 0.1)
+    (a_training, a_held_out), (b_training, _) = a, b
+    np.testing.assert_array_equal(a_training.numbers, b_training.numbers)
+    assert sorted([*a_training.numbers, *a_held_out.numbers]) == list(range(1000))
 
 
 def test_holdout_is_random_at_its_fraction_and_keyed():
@@ -57,56 +58,56 @@ def test_holdout_is_random_at_its_fraction_and_keyed():
 
 
 def test_batches_have_constant_shapes_and_are_dealt_evenly():
-    data = dataset.split(rows_of(np.arange(400, dtype=np.int32).reshape(-1, 4)), b"k" * 32, 0.0)
+    data, _ = holdout.split(rows_of(np.arange(400, dtype=np.int32).reshape(-1, 4)), b"k" * 32, 0.0)
     for drawn in (0, 1, 5, 8):
         units = np.arange(drawn) * 3
-        batch, mask = data.batch(units, 8)
-        assert batch["tokens"].shape == batch["scored"].shape == (8, 4) and mask.sum() == drawn
-        np.testing.assert_array_equal(batch["tokens"][:drawn], data.rows.tokens[units])
-        np.testing.assert_array_equal(batch["scored"].all(axis=1), mask)
-        dealt, dealt_mask = dataset.spread(batch, mask, 2)
-        halves = dealt_mask.reshape(2, 4)
+        batch = collate(data, units, 8)
+        assert batch.rows["tokens"].shape == batch.rows["scored"].shape == (8, 1, 4) and batch.mask.sum() == drawn
+        np.testing.assert_array_equal(batch.rows["tokens"][:drawn, 0], data.source.columns["tokens"][units])
+        np.testing.assert_array_equal(batch.rows["scored"].all(axis=(1, 2)), batch.mask)
+        dealt = batch.dealt(2)
+        halves = dealt.mask.reshape(2, 4)
         assert abs(int(halves[0].sum()) - int(halves[1].sum())) <= 1
         assert all((np.diff(half.astype(int)) <= 0).all() for half in halves)  # units in front on every device
-        assert {tuple(r) for r in dealt["tokens"][dealt_mask]} == {tuple(r) for r in batch["tokens"][mask]}
+        rows = [{tuple(row[0]) for row in b.rows["tokens"][b.mask]} for b in (batch, dealt)]
+        assert rows[0] == rows[1] and len(rows[0]) == drawn
 
 
 def test_declared_units_beyond_the_data_are_empty():
-    data = dataset.split(rows_of(np.ones((10, 4), np.int32)), b"k" * 32, 0.0)
-    _, mask = data.batch(np.array([2, 9, 10, 57]), 6)
-    assert mask.sum() == 2
+    data, _ = holdout.split(rows_of(np.ones((10, 4), np.int32)), b"k" * 32, 0.0)
+    assert collate(data, np.array([2, 9, 10, 57]), 6).mask.sum() == 2
 
 
 def test_sources_read_text_globs_and_jsonl(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n")
     (tmp_path / "b.txt").write_bytes(b"two \xff")
-    assert list(sources.documents(str(tmp_path / "*.txt"))) == [b"one\n", b"two \xff"]
+    assert list(readers.documents(str(tmp_path / "*.txt"))) == [b"one\n", b"two \xff"]
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"note": "é"}) + "\n\n" + json.dumps({"note": "x"}) + "\n")
-    assert list(sources.documents(str(path), "note")) == ["é".encode(), b"x"]
+    assert list(readers.documents(str(path), "note")) == ["é".encode(), b"x"]
     with pytest.raises(InputError, match=r"record 1 .*'text'"):
-        list(sources.documents(str(path)))
+        list(readers.documents(str(path)))
 
 
 @pytest.mark.parametrize("spec", ["/nowhere/x.txt", "tfds:no_such_data_set"])
 def test_missing_data_are_one_sentence(spec, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(InputError):
-        list(sources.documents(spec))
+        list(readers.documents(spec))
 
 
 def test_synthetic_corpus_is_built_once_without_download(tmp_path, monkeypatch, capsys):
     import tensorflow_datasets as tfds
 
     monkeypatch.setenv("DPGEMMA_CACHE", str(tmp_path))
-    first = list(sources.documents("synthetic"))
+    first = list(readers.documents("synthetic"))
     monkeypatch.setattr(
         tfds.core.GeneratorBasedBuilder, "_download_and_prepare", lambda *a, **k: pytest.fail("built again")
     )
-    assert list(sources.documents("synthetic")) == first
+    assert list(readers.documents("synthetic")) == first
     assert capsys.readouterr().out == ""
     assert list(tmp_path.rglob("*.array_record*"))
     assert len(first) == len(set(first)) == 6000
     assert all(80 < len(note) < 900 for note in first)
-    by_directory = list(sources.documents(f"tfds:{next(tmp_path.glob('clinic_notes/*'))}"))
+    by_directory = list(readers.documents(f"tfds:{next(tmp_path.glob('clinic_notes/*'))}"))
     assert by_directory == first

@@ -23,16 +23,23 @@ def to_rows(records, length=20):
 
 def test_a_response_and_its_end_are_scored():
     rows = to_rows(RECORDS)
-    assert rows.tokens.shape == rows.scored.shape == (5, 20) and rows.tokens.dtype == np.int32
-    scored = [TOKENIZER.decode(tokens[is_scored]) for tokens, is_scored in zip(rows.tokens, rows.scored, strict=True)]
+    assert (
+        rows.columns["tokens"].shape == rows.columns["scored"].shape == (5, 20)
+        and rows.columns["tokens"].dtype == np.int32
+    )
+    scored = [
+        TOKENIZER.decode(tokens[is_scored])
+        for tokens, is_scored in zip(rows.columns["tokens"], rows.columns["scored"], strict=True)
+    ]
     assert scored == [b"answer", b"all of it", b"", b"plain text", b"too"]
-    whole = [TOKENIZER.decode(tokens) for tokens in rows.tokens]
+    whole = [TOKENIZER.decode(tokens) for tokens in rows.columns["tokens"]]
     assert whole == [b"Question: answer", b"all of it", b"a prompt that is lon", b"plain text", b"bytestoo"]
     ends = [
-        (tokens[is_scored] == TOKENIZER.eos).sum() for tokens, is_scored in zip(rows.tokens, rows.scored, strict=True)
+        (tokens[is_scored] == TOKENIZER.eos).sum()
+        for tokens, is_scored in zip(rows.columns["tokens"], rows.columns["scored"], strict=True)
     ]
     assert ends == [1, 1, 0, 1, 1]
-    assert not (rows.scored & (rows.tokens == TOKENIZER.pad)).any()
+    assert not (rows.columns["scored"] & (rows.columns["tokens"] == TOKENIZER.pad)).any()
 
 
 def test_pitfall_19_a_record_is_one_row_and_touches_no_other():
@@ -42,8 +49,8 @@ def test_pitfall_19_a_record_is_one_row_and_touches_no_other():
         after = to_rows([*RECORDS[:2], record, *RECORDS[3:]])
         others = [0, 1, 3, 4]
         assert len(after) == len(before)
-        np.testing.assert_array_equal(after.tokens[others], before.tokens[others])
-        np.testing.assert_array_equal(after.scored[others], before.scored[others])
+        np.testing.assert_array_equal(after.columns["tokens"][others], before.columns["tokens"][others])
+        np.testing.assert_array_equal(after.columns["scored"][others], before.columns["scored"][others])
 
 
 @pytest.mark.parametrize(
@@ -63,22 +70,24 @@ def test_rows_with_nothing_to_learn_are_refused_together():
 
 def test_halves_of_surrogate_pairs_are_no_crash():
     rows = to_rows([{"prompt": "a \ud83d b", "response": "\ud83d"}, {"text": "\ud83d"}])
-    assert TOKENIZER.decode(rows.tokens[0]) == b"a ? b?" and TOKENIZER.decode(rows.tokens[1]) == b"?"
+    assert (
+        TOKENIZER.decode(rows.columns["tokens"][0]) == b"a ? b?" and TOKENIZER.decode(rows.columns["tokens"][1]) == b"?"
+    )
 
 
 def test_auto_takes_the_unit_from_the_fields(tmp_path):
     def unit(records, privacy_unit="auto", text_field="text", vocab_size=260):
         path = tmp_path / "data.jsonl"
         path.write_text("\n".join(map(json.dumps, records)))
-        return units.rows(privacy_unit, str(path), text_field, TOKENIZER, 8, vocab_size)
+        return units.read(privacy_unit, str(path), text_field, TOKENIZER, 8, vocab_size)
 
     texts = [{"text": "some"}, {"text": "more"}]
-    assert unit(RECORDS[:4])[0] == "example" and len(unit(RECORDS[:4])[1]) == 4
+    assert unit(RECORDS[:4])[0] == "example" and unit(RECORDS[:4])[1].num_units == 4
     kind, rows = unit(texts)
-    assert kind == "sequence" and len(rows) == 2  # ten tokens in rows of eight
+    assert kind == "sequence" and rows.num_units == 2  # ten tokens in rows of eight
     kind, rows = unit(texts, "example")
-    assert kind == "example" and rows.scored.sum(axis=1).tolist() == [5, 5]
+    assert kind == "example" and rows.columns["scored"].sum(axis=1).tolist() == [5, 5]
     with pytest.raises(InputError, match="tokens beyond the 100 that the model knows"):
         unit(texts, vocab_size=100)
-    with pytest.raises(InputError, match="--privacy_unit=example"):
+    with pytest.raises(InputError, match="`privacy_unit`=example"):
         unit(RECORDS[:2], "sequence")

@@ -6,7 +6,7 @@ from absl import flags
 
 from accounting.errors import InputError
 from dpgemma.commands import train
-from dpgemma.training.settings import TrainConfig
+from dpgemma.training.settings import Settings
 from experiments.sweep import grid
 
 PUBLIC = {"public_data": True}
@@ -74,7 +74,7 @@ def test_the_commands_flags_give_the_same_configuration(table):
     fv = flags.FlagValues()
     train.define_flags(fv)
     fv([name, *arguments])
-    assert TrainConfig(**{field.name: fv[field.name].value for field in dataclasses.fields(TrainConfig)}) == run.config
+    assert Settings(**{field.name: fv[field.name].value for field in dataclasses.fields(Settings)}) == run.config
     assert name == "train" and fv.workdir == "some where/run" and fv["epsilon"].present
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpgemma.privacy import clipping, operations
+from dpgemma.privacy import operations
 from dpgemma.privacy import uses as audit
 from dpgemma.privacy.tracking import UntrackedUse
+from tests.privacy import sums
 
 PARAMS = {
     "first": {"w": jnp.ones((3, 4)), "bias": jnp.ones(4)},
@@ -85,7 +86,7 @@ def test_a_parameter_reached_another_way_is_refused_by_name(name, strategy):
         return network(p, x, extra=RAW_USES[name])
 
     with pytest.raises(UntrackedUse, match=r"parameter (second/w|first/bias) "):
-        clipping.clipped_sum(loss, PARAMS, EXAMPLE[None], jnp.ones(1, bool), 1.0, strategy=strategy)
+        sums.clipped_sum(loss, PARAMS, EXAMPLE[None], jnp.ones(1, bool), 1.0, strategy=strategy)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def refused_or_measured(loss, params, examples, strategy, message):
     """A rule would give a wrong norm: the ways that need one refuse, a scan of examples measures the whole gradient."""
 
     def run(strategy):
-        return clipping.clipped_sum(loss, params, examples, jnp.ones(1, bool), 1.0, strategy=strategy)
+        return sums.clipped_sum(loss, params, examples, jnp.ones(1, bool), 1.0, strategy=strategy)
 
     if strategy == "example_scan":
         np.testing.assert_allclose(run(strategy).stats.norms, run("vmap").stats.norms, rtol=1e-5)
@@ -201,7 +202,7 @@ def test_a_loss_that_differentiates_through_a_parameter(strategy):
 )
 def test_pitfall_2_a_scan_measures_what_it_cannot_track_on_the_whole_gradient(loss):
     params, x = 4 + jnp.eye(6), EXAMPLE.repeat(2, axis=1)
-    got = clipping.clipped_sum(loss, params, x[None], jnp.ones(1, bool), 1.0)
+    got = sums.clipped_sum(loss, params, x[None], jnp.ones(1, bool), 1.0)
     assert float(jnp.linalg.norm(got.total)) == pytest.approx(1.0, abs=1e-5)
     np.testing.assert_allclose(got.stats.norms[0], jnp.linalg.norm(jax.grad(loss)(params, x)), rtol=1e-5)
 
@@ -219,7 +220,7 @@ def test_a_scan_takes_such_losses_too():
     def loss(p, x):
         return network(p, x, extra=lambda p, x: 0.1 * sum((leaf**2).sum() for leaf in open_boxes(p)))
 
-    got = clipping.clipped_sum(loss, PARAMS, EXAMPLE[None], jnp.ones(1, bool), np.inf)
+    got = sums.clipped_sum(loss, PARAMS, EXAMPLE[None], jnp.ones(1, bool), np.inf)
     expected = jax.grad(loss)(PARAMS, EXAMPLE)
     for a, b in zip(jax.tree.leaves(got.total), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.objectives import causal as loss_lib
-from dpgemma.privacy import clipping, norms
+from dpgemma.privacy import norms
+from tests import objectives as loss_lib
+from tests.privacy import sums
 
 STRATEGIES = [("example_scan", 1), ("vmap", 1), ("vmap", 2), ("vmap", 4)]
 MODEL = dataclasses.replace(
@@ -56,7 +57,7 @@ def compiled_gradient(loss):
 
 @functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("strategy", "microbatch_size"))
 def clipped_sum(loss, params, batch, mask, clip_norm, **options):
-    return clipping.clipped_sum(loss, params, batch, mask, clip_norm, **options)
+    return sums.clipped_sum(loss, params, batch, mask, clip_norm, **options)
 
 
 def reference(loss, params, batch, mask, clip_norm):
@@ -248,9 +249,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
 def test_bad_options_are_refused(options):
     options = {"clip_norm": 1.0, **options}
     with pytest.raises(ValueError):
-        clipping.clipped_sum(
-            linear_loss, PARAMS, linear_batch(np.random.default_rng(0), 4), jnp.ones(4, bool), **options
-        )
+        sums.clipped_sum(linear_loss, PARAMS, linear_batch(np.random.default_rng(0), 4), jnp.ones(4, bool), **options)
 
 
 def test_agrees_with_optax_per_example_clipping():

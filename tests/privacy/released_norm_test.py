@@ -9,8 +9,9 @@ import pytest
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.objectives import causal as loss_lib
-from dpgemma.privacy import clipping, operations
+from dpgemma.privacy import operations
+from tests import objectives as loss_lib
+from tests.privacy import sums
 
 MODEL = dataclasses.replace(
     PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40
@@ -37,7 +38,7 @@ def released_norms(dtype, **options):
         def scaled(p, row):
             return loss(p, {}, row) * factor
 
-        got = clipping.clipped_sum(scaled, params, batch, jnp.array([True, False]), CLIP_NORM, **options)
+        got = sums.clipped_sum(scaled, params, batch, jnp.array([True, False]), CLIP_NORM, **options)
         return got.total, got.stats.norms[0]
 
     norms, before = [], []
@@ -79,7 +80,7 @@ def test_pitfall_12_numbers_whose_squares_vanish_or_overflow_are_bounded_too(str
         def loss(w, example, g=g):
             return operations.linear(example, w).sum() * jnp.float32(g)
 
-        got = clipping.clipped_sum(
+        got = sums.clipped_sum(
             loss, jnp.ones((4, 5)), jnp.full((1, size, 4), x), jnp.ones(1, bool), 1e-6, strategy=strategy
         )
         released = np.linalg.norm(np.asarray(got.total, np.float64))

@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dpgemma.privacy import clipping
-from dpgemma.privacy.tracking import Gathered
 from dpgemma.sharding import mesh as mesh_lib
-from dpgemma.sharding.mesh import DATA_AXIS
+from dpgemma.sharding.place import Gathered
+from dpgemma.sharding.rules import DATA_AXIS
+from tests.privacy import sums
 from tests.privacy.released_norm_test import MODEL
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -33,8 +34,8 @@ AXES = {
 def compare(strategy: str) -> dict:
     """Relative differences between sharded and whole parameters; needs two devices."""
     from dpgemma.gemma import decoder
-    from dpgemma.objectives import causal as loss_lib
     from dpgemma.privacy.tracking import leaf_names
+    from tests import objectives as loss_lib
 
     model = dataclasses.replace(MODEL, max_length=64)
     params = decoder.init_parameters(model, jax.random.key(0))
@@ -64,10 +65,10 @@ def compare(strategy: str) -> dict:
         check_vma=False,
     )
     def sharded(params, batch, mask):
-        local = clipping.clipped_sum(loss, params, batch, mask, 0.5, gathered=gathered, **options)
+        local = sums.clipped_sum(loss, params, batch, mask, 0.5, shards=gathered, **options)
         return clipping.sum_over_devices(local, DATA_AXIS, gathered).total, local.stats.norms
 
-    whole = jax.jit(lambda p, b, m: clipping.clipped_sum(loss, p, b, m, 0.5, **options))
+    whole = jax.jit(lambda p, b, m: sums.clipped_sum(loss, p, b, m, 0.5, **options))
 
     def flat(tree):
         return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
@@ -104,11 +105,11 @@ def test_sharded_parameters_give_the_sums_of_whole_ones(strategy):
 
 def test_strategies_that_hold_gradients_refuse_shards():
     with pytest.raises(ValueError, match="ghost"):
-        clipping.clipped_sum(
+        sums.clipped_sum(
             lambda w, x: (w * x).sum(),
             jnp.ones(4),
             jnp.ones((1, 4)),
             jnp.ones(1, bool),
             1.0,
-            gathered=[Gathered("data", -1)],
+            shards=[Gathered("data", -1)],
         )

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.files import config_json as hf_config
-from dpgemma.objectives import causal as loss_lib
 from dpgemma.objectives import cross_entropy as gemma_loss
-from dpgemma.privacy import clipping, operations, tracking
 from dpgemma.privacy import norm_rules as ghost_norms
+from dpgemma.privacy import operations, tracking
 from dpgemma.privacy import uses as audit
+from tests import objectives as loss_lib
+from tests.privacy import sums
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -69,9 +70,7 @@ def compiled(name, adapters=False):
 
     @jax.jit
     def every_way(params, batch, mask):
-        return {
-            way: clipping.clipped_sum(loss, params, batch, mask, CLIP_NORM, **options) for way, options in WAYS.items()
-        }
+        return {way: sums.clipped_sum(loss, params, batch, mask, CLIP_NORM, **options) for way, options in WAYS.items()}
 
     return config, trainable, every_way
 
@@ -148,11 +147,11 @@ def test_units_of_several_rows(name):
     run = jax.jit(
         lambda p, b: (
             {
-                way: clipping.clipped_sum(rows_at_once, p, b, jnp.ones(4, bool), CLIP_NORM, **WAYS[way])
+                way: sums.clipped_sum(rows_at_once, p, b, jnp.ones(4, bool), CLIP_NORM, **WAYS[way])
                 for way in ("ghost", "vmap")
             }
             | {
-                "apart": clipping.clipped_sum(
+                "apart": sums.clipped_sum(
                     rows_apart, p, b, jnp.ones(4, bool), CLIP_NORM, strategy="vmap", microbatch_size=4
                 )
             }
@@ -191,7 +190,7 @@ def test_per_layer_equals_its_definition(name, thresholds):
         return any("blocks" in str(key) for key in path)
 
     rng, given_shares = np.random.default_rng(5), {}
-    weights, sums = [], {}
+    weights, clipped = [], {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         key = jax.tree_util.keystr(path, simple=True, separator="/")
         name_of = "embedder/embedding" if key in ("in", "out") else key.removeprefix("rest/")
@@ -208,12 +207,12 @@ def test_per_layer_equals_its_definition(name, thresholds):
     for key, leaf, weight in weights:
         bound = CLIP_NORM * weight / total**0.5
         length = np.linalg.norm(leaf, axis=-1)
-        sums[key] = (np.minimum(1.0, bound / length)[..., None] * leaf).sum(axis=0)
-    expected = {k.removeprefix("rest/"): v for k, v in sums.items() if k not in ("in", "out")}
-    expected["embedder/embedding"] = sums["in"] + sums["out"]
+        clipped[key] = (np.minimum(1.0, bound / length)[..., None] * leaf).sum(axis=0)
+    expected = {k.removeprefix("rest/"): v for k, v in clipped.items() if k not in ("in", "out")}
+    expected["embedder/embedding"] = clipped["in"] + clipped["out"]
 
     got = jax.jit(
-        lambda p, b: clipping.clipped_sum(
+        lambda p, b: sums.clipped_sum(
             lambda p, e: row_loss(p, {}, e["row"]),
             p,
             b,
@@ -288,7 +287,7 @@ def check_any_shapes(data):
     loss, mask, norm = mixed_loss(shapes), jnp.asarray(rng.random(batch) < 0.8), float(10 ** rng.uniform(-2, 1))
     run = jax.jit(
         lambda p, e, m: [
-            clipping.clipped_sum(loss, p, e, m, norm, strategy=way, microbatch_size=batch)
+            sums.clipped_sum(loss, p, e, m, norm, strategy=way, microbatch_size=batch)
             for way in ("vmap", "ghost", "example_scan")
         ]
     )
@@ -350,7 +349,7 @@ def test_a_wrong_rule_fails_the_comparison(name, monkeypatch):
     examples = {"tokens": ids(), "targets": ids()}
 
     def run(way):
-        return clipping.clipped_sum(
+        return sums.clipped_sum(
             mixed_loss(test_shapes), params, examples, jnp.ones(4, bool), 0.1, strategy=way, microbatch_size=4
         )
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -7,21 +8,28 @@ import pytest
 
 from accounting.errors import InputError
 from dpgemma.gemma.presets import PRESETS
+from dpgemma.privacy.clipping import Strategy
 from dpgemma.training import checkpoint, clipping_choice
 from dpgemma.training.clipping_choice import Trial
-from dpgemma.training.settings import TrainConfig
+from dpgemma.training.settings import Settings
+from tests.objectives import causal
 from tests.training import runs
 
 MODEL = dataclasses.replace(
     PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=300
 )
-LONG = TrainConfig(mesh="data:1", steps=10**9, sequence_length=16)
+LONG = Settings(mesh="data:1", steps=10**9, sequence_length=16)
+OBJECTIVE = causal(MODEL, length=16)
 
 
 @pytest.fixture(autouse=True)
 def choices(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "dpgemma" / "clipping.json"
+
+
+def resolve(settings, objective=OBJECTIVE, measure=clipping_choice.measure):
+    return clipping_choice.resolve(settings, settings.mesh, objective, measure=measure)
 
 
 def trials(*seconds):
@@ -31,80 +39,99 @@ def trials(*seconds):
     ]
 
 
-def test_the_fastest_that_fits_is_taken_and_remembered(monkeypatch, choices):
+def test_the_fastest_that_fits_is_taken_and_remembered(choices):
     calls = []
-    monkeypatch.setattr(clipping_choice, "measure", lambda *_: calls.append(1) or trials(0.3, 0.2, None, 0.1, 0.4))
-    chosen, log = clipping_choice.resolve(LONG, MODEL, 2)
-    assert (chosen.clipping, chosen.microbatch_size) == clipping_choice.CANDIDATES[3]
+
+    def measure(*_):
+        calls.append(1)
+        return trials(0.3, 0.2, None, 0.1, 0.4)
+
+    chosen, log = resolve(LONG, measure=measure)
+    assert (chosen.name, chosen.microbatch_size) == clipping_choice.CANDIDATES[3]
     assert "ghost by 1: 100 ms a unit, 1 MiB" in log and "needs 1024.0 GiB of 1.0" in log
-    again, log = clipping_choice.resolve(LONG, MODEL, 2)
+    again, log = resolve(LONG, measure=measure)
     assert again == chosen and calls == [1] and "as in an earlier trial" in log
     # Another shape is another question; a damaged cache is none.
-    clipping_choice.resolve(dataclasses.replace(LONG, sequence_length=32), MODEL, 2)
+    resolve(LONG, causal(MODEL, length=32), measure)
     assert len(json.loads(choices.read_text())) == 2 and calls == [1, 1]
     choices.write_text("{")
-    assert clipping_choice.resolve(LONG, MODEL, 2)[0] == chosen and len(calls) == 3
+    assert resolve(LONG, measure=measure)[0] == chosen and len(calls) == 3
 
 
 def test_what_is_given_is_kept():
     given = dataclasses.replace(LONG, clipping="ghost")
-    assert clipping_choice.resolve(given, MODEL, 2) == (dataclasses.replace(given, microbatch_size=1), None)
-    only, _ = clipping_choice.resolve(dataclasses.replace(LONG, microbatch_size=3), MODEL, 2)
-    assert (only.clipping, only.microbatch_size) == ("example_scan", 3)
+    assert resolve(given) == (Strategy("ghost", 1), None)
+    only, _ = resolve(dataclasses.replace(LONG, microbatch_size=3))
+    assert (only.name, only.microbatch_size) == ("example_scan", 3)
 
 
-def test_where_nothing_fits_the_leanest_is_tried_all_the_same(monkeypatch):
-    monkeypatch.setattr(clipping_choice, "measure", lambda *_: trials(None, None, None, None, None))
-    chosen, _ = clipping_choice.resolve(LONG, MODEL, 2)
-    assert (chosen.clipping, chosen.microbatch_size) == ("example_scan", 1)
+def test_where_nothing_fits_the_leanest_is_tried_all_the_same():
+    chosen, _ = resolve(LONG, measure=lambda *_: trials(None, None, None, None, None))
+    assert (chosen.name, chosen.microbatch_size) == ("example_scan", 1)
 
 
-def test_a_short_run_needs_no_trial(monkeypatch):
-    monkeypatch.setattr(clipping_choice, "measure", lambda *_: pytest.fail("measured"))
-    assert clipping_choice.resolve(TrainConfig(mesh="data:1"), MODEL, 2)[0].clipping == "example_scan"
+def test_a_short_run_needs_no_trial():
+    assert resolve(Settings(mesh="data:1"), measure=lambda *_: pytest.fail("measured"))[0].name == "example_scan"
 
 
-def test_real_trials_are_timed_and_held_against_the_memory(monkeypatch, quick_compiles):
+def test_real_trials_are_timed_and_held_against_the_memory(quick_compiles):
     ways = (("example_scan", 1), ("ghost", 2))
-    measured = clipping_choice.measure(LONG, MODEL, 2, ways)
+    measured = clipping_choice.measure(OBJECTIVE, LONG.mesh, ways)
     assert [(t.strategy, t.microbatch_size) for t in measured] == list(ways)
     assert all(t.refused is None and 0 < t.seconds < 10 and t.temporary_bytes > 0 for t in measured)
-    monkeypatch.setattr(clipping_choice, "memory_limit", lambda mesh: 1000.0)
-    assert all("needs" in t.refused for t in clipping_choice.measure(LONG, MODEL, 2, ways[:1]))
+    assert all("needs" in t.refused for t in clipping_choice.measure(OBJECTIVE, LONG.mesh, ways[:1], limit=1000.0))
 
 
-def test_a_device_that_runs_out_of_memory_refuses_a_way_and_not_the_run(monkeypatch):
-    def fails(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 40G of 16G")
+class Observed:
+    """An objective that notes which rows of noise it gave, and whose loss may fail."""
 
-    monkeypatch.setattr(clipping_choice, "_timed", fails)
-    assert clipping_choice.measure(LONG, MODEL, 2, (("ghost", 2),))[0].refused.startswith("RESOURCE_EXHAUSTED")
+    def __init__(self, fails=False):
+        self.given, self._fails = [], fails
+
+    def __getattr__(self, name):
+        return getattr(OBJECTIVE, name)
+
+    def noise_rows(self, count):
+        self.given.append(OBJECTIVE.noise_rows(count))
+        return self.given[-1]
+
+    def loss(self, *arguments):
+        if self._fails:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 40G of 16G")
+        return OBJECTIVE.loss(*arguments)
 
 
-def test_a_trial_looks_at_no_data(monkeypatch):
-    """It gets the settings, the model and the first token, and nothing else, so it cannot."""
-    seen = []
-    monkeypatch.setattr(clipping_choice, "_timed", lambda way, loss, trainable, frozen, batch, *_: seen.append(batch))
-    clipping_choice.measure(LONG, MODEL, 2, (("ghost", 2),))
-    expected = np.random.default_rng(0).integers(0, MODEL.vocab_size, seen[0]["tokens"].shape)
-    np.testing.assert_array_equal(seen[0]["tokens"], expected)
+def test_a_device_that_runs_out_of_memory_refuses_a_way_and_not_the_run():
+    trial, *_ = clipping_choice.measure(Observed(fails=True), LONG.mesh, (("ghost", 2),))
+    assert trial.refused.startswith("RESOURCE_EXHAUSTED")
+
+
+def test_a_trial_looks_at_no_data(quick_compiles):
+    """It gets an objective, which holds no data, and takes that objective's rows of noise, once."""
+    observed = Observed()
+    clipping_choice.measure(observed, LONG.mesh, (("ghost", 2),))
+    (rows,) = observed.given
+    assert {name: (column.shape[1:], column.dtype.name) for name, column in rows.items()} == {
+        name: (column.shape, column.dtype) for name, column in OBJECTIVE.spec.items()
+    }
+    assert set(inspect.signature(clipping_choice.measure).parameters) == {"objective", "mesh", "ways", "limit"}
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (dict(clip_thresholds="dimension"), "--clipping=per_layer"),
+        (dict(clip_thresholds="dimension"), "`clipping`=per_layer"),
         (dict(clip_scaling="automatic", clip_norm=2.0), "no clip norm"),
         (dict(clip_scaling="automatic", clip_quantile=0.5), "no clip norm"),
-        (dict(clip_scaling="normalise", clip_norm=np.inf, epsilon=np.inf), "finite --clip_norm"),
+        (dict(clip_scaling="normalise", clip_norm=np.inf, epsilon=np.inf), "finite `clip_norm`"),
         (dict(clip_quantile=1.5), "between 0 and 1"),
-        (dict(clip_quantile=0.5, clipping="per_layer"), "--clip_quantile"),
+        (dict(clip_quantile=0.5, clipping="per_layer"), "`clip_quantile`"),
         (dict(microbatch_size=0), "at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
-        TrainConfig(**flags)
+        Settings(**flags)
 
 
 def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):

@@ -14,7 +14,7 @@ def test_choices_are_those_of_the_modules():
     assert config.REMAT_POLICIES == decoder.REMAT_POLICIES
     assert config.ATTENTION == attention.ATTENTION
     assert (units.AUTO, units.SEQUENCE, units.EXAMPLE) == config.PRIVACY_UNITS
-    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(config.TrainConfig)}
+    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(config.Settings)}
     assert choices["clipping"] == (config.AUTO, *clipping.STRATEGIES)
     assert choices["clip_scaling"] == clipping.SCALINGS
     assert choices["clip_thresholds"] == (ghost.UNIFORM, ghost.BY_DIMENSION)

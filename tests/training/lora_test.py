@@ -14,14 +14,16 @@ import transformers
 
 from accounting.errors import InputError
 from accounting.mechanism import dp_sgd
+from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.config import Lora
 from dpgemma.gemma.files import config_json as hf_config
+from dpgemma.gemma.files import peft as peft_files
 from dpgemma.gemma.files import weights
-from dpgemma.objectives import causal as loss_lib
 from dpgemma.privacy import noise
 from dpgemma.sharding import mesh
 from dpgemma.training.step import TrainState, make_train_step
+from tests import objectives as loss_lib
 from tests.gemma.families import FAMILIES, IDS, our_logits
 from tests.gemma.hf_models import directory, imported, multimodal_model, torch_logits
 
@@ -55,12 +57,13 @@ def test_pitfall_20_exactly_the_adapters_are_clipped_and_noised(name, targets):
     config, trainable, frozen = adapted(name, targets)
     tokens = np.concatenate([IDS, IDS[::-1]])
     batch, mask = {"tokens": tokens, "scored": np.ones(tokens.shape, bool)}, np.array([True, True, True, False])
+    units = Batch.of_rows(batch, mask)
     loss = loss_lib.row_loss(config, bos=2, dtype=jnp.float32)
     optimizer = optax.sgd(1.0)
-    step = make_train_step(loss, optimizer, MECHANISM, mesh.make("data:1"))
+    step = make_train_step(loss_lib.causal(config, bos=2).loss, optimizer, MECHANISM, mesh.make("data:1"))
     before = jax.tree.map(np.array, frozen)
     start = jax.tree.map(np.array, trainable)
-    state, stats = step(TrainState(trainable, optimizer.init(trainable)), frozen, batch, mask, KEYS)
+    state, stats = step(TrainState(trainable, optimizer.init(trainable)), frozen, units, KEYS)
 
     # The frozen weights are what they were, bit for bit, and the state holds nothing of them.
     for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True):
@@ -107,7 +110,7 @@ def test_peft_loads_the_adapters_and_agrees(name, targets, tmp_path):
     if targets == "all" and name == "recurrent_gemma":
         targets = "q_proj,k_proj,linear_x,linear_y,linear_out,gate_proj"
     config, trainable, frozen = adapted(name, targets)
-    lora.save_peft(config, trainable, tmp_path, str(directory(name)))
+    peft_files.save_peft(config, trainable, tmp_path, str(directory(name)))
     ours = our_logits(config, lora.join(trainable, frozen))
     base = transformers.AutoModelForCausalLM.from_pretrained(directory(name), attn_implementation="eager")
     plain = torch_logits(base.eval())
@@ -127,7 +130,7 @@ def test_peft_loads_adapters_of_a_text_tower(tmp_path):
     config = dataclasses.replace(config, lora=lora.adapters(config, 3, 6.0, "all"))
     trainable = random_adapters(config)
     ours = our_logits(config, lora.join(trainable, weights.load(config, tmp_path / "base")))
-    lora.save_peft(config, trainable, tmp_path, str(tmp_path / "base"), multimodal=True)
+    peft_files.save_peft(config, trainable, tmp_path, str(tmp_path / "base"), multimodal=True)
     loaded = peft.PeftModel.from_pretrained(model, tmp_path).eval()
     assert not any("vision" in name for name, _ in loaded.named_parameters() if "lora_" in name)
     with torch.no_grad():
@@ -161,13 +164,15 @@ def test_impossible_adapters_are_refused(rank, alpha, targets, message):
 
 
 def test_all_means_every_linear_layer_of_a_block():
-    assert lora.adapters(imported("gemma2")[0], 2, 2.0, "all") == Lora(2, 2.0, lora.ATTENTION_TARGETS)
-    assert set(lora.RECURRENT_TARGETS) < set(lora.adapters(imported("recurrent_gemma")[0], 2, 2.0, "all").targets)
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert lora.adapters(imported("gemma2")[0], 2, 2.0, "all") == Lora(2, 2.0, attention)
+    recurrent = {*attention, "linear_x", "linear_y", "linear_out"}
+    assert set(lora.adapters(imported("recurrent_gemma")[0], 2, 2.0, "all").targets) == recurrent
 
 
 def test_adapter_settings_are_pefts(tmp_path):
     config, trainable, _ = adapted("gemma2", rank=5, alpha=7.5)
-    lora.save_peft(config, trainable, tmp_path, "some/model")
+    peft_files.save_peft(config, trainable, tmp_path, "some/model")
     settings = peft.LoraConfig.from_pretrained(tmp_path)
     assert (settings.r, settings.lora_alpha, settings.base_model_name_or_path) == (5, 7.5, "some/model")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.0

@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from dpgemma.data.text.rows import units_of_one_row
 from dpgemma.gemma import decoder
-from dpgemma.objectives import causal as loss_lib
+from dpgemma.training import evaluation
+from tests import objectives as loss_lib
 from tests.gemma.decoder_test import CAPPED, random_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -45,14 +47,10 @@ def test_a_row_with_nothing_scored_has_no_gradient():
 
 
 def test_bits_per_byte_count_scored_text_only():
-    from dpgemma.data.text.rows import Rows
-    from dpgemma.data.text.tokenizer import ByteTokenizer
-
-    examples = [row(seed) for seed in range(3)]
-    rows = Rows(*(np.stack([example[name] for example in examples]) for name in ("tokens", "scored")))
-    bits = loss_lib.bits_per_byte(
-        CAPPED, PARAMETERS, rows, np.array([0, 2]), ByteTokenizer(), bos=BOS, dtype=jnp.float32
-    )
-    nats = sum(5 * float(LOSS(PARAMETERS, {}, examples[i])) for i in (0, 2))
-    size = sum(int((example["tokens"][6:11] >= 4).sum()) for example in (examples[0], examples[2]))
-    np.testing.assert_allclose(bits, nats / np.log(2) / size, rtol=1e-5)
+    examples = [row(seed) for seed in (0, 2)]
+    units = units_of_one_row(*(np.stack([example[name] for example in examples]) for name in ("tokens", "scored")))
+    measured = evaluation.measure(loss_lib.causal(CAPPED), PARAMETERS, {}, units)
+    nats = sum(5 * float(LOSS(PARAMETERS, {}, example)) for example in examples)
+    size = sum(int((example["tokens"][6:11] >= 4).sum()) for example in examples)
+    assert measured.keys() == {"bits_per_byte"}
+    np.testing.assert_allclose(measured["bits_per_byte"], nats / np.log(2) / size, rtol=1e-5)

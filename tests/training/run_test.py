@@ -193,7 +193,7 @@ def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
 
 def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path, monkeypatch):
     from dpgemma.training import prepare, progress
-    from dpgemma.training.settings import TrainConfig
+    from dpgemma.training.settings import Settings
 
     update = progress.Progress.update
 
@@ -204,7 +204,7 @@ def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path, monk
     monkeypatch.setattr(progress.Progress, "update", update_and_signal)
     settings = dict(data=str(text), **SETTINGS)
     for steps, bits_are_there in ((1, True), (2, False)):
-        trainer = prepare.prepare(TrainConfig(**settings, steps=steps), str(tmp_path / str(steps)))
+        trainer = prepare.prepare(Settings(**settings, steps=steps), str(tmp_path / str(steps)))
         assert (trainer.train() is not None) == bits_are_there and trainer.interrupted and trainer.first_step == 0
         trainer.run.unlock()
 
@@ -325,15 +325,15 @@ def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp
 def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, tmp_path):
     from dpgemma.training import prepare
     from dpgemma.training import run as run_directory
-    from dpgemma.training.settings import TrainConfig
+    from dpgemma.training.settings import Settings
 
     workdir = tmp_path / "run"
     keys = run_directory.Keys(*(bytes([i]) * 32 for i in range(5)))
     settings = dict(data=str(text), steps=6, epsilon=float("inf"), **SETTINGS)
     with pytest.raises(ValueError, match="needs secret keys"):
-        prepare.prepare(TrainConfig(**settings | {"epsilon": 8.0}), str(workdir), epsilon_given=True, keys=keys)
+        prepare.prepare(Settings(**settings | {"epsilon": 8.0}), str(workdir), epsilon_given=True, keys=keys)
     assert not workdir.exists()
-    trainer = prepare.prepare(TrainConfig(**settings), str(workdir), epsilon_given=True, keys=keys)
+    trainer = prepare.prepare(Settings(**settings), str(workdir), epsilon_given=True, keys=keys)
     trainer.train()
     trainer.run.unlock()
     report = json.loads((workdir / "report.json").read_text())

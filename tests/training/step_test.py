@@ -8,21 +8,23 @@ import optax
 import pytest
 
 from accounting.mechanism import dp_sgd
+from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.objectives import causal as loss_lib
-from dpgemma.privacy import noise
-from dpgemma.privacy.adaptive import AdaptiveClipping
+from dpgemma.privacy import clipping, noise
+from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum
+from tests import objectives as loss_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MODEL = dataclasses.replace(
     PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40
 )
-LOSS = loss_lib.row_loss(MODEL, bos=2, dtype=jnp.float32)
-GRADIENT = jax.jit(jax.grad(lambda params, row: LOSS(params, {}, row)))
+LOSS = loss_lib.causal(MODEL, bos=2, dtype=jnp.float32).loss
+ROW_LOSS = loss_lib.row_loss(MODEL, bos=2, dtype=jnp.float32)
+GRADIENT = jax.jit(jax.grad(lambda params, row: ROW_LOSS(params, {}, row)))
 MECHANISM = dp_sgd(100, 6, 8, 0.8, 0.5, 10)
 KEYS = noise.noise_keys(bytes(32), 3)
 
@@ -41,18 +43,18 @@ def flat(tree):
 
 
 @functools.lru_cache
-def compiled(devices, mechanism, options):
+def compiled(devices, mechanism, how):
     optimizer = optax.sgd(1.0)
-    return optimizer, make_train_step(LOSS, optimizer, mechanism, mesh_lib.make(f"data:{devices}"), **dict(options))
+    return optimizer, make_train_step(LOSS, optimizer, mechanism, mesh_lib.make(f"data:{devices}"), how)
 
 
-def take_step(devices, mechanism=MECHANISM, mask=None, **options):
+def take_step(devices, mechanism=MECHANISM, mask=None, how=Strategy()):
     """(parameters before, parameters after, private values) of one SGD step with learning rate 1."""
     params, batch = problem()
     mask = np.ones(8, bool) if mask is None else mask
-    optimizer, step = compiled(devices, mechanism, tuple(options.items()))
+    optimizer, step = compiled(devices, mechanism, how)
     start = flat(params)
-    state, stats = step(TrainState(params, optimizer.init(params)), {}, batch, mask, KEYS)
+    state, stats = step(TrainState(params, optimizer.init(params)), {}, Batch.of_rows(batch, mask), KEYS)
     return start, flat(state.parameters), stats
 
 
@@ -77,18 +79,16 @@ def expected_update(mask):
 
 def test_an_adapting_clip_norm_is_charged_noised_and_moved_as_written_out():
     """Noise of 0.5 in all, of which the count's 6 / 20 units take so much that 0.9045 are left for the gradients."""
-    mechanism = MECHANISM.replace(noise_multiplier=0.5)
+    mechanism = MECHANISM.replace(noise_multiplier=0.5, clip_quantile=0.7)
     params, batch = problem()
     gradients = [flat(GRADIENT(params, {name: column[i] for name, column in batch.items()})) for i in range(8)]
     norms = np.array([np.linalg.norm(g) for g in gradients])
     clip_norm = float(np.quantile(norms, 0.3))
     optimizer = optax.sgd(1.0)
-    step = make_train_step(
-        LOSS, optimizer, mechanism, mesh_lib.make("data:1"), AdaptiveClipping(0.7, 0.5, 6), strategy="example_scan"
-    )
+    step = make_train_step(LOSS, optimizer, mechanism, mesh_lib.make("data:1"))
     start = TrainState(params, optimizer.init(params), jnp.float32(clip_norm))
     before, shapes = flat(params), [leaf.shape for leaf in jax.tree.leaves(params)]
-    state, _ = step(start, {}, batch, np.ones(8, bool), KEYS)
+    state, _ = step(start, {}, Batch.of_rows(batch, np.ones(8, bool)), KEYS)
     total = sum(g * min(1, clip_norm / norm) for g, norm in zip(gradients, norms, strict=True))
     left = (0.5**-2 - (0.5 / 0.3) ** 2) ** -0.5
     *on_leaves, on_count = draws_of((*shapes, ()))
@@ -110,13 +110,13 @@ def test_update_is_clip_sum_noise_divide(devices, drawn):
 
 def test_pitfall_8_noise_does_not_depend_on_devices_or_microbatches():
     updates = []
-    for devices, options in [
-        (1, {}),
-        (2, {}),
-        (1, {"strategy": "vmap", "microbatch_size": 4}),
-        (2, {"strategy": "vmap", "microbatch_size": 2}),
+    for devices, how in [
+        (1, Strategy()),
+        (2, Strategy()),
+        (1, Strategy("vmap", 4)),
+        (2, Strategy("vmap", 2)),
     ]:
-        start, end, _ = take_step(devices, **options)
+        start, end, _ = take_step(devices, how=how)
         updates.append(start - end)
     for update in updates[1:]:
         np.testing.assert_allclose(update, updates[0], atol=1e-6)
@@ -136,10 +136,10 @@ def test_two_devices_sum_what_one_sums():
     sums = [
         flat(
             jax.jit(
-                lambda p, b, m, n=n: sharded_clipped_sum(
-                    LOSS, p, {}, b, m, MECHANISM.clip_norm, mesh_lib.make(f"data:{n}")
+                lambda p, b, n=n: sharded_clipped_sum(
+                    LOSS, p, {}, b, MECHANISM.clip, Strategy(), mesh_lib.make(f"data:{n}")
                 )
-            )(params, batch, np.ones(8, bool)).total
+            )(params, Batch.of_rows(batch, np.ones(8, bool))).total
         )
         for n in (1, 2)
     ]
@@ -150,7 +150,7 @@ def test_baseline_takes_the_same_path_without_noise_and_clipping():
     mechanism = dp_sgd(100, 8, 8, 0.0, float("inf"), 10)
     start, end, _ = take_step(2, mechanism)
     params, batch = problem()
-    mean = jax.grad(lambda p: jax.vmap(LOSS, (None, None, 0))(p, {}, batch).mean())(params)
+    mean = jax.grad(lambda p: jax.vmap(ROW_LOSS, (None, None, 0))(p, {}, batch).mean())(params)
     np.testing.assert_allclose(start - end, flat(mean), atol=1e-6)
 
 
@@ -164,15 +164,13 @@ def test_the_optimizer_takes_nothing_but_a_noised_mean():
 
 def test_runs_that_differ_in_noise_share_one_program_and_each_adds_its_own():
     params, batch = problem()
-    optimizer, mask = optax.sgd(1.0), np.ones(8, bool)
+    optimizer, units = optax.sgd(1.0), Batch.of_rows(batch, np.ones(8, bool))
     ends, texts = {}, {}
     for sigma in (0.0, 0.4, 0.8):
         step = make_train_step(LOSS, optimizer, MECHANISM.replace(noise_multiplier=sigma), mesh_lib.make("data:1"))
-        texts[sigma] = step.lower(TrainState(params, optimizer.init(params)), {}, batch, mask, KEYS).as_text()
+        texts[sigma] = step.lower(TrainState(params, optimizer.init(params)), {}, units, KEYS).as_text()
         ends[sigma] = flat(
-            step(TrainState(jax.tree.map(jnp.array, params), optimizer.init(params)), {}, batch, mask, KEYS)[
-                0
-            ].parameters
+            step(TrainState(jax.tree.map(jnp.array, params), optimizer.init(params)), {}, units, KEYS)[0].parameters
         )
     assert texts[0.4] == texts[0.8] != texts[0.0]
     np.testing.assert_allclose(ends[0.8] - ends[0.0], 2 * (ends[0.4] - ends[0.0]), atol=1e-6)
@@ -180,10 +178,12 @@ def test_runs_that_differ_in_noise_share_one_program_and_each_adds_its_own():
 
 
 def test_noise_that_is_no_number_is_refused_before_anything_is_compiled():
-    broken = dataclasses.replace(MECHANISM)
-    object.__setattr__(broken, "noise_multiplier", float("nan"))
     with pytest.raises(ValueError, match="finite"):
-        make_train_step(LOSS, optax.sgd(1.0), broken, mesh_lib.make("data:1"))
+        MECHANISM.replace(noise_multiplier=float("nan"))
+    with pytest.raises(ValueError, match="no finite noise"):
+        # A sum without a bound, under a multiplier that is an argument of the program.
+        unbounded = clipping.ClippedSum(jnp.zeros(3), None, sensitivity=float("inf"))
+        jax.jit(lambda sigma: noise.add_gaussian_noise(unbounded, sigma, KEYS).total)(0.8)
 
 
 def test_pitfall_23_the_compiled_step_holds_no_private_constant():
@@ -193,7 +193,6 @@ def test_pitfall_23_the_compiled_step_holds_no_private_constant():
     step = make_train_step(LOSS, optimizer, MECHANISM, mesh_lib.make("data:1"))
     state = TrainState(params, optimizer.init(params))
     other = rows_of(batch["tokens"] * 0 + 7)
-    texts = {
-        step.lower(state, {}, b, m, KEYS).as_text() for b, m in [(batch, np.ones(8, bool)), (other, np.arange(8) < 2)]
-    }
+    batches = [Batch.of_rows(batch, np.ones(8, bool)), Batch.of_rows(other, np.arange(8) < 2)]
+    texts = {step.lower(state, {}, b, KEYS).as_text() for b in batches}
     assert len(texts) == 1

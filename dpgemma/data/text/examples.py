@@ -10,8 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from accounting.errors import InputError
+from dpgemma.data.source import InMemory
 from dpgemma.data.text import chat
-from dpgemma.data.text.rows import Rows
+from dpgemma.data.text.rows import units_of_one_row
 from dpgemma.data.text.tokenizer import Tokenizer, utf8
 
 PROMPT, RESPONSE, MESSAGES = "prompt", "response", "messages"
@@ -22,7 +23,7 @@ def is_example(record: dict) -> bool:
     return PROMPT in record or MESSAGES in record
 
 
-def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_field: str) -> Rows:
+def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_field: str) -> InMemory:
     """One row per record, cut at `length` tokens and filled with pad.
 
     A record with `prompt` and `response` is scored on the response and the eos that closes it, one with `messages` on
@@ -43,12 +44,12 @@ def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_fie
         scored.append(np.pad(is_scored, padding))
     if not tokens:
         raise InputError("the data are empty: there is no record to train on")
-    rows = Rows(np.stack(tokens), np.stack(scored))
-    if not rows.scored.any():
+    is_scored = np.stack(scored)
+    if not is_scored.any():
         raise InputError(
             f"every prompt fills the {length} tokens of a row, so there is nothing to learn: raise `sequence_length`"
         )
-    return rows
+    return units_of_one_row(np.stack(tokens), is_scored)
 
 
 def _example(record: dict, tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:

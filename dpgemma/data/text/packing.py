@@ -10,10 +10,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from accounting.errors import InputError
-from dpgemma.data.text.rows import Rows
+from dpgemma.data.source import InMemory
+from dpgemma.data.text.rows import units_of_one_row
+from dpgemma.data.text.tokenizer import Tokenizer
 
 
-def pack(documents: Iterable[bytes], tokenizer, length: int) -> Rows:
+def pack(documents: Iterable[bytes], tokenizer: Tokenizer, length: int) -> InMemory:
     """Rows of `length` tokens: documents, each closed by eos, one after the other; the last row is filled with pad. All
     text is scored.
 
@@ -30,4 +32,5 @@ def pack(documents: Iterable[bytes], tokenizer, length: int) -> Rows:
     stream = np.concatenate(pieces)
     fill = (0, -stream.size % length)
     scored = np.pad(np.ones(stream.size, bool), fill)
-    return Rows(np.pad(stream, fill, constant_values=tokenizer.pad).reshape(-1, length), scored.reshape(-1, length))
+    tokens = np.pad(stream, fill, constant_values=tokenizer.pad)
+    return units_of_one_row(tokens.reshape(-1, length), scored.reshape(-1, length))

@@ -1,28 +1,22 @@
-"""Rows of tokens: what a privacy unit is once it is in memory."""
-
-import dataclasses
+"""Rows of text: the columns that every text objective reads."""
 
 import numpy as np
 
+from dpgemma.data.source import InMemory
+from dpgemma.data.spec import Column, RowSpec
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Attributes:
-    tokens: int32 [M, S]; the tail of a row may be padding.
-    scored: bool [M, S]; the tokens whose likelihood the loss counts.
+TOKENS, SCORED = "tokens", "scored"
+
+
+def spec(length: int) -> RowSpec:
+    """The columns of a row of `length` tokens.
+
+    tokens: int32; the tail of a row may be padding.
+    scored: bool; the tokens whose likelihood the loss counts.
     """
+    return {TOKENS: Column((length,), "int32"), SCORED: Column((length,), "bool")}
 
-    tokens: np.ndarray
-    scored: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def take(self, numbers: np.ndarray, slots: int) -> dict[str, np.ndarray]:
-        """The named rows in front and zeros behind, as arrays [slots, S]."""
-        taken = {}
-        for field in dataclasses.fields(self):
-            column = getattr(self, field.name)
-            taken[field.name] = np.zeros((slots, column.shape[1]), column.dtype)
-            taken[field.name][: len(numbers)] = column[numbers]
-        return taken
+def units_of_one_row(tokens: np.ndarray, scored: np.ndarray) -> InMemory:
+    """Every row [S] of both arrays [M, S] as a unit of its own."""
+    return InMemory({TOKENS: tokens, SCORED: scored})

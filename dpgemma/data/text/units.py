@@ -1,17 +1,17 @@
-"""From `data` and `privacy_unit` to rows, one per privacy unit."""
+"""From `data` and `privacy_unit` to privacy units of text."""
 
-from dpgemma.data import readers as sources
+from dpgemma.choices import AUTO, EXAMPLE, SEQUENCE
+from dpgemma.data import readers
+from dpgemma.data.source import InMemory
 from dpgemma.data.text import examples, packing
-from dpgemma.data.text.rows import Rows
+from dpgemma.data.text.rows import SCORED, TOKENS
 from dpgemma.data.text.tokenizer import Tokenizer, check_ids
 
-AUTO, SEQUENCE, EXAMPLE = "auto", "sequence", "example"
 
-
-def rows(
+def read(
     privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, length: int, vocab_size: int
-) -> tuple[str, Rows]:
-    """The privacy unit and its rows.
+) -> tuple[str, InMemory]:
+    """The privacy unit and the units.
 
     Args:
       privacy_unit: "sequence" packs documents into rows; "example" gives every record a row; "auto" takes the latter
@@ -23,11 +23,16 @@ def rows(
         not have.
     """
     if privacy_unit == AUTO:
-        first = next(iter(sources.records(data, text_field)), {})
+        first: dict = next(iter(readers.records(data, text_field)), {})
         privacy_unit = EXAMPLE if examples.is_example(first) else SEQUENCE
     if privacy_unit == EXAMPLE:
-        made = examples.to_rows(sources.records(data, text_field), tokenizer, length, text_field)
+        made = examples.to_rows(readers.records(data, text_field), tokenizer, length, text_field)
     else:
-        made = packing.pack(sources.documents(data, text_field), tokenizer, length)
-    check_ids(made.tokens, vocab_size)
+        made = packing.pack(readers.documents(data, text_field), tokenizer, length)
+    check_ids(made.columns[TOKENS], vocab_size)
     return privacy_unit, made
+
+
+def some_have_nothing_to_learn(units: InMemory) -> bool:
+    """Whether a row has no scored token. This is a fact about private data."""
+    return not bool(units.columns[SCORED].any(axis=1).all())

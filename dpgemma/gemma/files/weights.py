@@ -14,83 +14,47 @@ from accounting.errors import InputError
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.decoder import ATTENTION_BLOCKS, RECURRENT_BLOCKS
+from dpgemma.gemma.families import family_of
+from dpgemma.gemma.family import (
+    CHANNELS,
+    EMBEDDING,
+    LINEAR,
+    Weight,
+    attention,
+    norms_and_mlp,
+    outside_of_layers,
+    recurrent_unit,
+)
 from dpgemma.gemma.files.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles
+from dpgemma.sharding.rules import RANK
 
 SHARD_BYTES = 4 * 10**9
 
-AS_IS = "as is"
-LINEAR = "linear"  # a matrix [fan-in, fan-out] with its axes split, stored as [fan-out, fan-in]
-CHANNELS = "channels"  # [C, K] stored as [C, 1, K]
-
-EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One parameter: its path here, its name in the file (with {} for the number of the layer) and its layout there."""
-
-    path: tuple[str, ...]
-    name: str
-    layout: str = AS_IS
-
-
-def _pair(stack: str, here: str, there: str, layout: str, *, bias: bool = False) -> list[Weight]:
-    path = (stack, *here.split("."))
-    name = f"model.layers.{{}}.{there}"
-    return [Weight((*path, "w"), f"{name}.weight", layout)] + (
-        [Weight((*path, "bias"), f"{name}.bias")] if bias else []
-    )
-
-
-def _norms(model_type: str) -> dict[str, str]:
-    """Names of a layer's norms. Gemma 1 and its successors mean different norms by post_attention_layernorm."""
-    if model_type == "recurrent_gemma":
-        return {"pre_mixer_norm": "temporal_pre_norm", "pre_ffw_norm": "channel_pre_norm"}
-    if model_type == "gemma":
-        return {"pre_mixer_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
-    names = {"pre_mixer_norm": "input_layernorm", "pre_ffw_norm": "pre_feedforward_layernorm"}
-    if model_type == "vaultgemma":
-        return names
-    return names | {"post_mixer_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 
 
 def table(config: GemmaConfig) -> list[Weight]:
     """Every parameter of a decoder, adapters left out."""
-    recurrent = config.model_type == "recurrent_gemma"
-    mixer, mlp = ("temporal_block", "mlp_block") if recurrent else ("self_attn", "mlp")
-    weights = [
-        Weight(("embedder", "embedding"), EMBEDDING),
-        Weight(("final_norm", "scale"), "model.final_norm.weight" if recurrent else "model.norm.weight"),
-    ]
-    stacks = {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}
-    for stack in (stack for stack, layers in stacks.items() if layers):
-        layer = "model.layers.{}."
-        weights += [
-            Weight((stack, here, "scale"), f"{layer}{there}.weight")
-            for here, there in _norms(config.model_type).items()
-        ]
-        for name in ("gate", "up", "down"):
-            weights += _pair(stack, f"mlp.{name}", f"{mlp}.{name}_proj", LINEAR, bias=config.biases)
-        if stack == ATTENTION_BLOCKS:
-            for here, there in {"q": "q", "k": "k", "v": "v", "out": "o"}.items():
-                weights += _pair(
-                    stack, f"mixer.{here}", f"{mixer}.{there}_proj", LINEAR, bias=config.biases and here == "out"
-                )
-            if config.qk_norm:
-                weights += [
-                    Weight((stack, "mixer", f"{x}_norm", "scale"), f"{layer}{mixer}.{x}_norm.weight") for x in "qk"
-                ]
-            continue
-        for name in ("linear_x", "linear_y", "linear_out"):
-            weights += _pair(stack, f"mixer.{name}", f"{mixer}.{name}", LINEAR, bias=True)
-        weights += _pair(stack, "mixer.conv", f"{mixer}.conv_1d", CHANNELS, bias=True)
-        unit = f"{layer}{mixer}.rg_lru."
-        for gate in ("input_gate", "recurrent_gate"):
-            for here, there in {"w": "weight", "bias": "bias"}.items():
-                weights.append(Weight((stack, "mixer", "rg_lru", gate, here), f"{unit}{gate}_{there}"))
-        weights.append(Weight((stack, "mixer", "rg_lru", "recurrent_param"), f"{unit}recurrent_param"))
+    family = family_of(config)
+    weights = outside_of_layers(family)
+    if config.attention_layers:
+        weights += norms_and_mlp(family, config, ATTENTION_BLOCKS) + attention(family, config, ATTENTION_BLOCKS)
+    if config.recurrent_layers:
+        weights += norms_and_mlp(family, config, RECURRENT_BLOCKS) + recurrent_unit(family, RECURRENT_BLOCKS)
     return weights
+
+
+def axes(config: GemmaConfig) -> dict:
+    """The tree of parameters, adapters included, with logical axis names in the place of every array."""
+    found = {}
+    for weight in table(config):
+        found[weight.path] = weight.axes
+        if weight.layout != LINEAR:
+            continue
+        layers, rest = weight.axes[:1], weight.axes[1:]
+        found[(*weight.path[:-1], "lora_a")] = (*layers, *rest[: weight.inputs], RANK)
+        found[(*weight.path[:-1], "lora_b")] = (*layers, RANK, *rest[weight.inputs :])
+    return tree_of({path: found[path] for path in leaves(decoder.parameter_shapes(config))})
 
 
 def layers_of(config: GemmaConfig, weight: Weight) -> tuple[int, ...]:
@@ -137,12 +101,9 @@ def from_file(array: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.n
     return (array.T if weight.layout == LINEAR else array).reshape(shape)
 
 
-def fan_in(config: GemmaConfig, weight: Weight, shape: tuple[int, ...]) -> int:
-    """Rows of a linear layer's matrix: the axes that it contracts. Attention's output contracts two (heads and their
-    width).
-    """
-    contracted = 2 if weight.path[1:3] == ("mixer", "out") else 1
-    return math.prod(shape[:contracted])
+def fan_in(weight: Weight, shape: tuple[int, ...]) -> int:
+    """Rows of a linear layer's matrix: the product of the axes that it contracts."""
+    return math.prod(shape[: weight.inputs])
 
 
 def load(config: GemmaConfig, directory: pathlib.Path, sharding=None, dtype=None) -> dict:
@@ -151,7 +112,7 @@ def load(config: GemmaConfig, directory: pathlib.Path, sharding=None, dtype=None
     One stacked parameter is in host memory at a time, beside those that are done.
 
     Args:
-      config: as `hf_config.read` gives it.
+      config: as `config_json.read` gives it.
       sharding: of every array, or a function of a parameter's path that gives its own; by default the first device.
       dtype: of every array; by default the file's.
 
@@ -187,7 +148,7 @@ def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict) -> None:
         )
     for name, weight in expected.items():
         shape = shapes[weight.path][1:] if layers_of(config, weight) else shapes[weight.path]
-        wanted, found = file_shape(shape, weight, fan_in(config, weight, shape)), checkpoint.shape(name)
+        wanted, found = file_shape(shape, weight, fan_in(weight, shape)), checkpoint.shape(name)
         # Vocabularies may be padded; the padding has no token, and under DP it would be given noise.
         padded = name == EMBEDDING and found[1:] == wanted[1:] and found[0] >= wanted[0]
         if found != wanted and not padded:
@@ -232,7 +193,7 @@ def tensors(config: GemmaConfig, parameters: dict, dtype=None) -> Iterator[tuple
         array, layers = by_path[weight.path], layers_of(config, weight)
         for i, name in enumerate(_names(config, weight)):
             one = np.asarray(array[i] if layers else array, dtype)
-            yield name, to_file(one, weight, fan_in(config, weight, one.shape))
+            yield name, to_file(one, weight, fan_in(weight, one.shape))
 
 
 def save(

@@ -1,15 +1,21 @@
 """Writes the report of a run: a function of its ledger, known to the ledger by its hash."""
 
+from typing import Any
+
 from accounting import run_files
 from accounting.accountant import Accountant
+from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.chain import Ledger
+from accounting.ledger.executed import Executed
 from accounting.report import figures, page, tables
 from accounting.report.content import build
 from dpgemma.training.run import RunDirectory
 
 
-def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = None, *, with_page: bool) -> dict:
+def write(
+    run: RunDirectory, ledger: Ledger, accountant: Accountant | None = None, *, with_page: bool
+) -> dict[str, Any]:
     """Writes report.json, and report.html if asked, unless the files there are the ledger's latest; returns the report.
 
     The ledger learns the files' hashes before they are replaced: a crash in between leaves older files that it knows
@@ -30,14 +36,14 @@ def write(run: RunDirectory, ledger: Ledger, accountant: Accountant | None = Non
     files = {run.report_file: run_files.dumps(content)}
     if with_page:
         files[run.page_file] = _page(executed, content)
-    ledger.append("report", files={path.name: run_files.digest(text.encode()) for path, text in files.items()})
+    ledger.append(events.REPORT, files={path.name: run_files.digest(text.encode()) for path, text in files.items()})
     ledger.sync()
     for path, text in files.items():
         run_files.write(path, text)
     return content
 
 
-def _page(executed, content: dict) -> str:
+def _page(executed: Executed, content: dict[str, Any]) -> str:
     accountant = executed.accountant()
     meaning = tables.meaning(accountant, executed.delta)
     points = figures.epsilon_points(accountant, executed.delta) if meaning.profile is not None else []
@@ -47,6 +53,6 @@ def _page(executed, content: dict) -> str:
 def _is_current(run: RunDirectory, ledger: Ledger, with_page: bool) -> bool:
     last = ledger.records[-1]
     wanted = [run.report_file, run.page_file] if with_page else [run.report_file]
-    if last["kind"] != "report" or not {path.name for path in wanted} <= set(last["files"]):
+    if last["kind"] != events.REPORT or not {path.name for path in wanted} <= set(last["files"]):
         return False
     return all(path.is_file() and run_files.digest(path.read_bytes()) == last["files"][path.name] for path in wanted)

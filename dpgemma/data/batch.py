@@ -1,0 +1,98 @@
+"""The batch of a step: privacy units in slots, each with the same number of places for its rows.
+
+Shape letters: B slots, k places for rows in a slot.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpgemma.data.source import UnitSource
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One privacy unit, as an objective sees it.
+
+    Attributes:
+      rows: tree of arrays [k, ...]; the unit's rows come first, what stands behind them has no meaning.
+      real: bool [k]; which places hold a row.
+    """
+
+    rows: Any
+    real: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The drawn units in their slots; slots without a unit are padding. All shapes are public constants.
+
+    Attributes:
+      rows: tree of arrays [B, k, ...].
+      real: bool [B, k]; the rows of a unit come first in its slot, so a slot is taken where its first place is.
+    """
+
+    rows: Any
+    real: Any
+
+    @classmethod
+    def of_rows(cls, rows: Any, mask: Any) -> "Batch":
+        """Units of one row each.
+
+        Args:
+          rows: tree of arrays [B, ...].
+          mask: bool [B]; false marks padding.
+        """
+        return cls(jax.tree.map(lambda x: x[:, None], rows), mask[:, None])
+
+    @property
+    def slots(self) -> int:
+        """B, taken slots and padding together."""
+        return int(self.real.shape[0])
+
+    @property
+    def mask(self) -> Any:
+        """Bool [B]: the slots that hold a unit."""
+        return self.real[:, 0]
+
+    @property
+    def units(self) -> Unit:
+        """All slots as units with a leading axis B, to be mapped over or cut into windows."""
+        return Unit(self.rows, self.real)
+
+    def dealt(self, devices: int) -> "Batch":
+        """The slots in another order: dealt out to the devices in turn (round-robin).
+
+        The i-th of `devices` equal parts of the batch then holds every slot whose number is i modulo `devices`, so that
+        each device has its units in front and the numbers of units differ by at most one.
+        """
+
+        def deal(x: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(np.swapaxes(x.reshape(-1, devices, *x.shape[1:]), 0, 1)).reshape(x.shape)
+
+        return Batch(jax.tree.map(deal, self.rows), deal(self.real))
+
+
+def collate(source: UnitSource, units: np.ndarray, slots: int) -> Batch:
+    """The drawn units in front and zeros behind.
+
+    Where more units were declared than there are, the numbers beyond the last one stand for units without content.
+
+    Args:
+      units: sorted numbers of the drawn units, at most `slots`.
+    """
+    units = units[units < source.num_units]
+    rows, owner = source.read(units)
+    # Rows of a unit are adjacent: the place of a row is its distance from the first one of the same unit.
+    place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    real = np.zeros((slots, source.max_rows), bool)
+    real[owner, place] = True
+    padded = {}
+    for name, column in source.spec.items():
+        padded[name] = np.zeros((slots, source.max_rows, *column.shape), column.dtype)
+        padded[name][owner, place] = rows[name]
+    return Batch(padded, real)

@@ -1,0 +1,125 @@
+"""Where privacy units come from. Hold-out, users and canaries are sources that wrap another one."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from dpgemma.data.spec import Column, RowSpec
+
+
+class UnitSource(Protocol):
+    """Privacy units by number.
+
+    Attributes:
+      spec: the columns of a row.
+      num_units: units that there are; their numbers are 0 .. num_units - 1.
+      max_rows: k, the most rows that a unit has.
+    """
+
+    @property
+    def spec(self) -> RowSpec: ...
+
+    @property
+    def num_units(self) -> int: ...
+
+    @property
+    def max_rows(self) -> int: ...
+
+    def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The rows of some units, in time and memory proportional to their number.
+
+        Args:
+          units: int64 [n], numbers of units.
+
+        Returns:
+          Every column [R, ...] of their rows, those of a unit adjacent; and for every row, which of the n units it
+          belongs to, int64 [R], ascending.
+        """
+        ...
+
+    def fingerprint(self, key: bytes) -> str:
+        """A keyed hash of all units. It goes to private/: an unkeyed one would let anyone test a guess of the data."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """Units whose rows lie in memory.
+
+    Attributes:
+      columns: arrays [R, ...] by name, the rows of a unit adjacent.
+      first: int64 [num_units + 1]; unit u has the rows first[u] .. first[u + 1] - 1. None where every row is a unit.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    first: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if len({len(column) for column in self.columns.values()}) != 1:
+            raise ValueError("all columns must have the same number of rows")
+        if self.first is not None and (np.diff(self.first) < 1).any():
+            raise ValueError("every unit must have at least one row")
+
+    @property
+    def spec(self) -> RowSpec:
+        return {name: Column(column.shape[1:], column.dtype.name) for name, column in self.columns.items()}
+
+    @property
+    def num_units(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.first is None else len(self.first) - 1
+
+    @property
+    def max_rows(self) -> int:
+        return 1 if self.first is None else int(np.diff(self.first).max(initial=1))
+
+    def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        if self.first is None:
+            rows, owner = units, np.arange(len(units))
+        else:
+            counts = self.first[units + 1] - self.first[units]
+            owner = np.repeat(np.arange(len(units)), counts)
+            place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+            rows = self.first[units][owner] + place
+        return {name: column[rows] for name, column in self.columns.items()}, owner
+
+    def fingerprint(self, key: bytes) -> str:
+        digest = hashlib.blake2b(key=key, digest_size=32)
+        for column in [*self.columns.values(), *([] if self.first is None else [self.first])]:
+            digest.update(repr(column.shape).encode())
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some units of another source, numbered anew.
+
+    Attributes:
+      source: the other one.
+      numbers: int64 [n]; unit u is unit numbers[u] there.
+    """
+
+    source: UnitSource
+    numbers: np.ndarray
+
+    @property
+    def spec(self) -> RowSpec:
+        return self.source.spec
+
+    @property
+    def num_units(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def max_rows(self) -> int:
+        return self.source.max_rows
+
+    def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return self.source.read(self.numbers[units])
+
+    def fingerprint(self, key: bytes) -> str:
+        numbers = hashlib.blake2b(self.numbers.tobytes(), key=key, digest_size=32).hexdigest()
+        return f"{self.source.fingerprint(key)} {numbers}"

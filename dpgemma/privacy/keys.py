@@ -1,0 +1,62 @@
+"""The secret keys of a run: what they are for, where they come from, how they are kept."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+
+from accounting.errors import InputError
+
+_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """256-bit secrets, one for each purpose.
+
+    Attributes:
+      sampling: which units are drawn.
+      noise: which noise is added.
+      holdout: which units are held out.
+      fingerprint: of the keyed hash of the data.
+      ledger: of the HMAC of every line of the ledger.
+    """
+
+    sampling: bytes = dataclasses.field(repr=False)
+    noise: bytes = dataclasses.field(repr=False)
+    holdout: bytes = dataclasses.field(repr=False)
+    fingerprint: bytes = dataclasses.field(repr=False)
+    ledger: bytes = dataclasses.field(repr=False)
+
+    @classmethod
+    def generate(cls) -> "Keys":
+        """Keys of the operating system's randomness."""
+        return cls(*(secrets.token_bytes(_BYTES) for _ in dataclasses.fields(cls)))
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes a new file that only its owner may read.
+
+        Raises:
+          FileExistsError: keys are never replaced.
+        """
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump({field.name: getattr(self, field.name).hex() for field in dataclasses.fields(self)}, file)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Keys":
+        """The keys of a file.
+
+        Raises:
+          InputError: the file is damaged, or was not written by this program.
+        """
+        try:
+            stored = json.loads(path.read_text())
+            keys = {field.name: bytes.fromhex(stored[field.name]) for field in dataclasses.fields(cls)}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{path} is damaged: without its keys this run cannot go on; start another in a new `workdir`"
+            ) from None
+        if any(len(key) != _BYTES for key in keys.values()):
+            raise InputError(f"{path} holds keys of another length: it was not written by this program")
+        return cls(**keys)

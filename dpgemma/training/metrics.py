@@ -1,0 +1,64 @@
+"""The two metric files of a run.
+
+The public one holds public values only. Losses, norms and batch sizes of private data go to the private one.
+"""
+
+import hashlib
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+
+from dpgemma.privacy.clipping import PrivateStats
+
+
+class MetricsFile:
+    """One JSON object per step; lines from beyond a resumed step are dropped, because they will be written again.
+
+    Attributes:
+      digest: SHA-256 of what the file holds, by which a checkpoint event of the ledger knows it.
+    """
+
+    def __init__(self, path: pathlib.Path, resumed_step: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] < resumed_step:
+                        kept.append(line + "\n")
+                except ValueError:  # a line that a crash cut off
+                    continue
+        self._hash = hashlib.sha256("".join(kept).encode())
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._file = open(path, "a")
+
+    def write(self, **values: Any) -> None:
+        line = json.dumps(values) + "\n"
+        self._hash.update(line.encode())
+        self._file.write(line)
+        self._file.flush()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def private_summary(stats: PrivateStats, drawn: int) -> dict[str, Any]:
+    """Loss and gradient norms of one batch, for private/ only."""
+    norms, losses = np.asarray(stats.norms), np.asarray(stats.losses)
+    norms, losses = norms[norms != 0], losses[losses != 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # else standard error would tell that a gradient of this batch was not finite
+        quantiles = np.nanquantile(norms, (0.1, 0.5, 0.9)).tolist() if norms.size else []
+        mean = float(losses.mean()) if losses.size else 0.0
+    return {"units": drawn, "loss": mean, "norm_quantiles": quantiles}

@@ -1,0 +1,82 @@
+"""What a run tells while it is prepared and trained.
+
+The library prints nothing; whoever wants to know gives an observer.
+"""
+
+import dataclasses
+from typing import Protocol
+
+from dpgemma.training.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """What is public after a step.
+
+    Attributes:
+      steps: taken so far.
+      epsilon: spent so far, an upper bound.
+      learning_rate: of the step.
+    """
+
+    steps: int
+    epsilon: float
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Private:
+    """Raw values of a step's batch. The guarantee does not cover them: they may be shown to the operator alone.
+
+    Attributes:
+      units: that were drawn.
+      loss: mean over them.
+      norm_quantiles: of their gradients' norms, at 0.1, 0.5 and 0.9; empty for an empty batch.
+    """
+
+    units: int
+    loss: float
+    norm_quantiles: list[float]
+
+
+class Observer(Protocol):
+    """Is told what happens. Settings in messages stand in backquotes, as in accounting.errors."""
+
+    def inform(self, message: str) -> None:
+        """A public fact."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Something that the operator should look at."""
+        ...
+
+    def begin(self, plan: Plan, first_step: int, volume: tuple[str, int]) -> None:
+        """Steps are about to be taken, from `first_step` on; a row holds `volume`, as (name, number)."""
+        ...
+
+    def step(self, released: Released, private: Private) -> None:
+        """A step has been taken."""
+        ...
+
+    def end(self) -> None:
+        """No more steps are taken, whatever the reason."""
+        ...
+
+
+class Silent:
+    """An observer that does nothing; a base for those that care for a part."""
+
+    def inform(self, message: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        pass
+
+    def begin(self, plan: Plan, first_step: int, volume: tuple[str, int]) -> None:
+        pass
+
+    def step(self, released: Released, private: Private) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
