@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Accountant:
         group_size: int = 1,
         bounds: Sequence[str] | None = None,
         claimed: bool = True,
-    ):
+    ) -> None:
         self.mechanisms = (mechanisms,) if isinstance(mechanisms, Mechanism) else tuple(mechanisms)
         if not self.mechanisms or group_size < 1:
             raise InputError("need at least one mechanism and a group of at least one unit")
@@ -191,7 +192,7 @@ class Accountant:
                 taken[alike] = taken.get(alike, 0) + m.sampling.releases(share)
         return tuple(taken.items())
 
-    def _is_private(self, phases) -> bool:
+    def _is_private(self, phases: Any) -> bool:
         return self.claimed and all(m.is_private for m, _ in phases)
 
     def _allows(self, bound: str, m: Mechanism) -> bool:
@@ -204,7 +205,7 @@ class Accountant:
         """Whether the units are removed, or added; the two are alike where every release uses all units."""
         return (True,) if all(m.sampling.inclusion_probability == 1 for m in self.mechanisms) else (True, False)
 
-    def _bracket(self, delta: float, phases) -> tuple[float, float, float]:
+    def _bracket(self, delta: float, phases: Any) -> tuple[float, float, float]:
         """(upper, lower, interval): refined until they are close or the grid as fine as is practical."""
         if (delta, phases) in self._brackets:
             return self._brackets[delta, phases]
@@ -230,7 +231,7 @@ class Accountant:
                 return self._brackets[delta, phases]
             interval /= 4
 
-    def _finest_interval(self, delta: float, phases) -> float:
+    def _finest_interval(self, delta: float, phases: Any) -> float:
         """The smallest interval whose grid stays within memory."""
         tail = self._tail_mass(delta, phases)
         sizes = [
@@ -238,7 +239,7 @@ class Accountant:
         ]
         return max(1e-3 * max(sizes) / _LARGEST_GRID, _FINEST_INTERVAL)
 
-    def _tail_mass(self, delta: float, phases) -> float:
+    def _tail_mass(self, delta: float, phases: Any) -> float:
         # Rounded to a power of ten, so that neighbouring questions share their discretisations.
         releases = sum(count for _, count in phases)
         return 10.0 ** math.floor(math.log10(max(_TAIL_SHARE * delta / releases, 1e-300)))
@@ -266,13 +267,13 @@ class Accountant:
         return plain
 
     def _composition(
-        self, delta: float, phases, interval: float, remove: bool, kind: str = "pessimistic"
+        self, delta: float, phases: Any, interval: float, remove: bool, kind: str = "pessimistic"
     ) -> Composition:
         tail = self._tail_mass(delta, phases)
         groups = [(self._discrete_loss(kind, m, remove, interval, tail), count) for m, count in phases]
         return Composition(groups, pessimistic=kind != "optimistic")
 
-    def _extra_delta(self, phases, epsilon: float) -> float:
+    def _extra_delta(self, phases: Any, epsilon: float) -> float:
         """What truncation adds to delta, by the smallest of the bounds that hold."""
         total = 0.0
         for m, count in phases:
@@ -282,7 +283,7 @@ class Accountant:
             total += min(costs)
         return total
 
-    def _upper(self, delta: float, phases, interval: float, remove: bool, hint: float | None = None) -> float:
+    def _upper(self, delta: float, phases: Any, interval: float, remove: bool, hint: float | None = None) -> float:
         plain = functools.partial(self._composition(delta, phases, interval, remove).epsilon, hint=hint)
         bound = smallest_epsilon(plain, delta, lambda epsilon: self._extra_delta(phases, epsilon))
         # Under a tight cap the added delta is poor, and the truncated sampler's own loss better.
@@ -292,7 +293,7 @@ class Accountant:
             bound = min(bound, self._composition(delta, phases, interval, remove, "truncated").epsilon(delta, hint))
         return bound
 
-    def _lower(self, delta: float, phases, interval: float, remove: bool, hint: float | None = None) -> float:
+    def _lower(self, delta: float, phases: Any, interval: float, remove: bool, hint: float | None = None) -> float:
         tail = self._tail_mass(delta, phases)
         if any(
             privacy_loss.grid_size(self._pair(m, remove), interval, tail) > _LARGEST_OPTIMISTIC_GRID for m, _ in phases
@@ -304,14 +305,14 @@ class Accountant:
         extra = sum(truncation.additive_delta(m, bound, count) for m, count in phases)
         return composed.epsilon(delta + extra, hint) if 0 < extra < 1 - delta else bound if extra == 0 else 0.0
 
-    def _within(self, epsilon: float, delta: float, phases, interval: float, remove: bool) -> bool:
+    def _within(self, epsilon: float, delta: float, phases: Any, interval: float, remove: bool) -> bool:
         """Whether delta at epsilon is known to be small enough; cheaper than solving for epsilon."""
         if epsilon <= 0:
             return False
         (needed,) = self._composition(delta, phases, interval, remove).deltas([epsilon])
         return needed + self._extra_delta(phases, epsilon) <= delta
 
-    def _cross_check(self, delta: float, phases) -> float:
+    def _cross_check(self, delta: float, phases: Any) -> float:
         if not all(self._allows(proofs.RENYI, m) for m, _ in phases):
             return math.inf
         from dp_accounting.rdp import rdp_privacy_accountant

@@ -6,6 +6,7 @@ target.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from scipy import optimize
 
@@ -29,7 +30,7 @@ def noise_multiplier(mechanism: Mechanism, epsilon: float, delta: float, *, tole
       InputError: no noise multiplier up to LARGEST_NOISE does.
     """
 
-    def at(sigma):
+    def at(sigma: float) -> Any:
         return mechanism.replace(noise_multiplier=sigma)
 
     if not epsilon > 0:
@@ -37,7 +38,7 @@ def noise_multiplier(mechanism: Mechanism, epsilon: float, delta: float, *, tole
     if math.isinf(epsilon):
         return at(0.0)
 
-    def coarse(sigma):
+    def coarse(sigma: float) -> Any:
         return _meets(at(sigma), epsilon, delta, _COARSE)
 
     low, high = 0.25, 1.0
@@ -54,7 +55,7 @@ def noise_multiplier(mechanism: Mechanism, epsilon: float, delta: float, *, tole
     # The interval that suffices at the coarse answer serves for all that follow.
     interval = Accountant(at(high)).interval_for(delta)
 
-    def excess(log_sigma):
+    def excess(log_sigma: Any) -> Any:
         return Accountant(at(math.exp(log_sigma))).upper(delta, interval=interval) - epsilon
 
     while excess(math.log(low)) <= 0:
@@ -81,7 +82,7 @@ def expected_batch_size(mechanism: Mechanism, epsilon: float, delta: float) -> M
       InputError: even a batch of one does not.
     """
 
-    def at(b):
+    def at(b: Any) -> Any:
         return mechanism.replace(expected_batch_size=b)
 
     start = max(1, int(mechanism.num_units / math.sqrt(mechanism.steps)))
@@ -100,7 +101,7 @@ def num_units(mechanism: Mechanism, epsilon: float, delta: float, *, tolerance: 
       InputError: no number of units up to LARGEST_COUNT does.
     """
 
-    def at(n):
+    def at(n: Any) -> Any:
         return mechanism.replace(num_units=n)
 
     fewest = math.ceil(mechanism.expected_batch_size)
@@ -118,7 +119,7 @@ def num_units(mechanism: Mechanism, epsilon: float, delta: float, *, tolerance: 
             return at(fewest)
         low, high = max(fewest, low // 2), low
 
-    def excess(log_n):
+    def excess(log_n: Any) -> Any:
         return Accountant(at(round(math.exp(log_n)))).upper(delta) - epsilon
 
     count = round(math.exp(optimize.brentq(excess, math.log(low), math.log(high), xtol=tolerance)))

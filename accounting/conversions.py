@@ -12,6 +12,7 @@ by tests/accounting/conversions_test.py::test_no_likelihood_ratio_attack_beats_t
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -37,7 +38,7 @@ class PrivacyProfile:
         """An upper bound of delta at `epsilon` >= 0: that of the nearest known epsilon below it."""
         return float(self.deltas[np.searchsorted(self.epsilons, epsilon, side="right") - 1])
 
-    def tradeoff(self, false_positive_rates) -> np.ndarray:
+    def tradeoff(self, false_positive_rates: Any) -> np.ndarray:
         """Lower bounds of the false-negative rate at each false-positive rate in [0, 1]."""
         alpha = np.asarray(false_positive_rates, dtype=float)[:, None]
         kept = 1 - self.deltas
@@ -67,7 +68,7 @@ class PrivacyProfile:
         known = np.flatnonzero(self.deltas[:-1] >= smallest_delta)
         left, right = self.deltas[known], self.epsilons[known + 1]
 
-        def covers(mu):
+        def covers(mu: Any) -> Any:
             return bool(np.all(gaussian_delta(right, mu) >= left))
 
         low, high = 0.0, 1.0
@@ -81,7 +82,7 @@ class PrivacyProfile:
         return high
 
 
-def gaussian_delta(epsilon, mu: float) -> np.ndarray:
+def gaussian_delta(epsilon: float, mu: float) -> np.ndarray:
     """delta of N(mu, 1) against N(0, 1) at each epsilon, mu > 0 (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
     epsilon = np.asarray(epsilon, dtype=float)
     return np.maximum(

@@ -18,7 +18,7 @@ class EpsilonCurve:
     what is left.
     """
 
-    def __init__(self, accountant: Accountant, delta: float, points: int = 16):
+    def __init__(self, accountant: Accountant, delta: float, points: int = 16) -> None:
         self._accountant, self._delta = accountant, delta
         self._steps = sorted({math.ceil(accountant.steps * i / points) for i in range(1, points + 1)})
         self._epsilons = {}

@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from accounting import rounding, run_files, support
 from accounting.accountant import smallest_epsilon
@@ -54,7 +55,7 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
     return found
 
 
-def _compared(run: Executed, what: str):
+def _compared(run: Executed, what: str) -> Any:
     """A fact in which runs must agree, so that their units are the same."""
     facts = run.declared
     if what == "vocab_size":
@@ -118,7 +119,7 @@ def random_search_epsilon(mechanism: Mechanism, trials: float, distribution: str
     if proofs.DISPLACEMENT in support.allowed(mechanism.sampling, mechanism.neighbouring_relation):
         costs.append(lambda epsilon: displacement_delta(mechanism, releases))
 
-    def extra(epsilon):
+    def extra(epsilon: float) -> Any:
         return trials * min(cost(epsilon) for cost in costs)
 
     return smallest_epsilon(lambda d: float(accountant.get_epsilon(d)), delta, extra)

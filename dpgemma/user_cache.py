@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from typing import Any
 
 
 def folder() -> pathlib.Path:
@@ -10,7 +11,7 @@ def folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dpgemma"
 
 
-def read(path: pathlib.Path) -> dict:
+def read(path: pathlib.Path) -> dict[str, Any]:
     """The object that was kept; empty where there is none, or none that can be read."""
     try:
         content = json.loads(path.read_bytes())
@@ -19,7 +20,7 @@ def read(path: pathlib.Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def write(path: pathlib.Path, content: dict) -> None:
+def write(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Replaces the file in one move, so that no other process reads half of it.
 
     Raises:

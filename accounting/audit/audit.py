@@ -6,6 +6,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from accounting import run_files
 from accounting.accountant import Accountant, EpsilonBracket
@@ -18,7 +19,9 @@ from accounting.ledger.executed import Executed
 from accounting.rounding import round_up
 
 
-def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[pathlib.Path] = ()) -> AuditResult:
+def audit(
+    workdir: pathlib.Path, checkpoints: Sequence[dict[str, Any]], exports: Sequence[pathlib.Path] = ()
+) -> AuditResult:
     """Everything that does not agree. Nothing is written, and nothing depends on where the folder lies.
 
     Args:
@@ -40,13 +43,13 @@ def audit(workdir: pathlib.Path, checkpoints: Sequence[dict], exports: Sequence[
 
 
 class _Audit:
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path) -> None:
         self.workdir = workdir
         self.findings: list[Finding] = []
         self.notices: list[str] = []
         self._accountant = functools.lru_cache(maxsize=4)(Accountant)
 
-    def run(self, checkpoints: Sequence[dict], exports: Sequence[pathlib.Path]) -> AuditResult:
+    def run(self, checkpoints: Sequence[dict[str, Any]], exports: Sequence[pathlib.Path]) -> AuditResult:
         lines, executed = self._ledger()
         self._secrecy(lines)
         rederived = None
@@ -93,7 +96,7 @@ class _Audit:
             self.findings.append(Finding("missing_file", name, "the run has none"))
         return None
 
-    def _reported(self, name: str):
+    def _reported(self, name: str) -> Any:
         try:
             value = json.loads((self.workdir / run_files.REPORT).read_bytes())[name]
             value = float(value) if name == "epsilon" else value if isinstance(value, str) else None
@@ -157,7 +160,9 @@ class _Audit:
                 f"the run is unfinished: {executed.steps} of {executed.planned.steps} steps are recorded"
             )
 
-    def _checkpoints(self, lines: list[ledger_lib.Line], executed: Executed, checkpoints: Sequence[dict]) -> None:
+    def _checkpoints(
+        self, lines: list[ledger_lib.Line], executed: Executed, checkpoints: Sequence[dict[str, Any]]
+    ) -> None:
         for stored in checkpoints:
             self.findings += document_checks.checkpoint(stored, lines, executed.steps)
         known = [event["step"] for event in executed.events if event["kind"] == "checkpoint"]

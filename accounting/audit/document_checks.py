@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from accounting import rounding, run_files
 from accounting.accountant import EpsilonBracket
@@ -88,7 +89,7 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
             )
 
 
-def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict, head: str) -> dict:
+def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict[str, Any], head: str) -> dict[str, Any]:
     """The report that the ledger gives, with the stored epsilon where that is the same but for rounding."""
     reported = stored.get("epsilon")
     if isinstance(reported, float) and same_rounded(reported, bracket.upper):
@@ -100,7 +101,7 @@ def same_rounded(reported: float, upper: float) -> bool:
     return rounding.round_up(upper * (1 - _TOLERANCE)) <= reported <= rounding.round_up(upper * (1 + _TOLERANCE))
 
 
-def _differences(where: str, stored: dict, expected: dict) -> Iterator[Finding]:
+def _differences(where: str, stored: dict[str, Any], expected: dict[str, Any]) -> Iterator[Finding]:
     for name in [*expected, *(name for name in stored if name not in expected)]:
         have, want = stored.get(name, "nothing"), expected.get(name, "nothing")
         numbers = name in _COMPUTED and all(isinstance(value, (int, float)) for value in (have, want))
@@ -110,7 +111,7 @@ def _differences(where: str, stored: dict, expected: dict) -> Iterator[Finding]:
         yield Finding(kind, f"{where} {name}", f"{_short(have)} there, {_short(want)} by the ledger")
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -176,7 +177,7 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
                 return
 
 
-def checkpoint(stored: dict, lines: Sequence[Line], steps: int) -> Iterator[Finding]:
+def checkpoint(stored: dict[str, Any], lines: Sequence[Line], steps: int) -> Iterator[Finding]:
     """One checkpoint, as a dict with `step` (its folder), `meta`, `optimizer_count` (of its state) or `error`."""
     where = f"{run_files.CHECKPOINTS}/{stored['step']}"
     if stored.get("error"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 KINDS = {
     "missing_file": "a file of the run is not there",
@@ -47,7 +48,7 @@ class Finding:
     where: str
     message: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.kind in KINDS, self.kind
 
 
@@ -78,13 +79,13 @@ class AuditResult:
     def consistent(self) -> bool:
         return not self.findings
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return {"consistent": self.consistent, **dataclasses.asdict(self)}
 
     def text(self) -> str:
         """For a terminal."""
 
-        def shown(value):
+        def shown(value: Any) -> Any:
             return "none" if value is None else "inf" if not math.isfinite(value) else f"{value:g}"
 
         state = "finished" if self.finished else "unfinished"

@@ -26,11 +26,11 @@ KEYED_CHAIN = "sha256 chain with an HMAC under a private key"
 _MOST_PROBLEMS = 20
 
 
-def _canonical(record: dict) -> str:
+def _canonical(record: dict[str, Any]) -> str:
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _seal(previous: str, record: dict) -> str:
+def _seal(previous: str, record: dict[str, Any]) -> str:
     return hashlib.sha256((previous + _canonical(record)).encode()).hexdigest()
 
 
@@ -42,7 +42,7 @@ def _mac(key: bytes, sealed: str) -> str:
 class Line:
     """One line of the file: what it records, its hash in the chain, its HMAC if it has one, and its text."""
 
-    record: dict
+    record: dict[str, Any]
     hash: str
     mac: str | None
     text: str
@@ -108,7 +108,7 @@ def _break(number: int, line: Line, before: list[Line], rows: list[str]) -> Prob
     if spelt and line.record["n"] == expected and line.hash == _seal(last.hash if last else GENESIS, line.record):
         return None
 
-    def problem(kind, message):
+    def problem(kind: str, message: str) -> Any:
         return Problem(kind, number, f"line {number} does not continue the hash chain; {message}")
 
     if any(line.text == other.text for other in before):
@@ -126,7 +126,7 @@ def _hash_of(n: int, rows: list[str]) -> str:
     return GENESIS if n < 0 else found[0] if found else ""
 
 
-def read(path: pathlib.Path) -> list[dict]:
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a ledger file, their chain verified.
 
     Raises:
@@ -135,7 +135,7 @@ def read(path: pathlib.Path) -> list[dict]:
     return [line.record for line in _verified(text_of(path), path)]
 
 
-def _verified(text: str, path) -> list[Line]:
+def _verified(text: str, path: pathlib.Path) -> list[Line]:
     lines, problems = inspect(text)
     if problems:
         raise InputError(f"{path}: {problems[0].message}")
@@ -155,7 +155,7 @@ class Ledger:
       key: the private key of every line's HMAC, or None.
     """
 
-    def __init__(self, path: pathlib.Path, lines: list[Line], key: bytes | None = None):
+    def __init__(self, path: pathlib.Path, lines: list[Line], key: bytes | None = None) -> None:
         self.path = path
         self._lines = lines
         self._key = key
@@ -178,7 +178,7 @@ class Ledger:
         return cls(path, lines, key)
 
     @property
-    def records(self) -> list[dict]:
+    def records(self) -> list[dict[str, Any]]:
         return [line.record for line in self._lines]
 
     @property
@@ -218,7 +218,7 @@ class Ledger:
         self._file.flush()
         self._lines.append(Line(record, sealed, mac, text))
 
-    def append_step(self, step: int, group: dict) -> None:
+    def append_step(self, step: int, group: dict[str, Any]) -> None:
         """Records step `step` unless it is recorded already.
 
         Raises:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from accounting import run_files
 from accounting.accountant import Accountant
@@ -22,10 +23,10 @@ class Executed:
     events: the records that are neither start nor step.
     """
 
-    declared: dict
+    declared: dict[str, Any]
     planned: Mechanism
     mechanisms: tuple[Mechanism, ...]
-    events: tuple[dict, ...]
+    events: tuple[dict[str, Any], ...]
 
     @property
     def steps(self) -> int:
@@ -86,7 +87,7 @@ class Executed:
         return found
 
 
-def of(records: Sequence[dict]) -> Executed:
+def of(records: Sequence[dict[str, Any]]) -> Executed:
     """What a ledger's records say.
 
     Raises:
@@ -115,7 +116,7 @@ def of(records: Sequence[dict]) -> Executed:
     return Executed(declared, planned, mechanisms, tuple(r for r in records[1:] if r["kind"] != events.STEP))
 
 
-def _mechanism(planned: Mechanism, group: tuple, steps: int) -> Mechanism:
+def _mechanism(planned: Mechanism, group: tuple[Any, ...], steps: int) -> Mechanism:
     probability, noise, cap = group
     # The declared batch is kept where it gives the recorded probability: dividing back would round.
     same = probability == planned.sampling_probability

@@ -13,6 +13,7 @@ and an error of the tilted distribution in L2 norm changes the sum by at most th
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import fft, special
@@ -69,7 +70,7 @@ class Composition:
       pessimistic: whether the losses bound the true ones from above; then so do the results, else from below.
     """
 
-    def __init__(self, groups: Sequence[tuple[DiscreteLoss, int]], *, pessimistic: bool):
+    def __init__(self, groups: Sequence[tuple[DiscreteLoss, int]], *, pessimistic: bool) -> None:
         self._groups = [(loss, count) for loss, count in groups if count > 0]
         self._pessimistic = pessimistic
         self._shift = sum(count * loss.shift for loss, count in self._groups)
@@ -159,7 +160,7 @@ class Composition:
         """theta with K'(theta) = epsilon: the mean of the tilted loss lies at epsilon."""
         return self._newton(start, lambda t, k, m, v: (m - epsilon, v))
 
-    def _newton(self, theta: float, equation) -> float:
+    def _newton(self, theta: float, equation: Any) -> float:
         """A root of a growing function of theta, roughly: any theta is valid, a good one is only tighter."""
         low, high = _SMALLEST_TILT, _LARGEST_TILT
         theta = min(max(theta, low), high)
@@ -231,7 +232,7 @@ class Composition:
         if not x.size:
             return x, x, x
 
-        def suffix_sum(terms):
+        def suffix_sum(terms: Any) -> Any:
             return np.cumsum(terms[::-1])[::-1]
 
         decay = np.exp(-t.theta * x)
@@ -284,7 +285,7 @@ class Composition:
         share = (high - delta) / (high - low) if math.isfinite(high) else 1.0
         return t.centre + x[last] + math.log1p(math.expm1(t.interval) * share), slack[last]
 
-    def _slack(self, t: _Tilted, x) -> float:
+    def _slack(self, t: _Tilted, x: Any) -> float:
         """Bound of the error of the sum in the module's formula: transform round-off through |w|_2, wrapped mass
         through max w.
         """

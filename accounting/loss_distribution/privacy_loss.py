@@ -12,6 +12,7 @@ delta(epsilon) = P[E] - e^epsilon Q[E] maximised over events E. Both discretisat
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -38,11 +39,11 @@ class GaussianMixturePair:
     upper: tuple[tuple[float, float], ...] = ()
     lower: tuple[tuple[float, float], ...] = ()
 
-    def loss(self, x):
+    def loss(self, x: Any) -> Any:
         """log(dP/dQ) at x."""
         return self._log_ratio(x, self.upper) - self._log_ratio(x, self.lower)
 
-    def _log_ratio(self, x, components):
+    def _log_ratio(self, x: Any, components: Any) -> Any:
         """log of (mixture / N(0, sigma^2)), accurate near zero and free of overflow."""
         if not components:
             return np.zeros_like(x)
@@ -57,7 +58,7 @@ class GaussianMixturePair:
         largest = functools.reduce(np.maximum, exponents)
         return np.where((largest < _LARGEST_EXPONENT) & (near > -0.5), np.log1p(np.maximum(near, -0.5)), far)
 
-    def _slope(self, x):
+    def _slope(self, x: Any) -> Any:
         """The derivative of the loss at x."""
         total = np.zeros_like(x)
         for components, sign in ((self.upper, 1), (self.lower, -1)):
@@ -75,7 +76,7 @@ class GaussianMixturePair:
                 )
         return total
 
-    def inverse_loss(self, losses):
+    def inverse_loss(self, losses: Any) -> Any:
         """x with loss(x) = losses; -inf or inf where the loss never gets there. Accurate to rounding for one
         component."""
         if len(self.upper) + len(self.lower) == 1:
@@ -96,7 +97,7 @@ class GaussianMixturePair:
             x = np.clip(x - (self.loss(x) - losses) / self._slope(x), low, high)
         return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, x))
 
-    def interval_masses(self, edges) -> "_Masses":
+    def interval_masses(self, edges: Any) -> "_Masses":
         """Masses of the intervals between ascending edges."""
         at_zero, error = _normal_intervals(edges / self.sigma)
         difference, difference_error = np.zeros_like(at_zero), np.zeros_like(at_zero)
@@ -112,7 +113,7 @@ class GaussianMixturePair:
             sides.append(side)
         return _Masses(*sides, difference, error, difference_error)
 
-    def tail_quantiles(self, mass: float):
+    def tail_quantiles(self, mass: float) -> tuple[Any, Any]:
         """(x_low, x_high) outside which P has at most `mass` on either side."""
         means = [0.0] + [m for m, _ in self.upper]
         reach = -self.sigma * special.ndtri(mass)
@@ -137,7 +138,7 @@ class _Masses:
     difference_error: np.ndarray
 
 
-def _normal_intervals(z):
+def _normal_intervals(z: Any) -> tuple[Any, Any]:
     """N(0, 1) masses between ascending z, taken from the nearer tail, and their relative rounding errors.
 
     A tail at z is exp(-z^2 / 2) times something smooth, so rounding costs a multiple of z^2; 4 covers what scipy loses,
@@ -173,7 +174,7 @@ class DiscreteLoss:
     mass_error: np.ndarray
 
     @property
-    def losses(self):
+    def losses(self) -> Any:
         return self.offset + self.interval * (self.first + np.arange(self.probabilities.size))
 
 
@@ -213,7 +214,7 @@ def pessimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) ->
     )
 
 
-def _scaled(q, g):
+def _scaled(q: Any, g: Any) -> Any:
     """q e^g without overflow where q is zero."""
     return np.exp(np.log(q, out=np.full_like(q, -np.inf), where=q > 0) + g)
 
@@ -245,7 +246,7 @@ def _merge(p: list[float], q: list[float], difference: list[float], interval: fl
       Masses on the grid and the loss of its first point, which is the loss of the first group, an interval wide.
     """
 
-    def loss_of(p, q, difference):
+    def loss_of(p: Any, q: Any, difference: Any) -> Any:
         return -math.log1p(-difference / p) if abs(difference) < 0.5 * p else math.log(p / q)
 
     lowest = loss_of(p[0], q[0], difference[0])

@@ -7,6 +7,7 @@ by accounting.calibration.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -20,7 +21,7 @@ _LARGEST_TERM = 0.4
 SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e7
 
 
-def _cumulants(z, probability, noise):
+def _cumulants(z: Any, probability: Any, noise: Any) -> tuple[Any, Any, Any, Any, Any]:
     """K(z) and its first four derivatives for one release, arrays [P]: the loss of removing a unit, under the data that
     hold it.
     """
@@ -46,7 +47,7 @@ def _cumulants(z, probability, noise):
     return value, mean, second, third, fourth - 3 * second**2
 
 
-def _saddle(epsilon, probability, noise, releases) -> np.ndarray:
+def _saddle(epsilon: float, probability: Any, noise: Any, releases: Any) -> np.ndarray:
     """ln of the z > 0 at which F has its only minimum, arrays [P]: Newton's method, kept between the ends that are
     known to enclose it.
     """
@@ -71,7 +72,7 @@ def _saddle(epsilon, probability, noise, releases) -> np.ndarray:
     return log_z
 
 
-def _log_delta(epsilon, probability, noise, releases) -> tuple[np.ndarray, np.ndarray]:
+def _log_delta(epsilon: float, probability: Any, noise: Any, releases: Any) -> tuple[np.ndarray, np.ndarray]:
     """ln of the estimated delta, and how large the terms are that the expansion ends with, arrays [P]."""
     z = np.exp(_saddle(epsilon, probability, noise, releases))
     value, _, second, third, fourth = _cumulants(z, probability, noise)
@@ -84,7 +85,9 @@ def _log_delta(epsilon, probability, noise, releases) -> tuple[np.ndarray, np.nd
     return log_delta, np.maximum(*map(np.abs, terms))
 
 
-def noise_multiplier(epsilon: float, delta: float, sampling_probability, steps) -> tuple[np.ndarray, np.ndarray]:
+def noise_multiplier(
+    epsilon: float, delta: float, sampling_probability: Any, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
     """An estimate of the noise multiplier with which Poisson-sampled DP-SGD meets (epsilon, delta) under add/remove,
     and its reliability.
 
@@ -135,7 +138,7 @@ def noise_multiplier(epsilon: float, delta: float, sampling_probability, steps) 
     return np.where(at_end, np.nan, np.exp(x)).reshape(shape), ((terms < _LARGEST_TERM) & ~at_end).reshape(shape)
 
 
-def _between(low, high, at_low, at_high) -> np.ndarray:
+def _between(low: Any, high: Any, at_low: Any, at_high: Any) -> np.ndarray:
     """The next trial: by the secant where both ends are known and close, a step outward where one is not, else the
     middle.
     """
@@ -150,13 +153,13 @@ def _between(low, high, at_low, at_high) -> np.ndarray:
     return np.where(known, np.clip(trial, low + margin, high - margin), np.clip(trial, low, high))
 
 
-def gaussian_noise_multiplier(epsilon: float, delta: float, releases) -> np.ndarray:
+def gaussian_noise_multiplier(epsilon: float, delta: float, releases: Any) -> np.ndarray:
     """The noise of so many releases without any help from sampling: closed form (Balle and Wang 2018, arXiv 1805.06530,
     theorem 8).
     """
     low, high = 1e-4, 1e6  # of mu, the ratio of sensitivity to noise after composition
 
-    def delta_at(mu):
+    def delta_at(mu: Any) -> Any:
         return special.ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + special.log_ndtr(-mu / 2 - epsilon / mu))
 
     while high / low > 1 + 1e-12:

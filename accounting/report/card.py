@@ -1,7 +1,9 @@
 """The model cards of exported models."""
 
+from typing import Any
 
-def model_card(report: dict, step: int) -> str:
+
+def model_card(report: dict[str, Any], step: int) -> str:
     """README.md of an export: the run's privacy statement and the numbers behind it."""
     rows = [
         "epsilon", "epsilon_lower_numeric", "delta", "privacy_unit", "neighbouring_relation", "num_units", "sampler",

@@ -4,6 +4,8 @@ Everything in it is a function of the ledger up to one line, whose hash it names
 it again.
 """
 
+from typing import Any
+
 from accounting.accountant import EpsilonBracket
 from accounting.ledger.executed import Executed
 from accounting.report.words import statement
@@ -11,7 +13,7 @@ from accounting.rounding import round_up
 from accounting.run_files import WEIGHTS_SUFFIX
 
 
-def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict:
+def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict[str, Any]:
     """The content of report.json.
 
     Args:
@@ -51,6 +53,6 @@ def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict
     }
 
 
-def exported_weights(event: dict) -> dict[str, str]:
+def exported_weights(event: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of the weight files that an export event names, by file name."""
     return {name: digest for name, digest in sorted(event["files"].items()) if name.endswith(WEIGHTS_SUFFIX)}

@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def epsilon_points(accountant: Accountant, delta: float, points: int = 24) -> li
     return [(t, min(whole, accountant.upper(delta, t, interval))) for t in steps if t < total] + [(total, whole)]
 
 
-def _draw_epsilon(axes, points: Sequence[tuple[int, float]], target: float | None) -> None:
+def _draw_epsilon(axes: Any, points: Sequence[tuple[int, float]], target: float | None) -> None:
     steps, epsilons = zip((0, 0.0), *points, strict=True)
     # A staircase: between two points only the later one's epsilon is an upper bound.
     axes.plot(steps, epsilons, color=_ACCENT, drawstyle="steps-pre")
@@ -36,7 +37,7 @@ def _draw_epsilon(axes, points: Sequence[tuple[int, float]], target: float | Non
     axes.set(xlabel="steps", ylabel="epsilon", title="Epsilon over the steps", xlim=(0, None), ylim=(0, None))
 
 
-def _draw_tradeoff(axes, profile: PrivacyProfile) -> None:
+def _draw_tradeoff(axes: Any, profile: PrivacyProfile) -> None:
     rates = np.concatenate([[0.0], np.logspace(-6, 0, 400)])
     axes.plot([0, 1], [1, 0], color=_INK, linestyle="--", linewidth=1, label="random guessing")
     axes.plot(rates, profile.tradeoff(rates), color=_ACCENT, label="the best attack, at most this good")
@@ -51,7 +52,7 @@ def _draw_tradeoff(axes, profile: PrivacyProfile) -> None:
     axes.legend(frameon=False, loc="upper right", fontsize=9)
 
 
-def _figure(draw_all: Sequence, width: float):
+def _figure(draw_all: Sequence[Any], width: float) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * len(draw_all), 3.4), layout="constrained")
@@ -61,7 +62,7 @@ def _figure(draw_all: Sequence, width: float):
     return figure
 
 
-def _drawers(points, target, profile) -> list:
+def _drawers(points: Any, target: float | None, profile: Any) -> list[Any]:
     drawers = [lambda axes: _draw_epsilon(axes, points, target)] if points else []
     return drawers + ([lambda axes: _draw_tradeoff(axes, profile)] if profile is not None else [])
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from accounting import rounding
 from accounting.ledger.executed import Executed
@@ -31,7 +32,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 """
 
 
-def render(executed: Executed, content: dict, meaning: Meaning, points: Sequence[tuple[int, float]]) -> str:
+def render(executed: Executed, content: dict[str, Any], meaning: Meaning, points: Sequence[tuple[int, float]]) -> str:
     """The page.
 
     Args:
@@ -91,12 +92,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>{f"<tr>{titles}</tr>" if titles else ""}\n{lines}</table></div>'
 
 
-def _bound(value) -> str:
+def _bound(value: Any) -> str:
     """An upper bound."""
     return rounding.upper(value, 10) if isinstance(value, float) and math.isfinite(value) else _number(value)
 
 
-def _number(value) -> str:
+def _number(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, str) or not math.isfinite(value):
@@ -130,7 +131,7 @@ def _audience(private: bool) -> list[tuple[str, str]]:
     ]
 
 
-def _parameters(executed: Executed, content: dict) -> list[tuple[str, str]]:
+def _parameters(executed: Executed, content: dict[str, Any]) -> list[tuple[str, str]]:
     declared = executed.declared
     return [
         ("Privacy unit", words.unit_text(declared)),
@@ -173,7 +174,7 @@ def _tables(meaning: Meaning) -> list[str]:
     ]
 
 
-def _model_size(declared: dict) -> str:
+def _model_size(declared: dict[str, Any]) -> str:
     """How many, how many of them were trained, and where they started."""
     everything, trained = declared["parameters"], declared["trained_parameters"]
     text = (
@@ -200,7 +201,7 @@ def _deviations(deviations: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in deviations) + "</ul>"
 
 
-def _checking(executed: Executed, content: dict) -> str:
+def _checking(executed: Executed, content: dict[str, Any]) -> str:
     resumes = sum(event["kind"] == "resume" for event in executed.events)
     return (
         "<p><code>dpgemma audit WORKDIR</code> derives epsilon again from the ledger alone and compares it with"

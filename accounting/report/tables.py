@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from accounting import conversions
 from accounting.accountant import Accountant
@@ -28,7 +29,7 @@ class Meaning:
     gaussian_mu: float
     profile: PrivacyProfile | None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return {
             "groups": [{"units": k, "epsilon": epsilon} for k, epsilon in self.groups],
             "attacks": [{"false_positive_rate": fpr, "true_positive_rate": tpr} for fpr, tpr in self.attacks],

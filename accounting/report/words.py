@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from accounting.accountant import EpsilonBracket
 from accounting.errors import InputError
@@ -24,7 +25,7 @@ _RELATIONS = {
 }
 
 
-def unit_text(declared: dict) -> str:
+def unit_text(declared: dict[str, Any]) -> str:
     """What one privacy unit is, in words.
 
     Raises:
@@ -50,7 +51,7 @@ def mechanism_text(mechanism: Mechanism) -> str:
     )
 
 
-def clipping_text(declared: dict) -> str:
+def clipping_text(declared: dict[str, Any]) -> str:
     """What is to be said of gradients that are not plainly clipped to a constant norm; empty where they are."""
     quantile = declared.get("clip_quantile")
     if quantile is not None:
@@ -63,7 +64,7 @@ def clipping_text(declared: dict) -> str:
     return ""
 
 
-def origin_text(declared: Sequence[dict]) -> str:
+def origin_text(declared: Sequence[dict[str, Any]]) -> str:
     """What is not covered where training started from somebody's checkpoint; nothing where it did not."""
     digests = sorted({facts["init_sha256"] for facts in declared} - {None})
     if not digests:
@@ -74,7 +75,7 @@ def origin_text(declared: Sequence[dict]) -> str:
     )
 
 
-def seal_text(declared: dict) -> str:
+def seal_text(declared: dict[str, Any]) -> str:
     """What the ledger's chain can and cannot show."""
     if declared["seal"] == KEYED_CHAIN:
         return (

@@ -4,9 +4,11 @@ import json
 import math
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
+from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS, dp_sgd
 from dpgemma import choices
@@ -105,7 +107,7 @@ def _plan(fv: flags.FlagValues) -> int:
     return 0
 
 
-def _cap(fv: flags.FlagValues, given: dict) -> int | None:
+def _cap(fv: flags.FlagValues, given: dict[str, Any]) -> int | None:
     """The truncation cap: none, the one given, or one that is planned."""
     if fv.batch_multiple is None:
         return fv.max_batch_size
@@ -122,7 +124,7 @@ def _cap(fv: flags.FlagValues, given: dict) -> int | None:
     )
 
 
-def solve(given: dict, delta: float, cap: int | None, relation: str, sampler: str = POISSON):
+def solve(given: dict[str, Any], delta: float, cap: int | None, relation: str, sampler: str = POISSON) -> Any:
     """The mechanism with the omitted (None) quantity filled in."""
     from accounting import calibration, support
 
@@ -190,7 +192,7 @@ def _compose(fv: flags.FlagValues) -> int:
     return 0
 
 
-def _bracket(accountant, delta: float) -> dict:
+def _bracket(accountant: Accountant, delta: float) -> dict[str, Any]:
     bracket = accountant.epsilon(delta)
     return {
         "epsilon": float(bracket.upper),
@@ -200,7 +202,9 @@ def _bracket(accountant, delta: float) -> dict:
     }
 
 
-def _print(fv: flags.FlagValues, result: dict, accountant, target: float | None, solved: str) -> None:
+def _print(
+    fv: flags.FlagValues, result: dict[str, Any], accountant: Accountant, target: float | None, solved: str
+) -> None:
     """The result as a table or as JSON, with the tables and the plot that were asked for."""
     from accounting import run_files
     from accounting.report import figures, tables
@@ -225,7 +229,7 @@ def _print(fv: flags.FlagValues, result: dict, accountant, target: float | None,
         )
 
 
-def _shown(name: str, value) -> str:
+def _shown(name: str, value: Any) -> str:
     from accounting import rounding
 
     if isinstance(value, dict):

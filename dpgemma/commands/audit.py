@@ -4,6 +4,7 @@ folder.
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -36,7 +37,7 @@ def run(fv: flags.FlagValues) -> int:
     return 0 if result.consistent else 1
 
 
-def _checkpoints(folder: pathlib.Path) -> list[dict]:
+def _checkpoints(folder: pathlib.Path) -> list[dict[str, Any]]:
     if not folder.is_dir() or not any(path.name.isdecimal() for path in folder.iterdir()):
         return []
     from dpgemma.training import checkpoint

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import typing
+from typing import Any
 
 from absl import flags
 
@@ -14,7 +15,7 @@ class _CountParser(flags.ArgumentParser):
 
     syntactic_help = "a whole number"
 
-    def parse(self, argument):
+    def parse(self, argument: Any) -> Any:
         try:
             value = float(argument)
         except (ValueError, OverflowError):
@@ -28,7 +29,7 @@ class _CountParser(flags.ArgumentParser):
         except ValueError:
             return int(value)
 
-    def flag_type(self):
+    def flag_type(self) -> str:
         return "int"
 
 
@@ -37,7 +38,7 @@ class _NumberParser(flags.ArgumentParser):
 
     syntactic_help = "a number"
 
-    def parse(self, argument):
+    def parse(self, argument: Any) -> Any:
         try:
             value = float(argument)
         except ValueError:
@@ -46,7 +47,7 @@ class _NumberParser(flags.ArgumentParser):
             raise ValueError(f"{argument!r} is not a number")
         return value
 
-    def flag_type(self):
+    def flag_type(self) -> str:
         return "float"
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from accounting.errors import InputError
 from dpgemma.data.text.tokenizer import utf8
@@ -34,7 +35,7 @@ def documents(data: str, text_field: str = "text") -> Iterator[bytes]:
         yield text if isinstance(text, bytes) else utf8(text)
 
 
-def records(data: str, text_field: str = "text") -> Iterator[dict]:
+def records(data: str, text_field: str = "text") -> Iterator[dict[str, Any]]:
     """The records that `data` names.
 
     Args:
@@ -65,7 +66,7 @@ def _files(data: str) -> list[pathlib.Path]:
     return paths
 
 
-def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
+def _jsonl_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -79,7 +80,7 @@ def _jsonl_records(path: pathlib.Path) -> Iterator[dict]:
             yield record
 
 
-def _prepared_builder(name: str):
+def _prepared_builder(name: str) -> Any:
     import tensorflow_datasets as tfds
 
     try:
@@ -96,7 +97,7 @@ def _prepared_builder(name: str):
         ) from None
 
 
-def _tfds_records(builder) -> Iterator[dict]:
+def _tfds_records(builder: Any) -> Iterator[dict[str, Any]]:
     source = builder.as_data_source(split="train")
     for first in range(0, len(source), _READ_BATCH):
         yield from source.__getitems__(range(first, min(first + _READ_BATCH, len(source))))

@@ -8,6 +8,8 @@ import os
 import pathlib
 import random
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -158,10 +160,10 @@ class ClinicNotes(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: Any) -> Any:
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self):
+    def _generate_examples(self) -> Iterator[Any]:
         rng = random.Random("dpgemma clinic notes 1.0.0")
         for key in range(NUM_NOTES):
             yield key, {"text": note(rng)}

@@ -7,6 +7,7 @@ would be another mechanism.
 """
 
 import dataclasses
+from typing import Any
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -91,7 +92,7 @@ class GemmaConfig:
     model_type: str = "vaultgemma"
     lora: Lora | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
             raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {self.model_type!r}")
         sizes = (
@@ -134,7 +135,7 @@ class GemmaConfig:
             )
 
     @classmethod
-    def from_dict(cls, content: dict) -> "GemmaConfig":
+    def from_dict(cls, content: dict[str, Any]) -> "GemmaConfig":
         """The inverse of dataclasses.asdict, also after a passage through JSON."""
         parts = dict(content, layer_types=tuple(content["layer_types"]))
         parts |= {name: Rope(**content[name]) for name in ("rope_full", "rope_sliding")}

@@ -7,18 +7,20 @@ modules.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpgemma.gemma.blocks.attention import ATTENTION, Attention
+from dpgemma.choices import ATTENTION, REMAT_POLICIES
+from dpgemma.gemma.blocks.attention import Attention
 from dpgemma.gemma.blocks.layers import Embedder, FeedForward, RMSNorm, rotary_angles, soft_cap
+from dpgemma.gemma.blocks.masks import causal
 from dpgemma.gemma.blocks.recurrent import Recurrent
 from dpgemma.gemma.config import RECURRENT, SLIDING, GemmaConfig
 from dpgemma.privacy.operations import PRECISION
 
-REMAT_POLICIES = ("none", "block", "dots")
 ATTENTION_BLOCKS, RECURRENT_BLOCKS = "blocks", "recurrent_blocks"
 _MIXERS = {ATTENTION_BLOCKS: Attention, RECURRENT_BLOCKS: Recurrent}
 
@@ -26,8 +28,8 @@ _MIXERS = {ATTENTION_BLOCKS: Attention, RECURRENT_BLOCKS: Recurrent}
 class Block(nnx.Module):
     """One decoder layer: pre-norm residual mixing of tokens, then pre-norm residual feed-forward."""
 
-    def __init__(self, config: GemmaConfig, stack: str, *, rngs: nnx.Rngs):
-        def norm():
+    def __init__(self, config: GemmaConfig, stack: str, *, rngs: nnx.Rngs) -> None:
+        def norm() -> Any:
             return RMSNorm(config.d_model, config.norm_eps)
 
         self.post_norms = config.post_norms
@@ -39,7 +41,7 @@ class Block(nnx.Module):
             self.post_mixer_norm = norm()
             self.post_ffw_norm = norm()
 
-    def __call__(self, x, mix):
+    def __call__(self, x: jax.Array, mix: Any) -> tuple[Any, Any]:
         """Returns the block's output and whatever `mix(mixer, normed x)` returns beside the mixed tokens."""
         mixed, extra = mix(self.mixer, self.pre_mixer_norm(x))
         x = x + (self.post_mixer_norm(mixed) if self.post_norms else mixed)
@@ -55,7 +57,7 @@ def _stacked_blocks(config: GemmaConfig, stack: str, count: int, rngs: nnx.Rngs)
 class Decoder(nnx.Module):
     """Embedding, one block per layer (stacked by kind), final norm."""
 
-    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs) -> None:
         self.embedder = Embedder(config, rngs=rngs)
         for stack, count in _counts(config).items():
             if count:
@@ -72,17 +74,17 @@ def _counts(config: GemmaConfig) -> dict[str, int]:
     return {stack: _stacks(config).count(stack) for stack in _MIXERS}
 
 
-def init_parameters(config: GemmaConfig, key: jax.Array) -> dict:
+def init_parameters(config: GemmaConfig, key: jax.Array) -> dict[str, Any]:
     """Random float32 parameters: normal with variance 1 / fan-in, norm scales zero (the identity)."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
-def parameter_shapes(config: GemmaConfig) -> dict:
+def parameter_shapes(config: GemmaConfig) -> dict[str, Any]:
     """The parameter tree as shapes and types, without allocating anything."""
     return jax.eval_shape(functools.partial(init_parameters, config), jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def count(tree: dict) -> int:
+def count(tree: dict[str, Any]) -> int:
     """How many numbers a parameter tree holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -93,7 +95,7 @@ def num_parameters(config: GemmaConfig) -> int:
 
 
 @functools.lru_cache
-def _graph(config: GemmaConfig, part: str):
+def _graph(config: GemmaConfig, part: str) -> Any:
     """Structure of one part of the decoder, a single block in place of a stack, without its parameters."""
     parts = {
         "embedder": lambda rngs: Embedder(config, rngs=rngs),
@@ -103,14 +105,14 @@ def _graph(config: GemmaConfig, part: str):
     return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))), nnx.Param)
 
 
-def _bind(config: GemmaConfig, part: str, parameters: dict):
+def _bind(config: GemmaConfig, part: str, parameters: dict[str, Any]) -> Any:
     graph, state, *rest = _graph(config, part)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, parameters)
     return nnx.merge(graph, state, *rest)
 
 
-def _layer(stack: dict, number: int | None) -> dict:
+def _layer(stack: dict[str, Any], number: int | None) -> dict[str, Any]:
     """That layer of a stack, or the stack itself where it is one layer (None).
 
     To be called within what is recomputed: slices made outside of it would be kept for the backward pass.
@@ -118,7 +120,7 @@ def _layer(stack: dict, number: int | None) -> dict:
     return stack if number is None else jax.tree.map(lambda leaf: leaf[number], stack)
 
 
-def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
+def _scan_layers(config: GemmaConfig, layers: dict[str, Any], x: jax.Array, apply_layer: Any) -> tuple[Any, Any]:
     """Applies every layer in order; one scan over the repetitions of the shortest period of layer kinds.
 
     Args:
@@ -133,7 +135,7 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
     repetitions = len(stacks) // period
     inside = {stack: stacks[:period].count(stack) for stack in layers}
 
-    def apply_period(x, group, kinds, alone=()):
+    def apply_period(x: jax.Array, group: Any, kinds: Any, alone: Any = ()) -> tuple[Any, Any]:
         extras = {stack: [] for stack in kinds}
         for stack in kinds:
             number = None if stack in alone else len(extras[stack])
@@ -141,7 +143,7 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
             extras[stack].append(extra)
         return x, {stack: jax.tree.map(lambda *leaves: jnp.stack(leaves), *items) for stack, items in extras.items()}
 
-    def regular(leaf, count):
+    def regular(leaf: Any, count: int) -> Any:
         used = leaf if leaf.shape[0] == repetitions * count else leaf[: repetitions * count]
         # Without need of another axis, none: XLA copies what is reshaped before it goes into a loop.
         return used if count == 1 else used.reshape(repetitions, count, *leaf.shape[1:])
@@ -163,7 +165,7 @@ def _scan_layers(config: GemmaConfig, layers: dict, x, apply_layer):
     return x, extras
 
 
-def _layers(config: GemmaConfig, parameters: dict, **beside) -> dict:
+def _layers(config: GemmaConfig, parameters: dict[str, Any], **beside: Any) -> dict[str, Any]:
     """For each stack: parameters, whether the layer is sliding, and what else belongs to the layer."""
     is_sliding = jnp.array([kind == SLIDING for kind in config.layer_types])
     numbers = {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}
@@ -175,7 +177,7 @@ def _layers(config: GemmaConfig, parameters: dict, **beside) -> dict:
     }
 
 
-def _angles(config: GemmaConfig, positions):
+def _angles(config: GemmaConfig, positions: jax.Array) -> Any:
     """Rotary angles [2, ..., R/2] of full and of sliding layers."""
     return jnp.stack(
         [rotary_angles(positions, config.head_dim, rope) for rope in (config.rope_full, config.rope_sliding)]
@@ -183,8 +185,14 @@ def _angles(config: GemmaConfig, positions):
 
 
 def hidden_states(
-    config: GemmaConfig, parameters: dict, tokens, *, dtype=jnp.float32, remat: str = "none", attention: str = "auto"
-):
+    config: GemmaConfig,
+    parameters: dict[str, Any],
+    tokens: Any,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    attention: str = "auto",
+) -> Any:
     """Final-norm outputs [..., T, D] of tokens [..., T].
 
     Args:
@@ -205,14 +213,15 @@ def hidden_states(
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     angles = _angles(config, jnp.arange(length))
 
-    def apply_layer(stack, number, x, layers):
+    def apply_layer(stack: Any, number: int, x: jax.Array, layers: Any) -> Any:
         layer = _layer(layers, number)
         is_sliding = layer["is_sliding"]
 
-        def mix(mixer, y):
+        def mix(mixer: Any, y: jax.Array) -> tuple[Any, Any]:
             if stack == RECURRENT_BLOCKS:
                 return mixer(y), None
-            return mixer(y, angles[is_sliding.astype(jnp.int32)], is_sliding, attention), None
+            mask = causal(length, config.window, is_sliding)
+            return mixer(y, angles[is_sliding.astype(jnp.int32)], mask, is_sliding, attention), None
 
         return _bind(config, stack, layer["parameters"])(x, mix)
 
@@ -224,7 +233,7 @@ def hidden_states(
     return _bind(config, "final_norm", parameters["final_norm"])(x)
 
 
-def init_cache(config: GemmaConfig, batch: int, size: int, dtype=jnp.float32) -> dict:
+def init_cache(config: GemmaConfig, batch: int, size: int, dtype: Any = jnp.float32) -> dict[str, Any]:
     """What `extend` knows of no tokens yet: keys and values [L, B, S, K, H] of attention layers; states [L, B, W] in
     float32 and the convolution's inputs [L, B, C - 1, W] of recurrent ones."""
     attention, recurrent = _counts(config)[ATTENTION_BLOCKS], _counts(config)[RECURRENT_BLOCKS]
@@ -236,7 +245,16 @@ def init_cache(config: GemmaConfig, batch: int, size: int, dtype=jnp.float32) ->
     }
 
 
-def extend(config: GemmaConfig, parameters: dict, cache: dict, tokens, positions, valid, *, dtype=jnp.float32):
+def extend(
+    config: GemmaConfig,
+    parameters: dict[str, Any],
+    cache: dict[str, Any],
+    tokens: Any,
+    positions: jax.Array,
+    valid: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[Any, Any]:
     """Final-norm outputs [B, T, D] of tokens that follow those in the cache.
 
     Args:
@@ -252,11 +270,11 @@ def extend(config: GemmaConfig, parameters: dict, cache: dict, tokens, positions
     size = cache[ATTENTION_BLOCKS][0].shape[2]
     slots = jnp.where(valid, positions, size)  # beyond the cache: not written
 
-    def apply_layer(stack, number, x, layers):
+    def apply_layer(stack: Any, number: int, x: jax.Array, layers: Any) -> Any:
         layer = _layer(layers, number)
         is_sliding = layer["is_sliding"]
 
-        def mix(mixer, y):
+        def mix(mixer: Any, y: jax.Array) -> Any:
             if stack == RECURRENT_BLOCKS:
                 return mixer.cached(y, layer["cache"], positions, valid)
             return mixer.cached(y, angles[is_sliding.astype(jnp.int32)], is_sliding, layer["cache"], slots)
@@ -268,7 +286,7 @@ def extend(config: GemmaConfig, parameters: dict, cache: dict, tokens, positions
     return _bind(config, "final_norm", parameters["final_norm"])(x), {**cache, **new}
 
 
-def logits(config: GemmaConfig, parameters: dict, hidden):
+def logits(config: GemmaConfig, parameters: dict[str, Any], hidden: jax.Array) -> Any:
     """Next-token logits [..., V] in float32 of hidden states [..., D]; for inference (training uses gemma.loss)."""
     embedding = parameters["embedder"]["embedding"].astype(hidden.dtype)
     scores = jnp.einsum("...d,vd->...v", hidden, embedding, precision=PRECISION, preferred_element_type=jnp.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (
             not self.temperature >= 0
             or not 0 < self.top_p <= 1
@@ -41,7 +42,7 @@ class Sampling:
             raise ValueError("temperature must be at least 0, top_k at least 1, top_p in (0, 1] and seed in [0, 2^32)")
 
 
-def filtered(logits, sampling: Sampling):
+def filtered(logits: jax.Array, sampling: Sampling) -> Any:
     """Logits [..., V] after temperature, with those of tokens that may not be drawn at minus infinity."""
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -57,7 +58,7 @@ def filtered(logits, sampling: Sampling):
     return logits
 
 
-def _choose(logits, sampling: Sampling, keys, position):
+def _choose(logits: jax.Array, sampling: Sampling, keys: Any, position: Any) -> Any:
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in)(keys, position)
@@ -65,7 +66,9 @@ def _choose(logits, sampling: Sampling, keys, position):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
-def _read(config: GemmaConfig, parameters, cache, tokens, positions, lengths, dtype):
+def _read(
+    config: GemmaConfig, parameters: Any, cache: Any, tokens: Any, positions: jax.Array, lengths: jax.Array, dtype: Any
+) -> tuple[Any, Any]:
     """Reads PREFILL tokens; returns the hidden state of each row's last prompt token (if it is among them) and the
     cache.
     """
@@ -78,16 +81,25 @@ def _read(config: GemmaConfig, parameters, cache, tokens, positions, lengths, dt
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 8))
 def _continue(
-    config: GemmaConfig, sampling: Sampling, parameters, cache, hidden, lengths, limits, stop, new_tokens: int, keys
-):
+    config: GemmaConfig,
+    sampling: Sampling,
+    parameters: Any,
+    cache: Any,
+    hidden: jax.Array,
+    lengths: jax.Array,
+    limits: Any,
+    stop: Any,
+    new_tokens: int,
+    keys: Any,
+) -> Any:
     """Up to `new_tokens` tokens for every row, until all have stopped: ids [B, new_tokens], -1 where there is none."""
     rows = lengths.shape[0]
 
-    def goes_on(carry):
+    def goes_on(carry: Any) -> Any:
         step, *_, done = carry
         return (step < new_tokens) & ~done.all()
 
-    def add_token(carry):
+    def add_token(carry: Any) -> tuple[Any, Any, Any, Any, Any]:
         step, cache, hidden, ids, done = carry
         token = _choose(decoder.logits(config, parameters, hidden), sampling, keys, lengths + step)
         done = done | (token[:, None] == stop).any(axis=1) | (step >= limits)
@@ -104,13 +116,13 @@ def _continue(
 
 def generate(
     config: GemmaConfig,
-    parameters: dict,
+    parameters: dict[str, Any],
     prompts: list[np.ndarray],
     max_new_tokens: int,
     sampling: Sampling,
     *,
     stop: tuple[int, ...],
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
 ) -> list[np.ndarray]:
     """Ids that continue each prompt, ended by one of `stop`, which is left out, or by the model's context.
 

@@ -6,6 +6,8 @@ frozen weights are a function of the public checkpoint. Tested by
 tests/training/lora_test.py::test_pitfall_20_exactly_the_adapters_are_clipped_and_noised.
 """
 
+from typing import Any
+
 import numpy as np
 
 from accounting.errors import InputError
@@ -38,7 +40,7 @@ def adapters(config: GemmaConfig, rank: int, alpha: float, targets: str) -> Lora
     return Lora(rank, alpha, names)
 
 
-def split(config: GemmaConfig, parameters: dict) -> tuple[dict, dict]:
+def split(config: GemmaConfig, parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable, frozen) parameter trees; without adapters all are trainable."""
     leaves = weights.leaves(parameters)
     if config.lora is None:
@@ -48,12 +50,12 @@ def split(config: GemmaConfig, parameters: dict) -> tuple[dict, dict]:
     return weights.tree_of(trainable), weights.tree_of(frozen)
 
 
-def join(trainable: dict, frozen: dict) -> dict:
+def join(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `split`."""
     return weights.tree_of(weights.leaves(frozen) | weights.leaves(trainable)) if frozen else trainable
 
 
-def fold(config: GemmaConfig, parameters: dict) -> dict:
+def fold(config: GemmaConfig, parameters: dict[str, Any]) -> dict[str, Any]:
     """Parameters without adapters that compute the same: W + (alpha / rank) A B in float32, layer by layer."""
     leaves = weights.leaves(parameters)
     scale = config.lora.alpha / config.lora.rank

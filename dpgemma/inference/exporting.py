@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=None) -> None:
+def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: Any = None) -> None:
     """Writes a run's model, with a card whose privacy section is the run's report, and enters it into the run's ledger.
 
     Adapters are written alone, in PEFT's format, unless they are merged into the weights that they belong to.
@@ -80,7 +81,7 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype=Non
         report_files.write(run, ledger, accountant, with_page=done.finished)
 
 
-def export_directory(model: Model, out: pathlib.Path, dtype=None) -> None:
+def export_directory(model: Model, out: pathlib.Path, dtype: Any = None) -> None:
     """Writes the model of a Hugging Face directory anew: the text decoder alone, in one spelling, with the tokenizer
     files there are.
     """
@@ -90,7 +91,7 @@ def export_directory(model: Model, out: pathlib.Path, dtype=None) -> None:
         (temporary / run_files.CARD).write_text(card.plain_card())
 
 
-def _write_model(model: Model, parameters: dict, directory: pathlib.Path, dtype) -> None:
+def _write_model(model: Model, parameters: dict[str, Any], directory: pathlib.Path, dtype: Any) -> None:
     known = config_json.special_ids(model.base) if model.base is not None and model.base.is_dir() else {}
     ids = known if model.tokenizer is None else _special_ids(model.tokenizer, known)
     weights.save(model.config, parameters, directory, dtype)
@@ -105,7 +106,7 @@ def _write_model(model: Model, parameters: dict, directory: pathlib.Path, dtype)
         (directory / _GENERATION).write_text(json.dumps(ids, indent=1) + "\n")
 
 
-def _special_ids(tokenizer: Tokenizer, known: dict) -> dict:
+def _special_ids(tokenizer: Tokenizer, known: dict[str, Any]) -> dict[str, Any]:
     """The ids that the model was trained with; the base's own lists of them stay where they agree."""
     ids = {}
     for name in ("bos", "eos", "pad"):

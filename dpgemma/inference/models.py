@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger
@@ -26,7 +27,7 @@ class Model:
     """
 
     config: GemmaConfig
-    parameters: dict
+    parameters: dict[str, Any]
     tokenizer: Tokenizer | None
     base: pathlib.Path | None
 
@@ -108,7 +109,7 @@ def load_directory(directory: str, tokenizer: str | None = None, *, with_tokeniz
     return Model(config, weights.load(config, path), loaded, path)
 
 
-def _records(run: RunDirectory) -> list[dict]:
+def _records(run: RunDirectory) -> list[dict[str, Any]]:
     """The ledger as far as it can be read: the run may be at work."""
     try:
         return [line.record for line in ledger.inspect(ledger.text_of(run.ledger_file))[0]]

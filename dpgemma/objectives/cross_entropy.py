@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,14 @@ def _chunk_size(vocab_size: int, target: int) -> int:
     return next((c for c in range(target, target // 2, -1) if vocab_size % c == 0), target)
 
 
-def cross_entropy(hidden, embedding_VxD, targets, *, final_cap: float | None = None, chunk: int | None = None):
+def cross_entropy(
+    hidden: jax.Array,
+    embedding_VxD: jax.Array,
+    targets: jax.Array,
+    *,
+    final_cap: float | None = None,
+    chunk: int | None = None,
+) -> Any:
     """Negative log-likelihood [..., T] in nats of targets [..., T] given hidden states [..., T, D].
 
     Args:
@@ -47,17 +55,17 @@ class CrossEntropy:
     final_cap: float | None
     chunk: int
 
-    def _chunks(self, embedding_VxD):
+    def _chunks(self, embedding_VxD: jax.Array) -> tuple[Any, Any]:
         """The words as [K, C, D], zeros behind the last, and the number [K] of each chunk's first word."""
         vocab_size, width = embedding_VxD.shape
         count = -(-vocab_size // self.chunk)
         padded = jnp.pad(embedding_VxD, ((0, count * self.chunk - vocab_size), (0, 0)))
         return padded.reshape(count, self.chunk, width), jnp.arange(count) * self.chunk
 
-    def _logits(self, hidden_NxD, words_CxD):
+    def _logits(self, hidden_NxD: jax.Array, words_CxD: jax.Array) -> Any:
         return soft_cap(_dot("nd,cd->nc", hidden_NxD, words_CxD.astype(hidden_NxD.dtype)), self.final_cap)
 
-    def forward(self, hidden_NxD, embedding_VxD, targets_N):
+    def forward(self, hidden_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array) -> tuple[Any, Any]:
         """Losses [N] and what the backward pass needs.
 
         A running maximum and a rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018,
@@ -70,7 +78,7 @@ class CrossEntropy:
             losses = log_total - jnp.take_along_axis(z, targets_N[:, None], axis=-1)[:, 0]
             return losses, (hidden_NxD, embedding_VxD, targets_N, log_total, z)
 
-        def accumulate(carry, xs):
+        def accumulate(carry: Any, xs: Any) -> tuple[Any, Any]:
             running_max, running_sum = carry
             words_CxD, first = xs
             z = self._logits(hidden_NxD, words_CxD)
@@ -87,12 +95,12 @@ class CrossEntropy:
         )
         return log_total - of_target, (hidden_NxD, embedding_VxD, targets_N, log_total, None)
 
-    def backward(self, residuals, d_losses_N, use):
+    def backward(self, residuals: Any, d_losses_N: jax.Array, use: Any) -> tuple[Any, Any]:
         """The gradient [N, D] by the hidden states, and `use(delta [N, C])` of every chunk, stacked; delta is the
         gradient by the logits before the cap, in the type of the hidden states."""
         hidden_NxD, embedding_VxD, targets_N, log_total, kept = residuals
 
-        def of_chunk(words_CxD, first, z):
+        def of_chunk(words_CxD: jax.Array, first: Any, z: jax.Array) -> tuple[Any, Any]:
             number = first + jnp.arange(self.chunk)
             delta = jnp.exp(z - log_total[:, None]) - (targets_N[:, None] == number)
             if self.final_cap is not None:
@@ -102,7 +110,7 @@ class CrossEntropy:
             )
             return _dot("nc,cd->nd", delta, words_CxD.astype(hidden_NxD.dtype)), use(delta)
 
-        def add_chunk(d_hidden, xs):
+        def add_chunk(d_hidden: Any, xs: Any) -> tuple[Any, Any]:
             words_CxD, first = xs
             one, used = of_chunk(words_CxD, first, self._logits(hidden_NxD, words_CxD))
             return d_hidden + one, used

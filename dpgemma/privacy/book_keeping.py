@@ -33,7 +33,7 @@ class Parameter:
     shard: Gathered | None = None
 
     @classmethod
-    def of(cls, leaf, uses: dict[str, tracking.Use], shard: Gathered | None = None) -> "Parameter":
+    def of(cls, leaf: Any, uses: dict[str, tracking.Use], shard: Gathered | None = None) -> "Parameter":
         layers = leaf.ndim - len(next(iter(uses.values())).shape) if uses else 0
         if shard and not layers - leaf.ndim <= shard.axis < 0:
             raise ValueError(
@@ -41,10 +41,10 @@ class Parameter:
             )
         return cls(leaf.shape, layers, uses, shard)
 
-    def taps(self, batch: int) -> dict:
+    def taps(self, batch: int) -> dict[str, Any]:
         """Zeros for every array that the rules need: [*layer axes, B, ...]."""
 
-        def shape(tap):
+        def shape(tap: Any) -> Any:
             return (*self.shape[: self.layers], batch, *tap.shape)
 
         return {
@@ -52,7 +52,7 @@ class Parameter:
             for rule, use in self.uses.items()
         }
 
-    def axes(self) -> dict:
+    def axes(self) -> dict[str, Any]:
         """Where B lies in each of them."""
         return {rule: dict.fromkeys(use.taps, self.layers) for rule, use in self.uses.items()}
 
@@ -60,7 +60,7 @@ class Parameter:
     def num_layers(self) -> int:
         return math.prod(self.shape[: self.layers])
 
-    def by_layer(self, taps: dict) -> dict:
+    def by_layer(self, taps: dict[str, Any]) -> dict[str, Any]:
         """The taps with one leading axis of layers in place of any number: [L, B, ...]."""
         return jax.tree.map(lambda x: x.reshape(self.num_layers, *x.shape[self.layers :]), taps)
 
@@ -71,7 +71,7 @@ class Kept:
 
     names: list[str]
     parameters: list[Parameter]
-    taps: list[dict]
+    taps: list[dict[str, Any]]
     losses: jax.Array
     structure: Any
     platform: str
@@ -83,14 +83,14 @@ class Kept:
             norm_rules.Norms.__add__, of_parameter, norm_rules.Norms(*[jnp.zeros(self.losses.shape)] * 3)
         )
 
-    def group_norms(self) -> list[dict]:
+    def group_norms(self) -> list[dict[str, Any]]:
         """For every parameter and each rule by which it is used, of each layer by itself, [L, B]."""
         return [{rule: self._norms({rule: taps[rule]}) for rule in taps} for taps in self.taps]
 
-    def _norms(self, taps: dict) -> norm_rules.Norms:
+    def _norms(self, taps: dict[str, Any]) -> norm_rules.Norms:
         return jax.lax.map(jax.vmap(lambda taps: norm_rules.example_norms(taps, self.platform)), taps)
 
-    def shares(self, thresholds: str | Mapping[str, Any]) -> list[dict]:
+    def shares(self, thresholds: str | Mapping[str, Any]) -> list[dict[str, Any]]:
         """For every parameter and each rule by which it is used, [L] shares of one norm that bound all groups together.
 
         Args:
@@ -107,7 +107,7 @@ class Kept:
         together = math.sqrt(sum(float(np.square(sum(groups.values())).sum()) for groups in weights if groups))
         return [{rule: jnp.asarray(w / together, jnp.float32) for rule, w in groups.items()} for groups in weights]
 
-    def weighted_sums(self, factors, keep_B):
+    def weighted_sums(self, factors: jax.Array, keep_B: jax.Array) -> Any:
         """The tree of sums over the examples of factor * gradient, in float32.
 
         Args:
@@ -123,8 +123,8 @@ class Kept:
         return self.structure.unflatten(sums)
 
     @staticmethod
-    def _weighted_sum(parameter: Parameter, taps: dict, factors: dict, keep_B):
-        def of_layer(layer):
+    def _weighted_sum(parameter: Parameter, taps: dict[str, Any], factors: dict[str, Any], keep_B: jax.Array) -> Any:
+        def of_layer(layer: Any) -> Any:
             taps, factors = layer
             uses = parameter.uses.items()
             whole = sum(norm_rules.weighted_sum(use, taps[rule], factors[rule], keep_B) for rule, use in uses)
@@ -137,7 +137,7 @@ class Kept:
         return by_layer((taps, factors)).reshape(parameter.shape)
 
 
-def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
+def _weight(thresholds: Any, name: str, parameter: Parameter) -> np.ndarray:
     """The relative bound of one group in each layer, [L]."""
     if thresholds == UNIFORM:
         return np.ones(parameter.num_layers)
@@ -154,7 +154,7 @@ def _weight(thresholds, name: str, parameter: Parameter) -> np.ndarray:
     return weight
 
 
-def backward(loss, params, examples, shards: list | None = None, platform: str = "cpu") -> Kept:
+def backward(loss: Any, params: Any, examples: Any, shards: list[Any] | None = None, platform: str = "cpu") -> Kept:
     """Runs the loss of every example forward and backward once.
 
     Args:
@@ -177,8 +177,8 @@ def backward(loss, params, examples, shards: list | None = None, platform: str =
     parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, shards, strict=True)]
     batch = jax.tree.leaves(examples)[0].shape[0]
 
-    def losses(taps):
-        def of_example(taps, example):
+    def losses(taps: Any) -> Any:
+        def of_example(taps: Any, example: Any) -> Any:
             return loss(tracking.boxes(params, taps, shards=shards), example)
 
         return jax.vmap(of_example, in_axes=([p.axes() for p in parameters], 0))(taps, examples)

@@ -121,11 +121,11 @@ class _Factor:
         return factor if self.clip.kind == CLIP else factor / self.norm * (1 - 4 * norms.UNIT_ROUNDOFF)
 
 
-def _held(gradient_of_unit):
+def _held(gradient_of_unit: Any) -> Any:
     """A way to sum one microbatch: it forms the gradient of every unit, with its norm."""
 
-    def microbatch(loss, params, units, keep, factor: _Factor):
-        def of_unit(unit):
+    def microbatch(loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor) -> tuple[Any, Any, Any]:
+        def of_unit(unit: Any) -> Any:
             return gradient_of_unit(loss, params, unit)
 
         if keep.shape == (1,):
@@ -135,9 +135,9 @@ def _held(gradient_of_unit):
             losses, gradients, lengths = jax.vmap(of_unit)(units)
         factors, keep = factor(lengths, norms.margin(params)), keep & jnp.isfinite(lengths)
 
-        def weighted(leaf):
+        def weighted(leaf: Any) -> Any:
             # A select, not a product with zero: 0 * inf is NaN.
-            def term(i):
+            def term(i: Any) -> Any:
                 return jnp.where(keep[i], leaf[i].astype(jnp.float32) * factors[i], 0.0)
 
             # Few terms are added one by one, which fuses into a single pass over the total.
@@ -152,7 +152,9 @@ def _held(gradient_of_unit):
     return microbatch
 
 
-def _ghost(loss, params, units, keep, factor: _Factor, shards, platform):
+def _ghost(
+    loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor, shards: Any, platform: str
+) -> tuple[Any, Any, Any]:
     """One microbatch from the operands of one backward pass."""
     kept = book_keeping.backward(loss, params, units, shards, platform)
     lengths = kept.norms()
@@ -160,7 +162,9 @@ def _ghost(loss, params, units, keep, factor: _Factor, shards, platform):
     return kept.weighted_sums(factors, keep & jnp.isfinite(lengths.bound)), lengths.norm, kept.losses
 
 
-def _per_layer(loss, params, units, keep, factor: _Factor, thresholds, shards, platform):
+def _per_layer(
+    loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor, thresholds: Any, shards: Any, platform: str
+) -> tuple[Any, Any, Any]:
     """One microbatch from the operands of one backward pass, with a bound of its own for every group."""
     kept = book_keeping.backward(loss, params, units, shards, platform)
     shares = kept.shares(thresholds)

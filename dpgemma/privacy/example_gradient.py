@@ -7,6 +7,7 @@ tests/privacy/audit_test.py::test_pitfall_2_a_scan_measures_what_it_cannot_track
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from dpgemma.privacy.operations import EMBEDDING, LINEAR, SQUARES, VECTOR
 _MEASURED = (VECTOR, LINEAR)
 
 
-def gradient(loss, params, example):
+def gradient(loss: Any, params: Any, example: Any) -> Any:
     """(loss, gradient tree, its L2 norm) of one example.
 
     What an accelerator would otherwise read once more, it has at hand while the gradient of each layer is made. A loss
@@ -34,7 +35,7 @@ def gradient(loss, params, example):
     names = tracking.leaf_names(params)
     parameters = [Parameter.of(leaf, uses.get(name, {})) for leaf, name in zip(leaves, names, strict=True)]
 
-    def of_boxes(params, taps):
+    def of_boxes(params: Any, taps: Any) -> Any:
         return loss(tracking.boxes(params, taps, keep=False), example)
 
     value, (gradient, taps) = jax.value_and_grad(of_boxes, (0, 1))(params, [_taps(p) for p in parameters])
@@ -52,7 +53,7 @@ def gradient(loss, params, example):
     return value, structure.unflatten(gradients), jnp.sqrt(norms.total(squares))
 
 
-def _taps(parameter: Parameter) -> dict:
+def _taps(parameter: Parameter) -> dict[str, Any]:
     if EMBEDDING in parameter.uses:
         return {
             EMBEDDING: {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in parameter.uses[EMBEDDING].taps.items()}
@@ -65,7 +66,7 @@ def _taps(parameter: Parameter) -> dict:
     return {SQUARES: jnp.zeros((*parameter.shape[: parameter.layers], columns[0]))} if columns else {}
 
 
-def plain_gradient(loss, params, example):
+def plain_gradient(loss: Any, params: Any, example: Any) -> tuple[Any, Any, Any]:
     """The same, by any loss."""
     value, gradient = jax.value_and_grad(loss)(params, example)
     # Without the barrier a compiler may compute the gradient twice, for the norm and for the product, and round it

@@ -54,10 +54,10 @@ def noise_keys(secret: bytes, step: int) -> np.ndarray:
     return np.frombuffer(digest.digest(), dtype="<u4").astype(np.uint32).reshape(DRAWS, 2)
 
 
-def standard_normal(key_data, leaf_index: int, shape: tuple[int, ...]):
+def standard_normal(key_data: Any, leaf_index: int, shape: tuple[int, ...]) -> Any:
     """float32 standard normals for one leaf: (n_1 + n_2 + n_3 + n_4) / 2 from four independent keys."""
 
-    def add_draw(total, data):
+    def add_draw(total: Any, data: Any) -> tuple[Any, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), leaf_index)
         return total + jax.random.normal(key, shape, jnp.float32), None
 
@@ -66,7 +66,7 @@ def standard_normal(key_data, leaf_index: int, shape: tuple[int, ...]):
 
 
 def add_gaussian_noise(
-    clipped: ClippedSum, noise_multiplier: float, key_data, count_noise: float | None = None
+    clipped: ClippedSum, noise_multiplier: float, key_data: Any, count_noise: float | None = None
 ) -> NoisedSum:
     """Adds N(0, (noise_multiplier * sensitivity)^2) to every coordinate; nothing where noise_multiplier is zero (no
     privacy).
@@ -107,6 +107,6 @@ def divide(noised: NoisedSum, expected_batch_size: float) -> NoisedMean:
     return NoisedMean(jax.tree.map(lambda leaf: leaf / expected_batch_size, noised.total))
 
 
-def scale(mean: NoisedMean, factor) -> NoisedMean:
+def scale(mean: NoisedMean, factor: Any) -> NoisedMean:
     """A mean times a number that was released before."""
     return NoisedMean(jax.tree.map(lambda leaf: leaf * factor, mean.mean))

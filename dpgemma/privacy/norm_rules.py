@@ -16,6 +16,7 @@ tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def _sum_error(*terms: int) -> float:
     return 2 * _ROUNDOFF * sum(math.sqrt(n) for n in terms)
 
 
-def _unit_roundoff(dtype) -> float:
+def _unit_roundoff(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) / 2
 
 
@@ -81,7 +82,7 @@ def norm_rule(rows: int, fan_in: int, fan_out: int, platform: str) -> str:
     return "gram" if gram < instantiate else "instantiate"
 
 
-def _square_sum(x):
+def _square_sum(x: jax.Array) -> Any:
     """Sum of squares over all axes, one axis after the other: no sum is longer than an axis."""
     x = jnp.square(x.astype(jnp.float32))
     while x.ndim:
@@ -89,22 +90,22 @@ def _square_sum(x):
     return x
 
 
-def _lengths(x_TxP):
+def _lengths(x_TxP: jax.Array) -> Any:
     return jnp.sqrt(jnp.square(x_TxP.astype(jnp.float32)).sum(axis=-1))
 
 
-def _instantiated(x_TxP, g_KxTxQ) -> tuple[jax.Array, jax.Array]:
-    def of_chunk(g_TxQ):
+def _instantiated(x_TxP: jax.Array, g_KxTxQ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_chunk(g_TxQ: jax.Array) -> Any:
         return _square_sum(_dot("tp,tq->pq", x_TxP, g_TxQ))
 
     square = of_chunk(g_KxTxQ[0]) if len(g_KxTxQ) == 1 else jax.lax.map(of_chunk, g_KxTxQ).sum()
     return square, square * _sum_error(x_TxP.shape[1], *g_KxTxQ.shape)
 
 
-def _gram(x_TxP, g_KxTxQ) -> tuple[jax.Array, jax.Array]:
+def _gram(x_TxP: jax.Array, g_KxTxQ: jax.Array) -> tuple[jax.Array, jax.Array]:
     length = x_TxP.shape[0]
 
-    def of_chunk(total, g_TxQ):
+    def of_chunk(total: Any, g_TxQ: jax.Array) -> tuple[Any, Any]:
         return (total + _dot("tq,sq->ts", g_TxQ, g_TxQ), None)
 
     gram_TxT, _ = jax.lax.scan(of_chunk, jnp.zeros((length, length)), g_KxTxQ)
@@ -115,7 +116,7 @@ def _gram(x_TxP, g_KxTxQ) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _product_norms(x_TxP, g_KxTxQ, platform: str) -> Norms:
+def _product_norms(x_TxP: jax.Array, g_KxTxQ: jax.Array, platform: str) -> Norms:
     """Of the gradient x' g of one example, where the columns of g come in K chunks."""
     chunks, length, size = g_KxTxQ.shape
     rule = norm_rule(length, x_TxP.shape[1], chunks * size, platform)
@@ -131,12 +132,12 @@ def _product_norms(x_TxP, g_KxTxQ, platform: str) -> Norms:
     return Norms(square, slack, jnp.square(radius))
 
 
-def _vector_norms(gradient) -> Norms:
+def _vector_norms(gradient: jax.Array) -> Norms:
     square = _square_sum(gradient)
     return Norms(square, square * (_sum_error(*gradient.shape) + 8 * _ROUNDOFF), jnp.zeros(()))
 
 
-def _row_norms(ids_T, g_TxD) -> Norms:
+def _row_norms(ids_T: jax.Array, g_TxD: jax.Array) -> Norms:
     """Of the gradient that adds g_t to the row of word id_t: rows of a word that occurs c times are summed, and counted
     c times.
     """
@@ -147,7 +148,7 @@ def _row_norms(ids_T, g_TxD) -> Norms:
     return Norms(square, square * _sum_error(*g_TxD.shape), jnp.square(radius))
 
 
-def _tied_norms(rows: dict, head: dict, platform: str) -> Norms:
+def _tied_norms(rows: dict[str, Any], head: dict[str, Any], platform: str) -> Norms:
     """Of an embedding that is looked up at the input and multiplies the head: two gradients that meet in the rows of
     input words.
     """
@@ -165,7 +166,7 @@ def _tied_norms(rows: dict, head: dict, platform: str) -> Norms:
     return Norms(one.square + two.square + 2 * cross, one.slack + two.slack + 2 * slack, jnp.square(radius))
 
 
-def example_norms(taps: dict, platform: str) -> Norms:
+def example_norms(taps: dict[str, Any], platform: str) -> Norms:
     """Norms of one parameter's gradient by one example, in one layer.
 
     Args:
@@ -185,7 +186,7 @@ def example_norms(taps: dict, platform: str) -> Norms:
     raise UntrackedUse(f"no rule gives the norm of a parameter that is used by {' and '.join(sorted(taps))}")
 
 
-def weighted_sum(use: Use, taps: dict, factors_B, keep_B):
+def weighted_sum(use: Use, taps: dict[str, Any], factors_B: jax.Array, keep_B: jax.Array) -> Any:
     """Sum over the examples of factor * gradient [*use.shape] in float32, for one use of a parameter in one layer.
 
     Args:
@@ -196,13 +197,13 @@ def weighted_sum(use: Use, taps: dict, factors_B, keep_B):
     # Selects, not products with zero: 0 * inf is NaN, and the factor of a bad example may be NaN itself.
     factors_B = jnp.where(keep_B, factors_B, 0.0)
 
-    def axes(x):
+    def axes(x: jax.Array) -> Any:
         return (len(x), *[1] * (x.ndim - 1))
 
-    def kept(x):
+    def kept(x: jax.Array) -> Any:
         return jnp.where(keep_B.reshape(axes(x)), x, 0)
 
-    def scaled(x):
+    def scaled(x: jax.Array) -> Any:
         return (kept(x).astype(jnp.float32) * factors_B.reshape(axes(x))).astype(x.dtype)
 
     match use.rule:
@@ -219,5 +220,5 @@ def weighted_sum(use: Use, taps: dict, factors_B, keep_B):
             return words_KxCxD.reshape(-1, use.shape[1])[: use.shape[0]]
 
 
-def _rows(x_BxTxP):
+def _rows(x_BxTxP: jax.Array) -> Any:
     return x_BxTxP.reshape(-1, x_BxTxP.shape[-1])

@@ -6,6 +6,7 @@ number has to change its place.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,12 @@ def _split(length: int) -> int:
     return max(whole or divisors, default=_LONGEST)
 
 
-def column_squares(x) -> jax.Array:
+def column_squares(x: jax.Array) -> jax.Array:
     """The sums of the squares of a float array over all axes but the last, in float32: [last axis]."""
     return column_sums(jnp.square(x.astype(jnp.float32)))
 
 
-def column_sums(x) -> jax.Array:
+def column_sums(x: jax.Array) -> jax.Array:
     """The sums of a float32 array over all axes but the last."""
     while x.ndim > 1:
         length = x.shape[0]
@@ -51,7 +52,7 @@ def _additions(shape: tuple[int, ...]) -> int:
     return total
 
 
-def total(partial: list) -> jax.Array:
+def total(partial: list[Any]) -> jax.Array:
     """The sum of all numbers in a list of vectors."""
     partial = jnp.concatenate(partial)
     while partial.size > 1:
@@ -60,17 +61,17 @@ def total(partial: list) -> jax.Array:
     return partial[0]
 
 
-def square_sum(leaves: list) -> jax.Array:
+def square_sum(leaves: list[Any]) -> jax.Array:
     """The sum of the squares of all numbers in a list of arrays; inf or NaN where any square is."""
     return total([column_squares(leaf) for leaf in leaves])
 
 
-def l2_norm(tree) -> jax.Array:
+def l2_norm(tree: Any) -> jax.Array:
     """The L2 norm over all leaves of a tree; inf or NaN where any square is."""
     return jnp.sqrt(square_sum(jax.tree.leaves(tree)))
 
 
-def margin(tree) -> float:
+def margin(tree: Any) -> float:
     """By how much a clip factor is lowered, relatively, so that rounding can never carry a clipped gradient above the
     norm.
 

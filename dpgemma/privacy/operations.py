@@ -9,6 +9,7 @@ but for them, would be a waste.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ SQUARES = "squares"
 PRECISION = jax.lax.Precision.HIGHEST
 
 
-def vector(w):
+def vector(w: jax.Array) -> Any:
     """A parameter that is small beside the activations (scale, bias, taps of a convolution, blocks of a gate), for any
     use whatever.
 
@@ -38,7 +39,7 @@ def vector(w):
     return jax.lax.stop_gradient(w.open()) + w.taps[VECTOR]["gradient"]
 
 
-def linear(x, w, inputs: int = 1):
+def linear(x: jax.Array, w: jax.Array, inputs: int = 1) -> Any:
     """x [..., in...] times w [in..., out...], of which the first `inputs` axes are contracted; the result is [...,
     out...].
 
@@ -59,20 +60,20 @@ def linear(x, w, inputs: int = 1):
     return _tracked_product(x.reshape(-1, fan_in), matrix, w.taps[LINEAR]).reshape(shape)
 
 
-def _product(x_NxP, w_PxQ):
+def _product(x_NxP: jax.Array, w_PxQ: jax.Array) -> Any:
     return jnp.matmul(x_NxP, w_PxQ.astype(x_NxP.dtype), precision=PRECISION)
 
 
 @jax.custom_vjp
-def _tracked_product(x_NxP, w_PxQ, taps):
+def _tracked_product(x_NxP: jax.Array, w_PxQ: jax.Array, taps: Any) -> Any:
     return _product(x_NxP, w_PxQ)
 
 
-def _tracked_product_forward(x_NxP, w_PxQ, taps):
+def _tracked_product_forward(x_NxP: jax.Array, w_PxQ: jax.Array, taps: Any) -> tuple[Any, Any]:
     return _product(x_NxP, w_PxQ), (x_NxP, w_PxQ)
 
 
-def _tracked_product_backward(residuals, g_NxQ):
+def _tracked_product_backward(residuals: Any, g_NxQ: jax.Array) -> tuple[Any, Any, Any]:
     x_NxP, w_PxQ = residuals
     return _product(g_NxQ, w_PxQ.T), None, {"x": x_NxP, "g": g_NxQ}
 
@@ -80,7 +81,7 @@ def _tracked_product_backward(residuals, g_NxQ):
 _tracked_product.defvjp(_tracked_product_forward, _tracked_product_backward)
 
 
-def _measured(w, tap):
+def _measured(w: jax.Array, tap: Any) -> Any:
     """The parameter itself; where there is a tap, with the column sums of its gradient's squares in the tap's
     cotangent.
     """
@@ -88,11 +89,11 @@ def _measured(w, tap):
 
 
 @jax.custom_vjp
-def _with_squares(w, tap):
+def _with_squares(w: jax.Array, tap: Any) -> Any:
     return w
 
 
-def _with_squares_backward(_, gradient):
+def _with_squares_backward(_: Any, gradient: jax.Array) -> tuple[Any, Any]:
     rounded = gradient.astype(jnp.float32)
     if gradient.dtype != jnp.float32:
         # A cast may be left out by a compiler, so that it would square other numbers than those that it stores; this
@@ -105,7 +106,7 @@ def _with_squares_backward(_, gradient):
 _with_squares.defvjp(lambda w, tap: (w, None), _with_squares_backward)
 
 
-def embedding(tokens, words_VxD, dtype):
+def embedding(tokens: Any, words_VxD: jax.Array, dtype: Any) -> Any:
     """Rows [..., D] of the words [V, D], cast to dtype."""
     if not isinstance(words_VxD, Tracked):
         return words_VxD[tokens].astype(dtype)
@@ -125,15 +126,15 @@ def embedding(tokens, words_VxD, dtype):
 
 
 @jax.custom_vjp
-def _tracked_rows(tokens_N, words_VxD, taps):
+def _tracked_rows(tokens_N: jax.Array, words_VxD: jax.Array, taps: Any) -> Any:
     return words_VxD[tokens_N].astype(taps["g"].dtype)
 
 
-def _tracked_rows_forward(tokens_N, words_VxD, taps):
+def _tracked_rows_forward(tokens_N: jax.Array, words_VxD: jax.Array, taps: Any) -> tuple[Any, Any]:
     return _tracked_rows(tokens_N, words_VxD, taps), tokens_N
 
 
-def _tracked_rows_backward(tokens_N, g_NxD):
+def _tracked_rows_backward(tokens_N: jax.Array, g_NxD: jax.Array) -> tuple[Any, Any, Any]:
     # A cotangent is of floating type; float32 holds every token's number exactly.
     return None, None, {"ids": tokens_N.astype(jnp.float32), "g": g_NxD}
 
@@ -141,7 +142,7 @@ def _tracked_rows_backward(tokens_N, g_NxD):
 _tracked_rows.defvjp(_tracked_rows_forward, _tracked_rows_backward)
 
 
-def head(core, hidden_NxD, words_VxD, targets_N):
+def head(core: Any, hidden_NxD: jax.Array, words_VxD: jax.Array, targets_N: jax.Array) -> Any:
     """Losses [N] in float32 of a head that multiplies hidden states by words [V, D], some words at a time.
 
     Args:
@@ -167,20 +168,20 @@ def head(core, hidden_NxD, words_VxD, targets_N):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(core, hidden_NxD, words_VxD, targets_N):
+def _head(core: Any, hidden_NxD: jax.Array, words_VxD: jax.Array, targets_N: jax.Array) -> Any:
     return core.forward(hidden_NxD, words_VxD, targets_N)[0]
 
 
-def _head_forward(core, hidden_NxD, words_VxD, targets_N):
+def _head_forward(core: Any, hidden_NxD: jax.Array, words_VxD: jax.Array, targets_N: jax.Array) -> tuple[Any, Any]:
     losses, residuals = core.forward(hidden_NxD, words_VxD, targets_N)
     return losses, (hidden_NxD, words_VxD, residuals)
 
 
-def _head_backward(core, residuals, d_losses_N):
+def _head_backward(core: Any, residuals: Any, d_losses_N: jax.Array) -> tuple[Any, Any, Any]:
     hidden_NxD, words_VxD, residuals = residuals
     product = functools.partial(jnp.einsum, "nc,nd->cd", precision=PRECISION, preferred_element_type=jnp.float32)
 
-    def use(delta_NxC):
+    def use(delta_NxC: jax.Array) -> Any:
         return product(delta_NxC, hidden_NxD).astype(words_VxD.dtype)
 
     d_hidden, d_words_KxCxD = core.backward(residuals, d_losses_N, use)
@@ -191,16 +192,18 @@ _head.defvjp(_head_forward, _head_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tracked_head(core, hidden_NxD, words_VxD, targets_N, taps):
+def _tracked_head(core: Any, hidden_NxD: jax.Array, words_VxD: jax.Array, targets_N: jax.Array, taps: Any) -> Any:
     return core.forward(hidden_NxD, words_VxD, targets_N)[0]
 
 
-def _tracked_head_forward(core, hidden_NxD, words_VxD, targets_N, taps):
+def _tracked_head_forward(
+    core: Any, hidden_NxD: jax.Array, words_VxD: jax.Array, targets_N: jax.Array, taps: Any
+) -> tuple[Any, Any]:
     losses, residuals = core.forward(hidden_NxD, words_VxD, targets_N)
     return losses, (hidden_NxD, residuals)
 
 
-def _tracked_head_backward(core, residuals, d_losses_N):
+def _tracked_head_backward(core: Any, residuals: Any, d_losses_N: jax.Array) -> tuple[Any, Any, Any, Any]:
     hidden_NxD, residuals = residuals
     d_hidden, delta_KxNxC = core.backward(residuals, d_losses_N, lambda delta_NxC: delta_NxC)
     return d_hidden, None, None, {"h": hidden_NxD, "delta": delta_KxNxC}

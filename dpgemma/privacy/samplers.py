@@ -44,7 +44,7 @@ class PoissonSampler:
     sampling_probability: float
     max_batch_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_units < 1 or not 0 < self.sampling_probability <= 1:
             raise ValueError(f"cannot draw from {self.num_units} units with probability {self.sampling_probability}")
 

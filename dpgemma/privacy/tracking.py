@@ -35,38 +35,38 @@ class Tracked:
     """
 
     value: Any
-    taps: dict
+    taps: dict[str, Any]
     name: str
     keep: bool = True
     gathered: "Gathered | None" = None
     uses: "Uses | None" = None
 
     @property
-    def shape(self):
+    def shape(self) -> Any:
         return self.gathered.whole(self.value.shape) if self.gathered else self.value.shape
 
-    def open(self):
+    def open(self) -> Any:
         """The whole array, for operations with a norm rule."""
         return self.gathered.gather(self.value) if self.gathered else self.value
 
     @property
-    def ndim(self):
+    def ndim(self) -> Any:
         return self.value.ndim
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         return self.value.dtype
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         # flax reads a parameter as `param[...]`.
         return self if key is Ellipsis else self.__jax_array__()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> None:
         if not name.startswith("_") and hasattr(jax.Array, name):
             self.__jax_array__()
         raise AttributeError(name)
 
-    def __jax_array__(self):
+    def __jax_array__(self) -> None:
         raise UntrackedUse(
             f"parameter {self.name} is used outside of the operations that have a norm rule"
             " (dpgemma.privacy.operations): ghost norms would miss a part of its gradient; use one of them, or"
@@ -91,7 +91,7 @@ class Use:
     inputs: int = 0
 
 
-def _refuse(box: Tracked, *_):
+def _refuse(box: Tracked, *_: Any) -> None:
     box.__jax_array__()
 
 
@@ -109,7 +109,7 @@ class Uses(dict):
     __eq__ = object.__eq__
 
 
-def record(box: Tracked, use: Use, output: jax.ShapeDtypeStruct, *inputs):
+def record(box: Tracked, use: Use, output: jax.ShapeDtypeStruct, *inputs: Any) -> Any:
     """What an operation returns while it is audited: zeros, made to depend on marks of its use of the box and on its
     other inputs.
     """
@@ -126,25 +126,32 @@ def record(box: Tracked, use: Use, output: jax.ShapeDtypeStruct, *inputs):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _once(x, name):
+def _once(x: jax.Array, name: str) -> Any:
     return x
 
 
 @_once.defjvp
-def _once_jvp(name, primals, tangents):
+def _once_jvp(name: str, primals: Any, tangents: Any) -> None:
     raise UntrackedUse(
         f"the loss differentiates through parameter {name}: ghost norms know the loss's own gradient only"
     )
 
 
-def leaf_names(tree) -> list[str]:
+def leaf_names(tree: Any) -> list[str]:
     """Names of a tree's leaves in order, path entries joined by slashes."""
     return [
         jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     ]
 
 
-def boxes(params, taps: list[dict], *, keep: bool = True, shards: list | None = None, uses: Uses | None = None):
+def boxes(
+    params: Any,
+    taps: list[dict[str, Any]],
+    *,
+    keep: bool = True,
+    shards: list[Any] | None = None,
+    uses: Uses | None = None,
+) -> Any:
     """The tree of parameters with every leaf boxed; `taps` and `shards` in the order of the leaves."""
     leaves, structure = jax.tree.flatten(params)
     named = zip(leaves, taps, leaf_names(params), shards or [None] * len(leaves), strict=True)

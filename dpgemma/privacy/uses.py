@@ -9,6 +9,8 @@ traced, before any data is seen. Tested by tests/privacy/audit_test.py.
 import collections
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from dpgemma.privacy.tracking import MAPPED, MARK, UntrackedUse, Uses, boxes, le
 _TOGETHER = {"embedding", "head"}
 
 
-def uses_of(loss, params, example) -> Uses:
+def uses_of(loss: Any, params: Any, example: Any) -> Uses:
     """Traces the loss of one example and lists how each parameter is used.
 
     Args:
@@ -32,7 +34,7 @@ def uses_of(loss, params, example) -> Uses:
         once by one.
     """
 
-    def abstract(tree):
+    def abstract(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     params, uses = abstract(params), Uses()
@@ -70,7 +72,7 @@ class _Shard:
     layers: np.ndarray
 
     @classmethod
-    def of(cls, name: str, leaf, uses: Uses) -> "_Shard":
+    def of(cls, name: str, leaf: Any, uses: Uses) -> "_Shard":
         """The whole parameter. Its layer axes are those that no operation sees."""
         shapes = {use.shape for use in uses.get(name, {}).values()} or {leaf.shape}
         axes = min(leaf.ndim - len(shape) for shape in shapes)
@@ -82,7 +84,7 @@ class _Shard:
     def axes(self) -> int:
         return self.layers.ndim - 1
 
-    def sliced(self, eqn) -> "_Shard | None":
+    def sliced(self, eqn: Any) -> "_Shard | None":
         """The output of an equation that takes whole layers, or rearranges them; None for any other."""
         before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
         rest = before[self.axes :]
@@ -122,7 +124,7 @@ def _opened(name: str) -> UntrackedUse:
     )
 
 
-def _marks(jaxpr, shards: dict):
+def _marks(jaxpr: Any, shards: dict[str, Any]) -> Iterator[Any]:
     """Yields ("rule:name", numbers of the layers) for every use in a jaxpr.
 
     Args:
@@ -155,7 +157,7 @@ def _marks(jaxpr, shards: dict):
             shards[eqn.outvars[0]] = taken
 
 
-def _given_to(eqn, sub, given: list) -> dict:
+def _given_to(eqn: Any, sub: Any, given: list[Any]) -> dict[str, Any]:
     """Which inputs of an inner jaxpr hold parameters: they are the last operands of its equation (a cond has its index
     before them).
     """
@@ -176,11 +178,11 @@ def _given_to(eqn, sub, given: list) -> dict:
     return {var: shard for var, shard in zip(sub.invars, given, strict=True) if shard}
 
 
-def _refused(shard: _Shard):
+def _refused(shard: _Shard) -> None:
     raise _opened(shard.name)
 
 
-def _jaxprs(value):
+def _jaxprs(value: Any) -> Iterator[Any]:
     """The jaxprs within one parameter of an equation."""
     for item in value if isinstance(value, (tuple, list)) else (value,):
         closed = getattr(item, "jaxpr", item)

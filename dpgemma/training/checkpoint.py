@@ -13,6 +13,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ _READ_AT_ONCE = 2**28  # bytes of a checkpoint that an audit holds in memory, wh
 class Checkpoints:
     """The checkpoints of one run; use as a context manager, so that a pending write is finished."""
 
-    def __init__(self, directory: pathlib.Path, keep: int):
+    def __init__(self, directory: pathlib.Path, keep: int) -> None:
         self._directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -38,13 +39,13 @@ class Checkpoints:
             item_names=("state", "meta"),
         )
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self._manager.close()
 
-    def save(self, step: int, state: TrainState, ledger: Ledger, **facts) -> None:
+    def save(self, step: int, state: TrainState, ledger: Ledger, **facts: Any) -> None:
         """Saves the state after `step` updates, bound to the ledger's head at a new checkpoint event.
 
         Args:
@@ -122,7 +123,7 @@ class Checkpoints:
         self._manager.reload()
 
 
-def digest(parameters: dict) -> str:
+def digest(parameters: dict[str, Any]) -> str:
     """SHA-256 of names, types, shapes and contents of a tree of arrays."""
     total = hashlib.sha256()
     for path, leaf in jax.tree.flatten_with_path(parameters)[0]:
@@ -130,18 +131,18 @@ def digest(parameters: dict) -> str:
     return total.hexdigest()
 
 
-def _add(total, path, array: np.ndarray) -> None:
+def _add(total: Any, path: pathlib.Path, array: np.ndarray) -> None:
     total.update(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {array.dtype} {array.shape}\n".encode())
     total.update(np.ascontiguousarray(array).tobytes())
 
 
-def is_recorded(meta: dict, parameters_sha256: str, records: Sequence[dict]) -> bool:
+def is_recorded(meta: dict[str, Any], parameters_sha256: str, records: Sequence[dict[str, Any]]) -> bool:
     """Whether the ledger's event of a checkpoint names these parameters."""
     place = meta["ledger_lines"] - 1
     return 0 <= place < len(records) and records[place].get("parameters_sha256") == parameters_sha256
 
 
-def summaries(directory: pathlib.Path) -> list[dict]:
+def summaries(directory: pathlib.Path) -> list[dict[str, Any]]:
     """Every checkpoint as plain facts, for an audit.
 
     Each has `step` (its folder's), `meta`, `optimizer_count` and `parameters_sha256`, or `step` and `error`.
@@ -154,7 +155,7 @@ def summaries(directory: pathlib.Path) -> list[dict]:
         return [_summary(manager, step) for step in sorted(manager.all_steps())]
 
 
-def _summary(manager: ocp.CheckpointManager, step: int) -> dict:
+def _summary(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         paths, structure = jax.tree.flatten_with_path(manager.item_metadata(step)["state"].tree)
@@ -177,7 +178,7 @@ def _summary(manager: ocp.CheckpointManager, step: int) -> dict:
     return {"step": step, "meta": meta, "optimizer_count": count, "parameters_sha256": parameters.hexdigest()}
 
 
-def _together(leaves: Sequence) -> list[range]:
+def _together(leaves: Sequence[Any]) -> list[range]:
     """Numbers of neighbouring arrays that are read together: those of at most _READ_AT_ONCE bytes in all, or one larger
     one.
     """
@@ -191,14 +192,14 @@ def _together(leaves: Sequence) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise([*ends, len(leaves)])]
 
 
-def _restore_tree(manager: ocp.CheckpointManager, step: int, template):
+def _restore_tree(manager: ocp.CheckpointManager, step: int, template: Any) -> Any:
     arguments = ocp.checkpoint_utils.construct_restore_args(template)
     return manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(item=template, restore_args=arguments))
     )
 
 
-def latest_parameters(directory: pathlib.Path) -> tuple[int, dict, dict]:
+def latest_parameters(directory: pathlib.Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """(step, parameter tree, meta) of the latest checkpoint on one device, wherever it was saved; for sampling and
     export.
 

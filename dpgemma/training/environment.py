@@ -6,6 +6,7 @@ differently would differ by something that has no noise on it.
 
 import os
 import platform
+from typing import Any
 
 from accounting.errors import InputError
 
@@ -39,7 +40,7 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def check_repeats(records: list[dict], step: int, here: str) -> None:
+def check_repeats(records: list[dict[str, Any]], step: int, here: str) -> None:
     """Refuses to execute steps again elsewhere than where they were executed first.
 
     Formal guarantee: whatever is lost and executed again, no two different sums are ever released with the same noise,

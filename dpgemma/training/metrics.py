@@ -21,7 +21,7 @@ class MetricsFile:
       digest: SHA-256 of what the file holds, by which a checkpoint event of the ledger knows it.
     """
 
-    def __init__(self, path: pathlib.Path, resumed_step: int):
+    def __init__(self, path: pathlib.Path, resumed_step: int) -> None:
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():

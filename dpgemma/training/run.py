@@ -26,7 +26,7 @@ from dpgemma.training.settings import OPERATIONAL
 class RunDirectory:
     """Paths and the exclusive lock of a run that exists."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         self.private = path / run_files.PRIVATE
         self.checkpoints = path / run_files.CHECKPOINTS

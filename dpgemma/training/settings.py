@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import typing
+from typing import Any
 
 from accounting.errors import InputError
 from accounting.mechanism import RELATIONS
@@ -19,7 +20,7 @@ from dpgemma.sharding.rules import SYNTAX
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
 
 
-def _setting(default, text: str, choices: tuple[str, ...] | None = None):
+def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -133,7 +134,7 @@ class Settings:
     checkpoint_every: int = _setting(40, "Updates between checkpoints.")
     keep_checkpoints: int = _setting(3, "Checkpoints kept.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         hints = typing.get_type_hints(Settings)
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["choices"]
@@ -189,10 +190,10 @@ class Settings:
                 " `epsilon`=inf"
             )
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def identity(self) -> dict:
+    def identity(self) -> dict[str, Any]:
         """The settings that make a run the same run."""
         return {name: value for name, value in self.as_dict().items() if name not in OPERATIONAL}
 

@@ -51,7 +51,7 @@ class Trainer:
         observers: Sequence[Observer] = (),
         *,
         held_out: UnitSource | None = None,
-    ):
+    ) -> None:
         """Takes the run as it was opened or created.
 
         Args:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpgemma.gemma.blocks import attention
+from dpgemma.gemma.blocks import attention, masks
 from dpgemma.gemma.config import FULL, SLIDING
 from tests.gemma.decoder_test import PLAIN
 
@@ -17,10 +17,15 @@ def problem(length, seed=0):
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
+def attend_causal(q, k, v, config, is_sliding, implementation):
+    mask = masks.causal(q.shape[-4], config.window, is_sliding)
+    return attention.attend(q, k, v, mask, config, is_sliding, implementation)
+
+
 @functools.lru_cache
 def value_and_gradients(config, implementation):
     def run(q, k, v, cotangent, is_sliding):
-        out, pull = jax.vjp(lambda q, k, v: attention.causal(q, k, v, config, is_sliding, implementation), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: attend_causal(q, k, v, config, is_sliding, implementation), q, k, v)
         return out, *pull(cotangent)
 
     return jax.jit(run)
@@ -61,7 +66,7 @@ def test_fused_on_a_gpu_in_bfloat16(layer_types):
             return jax.jit(
                 jax.vmap(
                     jax.grad(
-                        lambda q, k, v: attention.causal(q, k, v, config, s, kind).astype(jnp.float32).sum(),
+                        lambda q, k, v: attend_causal(q, k, v, config, s, kind).astype(jnp.float32).sum(),
                         argnums=(0, 1, 2),
                     )
                 )
@@ -74,7 +79,7 @@ def test_fused_on_a_gpu_in_bfloat16(layer_types):
 def test_fused_refuses_what_it_cannot_express():
     config = dataclasses.replace(PLAIN, attention_cap=2.0)
     with pytest.raises(ValueError, match="soft-caps"):
-        attention.causal(*problem(8)[:3], config, False, "fused")
+        attend_causal(*problem(8)[:3], config, False, "fused")
 
 
 def test_blockwise_works_per_example():
@@ -84,9 +89,7 @@ def test_blockwise_works_per_example():
     def gradient(kind):
         return jax.jit(
             jax.vmap(
-                jax.grad(
-                    lambda q, k, v, d: (attention.causal(q, k, v, config, True, kind) * d).sum(), argnums=(0, 1, 2)
-                )
+                jax.grad(lambda q, k, v, d: (attend_causal(q, k, v, config, True, kind) * d).sum(), argnums=(0, 1, 2))
             )
         )
 
@@ -103,3 +106,18 @@ def test_memory_at_full_context(kind, quadratic):
 
     growth = temporary(4096) / temporary(2048)
     assert (growth > 3.5) if quadratic else (growth < 2.2)
+
+
+@pytest.mark.parametrize("before, after", [(700, 700), (90, 300), (257, 1)])
+def test_a_mask_that_looks_ahead_is_the_same_in_tiles(before, after):
+    """Encoders see what follows: the mask is an argument, and no way of attention takes causality for granted."""
+    q, k, v, cotangent = problem(700)
+    config, mask = dataclasses.replace(PLAIN, max_length=1024), masks.Window(jnp.int32(before), after)
+    results = []
+    for kind in ("dense", "blockwise"):
+        out, pull = jax.vjp(lambda q, k, v, kind=kind: attention.attend(q, k, v, mask, config, False, kind), q, k, v)
+        results.append((out, *pull(cotangent)))
+    t, s = np.arange(700)[:, None], np.arange(700)
+    np.testing.assert_array_equal(mask.visible(t, s), (s - t <= after) & (t - s < before))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6 * max(1, np.abs(b).max()))

@@ -1,20 +1,38 @@
-"""The settings repeat choices of modules that --help must not import: they are the same."""
+"""The values of each flag stand in one place, which the flag and whoever implements it share."""
 
+import ast
 import dataclasses
+import pathlib
 
-from dpgemma.data.text import units
-from dpgemma.gemma import decoder
-from dpgemma.gemma.blocks import attention
-from dpgemma.privacy import book_keeping as ghost
-from dpgemma.privacy import clipping
-from dpgemma.training import settings as config
+from accounting import mechanism
+from accounting.mechanism import clip
+from dpgemma import choices
+from dpgemma.training.settings import Settings
+
+ROOT = pathlib.Path(choices.__file__).parents[1]
+HOME = {ROOT / "dpgemma/choices.py", ROOT / "accounting/mechanism/clip.py", ROOT / "accounting/mechanism/sampling.py"}
 
 
-def test_choices_are_those_of_the_modules():
-    assert config.REMAT_POLICIES == decoder.REMAT_POLICIES
-    assert config.ATTENTION == attention.ATTENTION
-    assert (units.AUTO, units.SEQUENCE, units.EXAMPLE) == config.PRIVACY_UNITS
-    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(config.Settings)}
-    assert choices["clipping"] == (config.AUTO, *clipping.STRATEGIES)
-    assert choices["clip_scaling"] == clipping.SCALINGS
-    assert choices["clip_thresholds"] == (ghost.UNIFORM, ghost.BY_DIMENSION)
+def all_choices():
+    found = [value for value in vars(choices).values() if isinstance(value, tuple)]
+    return [*found, clip.SCALINGS, mechanism.RELATIONS, mechanism.SAMPLERS]
+
+
+def test_every_flag_takes_its_choices_from_there():
+    fields = [field for field in dataclasses.fields(Settings) if field.metadata["choices"]]
+    assert len(fields) >= 11
+    for field in fields:
+        assert any(field.metadata["choices"] is known for known in all_choices()), field.name
+
+
+def test_no_other_module_spells_them_out():
+    spelt = {tuple(sorted(known)) for known in all_choices() if len(known) > 1}
+    for folder in ("accounting", "dpgemma", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path in HOME:
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+                    values = [item.value for item in node.elts if isinstance(item, ast.Constant)]
+                    if len(values) == len(node.elts) and all(isinstance(value, str) for value in values):
+                        assert tuple(sorted(values)) not in spelt, (path, values)

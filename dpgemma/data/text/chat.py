@@ -4,6 +4,8 @@
 before the first user turn's text, as in the chat template of the published models.
 """
 
+from typing import Any
+
 import numpy as np
 
 from accounting.errors import InputError
@@ -14,7 +16,7 @@ _ROLES = {"user": "user", "assistant": MODEL, MODEL: MODEL}
 _SYSTEM = "system"
 
 
-def turns(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+def turns(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Ids [n] of a conversation without bos, and which of them the model would have written: each answer with its
     end-of-turn token.
 
@@ -28,7 +30,7 @@ def turns(tokenizer: Tokenizer, messages: list[dict]) -> tuple[np.ndarray, np.nd
     newline = tokenizer.encode(b"\n")
     ids, scored = [], []
 
-    def add(tokens, is_answer: bool):
+    def add(tokens: Any, is_answer: bool) -> None:
         ids.append(np.atleast_1d(np.asarray(tokens, np.int32)))
         scored.append(np.full(len(ids[-1]), is_answer))
 
@@ -56,7 +58,7 @@ def _markup(tokenizer: Tokenizer) -> tuple[int, int]:
     return found
 
 
-def _with_system(messages: list[dict]) -> list[tuple[str, str]]:
+def _with_system(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(role, content) pairs, with the system message's content before that of the first turn."""
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
         raise InputError("messages must be a list of objects with role and content")

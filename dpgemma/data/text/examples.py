@@ -6,6 +6,7 @@ tests/data/examples_test.py::test_pitfall_19_a_record_is_one_row_and_touches_no_
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,12 @@ from dpgemma.data.text.tokenizer import Tokenizer, utf8
 PROMPT, RESPONSE, MESSAGES = "prompt", "response", "messages"
 
 
-def is_example(record: dict) -> bool:
+def is_example(record: dict[str, Any]) -> bool:
     """Whether a record is meant for fine-tuning, by its fields."""
     return PROMPT in record or MESSAGES in record
 
 
-def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_field: str) -> InMemory:
+def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer, length: int, text_field: str) -> InMemory:
     """One row per record, cut at `length` tokens and filled with pad.
 
     A record with `prompt` and `response` is scored on the response and the eos that closes it, one with `messages` on
@@ -52,7 +53,7 @@ def to_rows(records: Iterable[dict], tokenizer: Tokenizer, length: int, text_fie
     return units_of_one_row(np.stack(tokens), is_scored)
 
 
-def _example(record: dict, tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:
+def _example(record: dict[str, Any], tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:
     if MESSAGES in record:
         return chat.turns(tokenizer, record[MESSAGES])
     if PROMPT in record:
@@ -63,7 +64,7 @@ def _example(record: dict, tokenizer: Tokenizer, text_field: str) -> tuple[np.nd
     return ids, np.arange(len(ids)) >= len(prompt)
 
 
-def _text(record: dict, field: str) -> bytes:
+def _text(record: dict[str, Any], field: str) -> bytes:
     value = record.get(field)
     if isinstance(value, str):
         return utf8(value)

@@ -5,7 +5,7 @@ unk 3.
 import dataclasses
 import json
 import pathlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     def encode(self, text: bytes) -> np.ndarray:
         """Ids int32 [n], without bos and eos."""
 
-    def decode(self, ids) -> bytes:
+    def decode(self, ids: Any) -> bytes:
         """Text of ids; special ones are left out."""
 
     def token_id(self, token: str) -> int | None:
@@ -59,7 +59,7 @@ class ByteTokenizer:
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.int32) + _SPECIALS
 
-    def decode(self, ids) -> bytes:
+    def decode(self, ids: Any) -> bytes:
         ids = np.asarray(ids)
         return (ids[(ids >= _SPECIALS) & (ids < self.vocab_size)] - _SPECIALS).astype(np.uint8).tobytes()
 
@@ -76,7 +76,7 @@ class SentencePieceTokenizer:
 
     path: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         import sentencepiece
 
         if not pathlib.Path(self.path).is_file():
@@ -98,7 +98,7 @@ class SentencePieceTokenizer:
     def encode(self, text: bytes) -> np.ndarray:
         return np.asarray(self._pieces.encode(text.decode("utf-8", errors="replace")), np.int32)
 
-    def decode(self, ids) -> bytes:
+    def decode(self, ids: Any) -> bytes:
         specials = {self.pad, self.eos, self.bos}
         return self._pieces.decode(
             [int(i) for i in ids if int(i) not in specials and int(i) < self.vocab_size]
@@ -116,7 +116,7 @@ class SentencePieceTokenizer:
 class JsonTokenizer:
     """A Hugging Face directory's tokenizer.json; its special tokens are named in tokenizer_config.json."""
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path) -> None:
         import tokenizers
 
         self._path = directory / JSON_FILE
@@ -132,7 +132,7 @@ class JsonTokenizer:
         settings = _json(directory / "tokenizer_config.json")
         self.pad, self.eos, self.bos = (self._special(settings, name) for name in ("pad", "eos", "bos"))
 
-    def _special(self, settings: dict, name: str) -> int:
+    def _special(self, settings: dict[str, Any], name: str) -> int:
         token = settings.get(f"{name}_token") or f"<{name}>"
         token = token.get("content") if isinstance(token, dict) else token
         found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
@@ -145,7 +145,7 @@ class JsonTokenizer:
             self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids, np.int32
         )
 
-    def decode(self, ids) -> bytes:
+    def decode(self, ids: Any) -> bytes:
         specials = {self.pad, self.eos, self.bos}
         return self._tokenizer.decode(
             [int(i) for i in ids if int(i) not in specials], skip_special_tokens=True
@@ -158,7 +158,7 @@ class JsonTokenizer:
         return _siblings(self._path)
 
 
-def _json(path: pathlib.Path) -> dict:
+def _json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,5 +1,7 @@
 """From `data` and `privacy_unit` to privacy units of text."""
 
+from typing import Any
+
 from dpgemma.choices import AUTO, EXAMPLE, SEQUENCE
 from dpgemma.data import readers
 from dpgemma.data.source import InMemory
@@ -23,7 +25,7 @@ def read(
         not have.
     """
     if privacy_unit == AUTO:
-        first: dict = next(iter(readers.records(data, text_field)), {})
+        first: dict[str, Any] = next(iter(readers.records(data, text_field)), {})
         privacy_unit = EXAMPLE if examples.is_example(first) else SEQUENCE
     if privacy_unit == EXAMPLE:
         made = examples.to_rows(readers.records(data, text_field), tokenizer, length, text_field)

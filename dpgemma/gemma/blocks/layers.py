@@ -7,6 +7,7 @@ vocabulary. A leading `...` stands for any batch axes. Weights are cast to the a
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Linear(nnx.Module):
         bias: bool = False,
         lora: Lora | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.inputs, self.lora = inputs, lora
         bound = math.prod(shape[:inputs]) ** -0.5
         self.w = nnx.Param(jax.random.normal(rngs.params(), shape) * (gain * bound))
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
             )
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, *shape[inputs:])))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         y = operations.linear(x, self.w[...], self.inputs)
         if self.lora is not None:
             low = operations.linear(x, self.lora_a[...], self.inputs)
@@ -60,11 +61,11 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * (1 + scale), computed in float32 and cast back (Hugging Face's order)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float) -> None:
         self.eps = eps
         self.scale = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         x_f32 = x.astype(jnp.float32)
         normed = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)
         return (normed * (1 + operations.vector(self.scale[...]).astype(jnp.float32))).astype(x.dtype)
@@ -73,26 +74,26 @@ class RMSNorm(nnx.Module):
 class Embedder(nnx.Module):
     """The tied embedding: unscaled rows [V, D], multiplied by sqrt(D) on the input side only."""
 
-    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs) -> None:
         self.bfloat16_scale = config.bfloat16_scale
         # Small, so that a token's own row in the residual stream does not make the first predictions copy it.
         self.embedding = nnx.Param(
             jax.random.normal(rngs.params(), (config.vocab_size, config.d_model)) * EMBEDDING_SCALE
         )
 
-    def encode(self, tokens, dtype):
+    def encode(self, tokens: Any, dtype: Any) -> Any:
         rows = operations.embedding(tokens, self.embedding[...], dtype)
         # The published models round the scale to the type that they compute in.
         scale = jnp.asarray(rows.shape[-1] ** 0.5, jnp.bfloat16 if self.bfloat16_scale else dtype)
         return rows * scale.astype(dtype)
 
 
-def soft_cap(x, cap: float | None):
+def soft_cap(x: jax.Array, cap: float | None) -> Any:
     """c * tanh(x / c), or x where cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rotary_angles(positions, head_dim: int, rope: Rope):
+def rotary_angles(positions: jax.Array, head_dim: int, rope: Rope) -> Any:
     """Angles [..., R/2] at positions [...] of the half-split rotary embedding of the first R = share * H entries of
     each head.
     """
@@ -101,7 +102,7 @@ def rotary_angles(positions, head_dim: int, rope: Rope):
     return positions.astype(jnp.float32)[..., None] / rope.linear_factor * inverse_frequency
 
 
-def rotate(x_TxNxH, angles):
+def rotate(x_TxNxH: jax.Array, angles: jax.Array) -> Any:
     """Rotates the pairs (i, i + R/2) of every head by that position's angles [..., T, R/2]; entries from R on stay as
     they are.
     """
@@ -122,15 +123,15 @@ def residual_gain(config: GemmaConfig) -> float:
 class FeedForward(nnx.Module):
     """GeGLU: down(gelu_tanh(gate(x)) * up(x))."""
 
-    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs) -> None:
         c = config
 
-        def options(name):
+        def options(name: str) -> Any:
             return dict(bias=c.biases, lora=c.adapter(name), rngs=rngs)
 
         self.gate = Linear((c.d_model, c.d_ff), **options("gate_proj"))
         self.up = Linear((c.d_model, c.d_ff), **options("up_proj"))
         self.down = Linear((c.d_ff, c.d_model), gain=residual_gain(c), **options("down_proj"))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))

@@ -4,6 +4,8 @@ De et al. 2024, "Griffin", arXiv 2402.19427, sections 2.3 and 2.4. W is the unit
 The recurrence runs in float32 in any compute type.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,13 +20,13 @@ _LARGEST_SQRT_DERIVATIVE = 1000.0
 
 
 @jax.custom_jvp
-def _bounded_sqrt(x):
+def _bounded_sqrt(x: jax.Array) -> Any:
     """sqrt whose derivative is cut at 1000, as the published models define it: at x = 0 the true one is infinite."""
     return jnp.sqrt(x)
 
 
 @_bounded_sqrt.defjvp
-def _bounded_sqrt_jvp(primals, tangents):
+def _bounded_sqrt_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
     return jnp.sqrt(x), dx / jnp.sqrt(jnp.maximum(4.0 * x, _LARGEST_SQRT_DERIVATIVE**-2))
 
@@ -32,11 +34,11 @@ def _bounded_sqrt_jvp(primals, tangents):
 class CausalConvolution(nnx.Module):
     """y_t = bias + sum over k of w_k x_{t - C + 1 + k}, for every channel by itself."""
 
-    def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs) -> None:
         self.w = nnx.Param(jax.random.normal(rngs.params(), (width, taps)) * (0.01 / taps) ** 0.5)
         self.bias = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x, before):
+    def __call__(self, x: jax.Array, before: jax.Array) -> Any:
         """Args: x [..., T, W]; before [..., C - 1, W], the inputs before the first."""
         w, length = operations.vector(self.w[...]).astype(x.dtype), x.shape[-2]
         joined = jnp.concatenate([before.astype(x.dtype), x], axis=-2)
@@ -49,12 +51,12 @@ class CausalConvolution(nnx.Module):
 class BlockDiagonal(nnx.Module):
     """A gate's linear layer: channels in blocks, each with a matrix of its own."""
 
-    def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
         size = width // blocks
         self.w = nnx.Param(jax.random.normal(rngs.params(), (blocks, size, size)) * (0.01 / size) ** 0.5)
         self.bias = nnx.Param(jnp.zeros((blocks, size)))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         w, bias = operations.vector(self.w[...]).astype(x.dtype), operations.vector(self.bias[...]).astype(x.dtype)
         blocks = x.reshape(*x.shape[:-1], *bias.shape)
         y = jnp.einsum("...tbi,bij->...tbj", blocks, w, precision=PRECISION) + bias
@@ -66,7 +68,7 @@ class RgLru(nnx.Module):
     afresh.
     """
 
-    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs) -> None:
         width = config.lru_width
         self.input_gate = BlockDiagonal(width, config.num_heads, rngs=rngs)
         self.recurrent_gate = BlockDiagonal(width, config.num_heads, rngs=rngs)
@@ -75,7 +77,7 @@ class RgLru(nnx.Module):
         square = jax.random.uniform(rngs.params(), (width,), minval=0.9**2, maxval=0.999**2)
         self.recurrent_param = nnx.Param(jnp.log(jnp.expm1(-0.5 * jnp.log(square))))
 
-    def __call__(self, x, state, positions, valid):
+    def __call__(self, x: jax.Array, state: Any, positions: jax.Array, valid: jax.Array) -> Any:
         """States [..., T, W] in float32.
 
         Args:
@@ -101,11 +103,11 @@ class RgLru(nnx.Module):
 class Recurrent(nnx.Module):
     """out(rg_lru(conv(linear_x(x))) * gelu_tanh(linear_y(x)))."""
 
-    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs) -> None:
         c = config
         self.taps, self.width = c.conv_width, c.lru_width
 
-        def options(name):
+        def options(name: str) -> Any:
             return dict(bias=True, lora=c.adapter(name), rngs=rngs)
 
         self.linear_x = Linear((c.d_model, c.lru_width), **options("linear_x"))
@@ -114,14 +116,14 @@ class Recurrent(nnx.Module):
         self.conv = CausalConvolution(c.lru_width, c.conv_width, rngs=rngs)
         self.rg_lru = RgLru(c, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         """Mixing within rows x [..., T, D] that start at position 0."""
         batch, length = x.shape[:-2], x.shape[-2]
         start = jnp.zeros((*batch, self.width)), jnp.zeros((*batch, self.taps - 1, self.width), x.dtype)
         return self.cached(x, start, jnp.arange(length), jnp.ones(length, bool))[0]
 
-    def cached(self, x, cache, positions, valid):
-        """The same for tokens that follow others.
+    def cached(self, x: jax.Array, cache: Any, positions: jax.Array, valid: jax.Array) -> tuple[Any, Any]:
+        """Mixes tokens that follow others, from the state that those left.
 
         Args:
           x: [..., T, D].

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -36,7 +37,7 @@ def _fan_in(weight: Weight, shape: tuple[int, ...]) -> int:
 
 
 def save_peft(
-    config: GemmaConfig, trainable: dict, directory: pathlib.Path, base: str, *, multimodal: bool = False
+    config: GemmaConfig, trainable: dict[str, Any], directory: pathlib.Path, base: str, *, multimodal: bool = False
 ) -> None:
     """Writes adapter_model.safetensors and adapter_config.json.
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,10 +29,10 @@ class TensorFiles:
       InputError: no weights there, or files that are damaged or incomplete.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path) -> None:
         self._directory = directory
         self._stack = contextlib.ExitStack()
-        self._places: dict[str, tuple] = {}
+        self._places: dict[str, tuple[Any, ...]] = {}
         for path in weight_files(directory):
             try:
                 file = self._stack.enter_context(safe_open(path, framework="np"))
@@ -43,10 +44,10 @@ class TensorFiles:
                 prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
                 self._places[_PREFIXES.get(prefix, "") + key.removeprefix(prefix)] = (file, key)
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
     @property

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ def table(config: GemmaConfig) -> list[Weight]:
     return weights
 
 
-def axes(config: GemmaConfig) -> dict:
+def axes(config: GemmaConfig) -> dict[str, Any]:
     """The tree of parameters, adapters included, with logical axis names in the place of every array."""
     found = {}
     for weight in table(config):
@@ -64,16 +65,16 @@ def layers_of(config: GemmaConfig, weight: Weight) -> tuple[int, ...]:
     )
 
 
-def leaves(tree: dict, prefix: tuple[str, ...] = ()) -> dict:
+def leaves(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
     """Leaves of nested dicts by path."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {path: leaf for name, branch in tree.items() for path, leaf in leaves(branch, (*prefix, name)).items()}
 
 
-def tree_of(leaves_by_path: dict) -> dict:
+def tree_of(leaves_by_path: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `leaves`."""
-    tree: dict = {}
+    tree: dict[str, Any] = {}
     for path, leaf in leaves_by_path.items():
         node = tree
         for part in path[:-1]:
@@ -106,7 +107,7 @@ def fan_in(weight: Weight, shape: tuple[int, ...]) -> int:
     return math.prod(shape[: weight.inputs])
 
 
-def load(config: GemmaConfig, directory: pathlib.Path, sharding=None, dtype=None) -> dict:
+def load(config: GemmaConfig, directory: pathlib.Path, sharding: Any = None, dtype: Any = None) -> dict[str, Any]:
     """The parameter tree of a directory, adapters left out.
 
     One stacked parameter is in host memory at a time, beside those that are done.
@@ -138,7 +139,7 @@ def _names(config: GemmaConfig, weight: Weight) -> list[str]:
     return [weight.name.format(i) for i in layers_of(config, weight)] or [weight.name]
 
 
-def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict) -> None:
+def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict[str, Any]) -> None:
     expected = {name: weight for weight in table(config) for name in _names(config, weight)}
     missing, extra = sorted(set(expected) - checkpoint.names), sorted(checkpoint.names - set(expected) - {_HEAD})
     if missing or extra:
@@ -157,7 +158,9 @@ def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict) -> None:
         raise InputError(f"{_HEAD} differs from the embedding: Gemma decoders tie the two, so this is another model")
 
 
-def _load_one(config: GemmaConfig, checkpoint: TensorFiles, weight: Weight, shape: tuple[int, ...], sharding, dtype):
+def _load_one(
+    config: GemmaConfig, checkpoint: TensorFiles, weight: Weight, shape: tuple[int, ...], sharding: Any, dtype: Any
+) -> Any:
     names = _names(config, weight)
     dtype = dtype or checkpoint.dtype(names[0])
 
@@ -176,7 +179,7 @@ def _load_one(config: GemmaConfig, checkpoint: TensorFiles, weight: Weight, shap
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
-def tensors(config: GemmaConfig, parameters: dict, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(config: GemmaConfig, parameters: dict[str, Any], dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of the file, one at a time; adapters left out.
 
     Args:
@@ -197,14 +200,18 @@ def tensors(config: GemmaConfig, parameters: dict, dtype=None) -> Iterator[tuple
 
 
 def save(
-    config: GemmaConfig, parameters: dict, directory: pathlib.Path, dtype=None, shard_bytes: int = SHARD_BYTES
+    config: GemmaConfig,
+    parameters: dict[str, Any],
+    directory: pathlib.Path,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the safetensors files, with an index if one file is not enough; one file's tensors are in memory at a
     time.
     """
     shard, places, sizes = {}, {}, []
 
-    def flush():
+    def flush() -> None:
         name = f"model-{len(sizes) + 1:05d}.safetensors"
         save_file(shard, directory / name, metadata={"format": "pt"})
         places.update(dict.fromkeys(shard, name))
