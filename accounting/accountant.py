@@ -90,7 +90,7 @@ class Accountant:
         self._group_size = group_size
         self._bounds = bounds
         self._relative_width = relative_width
-        self._brackets = {}
+        self._brackets: dict[Any, tuple[float, float, float]] = {}
         self._discrete_loss = functools.lru_cache(maxsize=64)(self._discretise)
 
     @property
@@ -153,21 +153,21 @@ class Accountant:
                 return bound
             interval /= 4
 
-    def deltas(self, epsilons: Sequence[float], delta: float, steps: int | None = None) -> np.ndarray:
+    def deltas(self, epsilons: Sequence[float] | np.ndarray, delta: float, steps: int | None = None) -> np.ndarray:
         """An upper bound of delta at each of the ascending `epsilons`.
 
         Args:
           delta: the one for which losses are discretised finely enough.
         """
         phases = self._phases(delta, steps)
-        epsilons = np.asarray(epsilons, dtype=float)
+        asked = np.asarray(epsilons, dtype=float)
         if not phases:
-            return np.zeros(epsilons.size)
+            return np.zeros(asked.size)
         if not self._is_private(phases):
-            return np.ones(epsilons.size)
+            return np.ones(asked.size)
         interval = self.interval_for(delta, steps)
         plain = np.max(
-            [self._composition(delta, phases, interval, remove).deltas(epsilons) for remove in self._directions], axis=0
+            [self._composition(delta, phases, interval, remove).deltas(asked) for remove in self._directions], axis=0
         )
         extra = np.array([self._extra_delta(phases, epsilon) for epsilon in epsilons])
         # A larger epsilon never needs a larger delta.
@@ -182,7 +182,8 @@ class Accountant:
         """What the first `steps` steps release: (mechanism, number of releases), like releases together."""
         if not 0 < delta < 1:
             raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
-        left, taken = self.steps if steps is None else steps, {}
+        taken: dict[Mechanism, int] = {}
+        left = self.steps if steps is None else steps
         for i, m in enumerate(self.mechanisms):
             # A single mechanism may be asked about more steps than it has.
             share = left if i == len(self.mechanisms) - 1 else min(left, m.steps)
@@ -221,7 +222,9 @@ class Accountant:
                         uppers[remove], self._upper(delta, phases, interval, remove, hint=uppers[remove])
                     )
             upper = max(uppers.values())
-            lower = max(lower, self._lower(delta, phases, interval, max(uppers, key=uppers.get), hint=upper))
+            lower = max(
+                lower, self._lower(delta, phases, interval, max(uppers, key=lambda remove: uppers[remove]), hint=upper)
+            )
             narrow = upper <= lower * (1 + self._relative_width) + _ABSOLUTE_WIDTH
             # Where truncation is charged on both sides, the ends stay apart however fine the grid.
             change = max(previous_upper - upper, lower - previous_lower)

@@ -82,9 +82,9 @@ class PrivacyProfile:
         return high
 
 
-def gaussian_delta(epsilon: float, mu: float) -> np.ndarray:
+def gaussian_delta(epsilons: float | np.ndarray, mu: float) -> np.ndarray:
     """delta of N(mu, 1) against N(0, 1) at each epsilon, mu > 0 (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
-    epsilon = np.asarray(epsilon, dtype=float)
+    epsilon = np.asarray(epsilons, dtype=float)
     return np.maximum(
         special.ndtr(mu / 2 - epsilon / mu) - np.exp(epsilon + special.log_ndtr(-mu / 2 - epsilon / mu)), 0.0
     )

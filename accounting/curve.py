@@ -21,7 +21,7 @@ class EpsilonCurve:
     def __init__(self, accountant: Accountant, delta: float, points: int = 16) -> None:
         self._accountant, self._delta = accountant, delta
         self._steps = sorted({math.ceil(accountant.steps * i / points) for i in range(1, points + 1)})
-        self._epsilons = {}
+        self._epsilons: dict[int, float] = {}
 
     def at(self, steps: int) -> float:
         """An upper bound of epsilon after `steps` releases.

@@ -115,11 +115,10 @@ def random_search_epsilon(mechanism: Mechanism, trials: float, distribution: str
     # What truncation costs in all trials together. The displacement bound holds because its rare steps do not depend on
     # the data, and because leaving out the trials that have one keeps each of these distributions in its family, with a
     # smaller mean.
-    costs = [lambda epsilon: additive_delta(mechanism, epsilon, releases)]
-    if proofs.DISPLACEMENT in support.allowed(mechanism.sampling, mechanism.neighbouring_relation):
-        costs.append(lambda epsilon: displacement_delta(mechanism, releases))
+    displaces = proofs.DISPLACEMENT in support.allowed(mechanism.sampling, mechanism.neighbouring_relation)
 
-    def extra(epsilon: float) -> Any:
-        return trials * min(cost(epsilon) for cost in costs)
+    def extra(epsilon: float) -> float:
+        additive = additive_delta(mechanism, epsilon, releases)
+        return trials * (min(additive, displacement_delta(mechanism, releases)) if displaces else additive)
 
     return smallest_epsilon(lambda d: float(accountant.get_epsilon(d)), delta, extra)

@@ -62,7 +62,7 @@ class _Audit:
                     Finding("ledger_edited", run_files.LEDGER, f"no epsilon can be derived from its facts ({error})")
                 )
                 executed = None
-        if executed is not None:
+        if executed is not None and rederived is not None:
             self.findings += ledger_checks.budget(executed, rederived)
             try:
                 self._documents(lines, executed)

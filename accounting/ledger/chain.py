@@ -74,7 +74,7 @@ def inspect(text: str) -> tuple[list[Line], list[Problem]]:
         problems.append(
             Problem("truncated", len(rows) + 1, "the last line is cut off; the file was truncated or edited")
         )
-    lines = []
+    lines: list[Line] = []
     for number, row in enumerate(rows, start=1):
         line = _parse(row)
         if line is None:

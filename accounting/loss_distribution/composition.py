@@ -114,7 +114,7 @@ class Composition:
             theta, centred = self._tilt_centred_at(bound, theta), True
         return float(max(0.0, bound + self._shift if self._pessimistic else bound - self._shift))
 
-    def deltas(self, epsilons: Sequence[float]) -> np.ndarray:
+    def deltas(self, epsilons: Sequence[float] | np.ndarray) -> np.ndarray:
         """Upper bounds of delta at each of the ascending `epsilons` >= 0, for a pessimistic composition.
 
         A tilt gives a bound at every epsilon, tight near its centre; a few centres serve all.
@@ -195,7 +195,8 @@ class Composition:
         unit = float(np.finfo(precision).eps) / 2
         transform_error = 7 * unit * math.log2(max(size, 2))  # Higham 2002, theorem 24.2
 
-        product, shift, error, relative_error = 1.0, 0, 0.0, 0.0
+        product: Any = 1.0
+        shift, error, relative_error = 0, 0.0, 0.0
         for loss, count, logs, losses in self._parts:
             exponents = logs + theta * losses
             tilted = np.exp(exponents - special.logsumexp(exponents))
@@ -270,7 +271,9 @@ class Composition:
         inf or -inf where it does not cross, which is trivially a bound.
         """
         nothing = (math.inf, math.inf) if self._pessimistic else (-math.inf, math.inf)
-        x, log_delta, slack = self._log_deltas(t) if t is not None else (np.zeros(0),) * 3
+        if t is None:
+            return nothing
+        x, log_delta, slack = self._log_deltas(t)
         if not x.size:
             return nothing
         above = np.flatnonzero(log_delta > math.log(delta))

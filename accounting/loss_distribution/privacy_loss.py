@@ -101,7 +101,7 @@ class GaussianMixturePair:
         """Masses of the intervals between ascending edges."""
         at_zero, error = _normal_intervals(edges / self.sigma)
         difference, difference_error = np.zeros_like(at_zero), np.zeros_like(at_zero)
-        sides = []
+        sides: list[Any] = []
         for components, sign in ((self.upper, 1), (self.lower, -1)):
             side = (1 - math.fsum(w for _, w in components)) * at_zero
             for mean, weight in components:
@@ -111,7 +111,8 @@ class GaussianMixturePair:
                 difference_error += weight * (shifted * shifted_error + at_zero * error)
                 error = np.maximum(error, shifted_error)
             sides.append(side)
-        return _Masses(*sides, difference, error, difference_error)
+        upper, lower = sides
+        return _Masses(upper, lower, difference, error, difference_error)
 
     def tail_quantiles(self, mass: float) -> tuple[Any, Any]:
         """(x_low, x_high) outside which P has at most `mass` on either side."""

@@ -48,8 +48,9 @@ def displacement_delta(mechanism: Mechanism, steps: int, group_size: int = 1) ->
     """
     if mechanism.max_batch_size is None:
         return 0.0
-    m, k = mechanism, group_size
-    return min(1.0, steps * overflow_probability(max(m.num_units - k, 0), m.sampling_probability, m.max_batch_size - k))
+    others = max(mechanism.num_units - group_size, 0)
+    room = mechanism.max_batch_size - group_size
+    return min(1.0, steps * overflow_probability(others, mechanism.sampling_probability, room))
 
 
 def displacement(mechanism: Mechanism) -> tuple[float, GaussianMixturePair]:
@@ -62,11 +63,12 @@ def displacement(mechanism: Mechanism) -> tuple[float, GaussianMixturePair]:
     """
     from scipy import stats
 
-    m, q = mechanism, mechanism.sampling_probability
-    full = float(stats.binom.sf(m.max_batch_size - 1, m.num_units - 1, q))
+    m, q, cap = mechanism, mechanism.sampling_probability, mechanism.max_batch_size
+    assert cap is not None, "without a cap nothing is displaced"
+    full = float(stats.binom.sf(cap - 1, m.num_units - 1, q))
     if full == 0.0:
         return 0.0, GaussianMixturePair(m.noise_multiplier, upper=((1.0, q),))
-    kept = overflow_probability(m.num_units, q, m.max_batch_size) * m.max_batch_size / full / m.num_units
+    kept = overflow_probability(m.num_units, q, cap) * cap / full / m.num_units
     return full, GaussianMixturePair(
         m.noise_multiplier / 2, upper=((1.0, min(kept, 1.0)),), lower=((-1.0, min(kept, 1.0)),)
     )

@@ -12,7 +12,7 @@ from accounting.conversions import PrivacyProfile
 from accounting.errors import InputError
 
 FORMATS = (".svg", ".png", ".pdf")
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False
 }  # fmt: skip
 _INK, _ACCENT = "#333333", "#0b5fa5"

@@ -86,7 +86,7 @@ def _section(heading: str, content: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>\n{content}</section>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     titles = "".join(f"<th>{escape(name)}</th>" for name in head) if any(head) else ""
     lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table>{f"<tr>{titles}</tr>" if titles else ""}\n{lines}</table></div>'

@@ -72,8 +72,9 @@ def _plan(fv: flags.FlagValues) -> int:
             + (f"{len(omitted)} are missing: {', '.join(omitted)}" if omitted else "all five are given")
         )
     for name in ("steps", "batch_size", "num_units"):
-        if given[name] is not None and given[name] < 1:
-            raise InputError(f"--{name} must be at least 1, got {given[name]}")
+        value = given[name]
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
     if given["epsilon"] is not None and not given["epsilon"] > 0:
         raise InputError(f"--epsilon must be positive, got {given['epsilon']:g}")
     from accounting import tuning
@@ -210,11 +211,11 @@ def _print(
     from accounting.report import figures, tables
 
     meaning = tables.meaning(accountant, result["delta"]) if fv.tables or fv.plot else None
-    if fv.plot:
+    if meaning is not None and fv.plot:
         points = figures.epsilon_points(accountant, result["delta"]) if meaning.profile is not None else []
         figures.save(pathlib.Path(fv.plot), points, target, meaning.profile)
     if fv.json:
-        print(json.dumps(run_files.encode(result | (meaning.as_dict() if fv.tables else {}))))
+        print(json.dumps(run_files.encode(result | (meaning.as_dict() if meaning is not None and fv.tables else {}))))
         return
     for name, value in result.items():
         if isinstance(value, list):
@@ -222,7 +223,7 @@ def _print(
                 print(" ".join(f"{key} {_shown(key, part)}" for key, part in item.items()))
         else:
             print(f"{name:<24} {_shown(name, value)}{'   (solved)' if name == solved else ''}")
-    if fv.tables:
+    if meaning is not None and fv.tables:
         print(
             ("" if fv.trials is None else "\nof a single trial, all of whose results may be seen:")
             + tables.text(meaning)

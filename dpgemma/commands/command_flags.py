@@ -7,6 +7,8 @@ from typing import Any
 
 from absl import flags
 
+from accounting.errors import as_flags
+
 LARGEST_COUNT = 10**18
 
 
@@ -81,11 +83,12 @@ def define_from_dataclass(settings: type, fv: flags.FlagValues) -> None:
     for field in dataclasses.fields(settings):
         text, choices = field.metadata["help"], field.metadata["choices"]
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        default: typing.Any = field.default
         if choices:
-            choice(field.name, field.default, choices, text, fv)
+            choice(field.name, default, choices, text, fv)
         else:
             define = count if int in kinds else number if float in kinds else string
-            define(field.name, field.default, text, fv)
+            define(field.name, default, text, fv)
 
 
 def help_text(command: str, description: str, fv: flags.FlagValues) -> str:
@@ -93,7 +96,7 @@ def help_text(command: str, description: str, fv: flags.FlagValues) -> str:
     lines = [f"dpgemma {command}: {description}", "", "Flags:"]
     for name in fv:
         flag = fv[name]
-        value = "" if flag.default is None else f" (default {flag.default_as_str.strip(chr(39))})"
+        value = "" if flag.default is None else f" (default {str(flag.default_as_str).strip(chr(39))})"
         choices = f" One of {', '.join(flag.parser.enum_values)}." if isinstance(flag.parser, flags.EnumParser) else ""
-        lines += [f"  --{name}{value}", f"      {flag.help}{choices}"]
+        lines += [f"  --{name}{value}", f"      {as_flags(str(flag.help))}{choices}"]
     return "\n".join(lines)

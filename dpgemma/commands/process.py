@@ -3,7 +3,6 @@
 The library changes none of it. Each change is a context manager that restores what it found.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -39,7 +38,8 @@ def quiet() -> Iterator[None]:
             print_exception(kind, error, trace)
 
     def unraisable_without_storage(unraisable: Any) -> None:
-        dropped = asyncio.iscoroutine(unraisable.object) and _is_storage(unraisable.object.cr_code.co_filename)
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that was dropped unfinished
+        dropped = code is not None and _is_storage(code.co_filename)
         # They read many arrays side by side in threads that no Python program began; where one read fails, the others
         # raise into such a thread.
         foreign = isinstance(threading.current_thread(), threading._DummyThread)

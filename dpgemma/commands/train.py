@@ -1,6 +1,7 @@
 """dpgemma train: trains a model under a privacy budget; the same command resumes."""
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -18,7 +19,8 @@ def define_flags(fv: flags.FlagValues) -> None:
 
 
 def run(fv: flags.FlagValues) -> int:
-    settings = Settings(**{field.name: fv[field.name].value for field in dataclasses.fields(Settings)})
+    given: dict[str, Any] = {field.name: fv[field.name].value for field in dataclasses.fields(Settings)}
+    settings = Settings(**given)
     with process.deterministic_sums():
         process.split_cpu(settings.mesh)
         from dpgemma.commands.terminal import Terminal

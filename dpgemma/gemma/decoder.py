@@ -136,7 +136,7 @@ def _scan_layers(config: GemmaConfig, layers: dict[str, Any], x: jax.Array, appl
     inside = {stack: stacks[:period].count(stack) for stack in layers}
 
     def apply_period(x: jax.Array, group: Any, kinds: Any, alone: Any = ()) -> tuple[Any, Any]:
-        extras = {stack: [] for stack in kinds}
+        extras: dict[str, list[Any]] = {stack: [] for stack in kinds}
         for stack in kinds:
             number = None if stack in alone else len(extras[stack])
             x, extra = apply_layer(stack, number, x, group[stack])

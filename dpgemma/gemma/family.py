@@ -29,6 +29,8 @@ CHANNELS = "channels"  # [C, K] stored as [C, 1, K]
 
 EMBEDDING = "model.embed_tokens.weight"
 
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 Content = Mapping[str, Any]  # of a config.json
 Fields = dict[str, Any]  # of a GemmaConfig
 
@@ -73,7 +75,7 @@ class Family:
 
     model_type: str
     hf_class: str
-    fixed: Mapping[str, bool]
+    fixed: Mapping[str, Any]
     keys: Mapping[str, str]
     read: Callable[[Content, Fields], Fields]
     write: Callable[[GemmaConfig], dict[str, Any]]
@@ -82,7 +84,7 @@ class Family:
     final_norm: str = "model.norm.weight"
     mixer: str = "self_attn"
     mlp: str = "mlp"
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = ATTENTION_TARGETS
     wrapped_as: str | None = None
 
     def __post_init__(self) -> None:

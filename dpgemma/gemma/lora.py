@@ -58,6 +58,7 @@ def join(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
 def fold(config: GemmaConfig, parameters: dict[str, Any]) -> dict[str, Any]:
     """Parameters without adapters that compute the same: W + (alpha / rank) A B in float32, layer by layer."""
     leaves = weights.leaves(parameters)
+    assert config.lora is not None
     scale = config.lora.alpha / config.lora.rank
     folded = {}
     for path, leaf in leaves.items():
@@ -65,13 +66,12 @@ def fold(config: GemmaConfig, parameters: dict[str, Any]) -> dict[str, Any]:
             continue
         folded[path] = leaf
         a, b = (leaves.get((*path[:-1], name)) for name in _MATRICES)
-        if path[-1] == "w" and a is not None:
+        if path[-1] == "w" and a is not None and b is not None:
             result = np.empty(leaf.shape, np.float32)
             for i in range(len(result)):
                 rank = a.shape[-1]
-                product = np.asarray(a[i], np.float32).reshape(-1, rank) @ np.asarray(b[i], np.float32).reshape(
-                    rank, -1
-                )
+                low, high = np.asarray(a[i], np.float32), np.asarray(b[i], np.float32)
+                product = np.matmul(low.reshape(-1, rank), high.reshape(rank, -1))
                 result[i] = np.asarray(leaf[i], np.float32) + scale * product.reshape(result[i].shape)
             folded[path] = result
     return weights.tree_of(folded)

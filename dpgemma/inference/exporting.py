@@ -53,6 +53,8 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
       InputError: the checkpoint belongs to another ledger.
     """
     run = run_directory.open_existing(model.run.path)
+    assert run is not None, "its checkpoint was read just now"
+    assert model.tokenizer is not None
     with contextlib.ExitStack() as stack:
         stack.callback(run.unlock)
         ledger = stack.enter_context(contextlib.closing(run.open_ledger()))
@@ -66,8 +68,10 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
         content = build(done, accountant.epsilon(done.delta, done.steps), ledger.head)
         with folder(out) as temporary:
             if model.config.lora is not None and not merge:
-                multimodal = model.base.is_dir() and config_json.is_multimodal(model.base)
-                peft.save_peft(model.config, model.parameters, temporary, str(model.base), multimodal=multimodal)
+                base = model.base
+                assert base is not None, "adapters belong to a model"
+                multimodal = base.is_dir() and config_json.is_multimodal(base)
+                peft.save_peft(model.config, model.parameters, temporary, str(base), multimodal=multimodal)
             elif model.config.lora is not None:
                 _write_model(model, lora.fold(model.config, model.parameters), temporary, dtype or "float32")
             else:
@@ -85,9 +89,11 @@ def export_directory(model: Model, out: pathlib.Path, dtype: Any = None) -> None
     """Writes the model of a Hugging Face directory anew: the text decoder alone, in one spelling, with the tokenizer
     files there are.
     """
+    base = model.base
+    assert base is not None, "the model came from a directory"
     with folder(out) as temporary:
         _write_model(model, model.parameters, temporary, dtype)
-        _write_tokenizer([model.base / name for name in FILES if (model.base / name).is_file()], temporary)
+        _write_tokenizer([base / name for name in FILES if (base / name).is_file()], temporary)
         (temporary / run_files.CARD).write_text(card.plain_card())
 
 
@@ -99,7 +105,7 @@ def _write_model(model: Model, parameters: dict[str, Any], directory: pathlib.Pa
         model.config, ids, np.dtype(dtype or parameters["embedder"]["embedding"].dtype).name
     )
     (directory / config_json.FILE).write_text(json.dumps(content, indent=1) + "\n")
-    generation = model.base / _GENERATION if known else None
+    generation = model.base / _GENERATION if known and model.base is not None else None
     if generation is not None and ids == known and generation.is_file():
         shutil.copyfile(generation, directory / _GENERATION)
     else:

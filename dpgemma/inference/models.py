@@ -8,7 +8,7 @@ from typing import Any
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger
 from dpgemma.data.text import tokenizer as tokenizer_lib
-from dpgemma.data.text.tokenizer import END_OF_TURN, Tokenizer
+from dpgemma.data.text.tokenizer import Tokenizer
 from dpgemma.gemma import lora
 from dpgemma.gemma import start as start_lib
 from dpgemma.gemma.config import GemmaConfig
@@ -31,11 +31,10 @@ class Model:
     tokenizer: Tokenizer | None
     base: pathlib.Path | None
 
-    @property
-    def stop(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        end_of_turn = self.tokenizer.token_id(END_OF_TURN)
-        return (self.tokenizer.eos,) if end_of_turn is None else (self.tokenizer.eos, end_of_turn)
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer of a model that was loaded with it."""
+        assert self.tokenizer is not None, "the model was loaded without its tokenizer"
+        return self.tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +75,19 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
         raise InputError(f"{workdir} started from random weights: drop `init_from`")
     origin = base or settings["init_from"]
     directory = pathlib.Path(origin) if origin else None
+    there = directory or pathlib.Path()
     needs_base = config.lora is not None and with_base
     brings_tokenizer = directory is not None and settings["tokenizer"] == settings["init_from"]
-    if (base or needs_base or brings_tokenizer) and not directory.is_dir():
+    if (base or needs_base or brings_tokenizer) and not there.is_dir():
         raise InputError(
             f"the model that this run started from is not at {directory} any more: say where with `init_from`=FOLDER"
         )
-    if (base or needs_base) and start_lib.directory_digest(directory) != sha256:
+    if (base or needs_base) and start_lib.directory_digest(there) != sha256:
         raise InputError(
             f"{directory} is not the model that this run started from: its SHA-256 differs; give another `init_from`"
         )
     if needs_base:
-        parameters = lora.join(parameters, weights.load(config, directory))
+        parameters = lora.join(parameters, weights.load(config, there))
     tokenizer = tokenizer_lib.load(str(directory) if brings_tokenizer else settings["tokenizer"])
     return TrainedModel(config, parameters, tokenizer, directory, run, step, meta["ledger_lines"], meta["ledger_head"])
 

@@ -107,7 +107,7 @@ class Kept:
         together = math.sqrt(sum(float(np.square(sum(groups.values())).sum()) for groups in weights if groups))
         return [{rule: jnp.asarray(w / together, jnp.float32) for rule, w in groups.items()} for groups in weights]
 
-    def weighted_sums(self, factors: jax.Array, keep_B: jax.Array) -> Any:
+    def weighted_sums(self, factors: Any, keep_B: jax.Array) -> Any:
         """The tree of sums over the examples of factor * gradient, in float32.
 
         Args:
@@ -120,7 +120,7 @@ class Kept:
                 for p in self.parameters
             ]
         sums = [self._weighted_sum(*item, keep_B) for item in zip(self.parameters, self.taps, factors, strict=True)]
-        return self.structure.unflatten(sums)
+        return jax.tree.unflatten(self.structure, sums)
 
     @staticmethod
     def _weighted_sum(parameter: Parameter, taps: dict[str, Any], factors: dict[str, Any], keep_B: jax.Array) -> Any:
@@ -172,7 +172,7 @@ def backward(loss: Any, params: Any, examples: Any, shards: list[Any] | None = N
     whole = [
         jax.ShapeDtypeStruct(g.whole(x.shape) if g else x.shape, x.dtype) for x, g in zip(leaves, shards, strict=True)
     ]
-    uses = audit.uses_of(loss, structure.unflatten(whole), example)
+    uses = audit.uses_of(loss, jax.tree.unflatten(structure, whole), example)
     names = tracking.leaf_names(params)
     parameters = [Parameter.of(x, uses.get(name, {}), g) for x, name, g in zip(leaves, names, shards, strict=True)]
     batch = jax.tree.leaves(examples)[0].shape[0]

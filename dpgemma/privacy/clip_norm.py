@@ -25,5 +25,6 @@ def start(clip: Clip) -> jax.Array | None:
 
 def following(clip: Clip, norm: jax.Array, count: jax.Array, expected_batch_size: float) -> jax.Array:
     """The next C, from the noised count of halves: C exp(-eta (share - quantile)), within what float32 can square."""
+    assert clip.quantile is not None
     share = jnp.clip(count / expected_batch_size + 0.5, 0.0, 1.0)
     return jnp.clip(norm * jnp.exp(-LEARNING_RATE * (share - clip.quantile)), SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM)

@@ -270,4 +270,6 @@ def sum_over_devices(clipped: ClippedSum, axis_name: str, shards: Any = None) ->
     leaves, structure = jax.tree.flatten(clipped.total)
     summed = [shard is not None and shard.axis_name == axis_name for shard in shards or [None] * len(leaves)]
     sums = [leaf if done else jax.lax.psum(leaf, axis_name) for leaf, done in zip(leaves, summed, strict=True)]
-    return dataclasses.replace(clipped, total=structure.unflatten(sums), count=jax.lax.psum(clipped.count, axis_name))
+    return dataclasses.replace(
+        clipped, total=jax.tree.unflatten(structure, sums), count=jax.lax.psum(clipped.count, axis_name)
+    )

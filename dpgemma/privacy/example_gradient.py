@@ -50,7 +50,7 @@ def gradient(loss: Any, params: Any, example: Any) -> Any:
             leaf = jax.lax.optimization_barrier(leaf)
             squares.append(norms.column_squares(leaf))
         gradients.append(leaf)
-    return value, structure.unflatten(gradients), jnp.sqrt(norms.total(squares))
+    return value, jax.tree.unflatten(structure, gradients), jnp.sqrt(norms.total(squares))
 
 
 def _taps(parameter: Parameter) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class Noiser(Protocol):
       multiplier: standard deviation of the noise on the gradients, in units of the sensitivity.
     """
 
-    multiplier: float
+    @property
+    def multiplier(self) -> float: ...
 
     def init(self, params: Any) -> State:
         """The state before the first step, a tree of arrays; () where steps have independent noise."""

@@ -121,7 +121,7 @@ def _product_norms(x_TxP: jax.Array, g_KxTxQ: jax.Array, platform: str) -> Norms
     chunks, length, size = g_KxTxQ.shape
     rule = norm_rule(length, x_TxP.shape[1], chunks * size, platform)
     square, slack = {"instantiate": _instantiated, "gram": _gram}[rule](x_TxP, g_KxTxQ)
-    # x is scaled and rounded once more, entry by entry; the sums over tokens are rounded both here and in weighted_sum.
+    # x is scaled and rounded once more, entry by entry; sums over positions are rounded here and in weighted_sum.
     missed = _unit_roundoff(x_TxP.dtype) + 2 * _sum_error(length)
     x_lengths = _lengths(x_TxP)
     g_lengths = jnp.sqrt(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1).sum(axis=0))

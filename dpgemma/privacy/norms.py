@@ -52,9 +52,9 @@ def _additions(shape: tuple[int, ...]) -> int:
     return total
 
 
-def total(partial: list[Any]) -> jax.Array:
+def total(vectors: list[jax.Array]) -> jax.Array:
     """The sum of all numbers in a list of vectors."""
-    partial = jnp.concatenate(partial)
+    partial = jnp.concatenate(vectors)
     while partial.size > 1:
         # Eight to one: ceil(n / 8) sums of eight terms.
         partial = jnp.pad(partial, (0, -partial.size % _RADIX)).reshape(_RADIX, -1).sum(axis=0)

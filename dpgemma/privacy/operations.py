@@ -17,13 +17,15 @@ import jax.numpy as jnp
 from dpgemma.privacy import norms
 from dpgemma.privacy.tracking import Tracked, Use, record
 
+Weights = jax.Array | Tracked
+
 VECTOR, LINEAR, EMBEDDING, HEAD = "vector", "linear", "embedding", "head"
 SQUARES = "squares"
 # Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
 PRECISION = jax.lax.Precision.HIGHEST
 
 
-def vector(w: jax.Array) -> Any:
+def vector(w: Weights) -> Any:
     """A parameter that is small beside the activations (scale, bias, taps of a convolution, blocks of a gate), for any
     use whatever.
 
@@ -39,7 +41,7 @@ def vector(w: jax.Array) -> Any:
     return jax.lax.stop_gradient(w.open()) + w.taps[VECTOR]["gradient"]
 
 
-def linear(x: jax.Array, w: jax.Array, inputs: int = 1) -> Any:
+def linear(x: jax.Array, w: Weights, inputs: int = 1) -> Any:
     """x [..., in...] times w [in..., out...], of which the first `inputs` axes are contracted; the result is [...,
     out...].
 
@@ -106,43 +108,43 @@ def _with_squares_backward(_: Any, gradient: jax.Array) -> tuple[Any, Any]:
 _with_squares.defvjp(lambda w, tap: (w, None), _with_squares_backward)
 
 
-def embedding(tokens: Any, words_VxD: jax.Array, dtype: Any) -> Any:
+def embedding(ids: Any, words_VxD: Weights, dtype: Any) -> Any:
     """Rows [..., D] of the words [V, D], cast to dtype."""
     if not isinstance(words_VxD, Tracked):
-        return words_VxD[tokens].astype(dtype)
-    shape = (*tokens.shape, words_VxD.shape[1])
+        return words_VxD[ids].astype(dtype)
+    shape = (*ids.shape, words_VxD.shape[1])
     if words_VxD.uses is not None:
         taps = {
-            "ids": jax.ShapeDtypeStruct((tokens.size,), jnp.float32),
-            "g": jax.ShapeDtypeStruct((tokens.size, shape[-1]), dtype),
+            "ids": jax.ShapeDtypeStruct((ids.size,), jnp.float32),
+            "g": jax.ShapeDtypeStruct((ids.size, shape[-1]), dtype),
         }
-        return record(words_VxD, Use(EMBEDDING, words_VxD.shape, taps), jax.ShapeDtypeStruct(shape, dtype), tokens)
+        return record(words_VxD, Use(EMBEDDING, words_VxD.shape, taps), jax.ShapeDtypeStruct(shape, dtype), ids)
     if EMBEDDING not in words_VxD.taps:
-        return words_VxD.open()[tokens].astype(dtype)
-    # One number for each word, so that rules see which tokens meet.
-    count, tokens = words_VxD.shape[0], tokens.reshape(-1)
-    tokens = jnp.clip(jnp.where(tokens < 0, tokens + count, tokens), 0, count - 1)
-    return _tracked_rows(tokens, words_VxD.open(), words_VxD.taps[EMBEDDING]).reshape(shape)
+        return words_VxD.open()[ids].astype(dtype)
+    # One id for each word, so that rules see which ids meet.
+    count, ids = words_VxD.shape[0], ids.reshape(-1)
+    ids = jnp.clip(jnp.where(ids < 0, ids + count, ids), 0, count - 1)
+    return _tracked_rows(ids, words_VxD.open(), words_VxD.taps[EMBEDDING]).reshape(shape)
 
 
 @jax.custom_vjp
-def _tracked_rows(tokens_N: jax.Array, words_VxD: jax.Array, taps: Any) -> Any:
-    return words_VxD[tokens_N].astype(taps["g"].dtype)
+def _tracked_rows(ids_N: jax.Array, words_VxD: jax.Array, taps: Any) -> Any:
+    return words_VxD[ids_N].astype(taps["g"].dtype)
 
 
-def _tracked_rows_forward(tokens_N: jax.Array, words_VxD: jax.Array, taps: Any) -> tuple[Any, Any]:
-    return _tracked_rows(tokens_N, words_VxD, taps), tokens_N
+def _tracked_rows_forward(ids_N: jax.Array, words_VxD: jax.Array, taps: Any) -> tuple[Any, Any]:
+    return _tracked_rows(ids_N, words_VxD, taps), ids_N
 
 
-def _tracked_rows_backward(tokens_N: jax.Array, g_NxD: jax.Array) -> tuple[Any, Any, Any]:
-    # A cotangent is of floating type; float32 holds every token's number exactly.
-    return None, None, {"ids": tokens_N.astype(jnp.float32), "g": g_NxD}
+def _tracked_rows_backward(ids_N: jax.Array, g_NxD: jax.Array) -> tuple[Any, Any, Any]:
+    # A cotangent is of floating type; float32 holds every id exactly.
+    return None, None, {"ids": ids_N.astype(jnp.float32), "g": g_NxD}
 
 
 _tracked_rows.defvjp(_tracked_rows_forward, _tracked_rows_backward)
 
 
-def head(core: Any, hidden_NxD: jax.Array, words_VxD: jax.Array, targets_N: jax.Array) -> Any:
+def head(core: Any, hidden_NxD: jax.Array, words_VxD: Weights, targets_N: jax.Array) -> Any:
     """Losses [N] in float32 of a head that multiplies hidden states by words [V, D], some words at a time.
 
     Args:

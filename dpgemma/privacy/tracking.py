@@ -102,17 +102,19 @@ for _name in ("neg", "pos", "abs", "iter", "len", "bool", "array", "eq", "ne", "
     setattr(Tracked, f"__{_name}__", _refuse)
 
 
-class Uses(dict):
+class Uses(dict[str, dict[str, "Use"]]):
     """For each parameter's name, its uses by rule. Compared by identity, as static data of a pytree has to be."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
 
-def record(box: Tracked, use: Use, output: jax.ShapeDtypeStruct, *inputs: Any) -> Any:
-    """What an operation returns while it is audited: zeros, made to depend on marks of its use of the box and on its
-    other inputs.
+def record(box: Tracked, use: Use, output: Any, *inputs: Any) -> Any:
+    """Returns what an operation gives while it is audited: zeros of the output's shape.
+
+    The zeros depend on a named marker of the box and on the operation's other inputs, so that the jaxpr shows this use.
     """
+    assert box.uses is not None
     known = box.uses.setdefault(box.name, {}).setdefault(use.rule, use)
     if known != use:
         raise UntrackedUse(
@@ -131,7 +133,7 @@ def _once(x: jax.Array, name: str) -> Any:
 
 
 @_once.defjvp
-def _once_jvp(name: str, primals: Any, tangents: Any) -> None:
+def _once_jvp(name: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
     raise UntrackedUse(
         f"the loss differentiates through parameter {name}: ghost norms know the loss's own gradient only"
     )
@@ -155,4 +157,6 @@ def boxes(
     """The tree of parameters with every leaf boxed; `taps` and `shards` in the order of the leaves."""
     leaves, structure = jax.tree.flatten(params)
     named = zip(leaves, taps, leaf_names(params), shards or [None] * len(leaves), strict=True)
-    return structure.unflatten([Tracked(leaf, tap, name, keep, shard, uses) for leaf, tap, name, shard in named])
+    return jax.tree.unflatten(
+        structure, [Tracked(leaf, tap, name, keep, shard, uses) for leaf, tap, name, shard in named]
+    )

@@ -38,7 +38,7 @@ def uses_of(loss: Any, params: Any, example: Any) -> Uses:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     params, uses = abstract(params), Uses()
-    taps = [{} for _ in jax.tree.leaves(params)]
+    taps: list[dict[str, Any]] = [{} for _ in jax.tree.leaves(params)]
     jaxpr = jax.make_jaxpr(lambda values, example: loss(boxes(values, taps, uses=uses), example))(
         params, abstract(example)
     ).jaxpr
@@ -64,8 +64,14 @@ def uses_of(loss: Any, params: Any, example: Any) -> Uses:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """Which layers of a parameter a variable of a jaxpr holds: numbers [S, *layer axes], for every round S of the loops
-    around it.
+    """Which layers of a parameter a variable of a jaxpr holds.
+
+    Outside of loops, a stack of three layers is [[0, 1, 2]], and its second layer [[1]]. Inside a scan over the stack
+    the variable holds another layer in each of three rounds: [[0], [1], [2]].
+
+    Attributes:
+      name: of the parameter.
+      layers: numbers [S, *layer axes], for every round S of the loops around the variable.
     """
 
     name: str
@@ -90,13 +96,9 @@ class _Shard:
         rest = before[self.axes :]
         match eqn.primitive.name:
             case "slice":
-                parts = zip(
-                    eqn.params["start_indices"],
-                    eqn.params["limit_indices"],
-                    eqn.params["strides"] or (1,) * len(before),
-                    strict=True,
-                )
-                parts = [slice(*part) for part in parts]
+                starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+                strides = eqn.params["strides"] or (1,) * len(before)
+                parts = [slice(*part) for part in zip(starts, limits, strides, strict=True)]
                 whole = all(part == slice(0, n, 1) for part, n in zip(parts[self.axes :], rest, strict=True))
                 return _Shard(self.name, self.layers[(slice(None), *parts[: self.axes])]) if whole else None
             case "squeeze" if all(axis < self.axes for axis in eqn.params["dimensions"]):
@@ -107,12 +109,18 @@ class _Shard:
                 return self
         return None
 
-    def each_round(self) -> "_Shard | None":
-        """What a scan gives its body: one entry of the first axis a round."""
-        return _Shard(self.name, self.layers.reshape(-1, *self.layers.shape[2:])) if self.axes else None
+    def each_round(self) -> "_Shard":
+        """What a scan gives its body: one entry of the first axis a round.
+
+        Raises:
+          UntrackedUse: the parameter has no layer axis left that a scan could go over.
+        """
+        if not self.axes:
+            raise _opened(self.name)
+        return _Shard(self.name, self.layers.reshape(-1, *self.layers.shape[2:]))
 
     def every_round(self, rounds: int) -> "_Shard":
-        """The same in each of so many rounds."""
+        """What a loop of so many rounds gives its body when it does not slice the variable: all of it, every time."""
         return _Shard(self.name, np.tile(self.layers, (rounds, *[1] * self.axes)))
 
 
@@ -162,7 +170,9 @@ def _given_to(eqn: Any, sub: Any, given: list[Any]) -> dict[str, Any]:
     before them).
     """
     if len(given) < len(sub.invars):
-        return {} if not any(given) else _refused(next(filter(None, given)))
+        if any(given):
+            raise _opened(next(filter(None, given)).name)
+        return {}
     given = given[len(given) - len(sub.invars) :]
     if eqn.primitive.name == "while":
         given = [shard and shard.every_round(2) for shard in given]
@@ -172,14 +182,10 @@ def _given_to(eqn: Any, sub: Any, given: list[Any]) -> dict[str, Any]:
         if carried:
             raise _opened(carried.name)
         given = [
-            shard and (shard.every_round(eqn.params["length"]) if i < consts else shard.each_round() or _refused(shard))
+            shard and (shard.every_round(eqn.params["length"]) if i < consts else shard.each_round())
             for i, shard in enumerate(given)
         ]
     return {var: shard for var, shard in zip(sub.invars, given, strict=True) if shard}
-
-
-def _refused(shard: _Shard) -> None:
-    raise _opened(shard.name)
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:

@@ -131,7 +131,7 @@ def digest(parameters: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
-def _add(total: Any, path: pathlib.Path, array: np.ndarray) -> None:
+def _add(total: Any, path: tuple[Any, ...], array: np.ndarray) -> None:
     total.update(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {array.dtype} {array.shape}\n".encode())
     total.update(np.ascontiguousarray(array).tobytes())
 
@@ -164,14 +164,14 @@ def _summary(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
             wanted = [ocp.PLACEHOLDER] * len(leaves)
             for i in chosen:
                 wanted[i] = jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype, sharding=device)
-            arrays = jax.tree.leaves(_restore_tree(manager, step, structure.unflatten(wanted)).state)
+            arrays = jax.tree.leaves(_restore_tree(manager, step, jax.tree.unflatten(structure, wanted)).state)
             for i in chosen:
                 path, _ = paths[i]
                 if path[0].key == "parameters":
                     _add(parameters, path[1:], np.asarray(arrays[i]))
                 # Only the counters are kept.
                 leaves[i] = arrays[i] if arrays[i].shape == () else None
-        count = optimizer.update_count(structure.unflatten(leaves)["optimizer_state"])
+        count = optimizer.update_count(jax.tree.unflatten(structure, leaves)["optimizer_state"])
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     except Exception as error:  # whatever the storage layers raise on damaged files
         return {"step": step, "error": f"it cannot be read ({_reason(error)})"}

@@ -116,7 +116,7 @@ def _timed(
         )
     )
     compiled = run.lower(trainable, frozen, batch).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     # Beside what the program holds, there are the sum, its noised copy and the optimizer's two numbers for each trained
     # parameter.
     trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))

@@ -16,20 +16,21 @@ _OPTIONS = ("jax_threefry_partitionable", "jax_enable_x64", "jax_disable_most_op
 def description() -> str:
     """The environment of this process, for the ledger."""
     import jax
-    import jaxlib
+    import jaxlib.version
     import numpy as np
 
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = f"{_cpu()}, {cores} cores" if device.platform == "cpu" else device.device_kind
     options = [name for name in _OPTIONS if jax.config.values[name]]
-    options.append(f"matmul precision {jax.config.jax_default_matmul_precision or 'default'}")
+    options.append(f"matmul precision {jax.config.values['jax_default_matmul_precision'] or 'default'}")
     # How many devices there are, the settings say; where a compiler writes its notes changes no bit.
     flags = set(os.environ.get("XLA_FLAGS", "").split())
     options += sorted(
         flag for flag in flags if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump"))
     )
-    return f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, numpy {np.__version__}; {kind}; {', '.join(options)}"
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.version.__version__}, numpy {np.__version__}"
+    return f"{versions}; {kind}; {', '.join(options)}"
 
 
 def _cpu() -> str:

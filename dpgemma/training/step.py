@@ -73,12 +73,10 @@ def sharded_clipped_sum(
       loss: loss(trainable, frozen, unit) -> scalar, of one unit alone.
       norm: the current clip norm where it adapts.
     """
-    out_specs = ClippedSum(
-        total=place.SHARED,
-        stats=PrivateStats(place.SPREAD, place.SPREAD),
-        sensitivity=clip.sensitivity,
-        count=place.SHARED if clip.adapts else None,
-    )
+    shared: Any = place.SHARED
+    spread: Any = place.SPREAD
+    count = shared if clip.adapts else None
+    out_specs = ClippedSum(shared, PrivateStats(spread, spread), sensitivity=clip.sensitivity, count=count)
     # A clip norm that adapts is an array like the others; a constant one stays a number, because the sensitivity is
     # made of it.
     current = [] if norm is None else [norm]
@@ -144,6 +142,7 @@ def make_train_step(
             mean = scale(mean, state.clip_norm)  # the gradients were divided by it: their sensitivity is constant
         norm = state.clip_norm
         if clip.adapts:
+            assert noised.count is not None
             norm = clip_norm.following(clip, norm, noised.count, mechanism.expected_batch_size)
         state = dataclasses.replace(state, clip_norm=norm, noise_state=noise_state)
         return state.apply(optimizer, mean), clipped.stats

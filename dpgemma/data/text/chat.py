@@ -52,10 +52,10 @@ def prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def _markup(tokenizer: Tokenizer) -> tuple[int, int]:
-    found = tokenizer.token_id(START_OF_TURN), tokenizer.token_id(END_OF_TURN)
-    if None in found:
+    start, end = tokenizer.token_id(START_OF_TURN), tokenizer.token_id(END_OF_TURN)
+    if start is None or end is None:
         raise InputError(f"the tokenizer has no {START_OF_TURN} and {END_OF_TURN}: chat needs a Gemma tokenizer")
-    return found
+    return start, end
 
 
 def _with_system(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:

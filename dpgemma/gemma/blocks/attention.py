@@ -8,7 +8,7 @@ one tile of them, forward and backward (Dao et al. 2022, arXiv 2205.14135), and 
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, config: GemmaConfig, is_sli
     on_gpu = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
 
     def attend(window: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        kernel = "cudnn" if on_gpu else "xla"
+        kernel: Literal["cudnn", "xla"] = "cudnn" if on_gpu else "xla"
         return jax.nn.dot_product_attention(
             q, k, v, scale=1.0, is_causal=True, local_window_size=window, implementation=kernel
         )
@@ -184,11 +184,11 @@ def _tile_scores(cap: float | None, q: jax.Array, k: jax.Array, i: Any, j: Any, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Any:
+def _blockwise(cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: Window) -> Any:
     return _blockwise_forward(cap, q, k, v, mask)[0]
 
 
-def _blockwise_forward(cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[Any, Any]:
+def _blockwise_forward(cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: Window) -> tuple[Any, Any]:
     length = q.shape[-4]
     q_tiles, k_tiles, v_tiles = _tiles(q, -4 + q.ndim), _tiles(k, -3 + k.ndim), _tiles(v, -3 + v.ndim)
     count = q_tiles.shape[-4] // BLOCK

@@ -32,7 +32,7 @@ def _read_vaultgemma(content: Content, fields: Fields) -> Fields:
 
 
 def _read_gemma(content: Content, fields: Fields) -> Fields:
-    found = _NOT_RECURRENT | layer_types(content, (FULL,)) | one_rope(content)
+    found: Fields = {**_NOT_RECURRENT, **layer_types(content, (FULL,)), **one_rope(content)}
     if "head_dim" in fields:
         found["query_scalar"] = fields["head_dim"]
     if "max_length" in fields:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpgemma.gemma.config import RECURRENT, SLIDING, GemmaConfig
-from dpgemma.gemma.family import Content, Family, Fields, as_float, one_rope, plain_rope
+from dpgemma.gemma.family import ATTENTION_TARGETS, Content, Family, Fields, as_float, one_rope, plain_rope
 
 # Its files name no context; the published models were trained on this one.
 _CONTEXT = 8192
@@ -63,5 +63,5 @@ RECURRENT_GEMMA = Family(
     final_norm="model.final_norm.weight",
     mixer="temporal_block",
     mlp="mlp_block",
-    lora_targets=(*Family.__dataclass_fields__["lora_targets"].default, "linear_x", "linear_y", "linear_out"),
+    lora_targets=(*ATTENTION_TARGETS, "linear_x", "linear_y", "linear_out"),
 )

@@ -77,10 +77,10 @@ def from_hf_config(content: dict[str, Any]) -> GemmaConfig:
       InputError: another architecture, a switch that this decoder does not have, or a value that neither the file nor a
         preset gives.
     """
-    wrapper = _WRAPPED.get(content.get("model_type"))
+    wrapper = _WRAPPED.get(str(content.get("model_type")))
     if wrapper is not None:
         content = {"model_type": wrapper.model_type, **content["text_config"]}
-    family = FAMILIES.get(content.get("model_type"))
+    family = FAMILIES.get(str(content.get("model_type")))
     if family is None:
         known = ", ".join([*FAMILIES, *map(str, _WRAPPED)])
         raise InputError(f"model_type {content.get('model_type')!r} is not supported: use one of {known}")

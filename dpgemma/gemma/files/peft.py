@@ -54,6 +54,7 @@ def save_peft(
             tensors[name.format(i)] = weights.to_file(array, weight, _fan_in(weight, array.shape))
     save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
     lora = config.lora
+    assert lora is not None
     targets = rf".*{re.escape(_TEXT_TOWER)}.*\.({'|'.join(lora.targets)})" if multimodal else list(lora.targets)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,

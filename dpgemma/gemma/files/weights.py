@@ -33,6 +33,8 @@ SHARD_BYTES = 4 * 10**9
 
 _HEAD = "lm_head.weight"
 
+Path = tuple[str, ...]  # of a parameter in its tree
+
 
 def table(config: GemmaConfig) -> list[Weight]:
     """Every parameter of a decoder, adapters left out."""
@@ -47,7 +49,7 @@ def table(config: GemmaConfig) -> list[Weight]:
 
 def axes(config: GemmaConfig) -> dict[str, Any]:
     """The tree of parameters, adapters included, with logical axis names in the place of every array."""
-    found = {}
+    found: dict[Path, tuple[str, ...]] = {}
     for weight in table(config):
         found[weight.path] = weight.axes
         if weight.layout != LINEAR:
@@ -65,14 +67,14 @@ def layers_of(config: GemmaConfig, weight: Weight) -> tuple[int, ...]:
     )
 
 
-def leaves(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+def leaves(tree: Any, prefix: Path = ()) -> dict[Path, Any]:
     """Leaves of nested dicts by path."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {path: leaf for name, branch in tree.items() for path, leaf in leaves(branch, (*prefix, name)).items()}
 
 
-def tree_of(leaves_by_path: dict[str, Any]) -> dict[str, Any]:
+def tree_of(leaves_by_path: dict[Path, Any]) -> dict[str, Any]:
     """The inverse of `leaves`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves_by_path.items():
@@ -139,7 +141,7 @@ def _names(config: GemmaConfig, weight: Weight) -> list[str]:
     return [weight.name.format(i) for i in layers_of(config, weight)] or [weight.name]
 
 
-def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict[str, Any]) -> None:
+def _check(config: GemmaConfig, checkpoint: TensorFiles, shapes: dict[Path, tuple[int, ...]]) -> None:
     expected = {name: weight for weight in table(config) for name in _names(config, weight)}
     missing, extra = sorted(set(expected) - checkpoint.names), sorted(checkpoint.names - set(expected) - {_HEAD})
     if missing or extra:
@@ -164,7 +166,7 @@ def _load_one(
     names = _names(config, weight)
     dtype = dtype or checkpoint.dtype(names[0])
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         if not layers_of(config, weight):
             rows = range(*index[0].indices(shape[0]))
             return np.asarray(checkpoint.read(names[0], slice(rows.start, rows.stop))[(slice(None), *index[1:])], dtype)
@@ -209,7 +211,9 @@ def save(
     """Writes the safetensors files, with an index if one file is not enough; one file's tensors are in memory at a
     time.
     """
-    shard, places, sizes = {}, {}, []
+    shard: dict[str, np.ndarray] = {}
+    places: dict[str, str] = {}
+    sizes: list[int] = []
 
     def flush() -> None:
         name = f"model-{len(sizes) + 1:05d}.safetensors"
