@@ -56,6 +56,11 @@ class EpsilonBracket:
 class Accountant:
     """Epsilon after any number of steps. Discretised losses and brackets are kept and used again.
 
+    >>> from accounting.mechanism import dp_sgd
+    >>> mechanism = dp_sgd(60_000, 256, None, noise_multiplier=1.1, clip_norm=1.0, steps=1000)
+    >>> round(Accountant(mechanism).upper(1e-5), 3)
+    0.599
+
     Args:
       mechanisms: the public facts of a run, or of several runs or parts of one in their order.
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.

@@ -22,6 +22,9 @@ LEARNING_RATE = 0.2
 class Clip:
     """The bound on one unit's contribution to a sum.
 
+    >>> Clip(0.5).sensitivity, Clip(0.5, "normalise").sensitivity
+    (0.5, 1.0)
+
     Attributes:
       norm: C, L2 bound of one unit's gradient; inf means no privacy. Where a quantile is followed, the first C.
       scaling: one of SCALINGS.

@@ -21,6 +21,10 @@ GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")
 class Mechanism:
     """`steps` releases of a sampled sum of bounded gradients plus noise, divided by a public constant.
 
+    >>> from accounting.mechanism.sampling import Poisson
+    >>> Mechanism(Poisson(60_000, 256), Gaussian(1.1), Clip(1.0), steps=1000).noise_batch_ratio
+    0.004296875
+
     Attributes:
       sampling: how batches are formed; knows the number of units and the expected batch size.
       noise: what is added to each sum, in units of its sensitivity.

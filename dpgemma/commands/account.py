@@ -4,15 +4,17 @@ import json
 import math
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS, dp_sgd
 from dpgemma import choices
 from dpgemma.commands import command_flags
+
+if TYPE_CHECKING:
+    from accounting.accountant import Accountant
 
 DESCRIPTION = "Solve a privacy budget: leave out one of epsilon, noise_multiplier, steps, batch_size and num_units."
 
@@ -193,7 +195,7 @@ def _compose(fv: flags.FlagValues) -> int:
     return 0
 
 
-def _bracket(accountant: Accountant, delta: float) -> dict[str, Any]:
+def _bracket(accountant: "Accountant", delta: float) -> dict[str, Any]:
     bracket = accountant.epsilon(delta)
     return {
         "epsilon": float(bracket.upper),
@@ -204,7 +206,7 @@ def _bracket(accountant: Accountant, delta: float) -> dict[str, Any]:
 
 
 def _print(
-    fv: flags.FlagValues, result: dict[str, Any], accountant: Accountant, target: float | None, solved: str
+    fv: flags.FlagValues, result: dict[str, Any], accountant: "Accountant", target: float | None, solved: str
 ) -> None:
     """The result as a table or as JSON, with the tables and the plot that were asked for."""
     from accounting import run_files

@@ -17,6 +17,10 @@ from dpgemma.data.source import UnitSource
 class Unit:
     """One privacy unit, as an objective sees it.
 
+    >>> unit = Unit({"x": np.ones((3, 2))}, real=np.array([True, True, False]))  # two rows, and a place without one
+    >>> int(unit.real.sum())
+    2
+
     Attributes:
       rows: tree of arrays [k, ...]; the unit's rows come first, what stands behind them has no meaning.
       real: bool [k]; which places hold a row.
@@ -42,6 +46,9 @@ class Batch:
     @classmethod
     def of_rows(cls, rows: Any, mask: Any) -> "Batch":
         """Units of one row each.
+
+        >>> Batch.of_rows({"x": np.zeros((4, 7))}, np.array([True, True, True, False])).rows["x"].shape
+        (4, 1, 7)
 
         Args:
           rows: tree of arrays [B, ...].

@@ -34,23 +34,24 @@ class StartingPoint:
     directory: pathlib.Path | None = None
     sha256: str | None = None
 
-    def parameters(self, seed: int, sharding: Any = None) -> tuple[Any, Any]:
+    def parameters(self, seed: int, shardings: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
         """(trainable, frozen) parameters. Trainable ones are float32; frozen ones keep the type of the file.
 
         Args:
           seed: public seed of what is random.
-          sharding: of every array; by default the first device.
+          shardings: trees like the two results, of every array's sharding; by default the first device.
         """
+        of_trainable, of_frozen = shardings or (None, None)
 
         def random(key: jax.Array) -> Any:
             return lora.split(self.model, decoder.init_parameters(self.model, key))[0]
 
-        make_random = jax.jit(random, out_shardings=sharding)
+        make_random = jax.jit(random, out_shardings=of_trainable)
         if self.directory is None:
             return make_random(jax.random.key(seed)), {}
         if self.model.lora is None:
-            return weights.load(self.model, self.directory, sharding, jnp.float32), {}
-        return make_random(jax.random.key(seed)), weights.load(self.model, self.directory, sharding)
+            return weights.load(self.model, self.directory, of_trainable, jnp.float32), {}
+        return make_random(jax.random.key(seed)), weights.load(self.model, self.directory, of_frozen)
 
 
 def of_preset(name: str | None) -> StartingPoint:

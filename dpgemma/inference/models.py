@@ -55,6 +55,11 @@ class TrainedModel(Model):
 def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> TrainedModel:
     """The latest checkpoint of a run.
 
+    >>> load("/nowhere")
+    Traceback (most recent call last):
+      ...
+    accounting.errors.InputError: /nowhere is no run directory: it has no config.json
+
     Args:
       base: where the directory lies that the run started from, if it has moved.
       with_base: whether frozen parameters are wanted beside trained adapters.
@@ -94,6 +99,11 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
 
 def load_directory(directory: str, tokenizer: str | None = None, *, with_tokenizer: bool = True) -> Model:
     """The model of a Hugging Face directory, weights in the type of the file.
+
+    >>> load_directory("/nowhere")
+    Traceback (most recent call last):
+      ...
+    accounting.errors.InputError: /nowhere is no Hugging Face directory: it has no config.json
 
     Args:
       tokenizer: where the directory has none, as `tokenizer` names it.

@@ -103,8 +103,8 @@ class CausalLM:
             "attention": self.attention,
         }
 
-    def init(self, seed: int, sharding: Any = None) -> tuple[Params, Params]:
-        return self.start.parameters(seed, sharding)
+    def init(self, seed: int, shardings: tuple[Any, Any] | None = None) -> tuple[Params, Params]:
+        return self.start.parameters(seed, shardings)
 
     def shapes(self) -> tuple[Params, Params]:
         return lora.split(self.model, decoder.parameter_shapes(self.model))

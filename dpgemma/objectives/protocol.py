@@ -45,8 +45,12 @@ class Objective(Protocol):
     @property
     def facts(self) -> Mapping[str, Any]: ...
 
-    def init(self, seed: int, sharding: Any = None) -> tuple[Params, Params]:
-        """(trainable, frozen) parameters at the start; what is random comes from the public seed."""
+    def init(self, seed: int, shardings: tuple[Any, Any] | None = None) -> tuple[Params, Params]:
+        """(trainable, frozen) parameters at the start; what is random comes from the public seed.
+
+        Args:
+          shardings: trees like the two results, of every array's sharding; by default the first device.
+        """
         ...
 
     def shapes(self) -> tuple[Params, Params]:

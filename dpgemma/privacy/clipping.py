@@ -50,6 +50,12 @@ class PrivateStats:
 class ClippedSum:
     """A float32 sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to.
 
+    >>> from dpgemma.privacy.noise import add_gaussian_noise
+    >>> add_gaussian_noise(jnp.zeros(3), 1.0, None)
+    Traceback (most recent call last):
+      ...
+    TypeError: noise goes on a ClippedSum, got ArrayImpl
+
     Attributes:
       total: tree of sums, shaped like the parameters.
       stats: raw values of every unit.
@@ -68,6 +74,9 @@ class ClippedSum:
 @dataclasses.dataclass(frozen=True)
 class Strategy:
     """How clipped gradients are computed; what they add up to does not depend on it, but for per_layer.
+
+    >>> Strategy("ghost", microbatch_size=4).name
+    'ghost'
 
     Attributes:
       name: one of dpgemma.choices.STRATEGIES.
@@ -191,6 +200,16 @@ def clipped_sum(
     """Sum over the units of the batch of factor * grad(loss)(params, unit), in float32.
 
     Trailing padding is not computed at all: the loop ends after the last microbatch that holds a unit.
+
+    >>> rows = {"x": jnp.array([[3.0, 4.0], [0.3, 0.4], [9.0, 9.0]])}
+    >>> batch = Batch.of_rows(rows, jnp.array([True, True, False]))  # the third slot is padding
+    >>> def loss(w, unit):  # its gradient is the unit's row
+    ...     return jnp.vdot(w, unit.rows["x"][0])
+    >>> clipped = clipped_sum(loss, jnp.zeros(2), batch, Clip(1.0))
+    >>> clipped.sensitivity
+    1.0
+    >>> bool(jnp.allclose(clipped.total, jnp.array([0.6 + 0.3, 0.8 + 0.4]), rtol=1e-5))
+    True
 
     Args:
       loss: scalar loss of one unit; must not depend on any other one.

@@ -44,6 +44,9 @@ class NoisedMean:
 def noise_keys(secret: bytes, step: int) -> np.ndarray:
     """Key data uint32 [4, 2] of the four Threefry keys of one step.
 
+    >>> noise_keys(bytes(32), step=0).shape
+    (4, 2)
+
     Args:
       secret: at least 128 bits from the operating system.
       step: number of the update, from 0.
@@ -70,6 +73,12 @@ def add_gaussian_noise(
 ) -> NoisedSum:
     """Adds N(0, (noise_multiplier * sensitivity)^2) to every coordinate; nothing where noise_multiplier is zero (no
     privacy).
+
+    >>> from dpgemma.privacy.clipping import PrivateStats
+    >>> clipped = ClippedSum(jnp.zeros(10_000), PrivateStats(jnp.zeros(1), jnp.zeros(1)), sensitivity=0.5)
+    >>> noised = add_gaussian_noise(clipped, 1.1, noise_keys(bytes(32), step=0))
+    >>> 0.5 < float(noised.total.std()) < 0.6  # 1.1 * 0.5
+    True
 
     Args:
       noise_multiplier: a number; or a traced one, so that one compiled program serves any noise, whose caller has
@@ -101,7 +110,14 @@ def add_gaussian_noise(
 
 
 def divide(noised: NoisedSum, expected_batch_size: float) -> NoisedMean:
-    """The mean gradient: divided by the public expected batch size, never by the batch that was drawn."""
+    """The mean gradient: divided by the public expected batch size, never by the batch that was drawn.
+
+    >>> divide(NoisedSum(jnp.array([8.0])), expected_batch_size=4).mean.tolist()
+    [2.0]
+
+    Raises:
+      TypeError: the argument is no NoisedSum.
+    """
     if not isinstance(noised, NoisedSum):
         raise TypeError(f"only a NoisedSum may be divided, got {type(noised).__name__}")
     return NoisedMean(jax.tree.map(lambda leaf: leaf / expected_batch_size, noised.total))

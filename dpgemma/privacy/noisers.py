@@ -60,6 +60,10 @@ class GaussianNoiser:
 def noiser_of(mechanism: Mechanism) -> Noiser:
     """The generator of a mechanism's noise.
 
+    >>> from accounting.mechanism import dp_sgd
+    >>> noiser_of(dp_sgd(1000, 10, None, noise_multiplier=1.1, clip_norm=1.0, steps=5))
+    GaussianNoiser(multiplier=1.1, count_noise=None)
+
     Raises:
       TypeError: noise that has no generator.
       InputError: the count of clipped units leaves no noise for the gradients.

@@ -77,6 +77,11 @@ class PoissonSampler:
 def sampler_of(sampling: Sampling) -> Sampler:
     """The generator of a run's batches.
 
+    >>> sampler = sampler_of(TruncatedPoisson(num_units=1000, expected_batch_size=10, cap=20))
+    >>> units = sampler.draw(bytes(32), step=0)
+    >>> len(units) <= 20, bool((np.diff(units) > 0).all())
+    (True, True)
+
     Raises:
       InputError: a way of forming batches that is there to be accounted for only.
     """

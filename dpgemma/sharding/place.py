@@ -14,8 +14,8 @@ from dpgemma.sharding.rules import DATA_AXIS, REPLICATED, RULES
 class Layout:
     """One table of rules.
 
-    >>> Layout().spec(("layers", "model", "heads", "head"))
-    PartitionSpec(None, None, None, None)
+    >>> tuple(Layout().spec(("layers", "model", "heads")))  # every device holds all of it
+    (None, None, None)
     """
 
     name: str = REPLICATED

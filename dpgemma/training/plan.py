@@ -11,6 +11,7 @@ from accounting.loss_distribution import truncation
 from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM, Strategy
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.place import Layout
 from dpgemma.training.optimizer import Optimization
 from dpgemma.training.settings import Settings
 
@@ -29,6 +30,7 @@ class Plan:
       seed: public seed of the initial parameters.
       checkpoint_every: updates between checkpoints.
       keep_checkpoints: checkpoints kept.
+      layout: where parameters lie.
     """
 
     mechanism: Mechanism
@@ -40,6 +42,7 @@ class Plan:
     seed: int
     checkpoint_every: int
     keep_checkpoints: int
+    layout: Layout = Layout()
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def prepare(
     Formal guarantee: the keys of a new run come from the operating system's randomness. Tested by
     tests/training/run_test.py::test_pitfall_15_keys_come_from_the_operating_system.
 
+    >>> prepare(Settings(model="no such model"))
+    Traceback (most recent call last):
+      ...
+    accounting.errors.InputError: `model`=no such model is no preset: choose one of tiny, ...
+
     Args:
       settings: as given.
       workdir: the run's folder; None for the default.

@@ -28,6 +28,11 @@ def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) ->
 class Settings:
     """Settings as a user gives them; None and "auto" are resolved by training.plan. Defaults are constants, never taken
     from data.
+
+    >>> Settings(steps=0)
+    Traceback (most recent call last):
+      ...
+    accounting.errors.InputError: `steps` must be at least 1, got 0
     """
 
     model: str | None = _setting(

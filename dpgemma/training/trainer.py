@@ -37,6 +37,19 @@ class Trainer:
 
     It prints nothing, changes nothing of the process, and has its keys from the opened run.
 
+    >>> import pathlib, tempfile, dpgemma
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "notes.txt").write_text("seen today, cough, rest. " * 200)
+    >>> settings = dpgemma.Settings(
+    ...     model="ladder_20k", data=str(folder / "notes.txt"), sequence_length=16, batch_size=16, steps=2,
+    ...     mesh="data:1",
+    ... )
+    >>> trainer = dpgemma.prepare(settings, str(folder / "run"))
+    >>> sorted(trainer.train())
+    ['bits_per_byte']
+    >>> dpgemma.load(str(folder / "run")).step
+    2
+
     Attributes:
       first_step: with which `train` began.
       interrupted: whether it was told to stop; even if that was during the last step.
@@ -110,7 +123,8 @@ class Trainer:
 
     def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState, Any]:
         replicated = place.replicated(self.mesh)
-        trainable, frozen = self.objective.init(self.plan.seed, replicated)
+        of_trainable, of_frozen = (self.plan.layout.shardings(self.mesh, axes) for axes in self.objective.axes())
+        trainable, frozen = self.objective.init(self.plan.seed, (of_trainable, of_frozen))
         norm = clip_norm.start(self.mechanism.clip)
         state = TrainState(
             trainable,

@@ -31,13 +31,17 @@ import jax_privacy.clipping
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from accounting.mechanism import Clip
+from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.objectives import causal as loss
+from dpgemma.objectives.causal import token_losses
+from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training import clipping_choice
-from dpgemma.training.settings import Settings
 from dpgemma.training.step import sharded_clipped_sum
+from experiments.benchmarks.objectives import causal, of_row
 
 BENCHMARK = "30m"
 OURS = ("example_scan", "ghost", "per_layer", "vmap")
@@ -72,16 +76,18 @@ class Programs:
     def make(self, name: str, size: int, remat: str):
         """A program, by a row's name and how many sequences of a device are computed at once."""
         options = dict(bos=2, dtype=self.dtype, remat=remat)
-        of_row = loss.row_loss(self.model, **options)
+        objective = causal(self.model, self.length, self.dtype, remat)
         if name in OURS:
-            mask = jnp.ones(self.batch_size, bool)
-            way = dict(strategy=name, microbatch_size=size)
-            return lambda params, batch: (
-                sharded_clipped_sum(of_row, params, {}, batch, mask, 1.0, self.mesh, **way).total
-            )
+            way, clip, mask = Strategy(name, size), Clip(1.0), jnp.ones(self.batch_size, bool)
+
+            def ours(params, rows):
+                units = Batch.of_rows(rows, mask)
+                return sharded_clipped_sum(objective.loss, params, {}, units, clip, way, self.mesh).total
+
+            return ours
 
         def non_private(params, rows):
-            losses = loss.token_losses(self.model, params, rows, **options)
+            losses = token_losses(self.model, params, rows, **options)
             return (losses.sum(axis=1) / rows["scored"].sum(axis=1)).sum()
 
         def accumulated(params, rows):
@@ -96,7 +102,7 @@ class Programs:
 
         def jax_privacy_sum(params, rows):
             clip = jax_privacy.clipping.clipped_grad(
-                lambda p, row: of_row(p, {}, row),
+                of_row(objective),
                 l2_clip_norm=1.0,
                 batch_argnums=1,
                 keep_batch_dim=False,
@@ -105,11 +111,11 @@ class Programs:
             return clip(params, rows)
 
         local = {"non_private": accumulated, "jax_privacy": jax_privacy_sum}[name]
-        specs = (PartitionSpec(), PartitionSpec(mesh_lib.DATA_AXIS))
+        specs = (PartitionSpec(), PartitionSpec(DATA_AXIS))
 
         @functools.partial(jax.shard_map, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
         def on_each_device(params, rows):
-            return jax.lax.psum(local(params, rows), mesh_lib.DATA_AXIS)
+            return jax.lax.psum(local(params, rows), DATA_AXIS)
 
         return on_each_device
 
@@ -135,12 +141,10 @@ class Programs:
 
     def auto(self, remat: str) -> tuple[str, int]:
         """What --clipping=auto takes for this model on these devices."""
-        config = Settings(
-            sequence_length=self.length, mesh=mesh_lib.resolve("auto"), dtype=self.dtype.name, remat=remat
-        )
+        objective = causal(self.model, self.length, self.dtype, remat)
         per_device = self.batch_size // self.mesh.size
         ways = [way for way in clipping_choice.CANDIDATES if per_device % way[1] == 0]
-        trials = clipping_choice.measure(config, self.model, 2, ways)
+        trials = clipping_choice.measure(objective, mesh_lib.resolve("auto"), ways)
         print("\n".join(f"trial: {trial}" for trial in trials), file=sys.stderr)
         best = min((t for t in trials if t.refused is None), key=lambda trial: trial.seconds)
         return best.strategy, best.microbatch_size

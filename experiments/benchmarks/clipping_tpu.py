@@ -26,11 +26,16 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from accounting.mechanism import Clip
+from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.objectives import causal as loss
+from dpgemma.objectives.causal import token_losses
 from dpgemma.privacy import clipping, tracking
+from dpgemma.privacy.clipping import Strategy
+from dpgemma.sharding.place import Gathered
 from experiments.benchmarks import tpu_cycles
+from experiments.benchmarks.objectives import causal, of_row
 
 SEQUENCES = 64
 CHIP, CHIPS = "v6e:2x2x1", "v6e:4x4x1"
@@ -67,10 +72,7 @@ class Compiler:
         self.config, self.length = PRESETS[model], length
         self.shapes = decoder.parameter_shapes(self.config)
         self.options = dict(bos=2, dtype=jnp.bfloat16, remat="block")
-        row_loss = loss.row_loss(self.config, **self.options)
-        self.row_loss = lambda params, row: row_loss(params, {}, row)
-        # The rules choose by the platform that they run on, which here is not the one that they are compiled for.
-        jax.default_backend = lambda: "tpu"
+        self.objective = causal(self.config, length, jnp.bfloat16, "block")
 
     def compile(self, program: str):
         """(compiled, rounds of its loop, sequences per chip in each) of "name:sequences at once per chip"."""
@@ -84,7 +86,7 @@ class Compiler:
         specs = structure.unflatten(
             [_spec(leaf, axis) for leaf, axis in zip(jax.tree.leaves(self.shapes), axes, strict=True)]
         )
-        gathered = [None if axis is None else tracking.Gathered("chips", axis) for axis in axes]
+        gathered = [None if axis is None else Gathered("chips", axis) for axis in axes]
 
         def place(leaf, spec, dtype):
             return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -116,8 +118,8 @@ class Compiler:
 
     def non_private(self, params, rows, gathered):
         def total(params):
-            boxes = tracking.boxes(params, [{}] * len(gathered), keep=False, gathered=gathered)
-            losses = loss.token_losses(self.config, boxes, rows, **self.options)
+            boxes = tracking.boxes(params, [{}] * len(gathered), keep=False, shards=gathered)
+            losses = token_losses(self.config, boxes, rows, **self.options)
             return (losses.sum(axis=1) / rows["scored"].sum(axis=1)).sum()
 
         value, gradient = jax.value_and_grad(total)(params)
@@ -125,9 +127,14 @@ class Compiler:
 
     def _clipped(self, params, rows, gathered, strategy):
         size = len(rows["tokens"])
-        sharded = {"gathered": gathered} if any(gathered) else {}
-        options = dict(strategy=strategy, microbatch_size=size) | sharded
-        clipped = clipping.clipped_sum(self.row_loss, params, rows, jnp.ones(size, bool), 1.0, **options)
+        units, shards = Batch.of_rows(rows, jnp.ones(size, bool)), gathered if any(gathered) else None
+        # The rules choose by the platform that a program is compiled for, which is not the one that it is compiled on.
+        how = Strategy(strategy, size, platform="tpu")
+
+        def of_unit(params, unit):
+            return self.objective.loss(params, {}, unit)
+
+        clipped = clipping.clipped_sum(of_unit, params, units, Clip(1.0), how, shards=shards)
         return clipped.total, clipped.stats.norms.sum()
 
     def example_scan(self, *inputs):
@@ -141,7 +148,9 @@ class Compiler:
 
     def jax_privacy(self, params, rows, gathered):
         # Its own loop over microbatches would surround the same program: it is spared that.
-        clip = jax_privacy.clipping.clipped_grad(self.row_loss, l2_clip_norm=1.0, batch_argnums=1, keep_batch_dim=False)
+        clip = jax_privacy.clipping.clipped_grad(
+            of_row(self.objective), l2_clip_norm=1.0, batch_argnums=1, keep_batch_dim=False
+        )
         return clip(params, rows), jnp.zeros(())
 
 

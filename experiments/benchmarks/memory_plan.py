@@ -24,14 +24,16 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from accounting.mechanism import dp_sgd
+from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.objectives import causal as loss
-from dpgemma.sharding import mesh
+from dpgemma.privacy.clipping import Strategy
+from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training import optimizer
-from dpgemma.training.settings import Settings
+from dpgemma.training.optimizer import Optimization
 from dpgemma.training.step import TrainState, make_train_step
 from experiments.benchmarks.clipping_tpu import check_for_libtpu
+from experiments.benchmarks.objectives import causal
 
 TOPOLOGY = "v5p:2x2x1"
 DEVICE_BYTES = 80e9
@@ -44,7 +46,7 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
     if rank:
         config = dataclasses.replace(config, lora=lora.adapters(config, rank, float(rank), "all"))
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[:1]
-    one = Mesh(np.array(device), (mesh.DATA_AXIS,), axis_types=(AxisType.Auto,))
+    one = Mesh(np.array(device), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
     def place(leaf, dtype):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(one, PartitionSpec()))
@@ -52,17 +54,17 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
     trainable, frozen = lora.split(config, decoder.parameter_shapes(config))
     trainable = jax.tree.map(lambda leaf: place(leaf, jnp.float32), trainable)
     frozen = jax.tree.map(lambda leaf: place(leaf, jnp.bfloat16), frozen)
-    update = optimizer.make(Settings())
+    update = optimizer.make(Optimization("adamw", 1e-3, 10, "cosine", 0.0, 100))
     moments = jax.tree.map(lambda leaf: place(leaf, leaf.dtype), jax.eval_shape(update.init, trainable))
-    row = jax.ShapeDtypeStruct((rows, length), bool)
-    batch = {"tokens": place(row, jnp.int32), "scored": place(row, jnp.bool_)}
+    row = jax.ShapeDtypeStruct((rows, 1, length), bool)
+    columns = {"tokens": place(row, jnp.int32), "scored": place(row, jnp.bool_)}
+    batch = Batch(columns, place(jax.ShapeDtypeStruct((rows, 1), bool), jnp.bool_))
     mechanism = dp_sgd(10**6, rows, rows, 1.0, 1.0, 100, "zero_out")
-    row_loss = loss.row_loss(config, bos=2, dtype=jnp.bfloat16, remat="block")
-    step = make_train_step(row_loss, update, mechanism, one, strategy="example_scan", microbatch_size=at_once)
+    loss = causal(config, length, jnp.bfloat16, "block").loss
+    step = make_train_step(loss, update, mechanism, one, Strategy("example_scan", at_once))
     keys = place(jax.ShapeDtypeStruct((4, 2), bool), jnp.uint32)
-    mask = place(jax.ShapeDtypeStruct((rows,), bool), jnp.bool_)
     start = time.perf_counter()
-    memory = step.lower(TrainState(trainable, moments), frozen, batch, mask, keys).compile().memory_analysis()
+    memory = step.lower(TrainState(trainable, moments), frozen, batch, keys).compile().memory_analysis()
     held = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes

@@ -164,13 +164,13 @@ directory = pathlib.Path({str(directory("gemma2"))!r})
 config = hf_config.read(directory)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
 whole = weights.leaves(weights.load(config, directory))
-for path, leaf in whole.items():
+def placed(path, leaf):
     axes = [name if size % 2 == 0 else None for size, name in zip(leaf.shape, ["a", None, "b", None])]
-    sharding = NamedSharding(mesh, PartitionSpec(*axes))
-    parts = weights.leaves(weights.load(config, directory, lambda p: sharding if p == path else None))[path] \
-        if path[-1] in ("embedding", "w") else None
-    if parts is not None:
-        assert parts.sharding == sharding and np.array_equal(parts, leaf), path
+    return NamedSharding(mesh, PartitionSpec(*axes) if path[-1] in ("embedding", "w") else PartitionSpec())
+shardings = dict((path, placed(path, leaf)) for path, leaf in whole.items())
+parts = weights.leaves(weights.load(config, directory, weights.tree_of(shardings)))
+for path, leaf in whole.items():
+    assert parts[path].sharding == shardings[path] and np.array_equal(parts[path], leaf), path
 print("fine")
 """
     import subprocess

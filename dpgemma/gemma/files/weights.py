@@ -116,23 +116,22 @@ def load(config: GemmaConfig, directory: pathlib.Path, sharding: Any = None, dty
 
     Args:
       config: as `config_json.read` gives it.
-      sharding: of every array, or a function of a parameter's path that gives its own; by default the first device.
+      sharding: of every array, or a tree like the result of each array's own; by default the first device.
       dtype: of every array; by default the file's.
 
     Raises:
       InputError: names the missing, superfluous or misshapen tensors.
     """
-    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    sharding_of = sharding if callable(sharding) else lambda path: sharding
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    own = leaves(sharding) if isinstance(sharding, dict) else None
     plain = dataclasses.replace(config, lora=None)
     shapes = {path: leaf.shape for path, leaf in leaves(decoder.parameter_shapes(plain)).items()}
     parameters = {}
     with TensorFiles(directory) as checkpoint:
         _check(plain, checkpoint, shapes)
         for weight in table(plain):
-            parameters[weight.path] = _load_one(
-                plain, checkpoint, weight, shapes[weight.path], sharding_of(weight.path) or first_device, dtype
-            )
+            placed = sharding if own is None else own[weight.path]
+            parameters[weight.path] = _load_one(plain, checkpoint, weight, shapes[weight.path], placed, dtype)
     return tree_of(parameters)
 
 
