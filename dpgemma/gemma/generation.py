@@ -123,11 +123,13 @@ def generate(
     *,
     stop: tuple[int, ...],
     dtype: Any = jnp.float32,
+    prefill: int = PREFILL,
 ) -> list[np.ndarray]:
     """Ids that continue each prompt, ended by one of `stop`, which is left out, or by the model's context.
 
     Args:
       prompts: ids, each beginning with bos; they may differ in length.
+      prefill: tokens of the prompts that are read at a time.
 
     Raises:
       ValueError: an empty prompt, or one that leaves no room in the model's context.
@@ -136,15 +138,15 @@ def generate(
     if not lengths.size or lengths.min() < 1 or lengths.max() >= config.max_length:
         raise ValueError(f"prompts must have between 1 and {config.max_length - 1} tokens, got {lengths.tolist()}")
     size = int(min(lengths.max() + max_new_tokens, config.max_length))
-    padded = -(-int(lengths.max()) // PREFILL) * PREFILL
+    padded = -(-int(lengths.max()) // prefill) * prefill
     tokens = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     cache, hidden = decoder.init_cache(config, len(prompts), size, dtype), None
-    for first in range(0, padded, PREFILL):
-        positions = np.broadcast_to(np.arange(first, first + PREFILL, dtype=np.int32), (len(prompts), PREFILL))
-        here, cache = _read(config, parameters, cache, tokens[:, first : first + PREFILL], positions, lengths, dtype)
-        is_last = ((lengths - 1) // PREFILL * PREFILL == first)[:, None]
+    for first in range(0, padded, prefill):
+        positions = np.broadcast_to(np.arange(first, first + prefill, dtype=np.int32), (len(prompts), prefill))
+        here, cache = _read(config, parameters, cache, tokens[:, first : first + prefill], positions, lengths, dtype)
+        is_last = ((lengths - 1) // prefill * prefill == first)[:, None]
         hidden = here if hidden is None else jnp.where(is_last, here, hidden)
     keys = jax.random.split(jax.random.key(sampling.seed), len(prompts))
     # A row may go on to the end of the context, and no row further than it was asked to.

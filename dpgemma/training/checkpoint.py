@@ -142,7 +142,7 @@ def is_recorded(meta: dict[str, Any], parameters_sha256: str, records: Sequence[
     return 0 <= place < len(records) and records[place].get("parameters_sha256") == parameters_sha256
 
 
-def summaries(directory: pathlib.Path) -> list[dict[str, Any]]:
+def summaries(directory: pathlib.Path, read_at_once: int = _READ_AT_ONCE) -> list[dict[str, Any]]:
     """Every checkpoint as plain facts, for an audit.
 
     Each has `step` (its folder's), `meta`, `optimizer_count` and `parameters_sha256`, or `step` and `error`.
@@ -152,15 +152,15 @@ def summaries(directory: pathlib.Path) -> list[dict[str, Any]]:
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
-        return [_summary(manager, step) for step in sorted(manager.all_steps())]
+        return [_summary(manager, step, read_at_once) for step in sorted(manager.all_steps())]
 
 
-def _summary(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def _summary(manager: ocp.CheckpointManager, step: int, read_at_once: int) -> dict[str, Any]:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         paths, structure = jax.tree.flatten_with_path(manager.item_metadata(step)["state"].tree)
         leaves, parameters = [leaf for _, leaf in paths], hashlib.sha256()
-        for chosen in _together(leaves):
+        for chosen in _together(leaves, read_at_once):
             wanted = [ocp.PLACEHOLDER] * len(leaves)
             for i in chosen:
                 wanted[i] = jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype, sharding=device)
@@ -178,14 +178,14 @@ def _summary(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return {"step": step, "meta": meta, "optimizer_count": count, "parameters_sha256": parameters.hexdigest()}
 
 
-def _together(leaves: Sequence[Any]) -> list[range]:
-    """Numbers of neighbouring arrays that are read together: those of at most _READ_AT_ONCE bytes in all, or one larger
+def _together(leaves: Sequence[Any], read_at_once: int) -> list[range]:
+    """Numbers of neighbouring arrays that are read together: those of at most so many bytes in all, or one larger
     one.
     """
     ends, size = [0], 0
     for i, leaf in enumerate(leaves):
         bytes_ = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if i > ends[-1] and size + bytes_ > _READ_AT_ONCE:
+        if i > ends[-1] and size + bytes_ > read_at_once:
             ends.append(i)
             size = 0
         size += bytes_

@@ -123,12 +123,14 @@ def _sweep(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
         raise KeyboardInterrupt(
             f"interrupted with {done} of {len(grid.runs)} runs done; the same command goes on from there"
         ) from None
-    return _report(fv, folder, grid, outcome)
+    law, trials = fit_law(folder, outcome.table)
+    return report(folder, grid, outcome, law, trials, as_json=bool(fv.json))
 
 
-def _fit(folder, table) -> tuple[str | None, list]:
-    """Fits the law of a table, and tries it on what was held out: (its file, the trials). A table that is too small has
-    no law.
+def fit_law(folder, table) -> tuple[str | None, list]:
+    """Fits the law of a table, and tries it on what was held out: (its file, the trials).
+
+    A table that is too small has no law.
 
     Both files lie beside the table, which is in a closed folder where the data are private: they hold losses.
     """
@@ -141,15 +143,22 @@ def _fit(folder, table) -> tuple[str | None, list]:
     except InputError as error:
         print(f"no law is fitted: {error}", file=sys.stderr)
         return None, []
+    return save_law(folder, fitted, held_out.trials(fitted, table))
+
+
+def save_law(folder, fitted, trials: list) -> tuple[str, list]:
+    """Writes a law and its trials beside the sweep's table."""
+    from experiments.laws import held_out
+
     path = folder.results_file.with_name("law.json")
     fitted.save(path)
-    trials = held_out.trials(fitted, table)
     if trials:
         path.with_name("held_out.txt").write_text(held_out.text(trials) + "\n")
     return str(path), trials
 
 
-def _report(fv: flags.FlagValues, folder, grid, outcome) -> int:
+def report(folder, grid, outcome, law: str | None, trials: list, *, as_json: bool) -> int:
+    """Prints what a sweep has done, and returns the exit code. Losses of private data are not printed."""
     from experiments.laws import held_out
 
     runs = {run.id: run for run in grid.runs}
@@ -161,9 +170,8 @@ def _report(fv: flags.FlagValues, folder, grid, outcome) -> int:
         )
         print(f"dpgemma: run {name} ({what}): {reason}", file=sys.stderr)
     done = len(runs) - len(outcome.failed)
-    law, trials = _fit(folder, outcome.table)
     table = None if outcome.table is None else str(folder.results_file)
-    if fv.json:
+    if as_json:
         facts = {
             "runs": len(runs),
             "done": done,

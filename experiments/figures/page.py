@@ -1,9 +1,10 @@
 """The scaling figures of a law as files, and one page that holds them all, self-contained and readable on a phone."""
 
+import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -55,21 +56,42 @@ _TABLE = (
 )
 
 
-def write(fitted: FittedLaw, budget: Budget, folder: pathlib.Path, scale: Scale | None = None) -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class Detail:
+    """How a page is computed: by default in full.
+
+    Attributes:
+      study: of a law, a row length, a delta and a cache folder.
+      surface: of an epsilon, a delta and a cache folder.
+      powers: of two, at which the fields of noise are shown.
+    """
+
+    study: Callable[..., Study] = Study
+    surface: Callable[..., NoiseSurface] = NoiseSurface
+    powers: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=lambda: noise_fields.POWERS)
+
+
+FULL = Detail()
+
+
+def write(
+    fitted: FittedLaw, budget: Budget, folder: pathlib.Path, scale: Scale | None = None, detail: Detail = FULL
+) -> pathlib.Path:
     """Writes every figure as SVG and PNG, table2.csv and index.html, and returns the path of the last.
 
     Args:
       budget: the centre of figures 1, 3c, 5 and 6; its delta holds for all but figure 4.
       scale: units and epsilons to show; by default what suits the law.
+      detail: how finely.
 
     Raises:
       InputError: the folder exists and is not empty, or cannot be made.
     """
     claim(folder)
     scale = scale or scales.of_law(fitted.law)
-    asked = Study(fitted.law, fitted.sequence_length, budget.delta, user_cache.folder())
+    asked = detail.study(fitted.law, fitted.sequence_length, budget.delta, user_cache.folder())
     rows = saturation.table(asked, scale.table_units, scale.epsilons)
-    plots = build(fitted, asked, budget, scale)
+    plots = build(fitted, asked, budget, scale, detail)
     for plot in plots:
         drawing.save(plot, folder)
     saturation.write(folder / "table2.csv", rows)
@@ -92,7 +114,7 @@ def claim(folder: pathlib.Path) -> None:
         raise InputError(f"{folder} cannot be made ({error.strerror}): give another folder for the figures") from None
 
 
-def build(fitted: FittedLaw, asked: Study, budget: Budget, scale: Scale) -> list[Plot]:
+def build(fitted: FittedLaw, asked: Study, budget: Budget, scale: Scale, detail: Detail = FULL) -> list[Plot]:
     """Every figure, in the order of the paper."""
     units, epsilon, compute = budget.num_units, budget.epsilon, budget.compute
     centre = (epsilon, units, compute)
@@ -103,7 +125,7 @@ def build(fitted: FittedLaw, asked: Study, budget: Budget, scale: Scale) -> list
     surfaces: dict[float, NoiseSurface] = {}
 
     def for_fields(e):
-        return surfaces.setdefault(e, NoiseSurface(e, noise_fields.DELTA, user_cache.folder()))
+        return surfaces.setdefault(e, detail.surface(e, noise_fields.DELTA, user_cache.folder()))
 
     return [
         optima.plot(optima.curves(asked, units, scale.epsilons)),
@@ -113,7 +135,7 @@ def build(fitted: FittedLaw, asked: Study, budget: Budget, scale: Scale) -> list
             units,
             loss_curves.without_privacy(asked, fitted.non_private, fitted.physical_batch),
         ),
-        noise_fields.plot([noise_fields.field(x, y, noise_fields.POWERS, for_fields) for x, y in noise_fields.PAIRS]),
+        noise_fields.plot([noise_fields.field(x, y, detail.powers, for_fields) for x, y in noise_fields.PAIRS]),
         fixed.plot(fixed.compare(asked, fitted.sizes, compute, units, with_own(scale.swept_epsilons, epsilon))),
         ablations.plot(
             ablations.ablations(

@@ -41,15 +41,18 @@ class NoiseSurface:
     Args:
       epsilon, delta: the budget.
       cache: folder where nodes are kept between processes; None keeps them in memory alone.
+      estimate: noise multipliers and their reliability, as saddlepoint.noise_multiplier gives them.
     """
 
-    def __init__(self, epsilon: float, delta: float, cache: pathlib.Path | None = None):
+    def __init__(
+        self, epsilon: float, delta: float, cache: pathlib.Path | None = None, estimate=saddlepoint.noise_multiplier
+    ):
         if not (0 < epsilon < math.inf and 0 < delta < 1):
             raise InputError(
                 f"a budget needs a positive finite epsilon and a delta between 0 and 1, got ({epsilon:g}, {delta:g})"
             )
         self.epsilon, self.delta = epsilon, delta
-        self.cache = cache
+        self.cache, self._estimate = cache, estimate
         self._file = None if cache is None else cache / f"noise_{_name(epsilon, delta)}.json"
         self._nodes = _read(self._file)
 
@@ -85,7 +88,7 @@ class NoiseSurface:
         if not missing:
             return
         t, q = (np.exp(SPACING * np.array(axis, float)) for axis in zip(*missing, strict=True))
-        estimates, reliable = saddlepoint.noise_multiplier(self.epsilon, self.delta, q, t)
+        estimates, reliable = self._estimate(self.epsilon, self.delta, q, t)
         for node, steps, probability, sigma, good in zip(missing, t, q, estimates, reliable, strict=True):
             if not good and steps <= _MOST_STEPS:
                 sigma = self._by_losses(steps, probability, sigma)

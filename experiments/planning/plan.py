@@ -40,11 +40,12 @@ class Request:
     relation: str = "add_or_remove"
 
 
-def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None) -> dict:
+def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, certify=certified) -> dict:
     """The best configuration and its neighbourhood, as `dpgemma plan --json` prints it.
 
     Args:
       cache: folder where noise and certificates are kept; None for none.
+      certify: the noise of one configuration by the accountant, as noise.certified gives it.
 
     Raises:
       InputError: no configuration of this budget lies where the law can be asked.
@@ -59,7 +60,7 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None) -> d
 
     names = _names(fitted, request.extrapolate)
     chosen = _configuration(names, found, best)
-    proof = _certify(budget, chosen["expected_batch_size"], chosen["steps"], request.relation, cache)
+    proof = _certify(budget, chosen["expected_batch_size"], chosen["steps"], request.relation, cache, certify)
     ratio = proof.noise_multiplier / chosen["expected_batch_size"]
     counted = max(ratio, law.domain.ratio[0]) if not request.extrapolate else ratio
     place = (chosen["parameters"], chosen["steps"], counted)
@@ -166,7 +167,9 @@ def _same(noise: NoiseSurface, budget: Budget) -> NoiseSurface:
     return NoiseSurface(budget.epsilon, budget.delta, noise.cache)
 
 
-def _certify(budget: Budget, batch_size: int, steps: int, relation: str, cache: pathlib.Path | None) -> Certified:
+def _certify(
+    budget: Budget, batch_size: int, steps: int, relation: str, cache: pathlib.Path | None, certify
+) -> Certified:
     """The winner's noise by the accountant, kept for the next time that it is asked for."""
     if batch_size > budget.num_units:
         raise InputError("the batch is larger than the number of units: raise `num_units` or lower `compute`")
@@ -176,7 +179,7 @@ def _certify(budget: Budget, batch_size: int, steps: int, relation: str, cache: 
     if stored.get("key") == key:
         with contextlib.suppress(KeyError, TypeError):
             return Certified(**stored["certified"])
-    proof = certified(int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation)
+    proof = certify(int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation)
     if path is not None:
         with contextlib.suppress(OSError):
             user_cache.write(path, {"key": key, "certified": dataclasses.asdict(proof)})

@@ -10,16 +10,20 @@ from accounting.errors import InputError
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
-def usable() -> bool:
-    """Whether jax, as it is installed and told, would use GPUs where there are some."""
+def usable(find_spec=importlib.util.find_spec) -> bool:
+    """Whether jax, as it is installed and told, would use GPUs where there are some.
+
+    Args:
+      find_spec: what is installed.
+    """
     platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
     wanted = platforms == [""] or bool({"cuda", "gpu"} & set(platforms))
-    return wanted and any(importlib.util.find_spec(name) for name in _PLUGINS)
+    return wanted and any(find_spec(name) for name in _PLUGINS)
 
 
-def here() -> list[str]:
+def here(find_spec=importlib.util.find_spec) -> list[str]:
     """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES takes them; empty where jax would not use any."""
-    if not usable():
+    if not usable(find_spec):
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:

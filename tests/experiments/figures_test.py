@@ -228,19 +228,17 @@ def test_no_budget_raises_the_noise_when_it_is_doubled(surfaces):
         assert (found.along_x <= 0.01).all() and (found.along_y <= 0.01).all()
 
 
-@pytest.fixture
-def quick(monkeypatch, tmp_path):
-    """A page of few points, with noise that costs nothing."""
-    monkeypatch.setattr(page, "NoiseSurface", lambda epsilon, delta, cache: cheap(epsilon))
-    monkeypatch.setattr(
-        page, "Study", lambda law, length, delta, cache: Study(law, length, delta, sizes=6, points=8, noise=cheap)
-    )
-    monkeypatch.setattr(noise_fields, "POWERS", {"epsilon": (0, 2), "batch": (16, 18), "units": (22, 24)})
+# A page of few points, with noise that costs nothing.
+QUICK = page.Detail(
+    study=lambda law, length, delta, cache: Study(law, length, delta, sizes=6, points=8, noise=cheap),
+    surface=lambda epsilon, delta, cache: cheap(epsilon),
+    powers={"epsilon": (0, 2), "batch": (16, 18), "units": (22, 24)},
+)
 
 
-def test_the_page_holds_every_figure_and_needs_nothing_else(fitted, quick, tmp_path):
+def test_the_page_holds_every_figure_and_needs_nothing_else(fitted, tmp_path):
     budget = Budget(1e13, UNITS, 4.0, DELTA, LENGTH)
-    path = page.write(fitted, budget, tmp_path / "figures")
+    path = page.write(fitted, budget, tmp_path / "figures", detail=QUICK)
     text = path.read_text()
     names = ("fig1", "fig3ab", "fig3c", "fig4", "fig5", "fig6")
     assert path == tmp_path / "figures" / "index.html"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import types
 
 import numpy as np
 import pytest
@@ -57,24 +56,16 @@ def test_trials_hold_the_law_against_what_was_measured(fitted, truth, table, tri
 
 
 @pytest.mark.parametrize("public", [True, False])
-def test_losses_of_a_sweep_of_private_data_are_not_printed(
-    public, fitted, table, trials, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(fitting, "fit", lambda _: fitted)
-    monkeypatch.setattr(held_out, "trials", lambda *_: trials)
-    folder = types.SimpleNamespace(results_file=tmp_path / "results.csv", report_file=tmp_path / "report.json")
-    grid = types.SimpleNamespace(runs=[], public_data=public)
+def test_losses_of_a_sweep_of_private_data_are_not_printed(public, fitted, table, trials, tmp_path, capsys):
+    folder, grid = SweepFolder(tmp_path, public), Grid((), public)
+    folder.results_file.parent.mkdir(exist_ok=True)
+    law, saved = command.save_law(folder, fitted, trials)
     for as_json in (True, False):
-        assert (
-            command._report(
-                types.SimpleNamespace(json=as_json), folder, grid, types.SimpleNamespace(failed={}, table=table)
-            )
-            == 0
-        )
+        assert command.report(folder, grid, Outcome({}, table), law, saved, as_json=as_json) == 0
         out = capsys.readouterr().out
         if as_json:
             said = json.loads(out)
-            assert (said["held_out"] is not None) == public and said["law"] == str(tmp_path / "law.json")
+            assert (said["held_out"] is not None) == public and said["law"] == law
         for trial in trials:
             assert (f"{trial.measured:.4f}" in out or str(trial.measured) in out) == public
-            assert f"{trial.measured:.4f}" in (tmp_path / "held_out.txt").read_text()
+            assert f"{trial.measured:.4f}" in folder.results_file.with_name("held_out.txt").read_text()

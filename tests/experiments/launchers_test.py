@@ -11,7 +11,7 @@ from experiments.sweep import gpus, launchers
 
 def test_processes_on_one_machine_see_gpus_of_their_own(tmp_path, monkeypatch):
     """Without a GPU: what jax is told by the environment, in real processes. Names need not be numbers."""
-    monkeypatch.setattr(gpus, "usable", lambda: True)
+    monkeypatch.setattr(gpus, "usable", lambda *_: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab, 5,1")
     show = (
         "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' +"
@@ -41,13 +41,16 @@ def test_processes_on_one_machine_see_gpus_of_their_own(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_gpus_are_those_that_jax_would_use(platforms, visible, names, monkeypatch):
-    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: "jax_cuda13" in name or None)
+    def installed(name):
+        return "jax_cuda13" in name or None
+
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     devices = [path for path in os.listdir("/dev") if path[:6] == "nvidia" and path[6:].isdecimal()]
-    assert gpus.here() == names if names is not None else len(gpus.here()) == len(devices)
+    found = gpus.here(installed)
+    assert found == names if names is not None else len(found) == len(devices)
 
 
 def test_parameters_of_slurm():
@@ -60,7 +63,7 @@ def test_a_task_of_ray_asks_for_a_gpu_where_the_cluster_has_some(tmp_path, monke
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setattr(gpus, "usable", lambda: True)
+    monkeypatch.setattr(gpus, "usable", lambda *_: True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "include_dashboard": False})
     try:
         launcher = launchers.Ray(address=cluster.address)

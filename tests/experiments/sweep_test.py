@@ -236,7 +236,7 @@ def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_pat
     assert "ladder_20k, noise_batch_ratio 0.03125" in named[always] and "died 2 times in a row" in named[always]
     assert "exceeds the" in named[refused] and "training units" in named[refused]
     # The next command tries what failed again, and nothing else.
-    monkeypatch.setattr(launchers, "worker_command", ordinary)
+    monkeypatch.undo()
     before = state(tmp_path / "out" / "runs" / once)
     assert cli.main([*arguments, "--json"]) == 1
     said = json.loads(capfd.readouterr().out)

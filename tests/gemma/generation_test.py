@@ -60,12 +60,10 @@ def test_cached_logits_equal_uncached(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
-def test_greedy_text_equals_uncached_and_transformers(name, monkeypatch):
-    monkeypatch.setattr(
-        generation, "PREFILL", 4
-    )  # so that prompts are read in several pieces, some of them all padding
+def test_greedy_text_equals_uncached_and_transformers(name):
     config, params = imported(name)
-    together = generation.generate(config, params, PROMPTS, 24, GREEDY, stop=())
+    # Prompts are read in several pieces, some of them all padding.
+    together = generation.generate(config, params, PROMPTS, 24, GREEDY, stop=(), prefill=4)
     for prompt, got in zip(PROMPTS, together, strict=True):
         assert got.tolist() == uncached(config, params, prompt, 24)
         with torch.no_grad():

@@ -430,9 +430,8 @@ def test_damaged_arrays_are_said_once(workdir):
     assert done.returncode == 2 and "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_large_checkpoint_is_read_in_parts(workdir, summaries, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_READ_AT_ONCE", 50_000)
-    assert checkpoint.summaries(workdir / "checkpoints") == summaries
+def test_a_large_checkpoint_is_read_in_parts(workdir, summaries):
+    assert checkpoint.summaries(workdir / "checkpoints", read_at_once=50_000) == summaries
 
 
 def test_exports_elsewhere_are_checked_on_request(workdir, tmp_path, capsys):

@@ -19,7 +19,12 @@ from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, f
 
 
 def final_parameters(workdir):
-    from dpgemma.training import checkpoint
+    from dpgemma.commands import process
+from dpgemma.privacy.keys import Keys
+from dpgemma.training.observers import Silent
+from dpgemma.training.prepare import prepare, prepare_with_public_keys
+from dpgemma.training.settings import Settings
+from dpgemma.training import checkpoint
 
     step, parameters, meta = checkpoint.latest_parameters(workdir / "checkpoints")
     return step, parameters, meta
@@ -191,22 +196,40 @@ def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
     assert not report["finished"] and report["epsilon"] < report["target_epsilon"]
 
 
-def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path, monkeypatch):
-    from dpgemma.training import prepare, progress
-    from dpgemma.training.settings import Settings
-
-    update = progress.Progress.update
-
-    def update_and_signal(self, *arguments):
-        update(self, *arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(progress.Progress, "update", update_and_signal)
+def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path):
+    """A signal that comes while a step is taken, here the first of one or of two."""
     settings = dict(data=str(text), **SETTINGS)
     for steps, bits_are_there in ((1, True), (2, False)):
-        trainer = prepare.prepare(Settings(**settings, steps=steps), str(tmp_path / str(steps)))
-        assert (trainer.train() is not None) == bits_are_there and trainer.interrupted and trainer.first_step == 0
+        observer = Signals()
+        trainer = prepare(Settings(**settings, steps=steps), str(tmp_path / str(steps)), observers=[observer])
+        with process.stop_on_signal() as stopped:
+            assert (trainer.train(stopped) is not None) == bits_are_there
+        assert trainer.interrupted and trainer.first_step == 0 and observer.steps == 1
         trainer.run.unlock()
+
+
+class Signals(Silent):
+    """An observer whose process gets a signal whenever a step has been taken."""
+
+    steps = 0
+
+    def step(self, released, private):
+        self.steps += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_pitfall_15_keys_come_from_the_operating_system(text, cache, tmp_path):
+    """Two runs of the same settings in the same process share no key, whatever the seeds of Python, NumPy and jax."""
+    found = []
+    for name in "ab":
+        random.seed(0)
+        np.random.seed(0)
+        trainer = prepare(Settings(data=str(text), **SETTINGS, steps=1), str(tmp_path / name))
+        trainer.run.unlock()
+        found.append(json.loads((tmp_path / name / "private/keys.json").read_text()))
+        ledger = json.loads((tmp_path / name / "ledger.jsonl").read_text().splitlines()[0])
+        assert ledger["secret_keys"] is True and ledger["format"] == 2
+    assert len({*found[0].values(), *found[1].values()}) == 10
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_path):
@@ -323,17 +346,13 @@ def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp
 
 
 def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, tmp_path):
-    from dpgemma.training import prepare
-    from dpgemma.training import run as run_directory
-    from dpgemma.training.settings import Settings
-
     workdir = tmp_path / "run"
-    keys = run_directory.Keys(*(bytes([i]) * 32 for i in range(5)))
+    keys = Keys(*(bytes([i]) * 32 for i in range(5)))
     settings = dict(data=str(text), steps=6, epsilon=float("inf"), **SETTINGS)
     with pytest.raises(ValueError, match="needs secret keys"):
-        prepare.prepare(Settings(**settings | {"epsilon": 8.0}), str(workdir), epsilon_given=True, keys=keys)
+        prepare_with_public_keys(Settings(**settings | {"epsilon": 8.0}), keys, str(workdir))
     assert not workdir.exists()
-    trainer = prepare.prepare(Settings(**settings), str(workdir), epsilon_given=True, keys=keys)
+    trainer = prepare_with_public_keys(Settings(**settings), keys, str(workdir))
     trainer.train()
     trainer.run.unlock()
     report = json.loads((workdir / "report.json").read_text())
