@@ -9,6 +9,9 @@ import pytest
 from experiments.commands import sweep as command
 from experiments.laws import fitting, held_out
 from experiments.sweep import results
+from experiments.sweep.folder import SweepFolder
+from experiments.sweep.grid import Grid
+from experiments.sweep.sweep import Outcome
 from tests.experiments import planted
 
 # Larger, longer, and with a noise that lies between those of the sweep.
@@ -61,7 +64,7 @@ def test_losses_of_a_sweep_of_private_data_are_not_printed(public, fitted, table
     folder.results_file.parent.mkdir(exist_ok=True)
     law, saved = command.save_law(folder, fitted, trials)
     for as_json in (True, False):
-        assert command.report(folder, grid, Outcome({}, table), law, saved, as_json=as_json) == 0
+        assert command.report(folder, grid, Outcome(table, {}), law, saved, as_json=as_json) == 0
         out = capsys.readouterr().out
         if as_json:
             said = json.loads(out)

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 from accounting.ledger import chain as ledger_lib
-from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, flags, run, wait_for
-
-
-def final_parameters(workdir):
-    from dpgemma.commands import process
+from dpgemma.commands import process
 from dpgemma.privacy.keys import Keys
 from dpgemma.training.observers import Silent
 from dpgemma.training.prepare import prepare, prepare_with_public_keys
 from dpgemma.training.settings import Settings
-from dpgemma.training import checkpoint
+from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, flags, run, wait_for
+
+
+def final_parameters(workdir):
+    from dpgemma.training import checkpoint
 
     step, parameters, meta = checkpoint.latest_parameters(workdir / "checkpoints")
     return step, parameters, meta
