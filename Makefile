@@ -4,8 +4,9 @@ VENV := .venv
 STEPS := 80
 BATCH := 256
 WORKDIR := runs/first
+LOWEST := .venv-lowest
 
-.PHONY: train test lint clean
+.PHONY: train test lint lowest clean
 train: $(VENV)/.core
 	$(VENV)/bin/dpgemma train --steps=$(STEPS) --batch_size=$(BATCH) --workdir=$(WORKDIR)
 
@@ -15,6 +16,16 @@ test: $(VENV)/.dev lint
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The oldest versions that pyproject.toml allows, in an environment of their own: the main job, on a small scale.
+lowest: | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv venv --quiet --python $(PYTHON) --clear $(LOWEST)
+	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct .
+	cd $(LOWEST) && bin/python -m dpgemma train --model=ladder_20k --steps=4 --batch_size=64 --workdir=run
+	cd $(LOWEST) && bin/python -m dpgemma audit run
+	rm -rf $(LOWEST)/run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +39,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.core
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

@@ -5,7 +5,7 @@ folder holds.
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accounting import run_files
@@ -20,7 +20,10 @@ from accounting.rounding import round_up
 
 
 def audit(
-    workdir: pathlib.Path, checkpoints: Sequence[dict[str, Any]], exports: Sequence[pathlib.Path] = ()
+    workdir: pathlib.Path,
+    checkpoints: Sequence[dict[str, Any]],
+    exports: Sequence[pathlib.Path] = (),
+    accountant: Callable[..., Accountant] = Accountant,
 ) -> AuditResult:
     """Everything that does not agree. Nothing is written, and nothing depends on where the folder lies.
 
@@ -29,6 +32,7 @@ def audit(
         `optimizer_count` (counted in its state), `parameters_sha256` (of its state), or `step` and `error` where it
         cannot be read.
       exports: exported folders to check besides those inside the run's.
+      accountant: what derives epsilon, from mechanisms.
 
     Raises:
       InputError: the folder is no run, or an export is no export.
@@ -39,15 +43,15 @@ def audit(
     names = [*run_files.PUBLIC_FILES[:3], run_files.CHECKPOINTS]
     if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
-    return _Audit(workdir).run(checkpoints, exports)
+    return _Audit(workdir, accountant).run(checkpoints, exports)
 
 
 class _Audit:
-    def __init__(self, workdir: pathlib.Path) -> None:
+    def __init__(self, workdir: pathlib.Path, accountant: Callable[..., Accountant]) -> None:
         self.workdir = workdir
         self.findings: list[Finding] = []
         self.notices: list[str] = []
-        self._accountant = functools.lru_cache(maxsize=4)(Accountant)
+        self._accountant = functools.lru_cache(maxsize=4)(accountant)
 
     def run(self, checkpoints: Sequence[dict[str, Any]], exports: Sequence[pathlib.Path]) -> AuditResult:
         lines, executed = self._ledger()

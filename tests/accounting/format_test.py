@@ -1,0 +1,90 @@
+"""Ledgers of every format, and what writers and auditors agree on."""
+
+import hashlib
+import json
+
+import pytest
+
+from accounting.accountant import Accountant
+from accounting.audit.audit import audit
+from accounting.errors import InputError
+from accounting.ledger import chain, events, executed
+from accounting.ledger.chain import Ledger
+from tests.accounting.report_test import records
+
+
+def test_a_ledger_without_a_format_is_of_the_first_and_means_what_it_meant():
+    old, new = records(), records()
+    new[0]["format"] = events.FORMAT
+    assert "format" not in old[0]
+    before, after = executed.of(old), executed.of(new)
+    assert before.planned == after.planned and before.mechanisms == after.mechanisms
+    # Facts that the first format did not have are those of plain clipping to a constant norm.
+    for name in ("clip_scaling", "clip_quantile"):
+        old[0].pop(name, None)
+    assert executed.of(old).planned.clip.sensitivity == before.planned.clip_norm
+
+
+@pytest.mark.parametrize("version", [0, 3, -1, "2", 2.5, None])
+def test_a_ledger_of_another_format_is_refused_in_one_sentence(version):
+    with pytest.raises(InputError, match="format"):
+        executed.of([{**records()[0], "format": version}, *records()[1:]])
+
+
+@pytest.mark.parametrize("name", [name for name, fact in events.EVENTS["start"].items() if fact.required])
+def test_every_required_fact_is_missed_and_every_wrong_type_noticed(name):
+    for spoil in (lambda facts: facts.pop(name), lambda facts: facts.update({name: ["a list"]})):
+        spoilt = records()
+        spoil(spoilt[0])
+        with pytest.raises(InputError, match=name):
+            executed.of(spoilt)
+
+
+@pytest.mark.parametrize(
+    "kind, facts, message",
+    [
+        ("steps", {"step": 1}, "no event of kind"),
+        ("step", {"step": 1, "loss": 2.5}, "no fact loss"),
+        ("checkpoint", {"step": "1"}, "step of another type"),
+        ("finish", {"step": True}, "step of another type"),
+        ("evaluation", {"step": 1, "units": "held_out", "bits_per_byte": 3.1}, "no fact bits_per_byte"),
+    ],
+)
+def test_what_is_no_public_fact_cannot_be_written(kind, facts, message, tmp_path):
+    """Pitfall 24: a raw value cannot reach the public ledger by mistake, because its kind has no place for one."""
+    ledger = Ledger.open(tmp_path / "ledger.jsonl")
+    with pytest.raises(ValueError, match=message):
+        ledger.append(kind, **facts)
+    assert (tmp_path / "ledger.jsonl").read_text() == "" and ledger.length == 0
+
+
+def written(folder, lines):
+    """A run's folder with these records in its ledger, whose chain holds."""
+    previous, rows = chain.GENESIS, []
+    for number, record in enumerate(lines):
+        line = {"n": number, **record}
+        text = json.dumps(line, sort_keys=True, separators=(",", ":"))
+        previous = hashlib.sha256((previous + text).encode()).hexdigest()
+        rows.append(json.dumps({**line, "hash": previous}, sort_keys=True, separators=(",", ":")) + "\n")
+    (folder / "ledger.jsonl").write_text("".join(rows))
+    return folder
+
+
+class Contradicting(Accountant):
+    def epsilon(self, delta, steps=None):
+        raise ArithmeticError("the Renyi epsilon 1 lies below the loss distribution's lower bound 2")
+
+
+def test_a_bug_of_ours_is_no_finding_about_a_run(tmp_path):
+    """An error of the program ends the audit as an error: it must not accuse somebody of having edited a ledger."""
+    folder = written(tmp_path, records())
+    assert {finding.kind for finding in audit(folder, []).findings} == {"missing_file", "budget_exceeded"}
+    with pytest.raises(ArithmeticError, match="Renyi"):
+        audit(folder, [], accountant=Contradicting)
+
+
+def test_an_impossible_mechanism_is_a_finding(tmp_path):
+    impossible = records()
+    impossible[0]["clip_norm"] = -1.0
+    findings = audit(written(tmp_path, impossible), []).findings
+    assert any(finding.kind == "unparsable" and "clip norm" in finding.message for finding in findings)
