@@ -84,5 +84,5 @@ def _run(name: str, rest: list[str]) -> int:
 
 def entry_point() -> None:
     """The program itself: hooks stay until the process ends, because threads of libraries report until then."""
-    process.quiet().__enter__()
+    process.install_quiet_hooks()
     sys.exit(main())

@@ -24,14 +24,14 @@ _MOST_CPU_DEVICES = 8
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Every error is reported once: by the exception that the program turns into a sentence."""
+def install_quiet_hooks() -> Callable[[], None]:
+    """Makes every error be reported once: by the exception that the program turns into a sentence.
+
+    Returns:
+      What restores the hooks and the levels of the loggers.
+    """
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    hooks = sys.excepthook, sys.unraisablehook
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    print_exception, print_unraisable = hooks
+    print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
 
     def without_storage(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if not _is_from_storage(trace):
@@ -46,13 +46,25 @@ def quiet() -> Iterator[None]:
         if not (dropped or foreign or _is_from_storage(unraisable.exc_traceback)):
             print_unraisable(unraisable)
 
+    def restore() -> None:
+        sys.excepthook, sys.unraisablehook = print_exception, print_unraisable
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
     sys.excepthook, sys.unraisablehook = without_storage, unraisable_without_storage
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return restore
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The hooks of `install_quiet_hooks`, for a while."""
+    restore = install_quiet_hooks()
     try:
         yield
     finally:
-        sys.excepthook, sys.unraisablehook = hooks
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        restore()
 
 
 def _is_storage(filename: str) -> bool:
@@ -68,19 +80,33 @@ def _is_from_storage(trace: types.TracebackType | None) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def deterministic_sums() -> Iterator[None]:
-    """Sums on GPUs in a fixed order. To be entered before jax is first used; flags that are set already are kept."""
+def set_deterministic_sums() -> Callable[[], None]:
+    """Sums on GPUs in a fixed order. To be called before jax is first used; flags that are set already are kept.
+
+    Returns:
+      What restores the environment.
+    """
     before = os.environ.get("XLA_FLAGS")
     if "xla_gpu_deterministic_ops" not in (before or ""):
         os.environ["XLA_FLAGS"] = f"{before or ''} {_DETERMINISTIC}".strip()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         if before is None:
             os.environ.pop("XLA_FLAGS", None)
         else:
             os.environ["XLA_FLAGS"] = before
+
+    return restore
+
+
+@contextlib.contextmanager
+def deterministic_sums() -> Iterator[None]:
+    """The environment of `set_deterministic_sums`, for a while."""
+    restore = set_deterministic_sums()
+    try:
+        yield
+    finally:
+        restore()
 
 
 def split_cpu(mesh: str) -> None:

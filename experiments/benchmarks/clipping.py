@@ -32,6 +32,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from accounting.mechanism import Clip
+from dpgemma.choices import STRATEGIES
 from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
@@ -44,7 +45,7 @@ from dpgemma.training.step import sharded_clipped_sum
 from experiments.benchmarks.objectives import causal, of_row
 
 BENCHMARK = "30m"
-OURS = ("example_scan", "ghost", "per_layer", "vmap")
+OURS = STRATEGIES
 
 
 class Programs:

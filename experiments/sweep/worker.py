@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 def settle() -> None:
     """Takes the cores that the launcher gave, and ends, at a checkpoint, when the launcher does. Before jax is used."""
-    process.deterministic_sums().__enter__()  # this process is the worker's own to its end
+    process.set_deterministic_sums()  # for good: this process is the worker alone
     cores = [int(core) for core in os.environ.get("DPGEMMA_CORES", "").split(",") if core]
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)

@@ -1,16 +1,14 @@
 """Ledgers of every format, and what writers and auditors agree on."""
 
-import hashlib
-import json
-
 import pytest
 
 from accounting.accountant import Accountant
 from accounting.audit.audit import audit
 from accounting.errors import InputError
-from accounting.ledger import chain, events, executed
+from accounting.ledger import events, executed
 from accounting.ledger.chain import Ledger
 from tests.accounting.report_test import records
+from tests.training.audit_test import write_chain
 
 
 def test_a_ledger_without_a_format_is_of_the_first_and_means_what_it_meant():
@@ -60,13 +58,7 @@ def test_what_is_no_public_fact_cannot_be_written(kind, facts, message, tmp_path
 
 def written(folder, lines):
     """A run's folder with these records in its ledger, whose chain holds."""
-    previous, rows = chain.GENESIS, []
-    for number, record in enumerate(lines):
-        line = {"n": number, **record}
-        text = json.dumps(line, sort_keys=True, separators=(",", ":"))
-        previous = hashlib.sha256((previous + text).encode()).hexdigest()
-        rows.append(json.dumps({**line, "hash": previous}, sort_keys=True, separators=(",", ":")) + "\n")
-    (folder / "ledger.jsonl").write_text("".join(rows))
+    write_chain(folder / "ledger.jsonl", lines)
     return folder
 
 

@@ -48,7 +48,7 @@ def test_pitfall_19_a_record_is_one_row_and_touches_no_other():
     for record in ({"text": ""}, {"prompt": "x" * 1000, "response": "y"}, {"text": "z" * 1000}):
         after = to_rows([*RECORDS[:2], record, *RECORDS[3:]])
         others = [0, 1, 3, 4]
-        assert len(after) == len(before)
+        assert after.num_units == before.num_units
         np.testing.assert_array_equal(after.columns["tokens"][others], before.columns["tokens"][others])
         np.testing.assert_array_equal(after.columns["scored"][others], before.columns["scored"][others])
 
@@ -64,7 +64,7 @@ def test_a_record_without_its_fields_is_named(record):
 
 
 def test_rows_with_nothing_to_learn_are_refused_together():
-    with pytest.raises(InputError, match="nothing to learn: raise --sequence_length"):
+    with pytest.raises(InputError, match="nothing to learn: raise `sequence_length`"):
         to_rows([RECORDS[2], RECORDS[2]])
 
 

@@ -110,8 +110,8 @@ BAD = {
     "half a step": ({"sweep": PUBLIC, "grid": [{**ONE, "steps": 1.5}]}, "steps must be a whole number"),
     "true steps": ({"sweep": PUBLIC, "grid": [{**ONE, "steps": True}]}, "steps must be a whole number"),
     "model is a number": ({"sweep": PUBLIC, "grid": [{**ONE, "model": 1}]}, "model must be text"),
-    "no steps": ({"sweep": PUBLIC, "grid": [{**ONE, "steps": 0}]}, "--steps must be at least 1"),
-    "no choice": ({"sweep": PUBLIC, "grid": [{**ONE, "optimizer": "adam"}]}, "--optimizer must be one of"),
+    "no steps": ({"sweep": PUBLIC, "grid": [{**ONE, "steps": 0}]}, "`steps` must be at least 1"),
+    "no choice": ({"sweep": PUBLIC, "grid": [{**ONE, "optimizer": "adam"}]}, "`optimizer` must be one of"),
     "held out": ({"sweep": PUBLIC, "grid": [{**ONE, "held_out": [True]}]}, "held_out must be true or false"),
     "infinite clip norm": ({"sweep": PUBLIC, "grid": [{**ONE, "clip_norm": math.inf}]}, "clip_norm must be finite"),
 }

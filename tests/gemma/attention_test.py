@@ -118,6 +118,6 @@ def test_a_mask_that_looks_ahead_is_the_same_in_tiles(before, after):
         out, pull = jax.vjp(lambda q, k, v, kind=kind: attention.attend(q, k, v, mask, config, False, kind), q, k, v)
         results.append((out, *pull(cotangent)))
     t, s = np.arange(700)[:, None], np.arange(700)
-    np.testing.assert_array_equal(mask.visible(t, s), (s - t <= after) & (t - s < before))
+    np.testing.assert_array_equal(mask.visible(t, s, 700), (s - t <= after) & (t - s < before))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6 * max(1, np.abs(b).max()))

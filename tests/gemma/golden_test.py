@@ -31,7 +31,7 @@ def test_logits_equal_the_stored_ones(name, tmp_path):
     for weight in weights.table(config):
         layers = weights.layers_of(config, weight)
         shape = shapes[weight.path].shape[1:] if layers else shapes[weight.path].shape
-        there = weights.file_shape(shape, weight, weights.fan_in(config, weight, shape))
+        there = weights.file_shape(shape, weight, weights.fan_in(weight, shape))
         for tensor in [weight.name.format(i) for i in layers] or [weight.name]:
             tensors[tensor] = families.tensor(tensor, there)
     save_file(tensors, tmp_path / tensor_files.SINGLE_FILE)

@@ -1,5 +1,7 @@
 """`dpgemma audit` on real runs: an untouched one is clean, and every planted tampering is found and named."""
 
+import functools
+import hashlib
 import json
 import math
 import os
@@ -15,7 +17,6 @@ from accounting import conversions, rounding, run_files
 from accounting.accountant import Accountant
 from accounting.audit.audit import audit
 from accounting.ledger import chain as ledger_lib
-from accounting.ledger.chain import Ledger
 from accounting.mechanism import dp_sgd
 from dpgemma import cli
 from dpgemma.training import checkpoint
@@ -53,11 +54,18 @@ def rewrite_chain(workdir, change):
     """What somebody who knows the format can do: change the records and seal the whole ledger anew."""
     path = workdir / "ledger.jsonl"
     records = [{k: v for k, v in record.items() if k != "n"} for record in ledger_lib.read(path)]
-    path.unlink()
-    forged = Ledger.open(path)
-    for record in change(records):
-        forged.append(**record)
-    forged.close()
+    write_chain(path, change(records))
+
+
+def write_chain(path, records):
+    """A ledger file with these records, whatever they hold, under a chain without a key: the format, written out."""
+    previous, rows = "0" * 64, []
+    for number, record in enumerate(records):
+        spelt = functools.partial(json.dumps, sort_keys=True, separators=(",", ":"))
+        line = {"n": number, **record}
+        previous = hashlib.sha256((previous + spelt(line)).encode()).hexdigest()
+        rows.append(spelt({**line, "hash": previous}) + "\n")
+    path.write_text("".join(rows))
 
 
 def rewrite_report(workdir, change):
@@ -70,11 +78,8 @@ def rewrite_report(workdir, change):
     path.write_text(text)
     edit(workdir / "ledger.jsonl", old, run_files.digest(text.encode()))
     lines = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
-    (workdir / "ledger.jsonl").write_text("")
-    ledger = Ledger.open(workdir / "ledger.jsonl")
-    for line in lines:
-        ledger.append(**{k: v for k, v in line.items() if k not in ("n", "hash")})
-    ledger.close()
+    records = [{k: v for k, v in line.items() if k not in ("n", "hash")} for line in lines]
+    write_chain(workdir / "ledger.jsonl", records)
 
 
 def test_an_untouched_run_is_clean_wherever_it_lies(exported, workdir, capsys):

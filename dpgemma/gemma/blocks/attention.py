@@ -82,7 +82,7 @@ class Attention(nnx.Module):
             for old, new in zip(cache, (k, v), strict=True)
         )
         t, s = positions[:, :, None], jnp.arange(keys.shape[1])
-        visible_BxTxS = causal(keys.shape[1], self.config.window, is_sliding).visible(t, s)
+        visible_BxTxS = causal(keys.shape[1], self.config.window, is_sliding).visible(t, s, keys.shape[1])
         mixed = _softmax_mix(
             q, keys.astype(q.dtype), values.astype(q.dtype), visible_BxTxS[:, None, None], self.config.attention_cap
         )
@@ -120,7 +120,7 @@ def attend(
     if implementation == BLOCKWISE:
         return _blockwise(config.attention_cap, q, k, v, mask)
     t, s = jnp.arange(length)[:, None], jnp.arange(length)
-    return _softmax_mix(q, k, v, mask.visible(t, s), config.attention_cap)
+    return _softmax_mix(q, k, v, mask.visible(t, s, length), config.attention_cap)
 
 
 def _softmax_mix(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, cap: float | None) -> Any:
@@ -163,7 +163,7 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, config: GemmaConfig, is_sli
 
 
 def _tiles(x: jax.Array, axis: int) -> Any:
-    """Pads an axis with zeros to a multiple of BLOCK. Padded keys lie behind every query, so none sees them."""
+    """Pads an axis with zeros to a multiple of BLOCK. The mask hides padded keys from every query."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % BLOCK)
     return jnp.pad(x, padding)
@@ -177,10 +177,16 @@ def _add_to_tile(x: jax.Array, i: Any, axis: int, value: Any) -> Any:
     return jax.lax.dynamic_update_slice_in_dim(x, _tile(x, i, axis) + value, i * BLOCK, axis)
 
 
-def _tile_scores(cap: float | None, q: jax.Array, k: jax.Array, i: Any, j: Any, mask: Window) -> tuple[Any, Any]:
-    """Capped scores [..., K, G, BLOCK, BLOCK] of query tile i and key tile j, and which of them are visible."""
+def _tile_scores(
+    cap: float | None, q: jax.Array, k: jax.Array, i: Any, j: Any, mask: Window, length: int
+) -> tuple[Any, Any]:
+    """Capped scores [..., K, G, BLOCK, BLOCK] of query tile i and key tile j, and which of them are visible.
+
+    Args:
+      length: of a row, behind which tiles are padding.
+    """
     t, s = i * BLOCK + jnp.arange(BLOCK)[:, None], j * BLOCK + jnp.arange(BLOCK)
-    return soft_cap(_dot("...tkgh,...skh->...kgts", q, k), cap), mask.visible(t, s)
+    return soft_cap(_dot("...tkgh,...skh->...kgts", q, k), cap), mask.visible(t, s, length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -199,7 +205,7 @@ def _blockwise_forward(cap: float | None, q: jax.Array, k: jax.Array, v: jax.Arr
         def add_key_tile(j: Any, carry: Any) -> tuple[Any, Any, Any]:
             maximum, total, mixed = carry
             k_j, v_j = _tile(k_tiles, j, k.ndim - 3), _tile(v_tiles, j, v.ndim - 3)
-            scores, visible = _tile_scores(cap, q_i, k_j, i, j, mask)
+            scores, visible = _tile_scores(cap, q_i, k_j, i, j, mask, length)
             scores = jnp.where(visible, scores, HIDDEN)
             new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
             weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
@@ -241,7 +247,7 @@ def _blockwise_backward(cap: float | None, residuals: Any, d_out: Any) -> tuple[
         def add_query_tile(i: Any, carry: Any) -> tuple[Any, Any, Any]:
             dq, dk, dv = carry
             q_i, d_i = _tile(q_tiles, i, axis_q), _tile(d_tiles, i, axis_q)
-            scores, visible = _tile_scores(cap, q_i, k_j, i, j, mask)
+            scores, visible = _tile_scores(cap, q_i, k_j, i, j, mask, length)
             normaliser, taken_i = _tile(log_total, i, log_total.ndim - 1), _tile(taken, i, taken.ndim - 1)
             weights = jnp.where(visible, jnp.exp(scores - normaliser[..., None]), 0.0)
             dv = dv + _dot("...kgts,...tkgh->...skh", weights.astype(v.dtype), d_i)

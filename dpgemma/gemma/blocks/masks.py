@@ -22,9 +22,15 @@ class Window:
     before: jax.Array
     after: int = dataclasses.field(default=0, metadata={"static": True})
 
-    def visible(self, t: jax.Array, s: jax.Array) -> jax.Array:
-        """Bool, broadcast from the positions of queries and keys."""
-        return (s <= t + self.after) & (s > t - self.before)
+    def visible(self, t: jax.Array, s: jax.Array, length: int) -> jax.Array:
+        """Bool, broadcast from the positions of queries and keys.
+
+        Args:
+          length: number of keys; positions from there on are padding of tiles.
+        """
+        within = (s <= t + self.after) & (s > t - self.before)
+        # Without a look ahead, padding lies behind every query.
+        return within & (s < length) if self.after else within
 
     def key_tiles(self, query_tile: jax.Array, block: int, count: int) -> tuple[jax.Array, jax.Array]:
         """The tiles of keys (first, end) that a tile of queries may see, of `count` tiles of `block` positions."""
