@@ -1,5 +1,9 @@
 """Ledgers of every format, and what writers and auditors agree on."""
 
+import json
+import pathlib
+import shutil
+
 import pytest
 
 from accounting.accountant import Accountant
@@ -80,3 +84,18 @@ def test_an_impossible_mechanism_is_a_finding(tmp_path):
     impossible[0]["clip_norm"] = -1.0
     findings = audit(written(tmp_path, impossible), []).findings
     assert any(finding.kind == "unparsable" and "clip norm" in finding.message for finding in findings)
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def test_a_run_of_the_first_format_is_audited_as_before(tmp_path):
+    """Its files are those that version 0.1.0 wrote; the checkpoints' facts are as that version's audit read them."""
+    folder = shutil.copytree(GOLDEN / "format_1", tmp_path / "run")
+    checkpoints = json.loads((GOLDEN / "format_1_checkpoints.json").read_text())
+    result = audit(folder, checkpoints)
+    assert result.consistent and result.epsilon_reported == result.epsilon_rederived > 0, result.findings
+    records = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert "format" not in records[0] and result.steps == sum(record["kind"] == "step" for record in records) > 0
+    (folder / "metrics.jsonl").write_text("")
+    assert {finding.kind for finding in audit(folder, checkpoints).findings} == {"metrics_edited"}
