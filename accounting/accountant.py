@@ -34,7 +34,7 @@ _FINEST_INTERVAL = 1e-7
 _LARGEST_GRID = 2**21
 _LARGEST_OPTIMISTIC_GRID = 2**18
 
-# Mass of one release's loss beyond the grid, all steps together, as a share of delta.
+# Share of delta that the mass beyond either end of the loss grid may take, summed over all releases.
 _TAIL_SHARE = 1e-6
 
 _RENYI_ORDERS = [*range(2, 64), 72, 80, 96, 128, 192, 256, 384, 512, 1024]
@@ -42,10 +42,12 @@ _RENYI_ORDERS = [*range(2, 64), 72, 80, 96, 128, 192, 256, 384, 512, 1024]
 
 @dataclasses.dataclass(frozen=True)
 class EpsilonBracket:
-    """Attributes:
-    upper: valid upper bound, rounding and discretisation included; the one to report.
-    lower: lower bound of the same epsilon by the optimistic discretisation.
-    cross_check: epsilon by Renyi differential privacy, looser as a rule; inf for groups, where it is not computed.
+    """Two ends between which epsilon lies, and a check by another accountant.
+
+    Attributes:
+      upper: valid upper bound, rounding and discretisation included; the one to report.
+      lower: lower bound of the same epsilon by the optimistic discretisation.
+      cross_check: epsilon by Renyi differential privacy, looser as a rule; inf for groups, where it is not computed.
     """
 
     upper: float
@@ -139,7 +141,7 @@ class Accountant:
         bound = 0.0
         for remove in self._directions:
             estimate, coarse = math.inf, _COARSEST_INTERVAL
-            # Coarse grids show where epsilon lies, and often that this direction does not matter.
+            # Coarse grids give a first estimate; if it is at most `bound`, this direction cannot raise the result.
             while coarse > 2 * interval and estimate > bound:
                 estimate, coarse = self._upper(delta, phases, coarse, remove, hint=estimate), coarse / 8
             if estimate > bound and not self._within(bound, delta, phases, interval, remove):
@@ -184,7 +186,7 @@ class Accountant:
         return self._bracket(delta, phases)[2] if phases and self._is_private(phases) else _COARSEST_INTERVAL
 
     def _phases(self, delta: float, steps: int | None) -> tuple[tuple[Mechanism, int], ...]:
-        """What the first `steps` steps release: (mechanism, number of releases), like releases together."""
+        """Returns the first `steps` steps as (one-step mechanism, number of releases), equal mechanisms merged."""
         if not 0 < delta < 1:
             raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
         taken: dict[Mechanism, int] = {}
@@ -208,7 +210,7 @@ class Accountant:
 
     @property
     def _directions(self) -> tuple[bool, ...]:
-        """Whether the units are removed, or added; the two are alike where every release uses all units."""
+        """The directions to account for: True removes units, False adds them. One is enough without sampling."""
         return (True,) if all(m.sampling.inclusion_probability == 1 for m in self.mechanisms) else (True, False)
 
     def _bracket(self, delta: float, phases: Any) -> tuple[float, float, float]:

@@ -56,7 +56,7 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
 
 
 def _compared(run: Executed, what: str) -> Any:
-    """A fact in which runs must agree, so that their units are the same."""
+    """A fact in which runs must agree: otherwise their privacy units differ, and their guarantees do not add up."""
     facts = run.declared
     if what == "vocab_size":
         # Rows of packed text are cut by tokens.

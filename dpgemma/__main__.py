@@ -1,4 +1,4 @@
-"""python -m dpgemma COMMAND is the same as dpgemma COMMAND."""
+"""Lets `python -m dpgemma COMMAND` do what `dpgemma COMMAND` does."""
 
 from dpgemma.cli import entry_point
 

@@ -25,7 +25,7 @@ def audit(
     exports: Sequence[pathlib.Path] = (),
     accountant: Callable[..., Accountant] = Accountant,
 ) -> AuditResult:
-    """Everything that does not agree. Nothing is written, and nothing depends on where the folder lies.
+    """Checks a run directory and returns what does not agree. It writes nothing; the folder may be a moved copy.
 
     Args:
       checkpoints: each checkpoint of the folder as a dict: `step` (of its folder), `meta` (its JSON item),
@@ -58,7 +58,7 @@ class _Audit:
         self._secrecy(lines)
         rederived = None
         if executed is not None:
-            # A program's own error is not a finding: only what the facts of the ledger themselves make impossible is.
+            # Only InputError becomes a finding: these facts allow no epsilon. Any other error is a bug and propagates.
             try:
                 rederived = self._derive(executed).upper
             except InputError as error:

@@ -14,7 +14,7 @@ from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
 from accounting.report.content import build
 
-# Another machine may round differently in the last digits of these.
+# Computed numbers of a report: on another machine they may differ by a relative _TOLERANCE.
 _COMPUTED = ("epsilon", "epsilon_lower_numeric", "cross_check")
 _TOLERANCE = 1e-6
 _CONFIG_NAMES = {"batch_size": "expected_batch_size"}
@@ -48,7 +48,7 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
 
 
 def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
-    """report.json against the ledger up to the line that it names."""
+    """Yields differences between report.json and the report that the ledger gives up to the line it names."""
     where = run_files.REPORT
     try:
         stored = json.loads(content)
@@ -90,7 +90,7 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
 
 
 def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict[str, Any], head: str) -> dict[str, Any]:
-    """The report that the ledger gives, with the stored epsilon where that is the same but for rounding."""
+    """Returns the report that the ledger gives; it takes over the stored epsilon if they differ by rounding only."""
     reported = stored.get("epsilon")
     if isinstance(reported, float) and same_rounded(reported, bracket.upper):
         bracket = dataclasses.replace(bracket, upper=reported)
@@ -138,7 +138,7 @@ def page(content: bytes | None, lines: Sequence[Line], statement: str | None) ->
 
 
 def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Finding]:
-    """metrics.jsonl: public keys only, and what the ledger's checkpoint events recorded of it."""
+    """Yields findings if metrics.jsonl has other than public keys, or lines other than those the ledger recorded."""
     where = run_files.METRICS
     rows = [row + b"\n" for row in content.split(b"\n")]
     rows[-1] = rows[-1][:-1]

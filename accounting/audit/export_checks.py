@@ -68,7 +68,7 @@ def _card(
     head = lines[place - 1].hash
     expected = card.model_card(run_files.encode(build(executed, bracket, head)), lines[place].record["step"])
     differing = [row for row in expected.splitlines() if row not in text.splitlines()]
-    # Numbers that another machine rounds differently are no difference where the ledger knows the card's very text.
+    # If the ledger recorded this card's hash, other rows than epsilon differ only by rounding on another machine.
     if (differing and not recorded) or any(row.startswith("| epsilon |") for row in differing):
         for row in differing:
             yield Finding(

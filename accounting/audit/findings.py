@@ -38,10 +38,12 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Attributes:
-    kind: one of KINDS.
-    where: file, and line or field where that says more.
-    message: one sentence: what was found, and what was expected.
+    """One thing that does not agree.
+
+    Attributes:
+      kind: one of KINDS.
+      where: file, and line or field where that says more.
+      message: one sentence: what was found, and what was expected.
     """
 
     kind: str
@@ -54,15 +56,17 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class AuditResult:
-    """Attributes:
-    findings: what does not agree; empty is the goal.
-    notices: what was not checked, or is worth knowing.
-    epsilon_reported, epsilon_rederived: None where there is none.
-    steps: executed steps by the ledger.
-    finished: whether the ledger says that the run is.
-    ledger_head: hash of its last line; None without a ledger.
-    seal: what binds the ledger's lines.
-    deviations: of the run from what it should be, as the ledger shows them.
+    """What an audit found, and what it derived.
+
+    Attributes:
+      findings: what does not agree; empty is the goal.
+      notices: what was not checked, or is worth knowing.
+      epsilon_reported, epsilon_rederived: None where there is none.
+      steps: executed steps by the ledger.
+      finished: whether the ledger says that the run is.
+      ledger_head: hash of its last line; None without a ledger.
+      seal: what binds the ledger's lines.
+      deviations: of the run from what it should be, as the ledger shows them.
     """
 
     findings: tuple[Finding, ...]
@@ -83,7 +87,7 @@ class AuditResult:
         return {"consistent": self.consistent, **dataclasses.asdict(self)}
 
     def text(self) -> str:
-        """For a terminal."""
+        """Returns the result as lines of text for a terminal."""
 
         def shown(value: Any) -> Any:
             return "none" if value is None else "inf" if not math.isfinite(value) else f"{value:g}"

@@ -17,9 +17,7 @@ MALFORMED = "malformed"
 
 
 def well_formed(lines: Sequence[Line]) -> tuple[list[Line], list[Finding]]:
-    """The lines with those that no program wrote marked as such, and what is wrong with them; so that later checks can
-    rely on types.
-    """
+    """Returns (lines, findings). Malformed lines become markers without facts, so later checks can rely on types."""
     kept, findings = [], []
     for number, line in enumerate(lines, 1):
         problem = None if number == 1 and line.record["kind"] == "start" else _malformed(line.record)

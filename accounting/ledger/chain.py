@@ -50,10 +50,12 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Attributes:
-    kind: truncated, unparsable, ledger_edited, ledger_line_removed, ledger_line_repeated or ledger_lines_reordered.
-    line: number in the file, from 1.
-    message: a sentence.
+    """One thing that is wrong with a ledger's file.
+
+    Attributes:
+      kind: truncated, unparsable, ledger_edited, ledger_line_removed, ledger_line_repeated or ledger_lines_reordered.
+      line: number in the file, from 1.
+      message: a sentence.
     """
 
     kind: str

@@ -16,11 +16,13 @@ from accounting.mechanism.mechanism import FACTS, GROUP
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """Attributes:
-    declared: the facts of the start event; infinities decoded.
-    planned: the mechanism that the start event declares, with all its steps.
-    mechanisms: what the step lines say was executed, in order, one entry for each change of sampling, noise or cap.
-    events: the records that are neither start nor step.
+    """What a ledger proves.
+
+    Attributes:
+      declared: the facts of the start event; infinities decoded.
+      planned: the mechanism that the start event declares, with all its steps.
+      mechanisms: what the step lines say was executed, in order, one entry for each change of sampling, noise or cap.
+      events: the records that are neither start nor step.
     """
 
     declared: dict[str, Any]
@@ -49,8 +51,7 @@ class Executed:
 
     @property
     def claims_privacy(self) -> bool:
-        """Whether noise that nobody can know was added towards a finite epsilon. Otherwise the run answers for
-        nothing."""
+        """Whether a guarantee is claimed: secret keys and a finite target. If not, every epsilon is infinite."""
         return self.has_secret_keys and math.isfinite(self.declared["epsilon"])
 
     @property
@@ -60,12 +61,12 @@ class Executed:
         return self.declared["secret_keys"]
 
     def accountant(self) -> Accountant:
-        """That of what was executed; of the plan, where nothing was."""
+        """Returns the accountant of the executed mechanisms, or of the planned one if no step was executed."""
         return Accountant(self.mechanisms or (self.planned,), claimed=self.claims_privacy)
 
     @property
     def deviations(self) -> list[str]:
-        """What this run does but should not; empty is the goal."""
+        """Returns what falls short of a sound private run, one sentence each; empty if nothing does."""
         m, found = self.planned, []
         if not m.is_private:
             found.append("non-private baseline: no noise is added and no guarantee holds")

@@ -7,5 +7,5 @@ TRUNCATED_LOSS = "truncated_loss"  # the truncated sampler's own loss distributi
 RENYI = "renyi"  # Renyi differential privacy by dp-accounting, as the cross-check
 BOUNDS = (LOSS, ADDITIVE, DISPLACEMENT, TRUNCATED_LOSS, RENYI)
 
-# What still holds for a group of several units.
+# The bounds that also hold for a group of several units.
 FOR_GROUPS = (LOSS, ADDITIVE, DISPLACEMENT)

@@ -97,7 +97,7 @@ class Mechanism:
 
     @property
     def gradient_noise_multiplier(self) -> float:
-        """The part of sigma that lies on the gradients; all of it where no clip norm adapts.
+        """Noise multiplier of the gradients: above `noise_multiplier` if the clip norm adapts, else equal to it.
 
         Raises:
           InputError: the count of clipped units leaves nothing for the gradients.

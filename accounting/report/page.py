@@ -33,7 +33,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 
 
 def render(executed: Executed, content: dict[str, Any], meaning: Meaning, points: Sequence[tuple[int, float]]) -> str:
-    """The page.
+    """Returns report.html as text.
 
     Args:
       executed: what the ledger says.
@@ -175,7 +175,7 @@ def _tables(meaning: Meaning) -> list[str]:
 
 
 def _model_size(declared: dict[str, Any]) -> str:
-    """How many, how many of them were trained, and where they started."""
+    """Returns the number of parameters, how many were trained, and the checkpoint they started from, as text."""
     everything, trained = declared["parameters"], declared["trained_parameters"]
     text = (
         _number(everything) if trained == everything else f"{_number(everything)}, {_number(trained)} of them trained"

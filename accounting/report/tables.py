@@ -13,13 +13,15 @@ GROUP_SIZES = (1, 2, 3, 7)
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """Attributes:
-    groups: (k, epsilon) for an owner of k units, at the same delta; inf where no finite bound holds.
-    attacks: (false-positive rate, largest true-positive rate of any membership attack at it).
-    deltas: (epsilon, delta) at some round epsilons.
-    membership_advantage: largest difference of the two rates.
-    gaussian_mu: mu of the Gaussian mechanism that is nowhere more private, down to delta.
-    profile: delta at many epsilons, for plots; None without a guarantee.
+    """What an epsilon means, in numbers.
+
+    Attributes:
+      groups: (k, epsilon) for an owner of k units, at the same delta; inf where no finite bound holds.
+      attacks: (false-positive rate, largest true-positive rate of any membership attack at it).
+      deltas: (epsilon, delta) at some round epsilons.
+      membership_advantage: largest difference of the two rates.
+      gaussian_mu: mu of the Gaussian mechanism that is nowhere more private, down to delta.
+      profile: delta at many epsilons, for plots; None without a guarantee.
     """
 
     groups: tuple[tuple[int, float], ...]

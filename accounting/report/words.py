@@ -52,7 +52,7 @@ def mechanism_text(mechanism: Mechanism) -> str:
 
 
 def clipping_text(declared: dict[str, Any]) -> str:
-    """What is to be said of gradients that are not plainly clipped to a constant norm; empty where they are."""
+    """Returns a sentence about an adaptive clip norm or automatic clipping; otherwise an empty text."""
     quantile = declared.get("clip_quantile")
     if quantile is not None:
         return (

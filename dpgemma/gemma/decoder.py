@@ -113,9 +113,9 @@ def _bind(config: GemmaConfig, part: str, parameters: dict[str, Any]) -> Any:
 
 
 def _layer(stack: dict[str, Any], number: int | None) -> dict[str, Any]:
-    """That layer of a stack, or the stack itself where it is one layer (None).
+    """Returns layer `number` of a stack, or `stack` itself if `number` is None because it is a single layer.
 
-    To be called within what is recomputed: slices made outside of it would be kept for the backward pass.
+    Call it inside the checkpointed function: slices made outside of it would be kept for the backward pass.
     """
     return stack if number is None else jax.tree.map(lambda leaf: leaf[number], stack)
 
@@ -287,7 +287,7 @@ def extend(
 
 
 def logits(config: GemmaConfig, parameters: dict[str, Any], hidden: jax.Array) -> Any:
-    """Next-token logits [..., V] in float32 of hidden states [..., D]; for inference (training uses gemma.loss)."""
+    """Next-token logits [..., V] in float32 of hidden states [..., D]; for inference (not used in training)."""
     embedding = parameters["embedder"]["embedding"].astype(hidden.dtype)
     scores = jnp.einsum("...d,vd->...v", hidden, embedding, precision=PRECISION, preferred_element_type=jnp.float32)
     return soft_cap(scores, config.final_cap)

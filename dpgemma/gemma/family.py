@@ -37,7 +37,7 @@ Fields = dict[str, Any]  # of a GemmaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter, here and in a file.
+    """One parameter: where it is in the parameter tree, and how a safetensors file names and stores it.
 
     Attributes:
       path: in the tree of parameters.
@@ -56,7 +56,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """One architecture: how its files map to GemmaConfig and to the parameter tree.
 
     Attributes:
       model_type: its name in config.json and in GemmaConfig.
@@ -64,7 +64,7 @@ class Family:
       fixed: fields of GemmaConfig that the architecture's name alone decides.
       keys: names in config.json of other fields, beside those that all families have.
       activations: names of the activation function in its files.
-      read: the fields that a config.json determines beyond `keys`, given those; they win.
+      read: function from config.json and the fields found by `keys` to more fields, which override those.
       write: the keys of config.json beyond those that all families have.
       norms: names of a layer's norms, here and in files.
       final_norm: name of the last norm in files.

@@ -19,11 +19,13 @@ from dpgemma.training.run import RunDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Attributes:
-    config: the decoder, adapters included.
-    parameters: its whole tree, or the adapters alone where the rest was not asked for.
-    tokenizer: None where it was not asked for.
-    base: the directory that it starts from, or None.
+    """A model to use without training it.
+
+    Attributes:
+      config: the decoder, adapters included.
+      parameters: its whole tree, or the adapters alone where the rest was not asked for.
+      tokenizer: None where it was not asked for.
+      base: the directory that it starts from, or None.
     """
 
     config: GemmaConfig

@@ -124,7 +124,7 @@ class CausalLM:
         tests/training/units_test.py::test_places_without_a_row_have_no_part_in_a_unit.
         """
         rows, real = unit.rows, unit.real
-        if real.shape[0] == 1:  # a slot that is taken has its first row, so its only one
+        if real.shape[0] == 1:  # with one place per slot, every unit has exactly one row
             rows = jax.tree.map(lambda x: x[0], rows)
         losses = token_losses(self.model, self.join(trainable, frozen), rows, **self._options)
         if real.shape[0] == 1:

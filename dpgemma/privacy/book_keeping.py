@@ -53,7 +53,7 @@ class Parameter:
         }
 
     def axes(self) -> dict[str, Any]:
-        """Where B lies in each of them."""
+        """Returns the index of the axis B in each of the taps."""
         return {rule: dict.fromkeys(use.taps, self.layers) for rule, use in self.uses.items()}
 
     @property
@@ -77,14 +77,14 @@ class Kept:
     platform: str
 
     def norms(self) -> norm_rules.Norms:
-        """Of the whole gradient, [B]."""
+        """Returns the Norms of each example's whole gradient, [B]."""
         of_parameter = [jax.tree.map(lambda x: x.sum(axis=0), self._norms(taps)) for taps in self.taps if taps]
         return functools.reduce(
             norm_rules.Norms.__add__, of_parameter, norm_rules.Norms(*[jnp.zeros(self.losses.shape)] * 3)
         )
 
     def group_norms(self) -> list[dict[str, Any]]:
-        """For every parameter and each rule by which it is used, of each layer by itself, [L, B]."""
+        """Returns, for every parameter and each of its rules, the Norms of each layer's gradient, [L, B]."""
         return [{rule: self._norms({rule: taps[rule]}) for rule in taps} for taps in self.taps]
 
     def _norms(self, taps: dict[str, Any]) -> norm_rules.Norms:

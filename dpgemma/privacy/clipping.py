@@ -131,7 +131,7 @@ class _Factor:
 
 
 def _held(gradient_of_unit: Any) -> Any:
-    """A way to sum one microbatch: it forms the gradient of every unit, with its norm."""
+    """Returns a function that sums one microbatch by forming the gradient of every unit, with its norm."""
 
     def microbatch(loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor) -> tuple[Any, Any, Any]:
         def of_unit(unit: Any) -> Any:

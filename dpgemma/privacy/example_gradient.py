@@ -24,8 +24,8 @@ _MEASURED = (VECTOR, LINEAR)
 def gradient(loss: Any, params: Any, example: Any) -> Any:
     """(loss, gradient tree, its L2 norm) of one example.
 
-    What an accelerator would otherwise read once more, it has at hand while the gradient of each layer is made. A loss
-    that uses parameters in ways that privacy.operations does not know gets the same, one reading later.
+    The norm is taken while the gradient of each layer is made, which saves an accelerator one pass over the gradient. A
+    loss that uses parameters in ways that privacy.operations does not know falls back to `plain_gradient`.
     """
     try:
         uses = audit.uses_of(loss, params, example)
@@ -67,7 +67,7 @@ def _taps(parameter: Parameter) -> dict[str, Any]:
 
 
 def plain_gradient(loss: Any, params: Any, example: Any) -> tuple[Any, Any, Any]:
-    """The same, by any loss."""
+    """(loss, gradient tree, its L2 norm) of one unit, for any loss: the norm is taken of the finished gradient."""
     value, gradient = jax.value_and_grad(loss)(params, example)
     # Without the barrier a compiler may compute the gradient twice, for the norm and for the product, and round it
     # differently.

@@ -40,7 +40,7 @@ _dot = functools.partial(jnp.einsum, precision=PRECISION, preferred_element_type
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Norms:
-    """Of every example [B]: the squared norm, and two bounds on what rounding may hide.
+    """Squared gradient norms of the examples [B], with two bounds on their rounding errors.
 
     Attributes:
       square: squared norm of the gradient, as computed.
@@ -138,8 +138,8 @@ def _vector_norms(gradient: jax.Array) -> Norms:
 
 
 def _row_norms(ids_T: jax.Array, g_TxD: jax.Array) -> Norms:
-    """Of the gradient that adds g_t to the row of word id_t: rows of a word that occurs c times are summed, and counted
-    c times.
+    """Returns the Norms of the gradient that adds g_t to the row of word id_t. The summed row of a word that occurs c
+    times appears c times, each with weight 1 / c.
     """
     same_TxT = (ids_T[:, None] == ids_T[None, :]).astype(jnp.float32)
     rows_TxD = _dot("ts,sd->td", same_TxT, g_TxD.astype(jnp.float32))
@@ -157,7 +157,7 @@ def _tied_norms(rows: dict[str, Any], head: dict[str, Any], platform: str) -> No
     chunk = delta_KxTxC.shape[2]
     delta_SxT = delta_KxTxC[
         ids_T // chunk, :, ids_T % chunk
-    ]  # what the head says, at every t, of the word at the input s
+    ]  # the head's delta at every t for the word at input position s
     rows_SxD = _dot("st,td->sd", delta_SxT, h_TxD)
     cross = jnp.sum((g_TxD.astype(jnp.float32) * rows_SxD).sum(axis=-1))
     slack = jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD)) * _sum_error(*g_TxD.shape)

@@ -1,4 +1,4 @@
-"""The operations through which parameters reach a loss. Each has a rule of the same name in `ghost_norms`.
+"""The operations through which parameters reach a loss. Each has a rule of the same name in `norm_rules`.
 
 Given plain arrays, each is its own definition and nothing else. Given a `Tracked` box, it computes the same and leaves
 in the cotangents of the box's taps what the rule needs of one example: nothing of this crosses examples, so it can be

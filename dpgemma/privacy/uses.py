@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 
 from dpgemma.privacy.tracking import MAPPED, MARK, UntrackedUse, Uses, boxes, leaf_names
 
-# Rules that know of each other, where one parameter is used by more than one.
+# The only two rules that may both use one parameter: norm_rules knows their gradients' inner product.
 _TOGETHER = {"embedding", "head"}
 
 

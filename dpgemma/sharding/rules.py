@@ -9,7 +9,7 @@ from dpgemma.choices import AUTO
 # The axis of the mesh over which units are spread: each unit lies on exactly one device.
 DATA_AXIS = "data"
 
-# Logical axes of parameters, as gemma.axes names them.
+# Logical axes of parameters, as gemma.family and gemma.files.weights use them.
 LAYERS, VOCABULARY, MODEL, HEADS, KV_HEADS, HEAD, FEED_FORWARD, RECURRENT, BLOCKS, TAPS, RANK = (
     "layers", "vocabulary", "model", "heads", "kv_heads", "head", "feed_forward", "recurrent", "blocks", "taps", "rank",
 )  # fmt: skip

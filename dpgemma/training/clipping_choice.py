@@ -46,7 +46,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "dpgemma")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One way and what it took, or why it cannot be taken.
+    """A way of clipping (strategy and microbatch size), with its measured cost or why it was refused.
 
     Attributes:
       strategy, microbatch_size: the way.
@@ -67,7 +67,7 @@ class Trial:
 
 
 def as_before(settings: Settings, recorded: Mapping[str, Any]) -> Strategy:
-    """What an earlier start of the same run chose, where this command leaves it open.
+    """Returns the strategy of a resumed run: from the settings, or from its config.json where they leave it open.
 
     Args:
       recorded: the run's config.json.

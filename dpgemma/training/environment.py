@@ -24,7 +24,7 @@ def description() -> str:
     kind = f"{_cpu()}, {cores} cores" if device.platform == "cpu" else device.device_kind
     options = [name for name in _OPTIONS if jax.config.values[name]]
     options.append(f"matmul precision {jax.config.values['jax_default_matmul_precision'] or 'default'}")
-    # How many devices there are, the settings say; where a compiler writes its notes changes no bit.
+    # Left out: the number of devices, which the settings state, and dump flags, which change no result.
     flags = set(os.environ.get("XLA_FLAGS", "").split())
     options += sorted(
         flag for flag in flags if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump"))

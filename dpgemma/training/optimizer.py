@@ -30,7 +30,7 @@ class Optimization:
 
 
 def learning_rate(plan: Optimization) -> optax.Schedule:
-    """Linear warm-up to the peak, then decay to a tenth of it at the last step.
+    """Returns the schedule: linear warm-up to the peak, then decay to a tenth of it, or the peak if constant.
 
     A function of public constants and the step.
     """

@@ -75,8 +75,8 @@ def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strateg
     num_units, target = check(settings, counted_units), settings.epsilon
     assert target is not None
     given_noise = settings.noise_multiplier
-    # Where epsilon follows from the noise, the cap is planned for a generous one: truncation costs the less, the
-    # smaller it is.
+    # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
+    # costs less at a smaller one.
     follows = given_noise is not None and not epsilon_given
     mechanism = dp_sgd(
         num_units=num_units,
@@ -91,7 +91,7 @@ def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strateg
     )
     if given_noise is None:
         mechanism = calibration.noise_multiplier(mechanism, target, settings.delta)
-    elif math.isfinite(target):  # with an infinite target noise is there for its own sake, and nothing is kept to
+    elif math.isfinite(target):  # an infinite target sets no limit: noise and steps stay as given
         if not epsilon_given:
             target = Accountant(mechanism).upper(settings.delta)
         else:
@@ -143,7 +143,7 @@ def _cap(settings: Settings, num_units: int, target: float, mesh: str, strategy:
 
 
 def check(settings: Settings, counted_units: int) -> int:
-    """The number of units, or what can be refused before anything is computed.
+    """Returns the number of units, after the checks that need no computation.
 
     Raises:
       InputError: data, batch size or clip norm that do not go together.

@@ -22,9 +22,9 @@ def write(
     too.
 
     Args:
-      accountant: that of the run's mechanism, if one is at hand; used where it is that of what was executed, to the
-        step. An audit knows nothing else, and the last digit of a bracket depends on the number of steps that it was
-        made for.
+      accountant: an accountant to reuse. It is used only if its mechanisms are exactly the executed ones, number of
+        steps included: an audit derives epsilon from these alone, and the last digit of epsilon depends on that
+        number.
     """
     executed = executed_lib.of(ledger.records)
     mechanisms = executed.mechanisms or (executed.planned,)

@@ -75,7 +75,7 @@ class Compiler:
         self.objective = causal(self.config, length, jnp.bfloat16, "block")
 
     def compile(self, program: str):
-        """(compiled, rounds of its loop, sequences per chip in each) of "name:sequences at once per chip"."""
+        """Returns (compiled program, rounds of its loop) for "name:sequences at once per chip"."""
         name, _, size = program.partition(":")
         sharded = name.endswith("_sharded")
         devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS if sharded else CHIP).devices

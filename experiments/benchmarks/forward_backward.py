@@ -55,7 +55,7 @@ def dpgemma_step(parameters):
 
 
 def torch_step(model):
-    """The same with torch."""
+    """Forward and backward pass of the model with torch."""
 
     def step(tokens, microbatch):
         model.zero_grad()

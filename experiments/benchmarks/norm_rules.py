@@ -1,6 +1,6 @@
 """What the two ways to the norm of a product's gradient cost per floating-point operation, against the product itself.
 
-This is where ghost_norms.COSTS comes from. The shapes are those of small and middle-sized models at several lengths;
+Its result is the default cost in norm_rules. The shapes are those of small and middle-sized models at several lengths;
 medians over shapes of interleaved rounds. Prints one JSON object.
 """
 

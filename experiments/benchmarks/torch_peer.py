@@ -85,8 +85,9 @@ class Model(nn.Module):
 
 
 def steps(config: GemmaConfig, length: int, batch: int) -> dict:
-    """For each way, step(tokens [B, S + 1]) that leaves the gradient in the parameters, clipped to norm 1 for
-    each row."""
+    """Returns, for each way, a function that makes step(tokens [B, S + 1]). A step leaves the gradient in the
+    parameters; the two ways of Opacus clip each row to norm 1.
+    """
 
     def plain():
         model = Model(config, length)

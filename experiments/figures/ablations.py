@@ -41,8 +41,9 @@ class Ablation:
 
 
 def panels(asked: Study, compute: float, num_units: float, epsilon: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each of COLUMNS (its values, the lowest losses): steps are the longest run and quarter powers of two
-    below it."""
+    """Returns, for each of COLUMNS, (its values, the lowest loss at each). Steps go down from the longest run by
+    factors of 2^(1/4).
+    """
     shortest, longest = asked.law.domain.steps
     steps = longest * 2.0 ** (-np.arange(math.floor(4 * math.log2(longest / shortest) + 1e-9), -1, -1) / 4)
     # A search has batches of its own and lets the steps follow; here the batch follows.

@@ -48,10 +48,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Attributes:
-    name: of its files.
-    title: what it is, in a few words.
-    caption: one sentence that says what it shows.
+    """One figure of the page.
+
+    Attributes:
+      name: of its files.
+      title: what it is, in a few words.
+      caption: one sentence that says what it shows.
     """
 
     name: str
@@ -157,7 +159,7 @@ def _handle(key: Key):
 
 
 def line(axes, x, y, colour: str, **style) -> None:
-    """A curve; nothing at all where every point of it is missing, so that the axes know that they are empty."""
+    """Draws a curve; draws nothing if all its points are missing, so that `axes.has_data` stays false."""
     if np.isfinite(y).any():
         axes.plot(x, y, color=colour, **style)
 

@@ -28,10 +28,12 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Attributes:
-    epsilons: [n].
-    configurations: with their losses [n] in `losses`; NaN outside of the law's data.
-    best, best_of_less: [n], the lowest loss for the compute, and for a fifth of it.
+    """The best configurations of one compute budget, for several epsilons.
+
+    Attributes:
+      epsilons: [n].
+      configurations: with their losses [n] in `losses`; NaN outside of the law's data.
+      best, best_of_less: [n], the lowest loss for the compute, and for a fifth of it.
     """
 
     num_units: float

@@ -17,7 +17,7 @@ CHINCHILLA = 20.0  # tokens per parameter without privacy (arXiv 2203.15556)
 
 @dataclasses.dataclass(frozen=True)
 class TokensPerParameter:
-    """Of the best configurations for one epsilon.
+    """Tokens per parameter of the best configurations over the compute, for one epsilon.
 
     Attributes:
       compute, ratio: [n]; NaN where the law knows no configuration.
@@ -39,7 +39,7 @@ def losses(asked: Study, num_units: Sequence[float], epsilon: float) -> list[Fro
 def tokens_per_parameter(
     asked: Study, num_units: float, epsilons: Sequence[float], every: int = 3
 ) -> list[TokensPerParameter]:
-    """3c.
+    """Returns the curves of figure 3c, one for each epsilon.
 
     Args:
       every: of so many points of a frontier one is kept; the loss is so flat around its minimum that neighbours differ

@@ -61,9 +61,9 @@ class Detail:
     """How a page is computed: by default in full.
 
     Attributes:
-      study: of a law, a row length, a delta and a cache folder.
-      surface: of an epsilon, a delta and a cache folder.
-      powers: of two, at which the fields of noise are shown.
+      study: makes a Study of a law, a row length, a delta and a cache folder.
+      surface: makes a NoiseSurface of an epsilon, a delta and a cache folder.
+      powers: exponents of two at which figure 4 computes the noise, by budget.
     """
 
     study: Callable[..., Study] = Study
@@ -214,7 +214,7 @@ def _figure(plot: Plot) -> str:
     parts = []
     for row, panels in zip(plot.rows, drawing.panel_svgs(plot), strict=True):
         heading = f"<h3>{escape(row.heading[:1].upper() + row.heading[1:])}</h3>" if row.heading else ""
-        # Each panel has a name of its own for those who cannot see it.
+        # Screen readers announce each panel by the plot's title.
         labelled = [svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.title)}"', 1) for svg in panels]
         parts.append(
             f'{heading}{_keys(row.keys)}<div class="panels">{"".join(f"<div>{svg}</div>" for svg in labelled)}</div>'

@@ -26,7 +26,7 @@ HEAD = ("units", "epsilon", "compute", "loss", "parameters", "steps", "batch", "
 
 
 def table(asked: Study, num_units: Sequence[float], epsilons: Sequence[float]) -> list[Row]:
-    """A row for each pair, epsilons within units."""
+    """Returns a row for each number of units and epsilon, grouped by the number of units."""
     return [_row(asked, units, epsilon) for units in num_units for epsilon in epsilons]
 
 

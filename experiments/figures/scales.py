@@ -11,13 +11,15 @@ _SMALL = 3e6
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Attributes:
-    num_units: N of the lines of figure 3a and b, and of the second row of figure 6.
-    table_units: N of table 2.
-    epsilons: of figure 1, table 2 and the first row of figure 6.
-    loss_epsilons: of figures 3a and 3b.
-    ratio_epsilons: of figure 3c.
-    swept_epsilons: the axis of figure 5.
+    """Which units and epsilons the figures show.
+
+    Attributes:
+      num_units: N of the lines of figure 3a and b, and of the second row of figure 6.
+      table_units: N of table 2.
+      epsilons: of figure 1, table 2 and the first row of figure 6.
+      loss_epsilons: of figures 3a and 3b.
+      ratio_epsilons: of figure 3c.
+      swept_epsilons: the axis of figure 5.
     """
 
     num_units: tuple[float, ...]

@@ -56,7 +56,7 @@ class Frontier:
 
 
 class Study:
-    """A law, and what has been asked of it already.
+    """Answers the figures' questions about a law, and keeps the answers.
 
     Args:
       law: of the loss.
@@ -113,7 +113,7 @@ class Study:
         return math.nan if found is None else float(found.loss[0])
 
     def loss(self, parameters: float, steps: float, batch_size: float, num_units: float, epsilon: float) -> float:
-        """Of one configuration; NaN where it lies outside of what the law was fitted to."""
+        """Returns the predicted loss of one configuration; NaN outside of what the law was fitted to."""
         if not 0 < batch_size <= num_units:
             return math.nan
         ratio = float(self.noise(epsilon, steps, batch_size / num_units)) / batch_size
@@ -170,5 +170,5 @@ class Study:
 
 
 def frontiers(study: Study, num_units: Sequence[float], epsilons: Sequence[float]) -> list[Frontier]:
-    """One for each pair, epsilons within units."""
+    """Returns a Frontier for each number of units and epsilon, grouped by the number of units."""
     return [study.frontier(units, epsilon) for units in num_units for epsilon in epsilons]

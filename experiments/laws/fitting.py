@@ -77,8 +77,8 @@ def load(path: pathlib.Path) -> FittedLaw:
 
 
 def best_forms(measured: Points) -> tuple[dict[str, str], dict[str, Error]]:
-    """For each kind of going beyond the data the form that predicts left-out points best (by the 90 % error), and that
-    error.
+    """Returns, for each kind of prediction (validation), the form whose 90 % error on left-out points is the lowest,
+    and for each kind that error.
     """
     found = {}
     for name in forms.FORMS:

@@ -37,7 +37,7 @@ class Trial:
 
     @property
     def error(self) -> float:
-        """Relative to what was measured."""
+        """Relative error of the predicted loss against the measured one."""
         return self.predicted / self.measured - 1
 
 

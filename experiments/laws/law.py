@@ -22,13 +22,13 @@ from experiments.laws.points import Points
 # Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and
 # believed up to this multiple of it (8,192,000).
 _FIT_FROM, _LONGEST = 1 / 8, 64
-# The end of a curve, as a share of the longest run, that says how it goes on; floors that are tried, as shares of the
+# Points beyond this share of the longest run decide how a curve is extrapolated; candidate floors, as shares of the
 # lowest loss.
 _TAIL_FROM, _FLOORS = 1 / 3, np.linspace(0.0, 0.9, 19)
-# How many times longer than the part that foretells it the foretold curve is, when floors are compared.
+# Floors are compared by how well the points before last / _TOLD_AHEAD steps predict those after it.
 _TOLD_AHEAD = 2.0
 _FORMS = ("trend", "larger", "noisier")
-# Of the residual along the steps, in ln T.
+# Bandwidth, in ln T, with which the residual is smoothed along the steps.
 _BANDWIDTH = 0.3
 
 
@@ -54,7 +54,7 @@ class Domain:
         return within(parameters, self.parameters) & within(steps, self.steps) & within(ratio, self.ratio)
 
     def leaves(self, parameters: float, steps: float, ratio: float) -> list[str]:
-        """In words, in what one configuration lies outside."""
+        """Returns a sentence for each quantity in which one configuration lies outside the domain."""
         values = {
             "model size": (parameters, self.parameters),
             "steps": (steps, self.steps),
@@ -319,7 +319,7 @@ def fit_semiparametric(
 
 
 def _fit_tail(points: Points, places, shape: tuple[int, int, int]) -> Tail:
-    """The floor with which the middles of all curves foretell their ends best, and the slopes of the ends."""
+    """Returns the floor with which the middles of the curves best predict their ends, and the ends' exponents."""
     last = points.steps.max()
     curves = {
         (i, k): points.where((places[0] == i) & (places[2] == k)) for i in range(shape[0]) for k in range(shape[2])

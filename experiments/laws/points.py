@@ -153,7 +153,7 @@ class SharedParabola:
 
 
 def shared_parabola(table: Table) -> SharedParabola | None:
-    """Fitted to the parabolas of the cells that have one; None where there are too few."""
+    """Fits a SharedParabola to the cells that have a parabola of their own; None if too few have one."""
     cells, rates, widths = [], [], []
     for rows in _rows_of_groups(table, (PARAMETERS, ITERATIONS, RATIO)):
         own = vertex(np.log2(table[LEARNING_RATE][rows]), table[LOSS][rows])
@@ -194,7 +194,7 @@ def published(table: Table) -> Points:
 
 
 def revised(table: Table) -> Points:
-    """The same with one parabola across the learning rates of all runs."""
+    """The points of a table, with one parabola across the learning rates of all runs."""
     table = usable(table)
     return best(smoothed(after_warm_up(table, default_warm_up(table))), ACROSS)
 

@@ -57,7 +57,7 @@ def kinds(law: Law, parameters: float, steps: float, ratio: float) -> list[str]:
 
 
 def expected_error(errors: dict[str, Error], law: Law, parameters: float, steps: float, ratio: float) -> float | None:
-    """The 90 % error of a prediction: of the ways that it goes together, by their squares; None where one was never
+    """Returns the 90 % error of a prediction, with the errors of its kinds added in squares; None if one kind was never
     tested.
     """
     ways = kinds(law, parameters, steps, ratio)
@@ -75,7 +75,7 @@ def _folds(points: Points) -> dict[str, list[np.ndarray]]:
     if len(sizes) > 2:
         folds[LARGER] = [points.parameters == sizes[-1]]
     if len(steps) > 8:
-        # What is left out is as far beyond what is kept as a run of two and a half times the length would be.
+        # Left out are the steps beyond 1 / 2.5 of the longest: the law must predict runs up to 2.5 times as long.
         folds[LONGER] = [points.steps > steps[-1] / 2.5]
     if len(noisy) > 3:
         folds[NOISIER] = [points.ratio == noisy[-1]]

@@ -96,8 +96,8 @@ class NoiseSurface:
         _write(self._file, self._nodes)
 
     def _by_losses(self, steps: float, probability: float, guess: float) -> float:
-        """The same by the accountant, to the tolerance of a search: on ever finer grids of losses, until a finer one
-        changes little.
+        """Returns the noise multiplier by the accountant, on ever finer grids of losses until a finer one changes
+        epsilon by less than _CHANGE.
         """
         units, interval = probability * _LARGE, _COARSEST
 

@@ -21,11 +21,13 @@ _SIZES = 100
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Attributes:
-    compute: C in floating-point operations, 6 M B S T.
-    num_units: N, privacy units.
-    epsilon, delta: the privacy budget.
-    sequence_length: S, tokens of a unit.
+    """What may be spent.
+
+    Attributes:
+      compute: C in floating-point operations, 6 M B S T.
+      num_units: N, privacy units.
+      epsilon, delta: the privacy budget.
+      sequence_length: S, tokens of a unit.
     """
 
     compute: float

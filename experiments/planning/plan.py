@@ -26,7 +26,7 @@ _AT_END = 0.84  # within one step of the search's grid of batches
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked.
+    """One question to `dpgemma plan`: a budget, and what the search may consider.
 
     Attributes:
       any_size: search model sizes between those that were trained, too, and not only the ones that have a name.

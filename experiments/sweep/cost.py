@@ -19,7 +19,7 @@ from experiments.sweep.checks import devices, operations
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Grid, Run
 
-# What decides how long a unit takes, beside the model.
+# The settings that decide how long a unit takes.
 _SHAPE = (
     "model",
     "sequence_length",
@@ -36,14 +36,16 @@ _SHAPE = (
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Attributes:
-    runs: of the grid.
-    pending: those that are left.
-    flops: of those, 6 M B S T each.
-    slots: processes at once.
-    hours: of wall-clock time in that many slots; None where a model cannot be tried on this machine.
-    seconds_per_unit: of one slot, for each model that is left; the mean over its runs where they differ in shape.
-    basis: where these come from, in a sentence.
+    """What the rest of a sweep costs.
+
+    Attributes:
+      runs: of the grid.
+      pending: those that are left.
+      flops: of those, 6 M B S T each.
+      slots: processes at once.
+      hours: of wall-clock time in that many slots; None where a model cannot be tried on this machine.
+      seconds_per_unit: of one slot, for each model that is left; the mean over its runs where they differ in shape.
+      basis: where these come from, in a sentence.
     """
 
     runs: int
@@ -119,7 +121,7 @@ def _shape(config: Settings) -> str:
 
 
 def _trial(runs: Sequence[Run]) -> dict[str, float | None]:
-    """Seconds a unit of runs of which none is done, by what decides it; None where it cannot be tried."""
+    """Times a trial of each shape on this machine; returns seconds per unit by shape, None where it fails."""
     if not runs:
         return {}
     cores = max(map(devices, runs))

@@ -80,9 +80,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Attributes:
-    runs: in the order of the file, each once.
-    public_data: whether the data are declared to be nobody's secret.
+    """The runs that a file declares.
+
+    Attributes:
+      runs: in the order of the file, each once.
+      public_data: whether the data are declared to be nobody's secret.
     """
 
     runs: tuple[Run, ...]

@@ -206,7 +206,7 @@ class Slurm:
 
     @staticmethod
     def _outcome(job) -> tuple[int, str]:
-        """A job's death is an outcome and no exception."""
+        """Returns (exit code, last line of standard error); a job that died has code KILLED."""
         error = job.exception()
         return job.result() if error is None else (KILLED, _last_line(error))
 

@@ -15,9 +15,11 @@ from experiments.sweep.grid import Grid, Run
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Attributes:
-    table: of all finished runs, or None.
-    failed: of each run that was asked for and is not done, the sentence that says why.
+    """What became of the runs that a sweep was asked for.
+
+    Attributes:
+      table: of all finished runs, or None.
+      failed: of each run that was asked for and is not done, the sentence that says why.
     """
 
     table: results.Table | None
@@ -75,7 +77,7 @@ def _rounds(folder: SweepFolder, grid: Grid, everything: Grid, launcher, retries
                     )
                 folder.write_table(everything)
         for job in jobs:
-            # What a process left undone is what it died of; it had not come to those behind.
+            # A process works in order: its first unfinished run is the one it died of, and only its tries are counted.
             left = [run for run in job if not folder.is_done(run) and folder.error(run) is None]
             for run in left[:1]:
                 tries[run.id] = 0 if folder.steps_taken(run) > furthest[run.id] else tries[run.id] + 1
@@ -92,8 +94,8 @@ def _why(folder: SweepFolder, run: Run, retries: int) -> str:
 
 
 def batches(pending: Sequence[Run], slots: int, most: int) -> list[list[Run]]:
-    """Runs by the process: programs in common together; what the law is fitted to before what tests it, the dear ones
-    first.
+    """Returns the runs of each process. Runs that share a compiled program stay together; held-out runs come last, and
+    costly jobs first.
     """
     size = max(1, min(most, len(pending) // (2 * slots)))
     groups: dict[tuple, list[Run]] = {}

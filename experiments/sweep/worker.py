@@ -55,7 +55,10 @@ def main(argv: list[str]) -> int:
 
 
 def settle() -> None:
-    """Takes the cores that the launcher gave, and ends, at a checkpoint, when the launcher does. Before jax is used."""
+    """Binds this process to the cores that the launcher gave, and stops it at a checkpoint when the launcher ends.
+
+    To be called before jax is used.
+    """
     process.set_deterministic_sums()  # for good: this process is the worker alone
     cores = [int(core) for core in os.environ.get("DPGEMMA_CORES", "").split(",") if core]
     if cores and hasattr(os, "sched_setaffinity"):

@@ -27,9 +27,11 @@ _SPECIALS = 4
 
 
 class Tokenizer(Protocol):
-    """Attributes:
-    vocab_size: ids of ordinary text are below it; added tokens, which no text model uses, may lie above.
-    pad, eos, bos: special ids.
+    """Text to token ids and back.
+
+    Attributes:
+      vocab_size: ids of ordinary text are below it; added tokens, which no text model uses, may lie above.
+      pad, eos, bos: special ids.
     """
 
     vocab_size: int
@@ -47,7 +49,7 @@ class Tokenizer(Protocol):
         """The id of a token, or None."""
 
     def files(self) -> list[pathlib.Path]:
-        """What an export copies."""
+        """Returns the paths of the tokenizer's files, which an export copies."""
 
 
 class ByteTokenizer:

@@ -13,7 +13,7 @@ from dpgemma.data.text.tokenizer import Tokenizer, check_ids
 def read(
     privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, length: int, vocab_size: int
 ) -> tuple[str, InMemory]:
-    """The privacy unit and the units.
+    """Returns the name of the privacy unit ("auto" resolved) and the units of `data`.
 
     Args:
       privacy_unit: "sequence" packs documents into rows; "example" gives every record a row; "auto" takes the latter

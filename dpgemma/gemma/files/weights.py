@@ -86,7 +86,7 @@ def tree_of(leaves_by_path: dict[Path, Any]) -> dict[str, Any]:
 
 
 def file_shape(shape: tuple[int, ...], weight: Weight, fan_in: int) -> tuple[int, ...]:
-    """Shape in the file of a parameter of this shape here."""
+    """Returns the shape that a file stores for a parameter whose shape in the parameter tree is `shape`."""
     if weight.layout == LINEAR:
         return math.prod(shape) // fan_in, fan_in
     return (shape[0], 1, shape[1]) if weight.layout == CHANNELS else shape
