@@ -67,7 +67,7 @@ class Accountant:
       mechanisms: the public facts of a run, or of several runs or parts of one in their order.
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
       group_size: k, units that one owner has at most; each is drawn by itself.
-      bounds: names from accounting.support that may be used; by default all that hold.
+      bounds: names from accounting.mechanism.bounds that may be used; by default all that hold.
       claimed: False where noise was added but no guarantee is claimed: every epsilon is then infinite, and nothing is
         computed.
 

@@ -14,6 +14,7 @@ from accounting.audit import document_checks, export_checks, ledger_checks, secr
 from accounting.audit.findings import AuditResult, Finding
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
+from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.executed import Executed
 from accounting.rounding import round_up
@@ -150,14 +151,14 @@ class _Audit:
     def _documents(self, lines: list[ledger_lib.Line], executed: Executed) -> None:
         if (content := self._content(run_files.CONFIG, required=True)) is not None:
             self.findings += document_checks.config(content, executed)
-        events = {event["kind"] for event in executed.events}
+        kinds = {event["kind"] for event in executed.events}
         # A run that was stopped before its first report has none.
-        if (content := self._content(run_files.REPORT, required="report" in events)) is not None:
+        if (content := self._content(run_files.REPORT, required=events.REPORT in kinds)) is not None:
             self.findings += document_checks.reported(content, lines, self._derive)
         self.findings += document_checks.page(
             self._content(run_files.PAGE, required=False), lines, self._reported("statement")
         )
-        if (content := self._content(run_files.METRICS, required="checkpoint" in events)) is not None:
+        if (content := self._content(run_files.METRICS, required=events.CHECKPOINT in kinds)) is not None:
             self.findings += document_checks.metrics(content, lines, executed.steps)
         if not executed.finished:
             self.notices.append(
@@ -169,7 +170,7 @@ class _Audit:
     ) -> None:
         for stored in checkpoints:
             self.findings += document_checks.checkpoint(stored, lines, executed.steps)
-        known = [event["step"] for event in executed.events if event["kind"] == "checkpoint"]
+        known = [event["step"] for event in executed.events if event["kind"] == events.CHECKPOINT]
         present = {stored["step"] for stored in checkpoints}
         # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next
         # is whole. There may be none before.
@@ -194,7 +195,7 @@ class _Audit:
     def _secrecy(self, lines: list[ledger_lib.Line]) -> None:
         others = secrecy_checks.other_files(self.workdir)
         exported = {
-            digest for line in lines if line.record["kind"] == "export" for digest in line.record["files"].values()
+            digest for line in lines if line.record["kind"] == events.EXPORT for digest in line.record["files"].values()
         }
         self.findings += secrecy_checks.leaks(self.workdir, others, exported)
         if (self.workdir / run_files.PRIVATE).exists():

@@ -9,6 +9,7 @@ from typing import Any
 from accounting import rounding, run_files
 from accounting.accountant import EpsilonBracket
 from accounting.audit.findings import Finding
+from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
@@ -75,7 +76,7 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
     expected = run_files.encode(_expected(executed, derive(executed), stored, head))
     found = list(_differences(where, stored, expected))
     yield from found
-    digests = [line.record["files"].get(run_files.REPORT) for line in lines if line.record["kind"] == "report"]
+    digests = [line.record["files"].get(run_files.REPORT) for line in lines if line.record["kind"] == events.REPORT]
     own = run_files.digest(content)
     if own not in digests:
         if not found:
@@ -85,7 +86,9 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
         executed = executed_lib.of([line.record for line in lines])
         if executed.finished or own not in digests[-2:]:
             yield Finding(
-                "report_stale", where, "the ledger knows a later report; the training command writes it again"
+                "report_stale",
+                where,
+                "the ledger knows a later report; the training command of the version that wrote the run restores it",
             )
 
 
@@ -104,11 +107,18 @@ def same_rounded(reported: float, upper: float) -> bool:
 def _differences(where: str, stored: dict[str, Any], expected: dict[str, Any]) -> Iterator[Finding]:
     for name in [*expected, *(name for name in stored if name not in expected)]:
         have, want = stored.get(name, "nothing"), expected.get(name, "nothing")
-        numbers = name in _COMPUTED and all(isinstance(value, (int, float)) for value in (have, want))
-        if have == want or (numbers and name != "epsilon" and math.isclose(have, want, rel_tol=_TOLERANCE)):
+        close = name in _COMPUTED and name != "epsilon" and _is_close(have, want)
+        if have == want or close:
             continue
         kind = "epsilon_disagrees" if name in _COMPUTED else "report_disagrees"
         yield Finding(kind, f"{where} {name}", f"{_short(have)} there, {_short(want)} by the ledger")
+
+
+def _is_close(have: Any, want: Any) -> bool:
+    try:
+        return math.isclose(have, want, rel_tol=_TOLERANCE)
+    except (TypeError, OverflowError):  # no numbers, or one that no float holds
+        return False
 
 
 def _short(value: Any) -> str:
@@ -123,12 +133,14 @@ def page(content: bytes | None, lines: Sequence[Line], statement: str | None) ->
     digests = [
         line.record["files"][run_files.PAGE]
         for line in lines
-        if line.record["kind"] == "report" and run_files.PAGE in line.record["files"]
+        if line.record["kind"] == events.REPORT and run_files.PAGE in line.record["files"]
     ]
     if content is None:
         if digests:
             yield Finding(
-                "missing_file", run_files.PAGE, "the ledger recorded one; the training command writes it again"
+                "missing_file",
+                run_files.PAGE,
+                "the ledger recorded one; the training command of the version that wrote the run restores it",
             )
         return
     if run_files.digest(content) not in digests[-1:]:
@@ -162,9 +174,9 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
             return
     if len(rows) > steps:
         yield Finding("steps_beyond_ledger", where, f"it has {len(rows)} steps, the ledger {steps}")
-    resumed = [(i, line.record["step"]) for i, line in enumerate(lines) if line.record["kind"] == "resume"]
+    resumed = [(i, line.record["step"]) for i, line in enumerate(lines) if line.record["kind"] == events.RESUME]
     for i, line in enumerate(lines):
-        if line.record["kind"] == "checkpoint":
+        if line.record["kind"] == events.CHECKPOINT:
             step = line.record["step"]
             if len(rows) < step and any(place > i and earlier < step for place, earlier in resumed):
                 continue  # this checkpoint was lost, and the run has not come so far again
@@ -203,7 +215,7 @@ def checkpoint(stored: dict[str, Any], lines: Sequence[Line], steps: int) -> Ite
     if line is None or line.hash != meta["ledger_head"]:
         message = f"the ledger does not have its head {meta['ledger_head']} at line {place + 1}"
         yield Finding("checkpoint_disagrees", where, message)
-    elif line.record["kind"] != "checkpoint" or line.record["step"] != meta["step"]:
+    elif line.record["kind"] != events.CHECKPOINT or line.record["step"] != meta["step"]:
         yield Finding(
             "checkpoint_disagrees", where, f"line {place + 1} of the ledger is not the event of this checkpoint"
         )

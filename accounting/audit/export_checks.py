@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from accounting import run_files
 from accounting.audit.document_checks import Derive, same_rounded
 from accounting.audit.findings import Finding
+from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.chain import Line
 from accounting.report import card
@@ -28,7 +29,7 @@ def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Deriv
     places = [
         i
         for i, line in enumerate(lines)
-        if line.record["kind"] == "export" and exported_weights(line.record) == weights
+        if line.record["kind"] == events.EXPORT and exported_weights(line.record) == weights
     ]
     if not places:
         for file, digest in weights.items():

@@ -20,23 +20,35 @@ def well_formed(lines: Sequence[Line]) -> tuple[list[Line], list[Finding]]:
     """Returns (lines, findings). Malformed lines become markers without facts, so later checks can rely on types."""
     kept, findings = [], []
     for number, line in enumerate(lines, 1):
-        problem = None if number == 1 and line.record["kind"] == "start" else _malformed(line.record)
+        start = number == 1 and line.record["kind"] == events.START  # ledger.executed looks at its values
+        problem = _surplus(line.record) if start else _malformed(line.record)
         if problem:
             kind, message = problem
             findings.append(Finding(kind, f"{WHERE} line {number}", message))
-            line = dataclasses.replace(line, record={"n": line.record["n"], "kind": MALFORMED})
+            if not start:
+                line = dataclasses.replace(line, record={"n": line.record["n"], "kind": MALFORMED})
         kept.append(line)
     return kept, findings
 
 
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in ("n", "kind")}
+
+
+def _surplus(record: dict[str, Any]) -> tuple[str, str] | None:
+    kind = record["kind"]
+    if names := events.unknown(kind, _facts(record)):
+        return "raw_values_public", f"a {kind} event holds {', '.join(names)}, which is no public fact of one"
+    return None
+
+
 def _malformed(record: dict[str, Any]) -> tuple[str, str] | None:
     kind = record["kind"]
-    facts = {name: value for name, value in record.items() if name not in ("n", "kind")}
     if kind == events.START or kind not in events.EVENTS:
         return "ledger_edited", "a second start event" if kind == events.START else f"unknown kind of event {kind!r}"
-    if surplus := events.unknown(kind, facts):
-        return "raw_values_public", f"a {kind} event holds {', '.join(surplus)}, which is no public fact of one"
-    if wrong := events.unsound(kind, facts):
+    if surplus := _surplus(record):
+        return surplus
+    if wrong := events.unsound(kind, _facts(record)):
         return "ledger_edited", f"a {kind} event without a sound {', '.join(wrong)}"
     return None
 
@@ -52,12 +64,12 @@ def order(lines: Sequence[Line]) -> Iterator[Finding]:
     steps = 0
     for number, line in enumerate(lines, 1):
         record, where = line.record, f"{WHERE} line {number}"
-        if record["kind"] == "step":
+        if record["kind"] == events.STEP:
             if record["step"] != steps:
                 kind = "ledger_line_repeated" if record["step"] < steps else "ledger_line_removed"
                 yield Finding(kind, where, f"step {record['step']} where step {steps} should follow")
             steps = record["step"] + 1
-        elif record["kind"] != "start" and record.get("step", 0) > steps:
+        elif record["kind"] != events.START and record.get("step", 0) > steps:
             message = (
                 f"a {record['kind']} event at step {record['step']}, but only {steps} steps are recorded before it"
             )
@@ -70,7 +82,7 @@ def mechanism(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
     reported = set()
     for number, line in enumerate(lines, 1):
         record = line.record
-        if record["kind"] != "step":
+        if record["kind"] != events.STEP:
             continue
         changed = tuple((name, record[name]) for name in declared if record.get(name) != declared[name])
         if changed and changed not in reported:

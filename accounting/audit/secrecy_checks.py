@@ -66,7 +66,7 @@ def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[
             content = file.read(_READ_AT_MOST)
         if any(key in content for key in keys):
             yield Finding("key_readable", name, "it holds a secret key of the run")
-        if path in public or path.suffix == ".safetensors" or run_files.file_digest(path) in exported:
+        if path in public or path.suffix == run_files.WEIGHTS_SUFFIX or run_files.file_digest(path) in exported:
             continue  # their content is checked against the ledger
         if run_files.file_digest(path) in copies:
             yield Finding("raw_values_public", name, f"it is a copy of private/{copies[run_files.file_digest(path)]}")

@@ -161,7 +161,7 @@ class Ledger:
         self.path = path
         self._lines = lines
         self._key = key
-        self._steps = {line.record["step"]: line.record for line in lines if line.record["kind"] == "step"}
+        self._steps = {line.record["step"]: line.record for line in lines if line.record["kind"] == events.STEP}
         self._file = open(path, "a")
 
     @classmethod
@@ -199,7 +199,7 @@ class Ledger:
 
     @property
     def finished(self) -> bool:
-        return any(line.record["kind"] == "finish" for line in self._lines)
+        return any(line.record["kind"] == events.FINISH for line in self._lines)
 
     def begins_with(self, length: int, head: str) -> bool:
         """Whether this ledger once had `length` lines and this head."""
@@ -227,7 +227,7 @@ class Ledger:
           InputError: the step is not the next one, or was recorded with another sampling, noise or cap.
         """
         if step == self.steps:
-            self.append("step", step=step, **group)
+            self.append(events.STEP, step=step, **group)
             self._steps[step] = self._lines[-1].record
             return
         known = self._steps.get(step)

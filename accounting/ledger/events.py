@@ -15,6 +15,9 @@ START, STEP, RESUME, CHECKPOINT, EVALUATION, FINISH, EXPORT, REPORT = (
     "start", "step", "resume", "checkpoint", "evaluation", "finish", "export", "report",
 )  # fmt: skip
 
+# What calculations with floats and with 64-bit counts can take.
+_LARGEST_COUNT = 2**63 - 1
+
 _NUMBER: tuple[type, ...] = (int, float)
 _TEXT: tuple[type, ...] = (str,)
 _COUNT: tuple[type, ...] = (int,)
@@ -36,10 +39,10 @@ class Fact:
     required: bool = True
 
     def admits(self, value: object) -> bool:
-        """Whether a decoded value has one of the types; a truth value is no number."""
+        """Whether a decoded value has one of the types. A truth value is no number; an integer has at most 64 bits."""
         if isinstance(value, bool):
             return bool in self.types
-        return isinstance(value, self.types)
+        return isinstance(value, self.types) and not (isinstance(value, int) and abs(value) > _LARGEST_COUNT)
 
 
 EVENTS: dict[str, dict[str, Fact]] = {

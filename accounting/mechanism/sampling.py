@@ -97,8 +97,8 @@ class TruncatedPoisson(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cap < 1:
-            raise InputError(f"maximum batch size must be at least 1, got {self.cap}")
+        if not 1 <= self.cap <= MOST_UNITS:
+            raise InputError(f"maximum batch size must be at least 1 and at most {MOST_UNITS:.0e}, got {self.cap}")
 
     @property
     def max_batch_size(self) -> int | None:

@@ -7,6 +7,7 @@ it again.
 from typing import Any
 
 from accounting.accountant import EpsilonBracket
+from accounting.ledger import events
 from accounting.ledger.executed import Executed
 from accounting.report.words import statement
 from accounting.rounding import round_up
@@ -47,7 +48,7 @@ def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict
         "deviations": executed.deviations,
         "trained_parameters": declared["trained_parameters"],
         "init_sha256": declared["init_sha256"],
-        "exports": [exported_weights(event) for event in executed.events if event["kind"] == "export"],
+        "exports": [exported_weights(event) for event in executed.events if event["kind"] == events.EXPORT],
         "ledger_seal": declared["seal"],
         "ledger_head": ledger_head,
     }

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from accounting import rounding
+from accounting.ledger import events
 from accounting.ledger.executed import Executed
 from accounting.report import figures, words
 from accounting.report.tables import Meaning
@@ -202,7 +203,7 @@ def _deviations(deviations: Sequence[str]) -> str:
 
 
 def _checking(executed: Executed, content: dict[str, Any]) -> str:
-    resumes = sum(event["kind"] == "resume" for event in executed.events)
+    resumes = sum(event["kind"] == events.RESUME for event in executed.events)
     return (
         "<p><code>dpgemma audit WORKDIR</code> derives epsilon again from the ledger alone and compares it with"
         f" everything else in the folder. {escape(words.seal_text(executed.declared))} The run was resumed {resumes}"

@@ -1,6 +1,7 @@
-"""Everything that the command line changes in its process: environment, loggers, hooks, signals.
+"""Everything that the command line changes in its process: environment, loggers, hooks, signals, CPU devices.
 
-The library changes none of it. Each change is a context manager that restores what it found.
+The library changes none of it. Each change restores what it found, but for the number of CPU devices, which jax fixes
+when it first looks at them.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dpgemma.sharding.rules import wanted
+from dpgemma.training.environment import DETERMINISTIC_SUMS
 
 # What these libraries log as errors, they raise as well.
 _LOGGERS = ("absl", "asyncio")
@@ -21,11 +23,12 @@ _LOGGERS = ("absl", "asyncio")
 _STORAGE = ("orbax", "tensorstore")
 
 _MOST_CPU_DEVICES = 8
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def install_quiet_hooks() -> Callable[[], None]:
     """Makes every error be reported once: by the exception that the program turns into a sentence.
+
+    What leaves the main thread unhandled is printed as ever.
 
     Returns:
       What restores the hooks and the levels of the loggers.
@@ -34,12 +37,12 @@ def install_quiet_hooks() -> Callable[[], None]:
     print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
 
     def without_storage(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        if not _is_from_storage(trace):
+        if _is_main_thread() or not _is_from_storage(trace):
             print_exception(kind, error, trace)
 
     def unraisable_without_storage(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that was dropped unfinished
-        dropped = code is not None and _is_storage(code.co_filename)
+        frame = getattr(unraisable.object, "cr_frame", None)  # of a coroutine that was dropped unfinished
+        dropped = frame is not None and _is_storage(frame)
         # They read many arrays side by side in threads that no Python program began; where one read fails, the others
         # raise into such a thread.
         foreign = isinstance(threading.current_thread(), threading._DummyThread)
@@ -67,14 +70,18 @@ def quiet() -> Iterator[None]:
         restore()
 
 
-def _is_storage(filename: str) -> bool:
-    return any(name in filename for name in _STORAGE)
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _is_storage(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in _STORAGE
 
 
 def _is_from_storage(trace: types.TracebackType | None) -> bool:
     """Whether an exception passed through the storage layers."""
     while trace is not None:
-        if _is_storage(trace.tb_frame.f_code.co_filename):
+        if _is_storage(trace.tb_frame):
             return True
         trace = trace.tb_next
     return False
@@ -88,7 +95,7 @@ def set_deterministic_sums() -> Callable[[], None]:
     """
     before = os.environ.get("XLA_FLAGS")
     if "xla_gpu_deterministic_ops" not in (before or ""):
-        os.environ["XLA_FLAGS"] = f"{before or ''} {_DETERMINISTIC}".strip()
+        os.environ["XLA_FLAGS"] = f"{before or ''} {DETERMINISTIC_SUMS}".strip()
 
     def restore() -> None:
         if before is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accounting.errors import InputError
 from dpgemma.choices import DTYPES
+from dpgemma.gemma.next_token import Sampling
 
 if TYPE_CHECKING:
     from dpgemma.data.text.tokenizer import Tokenizer
@@ -33,6 +34,13 @@ class AnswerSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}")
+        try:
+            self.sampling()
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
 def answer(
@@ -50,7 +58,7 @@ def answer(
       chat: whether to put each prompt into a user turn of Gemma's chat markup.
 
     Raises:
-      InputError: settings out of range, ids that the model does not know, or prompts that leave no room in its context.
+      InputError: ids that the model does not know, or prompts that leave no room in its context.
     """
     import jax.numpy as jnp
     import numpy as np
@@ -58,11 +66,6 @@ def answer(
     from dpgemma.data.text import chat as chat_lib
     from dpgemma.data.text import tokenizer as tokenizer_lib
     from dpgemma.gemma import generation
-
-    try:
-        sampling = generation.Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
     def encode(text: str) -> np.ndarray:
         ids = chat_lib.prompt(tokenizer, text) if chat else tokenizer.encode(tokenizer_lib.utf8(text))
@@ -79,7 +82,13 @@ def answer(
     end_of_turn = tokenizer.token_id(tokenizer_lib.END_OF_TURN)
     stop = (tokenizer.eos,) if end_of_turn is None else (tokenizer.eos, end_of_turn)
     answers = generation.generate(
-        config, parameters, ids, settings.max_new_tokens, sampling, stop=stop, dtype=jnp.dtype(settings.dtype)
+        config,
+        parameters,
+        ids,
+        settings.max_new_tokens,
+        settings.sampling(),
+        stop=stop,
+        dtype=jnp.dtype(settings.dtype),
     )
     texts = []
     for text, new in zip(prompts, answers, strict=True):

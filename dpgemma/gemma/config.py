@@ -35,7 +35,7 @@ class Lora:
     Attributes:
       rank: columns of A.
       alpha: scale of the adapter, divided by the rank.
-      targets: names of the linear layers that get one, as in `lora.ATTENTION_TARGETS` and `lora.RECURRENT_TARGETS`.
+      targets: names of the linear layers that get one, of those that the model's family offers.
     """
 
     rank: int

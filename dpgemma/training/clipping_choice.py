@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from accounting.errors import InputError
 from accounting.mechanism import Clip
 from dpgemma import user_cache
-from dpgemma.choices import AUTO, EXAMPLE_SCAN, GHOST
+from dpgemma.choices import AUTO, EXAMPLE_SCAN, GHOST, STRATEGIES
 from dpgemma.data.batch import Batch
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.clipping import Strategy
@@ -71,10 +72,18 @@ def as_before(settings: Settings, recorded: Mapping[str, Any]) -> Strategy:
 
     Args:
       recorded: the run's config.json.
+
+    Raises:
+      InputError: config.json does not say it.
     """
-    name = str(recorded.get("clipping")) if settings.clipping == AUTO else settings.clipping
-    size = settings.microbatch_size
-    return Strategy(name, int(recorded.get("microbatch_size", 1)) if size is None else size, settings.clip_thresholds)
+    name = recorded.get("clipping") if settings.clipping == AUTO else settings.clipping
+    size = recorded.get("microbatch_size") if settings.microbatch_size is None else settings.microbatch_size
+    if name not in STRATEGIES or not isinstance(size, int) or size < 1:
+        raise InputError(
+            f"the run's config.json is damaged: it has clipping {name!r} with microbatch_size {size!r}; restore it, or"
+            " start another run in a new `workdir`"
+        )
+    return Strategy(str(name), size, settings.clip_thresholds)
 
 
 def measure(objective: Objective, mesh: str, ways: Sequence[Way], limit: float | None = None) -> list[Trial]:

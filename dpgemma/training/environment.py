@@ -9,6 +9,10 @@ import platform
 from typing import Any
 
 from accounting.errors import InputError
+from accounting.ledger import events
+
+# With this flag in XLA_FLAGS a GPU adds up in a fixed order.
+DETERMINISTIC_SUMS = "--xla_gpu_deterministic_ops=true"
 
 _OPTIONS = ("jax_threefry_partitionable", "jax_enable_x64", "jax_disable_most_optimizations")
 
@@ -41,8 +45,18 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def check_repeats(records: list[dict[str, Any]], step: int, here: str) -> None:
-    """Refuses to execute steps again elsewhere than where they were executed first.
+def is_deterministic(here: str, platform: str) -> bool:
+    """Whether a step that is executed again in an environment gives the same bits.
+
+    Args:
+      here: its description().
+      platform: of its devices, as jax calls it. Assumed: CPUs and TPUs add up in a fixed order by themselves.
+    """
+    return platform in ("cpu", "tpu") or DETERMINISTIC_SUMS in here
+
+
+def check_repeats(records: list[dict[str, Any]], step: int, here: str, platform: str) -> None:
+    """Refuses to execute steps again elsewhere than where they were executed first, or where sums have no fixed order.
 
     Formal guarantee: whatever is lost and executed again, no two different sums are ever released with the same noise,
     because a step is repeated only in the environment in which its bits are the same. Tested by
@@ -52,17 +66,26 @@ def check_repeats(records: list[dict[str, Any]], step: int, here: str) -> None:
       records: of the ledger.
       step: at which the run goes on.
       here: description() of this process.
+      platform: of its devices.
 
     Raises:
-      InputError: a step from there on was executed in another environment.
+      InputError: a step from there on was executed in another environment, or this one adds up in any order.
     """
     there = records[0].get("environment")
     for record in records:
-        if record["kind"] == "resume":
+        if record["kind"] == events.RESUME:
             there = record["environment"]
-        if record["kind"] == "step" and record["step"] >= step and there != here:
+        if record["kind"] != events.STEP or record["step"] < step:
+            continue
+        if there != here:
             raise InputError(
                 f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: its"
                 " noise would be the same and its rounding not; go on where it was executed, or start another run in a"
                 " new `workdir`"
+            )
+        if not is_deterministic(here, platform):
+            raise InputError(
+                f"step {record['step']} was executed before and must not be repeated where sums have no fixed order:"
+                " its noise would be the same and its rounding not; start another run in a new `workdir`, with"
+                f" XLA_FLAGS={DETERMINISTIC_SUMS} set before jax is imported"
             )

@@ -12,7 +12,7 @@ _ROWS_AT_ONCE = 32
 
 
 def measure(objective: Objective, trainable: Any, frozen: Any, source: UnitSource) -> dict[str, float]:
-    """An objective's figures of all units, row by row; NaN where there is nothing to measure.
+    """An objective's figures of all units, row by row; empty where there are no units.
 
     Raw values of these units: the guarantee does not cover them.
     """

@@ -73,7 +73,6 @@ def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strateg
       InputError: a combination that cannot be trained or has no guarantee.
     """
     num_units, target = check(settings, counted_units), settings.epsilon
-    assert target is not None
     given_noise = settings.noise_multiplier
     # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
     # costs less at a smaller one.

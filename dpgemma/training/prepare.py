@@ -87,6 +87,8 @@ def _prepare(
     )
     path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
     run = run_lib.open_existing(path)
+    if run:
+        run.check_format()
     keys = run.keys if run else new_keys
     secret_keys = run.has_secret_keys() if run else secret_keys
 

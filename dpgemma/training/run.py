@@ -89,6 +89,22 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
+    def _start_event(self) -> dict[str, Any]:
+        with contextlib.closing(self.open_ledger()) as ledger:
+            return ledger.records[0]
+
+    def check_format(self) -> None:
+        """Refuses to train a run further whose ledger has an older format.
+
+        Raises:
+          InputError: it has.
+        """
+        if self._start_event().get("format", events.OLDEST_FORMAT) != events.FORMAT:
+            raise InputError(
+                f"{self.path} was begun by another version of this program: it can be audited, sampled from and"
+                " exported, but not trained further; start another run in a new `workdir`"
+            )
+
     def check_resumable(self, config: dict[str, Any], fingerprint: str, start_event: dict[str, Any]) -> None:
         """Refuses to go on with other settings, other data or a ledger that was changed.
 
@@ -112,13 +128,7 @@ class RunDirectory:
             raise InputError(
                 f"the data differ from those that {self.path} was started with: give the same data or another `workdir`"
             )
-        with contextlib.closing(self.open_ledger()) as ledger:
-            facts = ledger.records[0]
-        if facts.get("format", events.OLDEST_FORMAT) != events.FORMAT:
-            raise InputError(
-                f"{self.path} was begun by another version of this program: it can be audited, sampled from and"
-                " exported, but not trained further; start another run in a new `workdir`"
-            )
+        facts = self._start_event()
         differing = [name for name in start_event if facts.get(name) != start_event[name]]
         if differing:
             raise InputError(

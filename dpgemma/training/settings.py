@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import typing
 from typing import Any
 
@@ -70,7 +71,7 @@ class Settings:
     num_units: int | None = _setting(
         None, "Declared number of training units; needed under add_or_remove, where counting would leak."
     )
-    epsilon: float | None = _setting(
+    epsilon: float = _setting(
         8.0,
         "Target epsilon; inf (with `clip_norm`=inf) trains the non-private baseline, and claims nothing whatever the"
         " noise.",
@@ -145,6 +146,9 @@ class Settings:
             value, allowed = getattr(self, field.name), field.metadata["choices"]
             if allowed and value not in allowed:
                 raise InputError(f"`{field.name}` must be one of {', '.join(allowed)}, got {value!r}")
+            if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # a scalar of NumPy
+                value = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, field.name, value)
             kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
             if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else kinds):
                 raise InputError(f"`{field.name}` must be of type {kinds[0].__name__}, got {value!r}")
@@ -170,7 +174,7 @@ class Settings:
             raise InputError(f"`holdout_fraction` must be at least 0 and below 1, got {self.holdout_fraction:g}")
         if not 0 < self.delta < 1:
             raise InputError(f"`delta` must lie between 0 and 1, got {self.delta:g}")
-        if self.epsilon is not None and not self.epsilon >= 0:
+        if not self.epsilon >= 0:
             raise InputError(f"`epsilon` must not be negative, got {self.epsilon:g}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise InputError(f"`learning_rate` must be positive and finite, got {self.learning_rate:g}")
@@ -189,7 +193,7 @@ class Settings:
                 "`clip_quantile` adapts one finite clip norm of the whole gradient: drop it, `clip_norm`=inf or"
                 " per_layer"
             )
-        if math.isinf(self.clip_norm) and self.epsilon is not None and math.isfinite(self.epsilon):
+        if math.isinf(self.clip_norm) and math.isfinite(self.epsilon):
             raise InputError(
                 "`clip_norm`=inf bounds nobody's influence, so no finite epsilon holds: give a finite `clip_norm`, or"
                 " `epsilon`=inf"

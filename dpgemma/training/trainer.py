@@ -52,7 +52,6 @@ class Trainer:
 
     Attributes:
       first_step: with which `train` began.
-      interrupted: whether it was told to stop; even if that was during the last step.
     """
 
     def __init__(
@@ -73,7 +72,10 @@ class Trainer:
 
         Raises:
           InputError: the steps of the plan would exceed its target.
+          ValueError: the source has other columns than the objective reads.
         """
+        if dict(source.spec) != dict(objective.spec):
+            raise ValueError(f"the objective reads rows of {dict(objective.spec)}, the data have {dict(source.spec)}")
         self.plan, self.objective, self.source, self.run = plan, objective, source, run
         self.observers, self.held_out = tuple(observers), held_out
         self.mechanism = plan.mechanism
@@ -89,16 +91,16 @@ class Trainer:
             objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy
         )
         self.first_step = 0
-        self.interrupted = False
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """Runs to the last step.
 
         Args:
-          stop: asked after every step; once it says so, the run is saved and ends there.
+          stop: asked before the first step and after every one; once it says so, the run is saved and ends there.
 
         Returns:
-          The objective's measures of the held-out units, NaN where there are none; None if it was told to stop first.
+          The objective's measures of the held-out units, empty where there are none; None if it stopped before the last
+          step.
         """
         with Checkpoints(self.run.checkpoints, self.plan.keep_checkpoints) as checkpoints:
             with contextlib.closing(self.run.open_ledger()) as ledger:
@@ -137,7 +139,7 @@ class Trainer:
             return 0, state, frozen
         step, state = checkpoints.restore(state, ledger, self._warn) or (0, state)
         if step < self.mechanism.steps:
-            environment.check_repeats(ledger.records, step, here)
+            environment.check_repeats(ledger.records, step, here, jax.devices()[0].platform)
             ledger.append(events.RESUME, step=step, environment=here)
             self._inform(f"resuming at step {step} of {self.mechanism.steps}")
         return step, state, frozen
@@ -152,7 +154,7 @@ class Trainer:
         stop: Callable[[], bool],
     ) -> tuple[int, TrainState]:
         plan, mechanism, keys = self.plan, self.mechanism, self.run.keys
-        if first == mechanism.steps:
+        if first == mechanism.steps or stop():
             return first, state
         sampler = sampler_of(mechanism.sampling)
         curve = EpsilonCurve(self.accountant, plan.delta)
@@ -177,12 +179,12 @@ class Trainer:
                 private.write(step=t, **dataclasses.asdict(raw))
                 for observer in self.observers:
                     observer.step(released, raw)
-                self.interrupted = stop()
-                if self.interrupted or done % plan.checkpoint_every == 0 or done == mechanism.steps:
+                stopped = stop()
+                if stopped or done % plan.checkpoint_every == 0 or done == mechanism.steps:
                     # In this order a crash leaves a report that says too much, never too little.
                     report_files.write(self.run, ledger, self.accountant, with_page=False)
                     checkpoints.save(done, state, ledger, metrics_sha256=public.digest)
-                if self.interrupted:
+                if stopped:
                     return done, state
         return mechanism.steps, state
 

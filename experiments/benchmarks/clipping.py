@@ -9,9 +9,11 @@ activations recomputed (--remat) on both sides, against the non-private step tha
 which has no such analysis, is how far a step raises the resident memory of a process of its own. Prints a table to
 standard error and one JSON object.
 
-    python -m experiments.benchmarks.clipping                                       # 30M parameters on a CPU, with
-    Opacus python -m experiments.benchmarks.clipping --model=vaultgemma_1b --sequence_length=1024 --dtype=bfloat16
-    --step_remat=block --no-torch
+    # 30M parameters on a CPU, with Opacus
+    python -m experiments.benchmarks.clipping
+    # 1B parameters on a GPU
+    python -m experiments.benchmarks.clipping --model=vaultgemma_1b --sequence_length=1024 --dtype=bfloat16 \\
+        --step_remat=block --no-torch
 """
 
 import argparse
@@ -32,7 +34,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from accounting.mechanism import Clip
-from dpgemma.choices import STRATEGIES
+from dpgemma.choices import DTYPES, STRATEGIES
 from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
@@ -269,7 +271,7 @@ def main() -> None:
     parser.add_argument("--model", default=BENCHMARK, help=f"{BENCHMARK}, or a preset")
     parser.add_argument("--batch", type=int, default=16, help="sequences in all")
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument(
         "--step_remat", default="none", choices=decoder.REMAT_POLICIES, help="what the timed programs recompute"
     )

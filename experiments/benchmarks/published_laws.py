@@ -1,5 +1,6 @@
-"""What can be recomputed of the published scaling laws, without any training: `python -m
-experiments.benchmarks.published_laws`.
+"""What can be recomputed of the published scaling laws, without any training.
+
+    python -m experiments.benchmarks.published_laws
 
 For every row of table 2 of arXiv 2501.18914: the noise multiplier that its budget needs (the lower of Poisson sampling
 and batches laid out beforehand, as in its appendix B.1), the noise-batch ratio, and its compute column from its other

@@ -6,7 +6,7 @@ import pathlib
 
 from absl import flags
 
-from accounting.errors import InputError
+from accounting.errors import InputError, as_flags
 from accounting.mechanism import RELATIONS, ZERO_OUT
 from dpgemma import user_cache
 from dpgemma.commands import command_flags
@@ -59,6 +59,7 @@ def run(fv: flags.FlagValues) -> int:
     budget = Budget(fv.compute, fv.num_units, fv.epsilon, fv.delta, fitted.sequence_length)
     request = plan.Request(budget, fv.any_size, fv.extrapolate, fv.neighbouring_relation)
     result = plan.answer(fitted, request, user_cache.folder())
+    result["notes"] = [as_flags(note) for note in result["notes"]]
     if fv.figures:
         from experiments.figures import page
 

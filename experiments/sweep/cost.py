@@ -153,6 +153,7 @@ def _basis(taken: list[str], tried: list[str]) -> str:
 
 def main(shapes: list[str]) -> int:
     from dpgemma.commands import process
+    from dpgemma.sharding import mesh as mesh_lib
     from dpgemma.training import clipping_choice
     from dpgemma.training.prepare import objective_of
     from experiments.sweep import worker
@@ -165,7 +166,7 @@ def main(shapes: list[str]) -> int:
         way = (
             clipping_choice.CANDIDATES[0] if config.clipping == AUTO else (config.clipping, config.microbatch_size or 1)
         )
-        (trial,) = clipping_choice.measure(objective_of(config), config.mesh, [way])
+        (trial,) = clipping_choice.measure(objective_of(config), mesh_lib.resolve(config.mesh), [way])
         # Devices take their units at the same time.
         seconds.append(None if trial.refused else trial.seconds / devices(Run(config)))
     print(json.dumps(seconds))

@@ -2,8 +2,8 @@
 look into it.
 
 grid.json            every run's settings, written before the first one starts
-runs/ID/result.json  one finished run's numbers, written last, in one step (in runs/ID/private/ where the data are not
-public) runs/ID/run/         the trainer's own folder of that run
+runs/ID/result.json  one finished run's numbers, written last, in one step (in runs/ID/private/ for private data)
+runs/ID/run/         the trainer's own folder of that run
 runs/ID/log.txt      what the processes that worked on it wrote to standard error
 runs/ID/error.txt    why it could not be done when it was tried last
 cache/               compiled programs that runs share

@@ -19,7 +19,7 @@ from accounting.errors import InputError
 from dpgemma.choices import LAUNCHERS
 from experiments.sweep import gpus
 
-LOCAL, SLURM, RAY = LAUNCHERS
+_, SLURM, RAY = LAUNCHERS
 # What a launcher reports for a process that did not end by itself, as a shell does.
 KILLED = 128
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -171,7 +171,7 @@ class Slurm:
             import submitit
             from submitit.auto.auto import AutoExecutor
         except ImportError:
-            raise InputError('--launcher=slurm needs submitit: pip install "dpgemma[sweep]"') from None
+            raise InputError('`launcher`=slurm needs submitit: pip install "dpgemma[sweep]"') from None
         self.slots = slots or 16
         general = AutoExecutor._typed_parameters()
         named = {name if name in general else f"slurm_{name}": value for name, value in (parameters or {}).items()}
@@ -183,10 +183,10 @@ class Slurm:
             self._executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": devices} | named | limit)
         except (RuntimeError, NotImplementedError) as error:
             raise InputError(
-                f"there is no Slurm here ({error}): run this where sbatch and srun are, or use another --launcher"
+                f"there is no Slurm here ({error}): run this where sbatch and srun are, or use another `launcher`"
             ) from None
         except (NameError, TypeError, ValueError, AssertionError) as error:
-            raise InputError(f"--slurm_parameters are not submitit's: {error}") from None
+            raise InputError(f"`slurm_parameters` are not submitit's: {error}") from None
 
     def run(self, commands):
         waiting, running = list(enumerate(commands))[::-1], {}
@@ -223,7 +223,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise InputError('--launcher=ray needs ray: pip install "dpgemma[sweep]"') from None
+            raise InputError('`launcher`=ray needs ray: pip install "dpgemma[sweep]"') from None
         self._ray = ray
         if not ray.is_initialized():
             own = {} if address else {"num_cpus": slots * devices if slots else None}
@@ -285,7 +285,7 @@ def make(
       InputError: a package or a cluster that is not there, or parameters that do not exist.
     """
     if slurm_parameters and name != SLURM:
-        raise InputError("--slurm_parameters are for --launcher=slurm: drop them, or use it")
+        raise InputError("`slurm_parameters` are for `launcher`=slurm: drop them, or use it")
     if name == SLURM:
         return Slurm(slots, logs, devices=devices, parameters=parse_parameters(slurm_parameters or ""))
     return (
@@ -303,7 +303,7 @@ def parse_parameters(text: str) -> dict[str, str | int | float]:
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if not (name and value):
-            raise InputError(f"--slurm_parameters must look like partition=gpu,timeout_min=60, got {part!r}")
+            raise InputError(f"`slurm_parameters` must look like partition=gpu,timeout_min=60, got {part!r}")
         found[name] = value
         for kind in (float, int):
             with contextlib.suppress(ValueError):

@@ -121,7 +121,7 @@ def execute(folder: SweepFolder, run: Run) -> None:
         # A run that went on from a checkpoint took fewer steps in this time.
         timed = {"seconds": time.monotonic() - start, "steps_in_seconds": run.config.steps - trainer.first_step}
         folder.save(run, harvest.result(folder, run) | timed)
-        if trainer.interrupted:
+        if stopped():  # even if the signal came after the last step
             raise Stopped
 
 

@@ -11,6 +11,7 @@ from accounting.audit.audit import audit
 from accounting.errors import InputError
 from accounting.ledger import events, executed
 from accounting.ledger.chain import Ledger
+from accounting.mechanism.mechanism import GROUP
 from tests.accounting.report_test import records
 from tests.training.audit_test import write_chain
 
@@ -99,3 +100,53 @@ def test_a_run_of_the_first_format_is_audited_as_before(tmp_path):
     assert "format" not in records[0] and result.steps == sum(record["kind"] == "step" for record in records) > 0
     (folder / "metrics.jsonl").write_text("")
     assert {finding.kind for finding in audit(folder, checkpoints).findings} == {"metrics_edited"}
+
+
+HOSTILE = [
+    pytest.param(10**400, id="huge"),
+    float("nan"),
+    *(
+        pytest.param(value, marks=pytest.mark.slow)
+        for value in (float("nan"), 2**63 - 1, -1, 0, 1e308, "inf", None, True, [], {}, "")
+    ),
+]
+
+
+def chained(path):
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("n", "hash")}
+        for line in path.read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_forged_fact_crashes_the_audit(value, tmp_path):
+    """Whatever stands in a ledger or a report under a sound chain, the audit ends with findings and no error."""
+    folder = shutil.copytree(GOLDEN / "format_1", tmp_path / "run")
+    checkpoints = json.loads((GOLDEN / "format_1_checkpoints.json").read_text())
+    original, report = chained(folder / "ledger.jsonl"), json.loads((folder / "report.json").read_text())
+    found, kinds = {}, set()
+    for place, record in enumerate(original):
+        for name in [] if record["kind"] in kinds else set(record) - {"kind"}:
+            forged = [dict(line) for line in original]
+            forged[place][name] = value
+            if name in GROUP:  # one mechanism in the declaration and in every step
+                forged = [line | ({name: value} if name in line else {}) for line in forged]
+            if repr(forged) != repr(original):
+                write_chain(folder / "ledger.jsonl", forged)
+                found[record["kind"], name] = audit(folder, checkpoints)
+        kinds.add(record["kind"])
+    write_chain(folder / "ledger.jsonl", original)
+    assert audit(folder, checkpoints).findings == ()
+    for name in [name for name in report if repr(report[name]) != repr(value)]:
+        (folder / "report.json").write_text(json.dumps({**report, name: value}))
+        found["report", name] = audit(folder, checkpoints)
+    assert len(found) > 50 and [name for name, result in found.items() if result.consistent] == []
+
+
+def test_a_raw_value_in_the_start_event_is_found(tmp_path):
+    folder = shutil.copytree(GOLDEN / "format_1", tmp_path / "run")
+    lines = chained(folder / "ledger.jsonl")
+    lines[0]["train_loss"] = 3.2
+    found = audit(written(folder, lines), []).findings
+    assert any(f.kind == "raw_values_public" and "line 1" in f.where and "train_loss" in f.message for f in found)

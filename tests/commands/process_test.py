@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 import matplotlib
 import pytest
@@ -54,17 +55,25 @@ def test_commands_leave_the_process_as_it_was(arguments, code, tmp_path, capsys)
     assert state() == before
 
 
-def test_a_bug_is_still_printed_after_a_failed_checkpoint():
-    """The hook drops what passed through the storage layers, and nothing else."""
+def test_bugs_are_printed_while_the_hooks_are_set():
+    """The hook drops what passed through the storage layers in their own threads, and nothing else."""
     printed = []
-    before, sys.excepthook = sys.excepthook, lambda *error: printed.append(error[1])
+    before, sys.excepthook = sys.excepthook, lambda *error: printed.append(str(error[1]))
+
+    def report(*modules):
+        for module in modules:
+            try:
+                exec("raise ValueError(__name__)", {"__name__": module})
+            except ValueError as error:
+                sys.excepthook(type(error), error, error.__traceback__)
+
+    modules = ("orbax.checkpoint.handler", "tensorstore", "dpgemma.training.step", "study_of_orbax.step")
     try:
         with process.quiet():
-            for filename in ("orbax/checkpoint/handler.py", "dpgemma/training/step.py"):
-                try:
-                    exec(compile("raise ValueError(__file__)", filename, "exec"), {"__file__": filename})
-                except ValueError as error:
-                    sys.excepthook(type(error), error, error.__traceback__)
+            report(*modules)
+            thread = threading.Thread(target=report, args=modules)
+            thread.start()
+            thread.join()
     finally:
         sys.excepthook = before
-    assert [str(error) for error in printed] == ["dpgemma/training/step.py"]
+    assert printed == [*modules, *modules[2:]]

@@ -121,3 +121,9 @@ def test_a_mask_that_looks_ahead_is_the_same_in_tiles(before, after):
     np.testing.assert_array_equal(mask.visible(t, s, 700), (s - t <= after) & (t - s < before))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6 * max(1, np.abs(b).max()))
+
+
+def test_fused_attention_refuses_a_mask_that_looks_ahead():
+    mask = masks.Window(jnp.int32(8), after=8)
+    with pytest.raises(ValueError, match="causal"):
+        attention.attend(*problem(8)[:3], mask, PLAIN, False, "fused")

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accounting.mechanism import Clip
+from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.privacy import norms
+from dpgemma.privacy import clipping, norms
 from tests import objectives as loss_lib
 from tests.privacy import sums
 
@@ -250,6 +252,17 @@ def test_bad_options_are_refused(options):
     options = {"clip_norm": 1.0, **options}
     with pytest.raises(ValueError):
         sums.clipped_sum(linear_loss, PARAMS, linear_batch(np.random.default_rng(0), 4), jnp.ones(4, bool), **options)
+
+
+def test_a_clip_that_does_not_adapt_has_one_norm():
+    """Otherwise contributions of norm 5 would be summed at a stated sensitivity of 1."""
+    batch = Batch.of_rows({"x": jnp.ones((2, 3))}, jnp.ones(2, bool))
+
+    def loss(w, unit):
+        return jnp.vdot(w, unit.rows["x"][0])
+
+    with pytest.raises(ValueError, match="has one norm"):
+        clipping.clipped_sum(loss, jnp.zeros(3), batch, Clip(1.0), norm=5.0)
 
 
 def test_agrees_with_optax_per_example_clipping():

@@ -171,3 +171,26 @@ def test_runs_of_other_kinds_resume_bit_for_bit(options, text, cache, tmp_path):
     after = checkpoint.latest_parameters(workdir / "checkpoints")[1]
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
+def test_scalars_of_numpy_are_numbers():
+    settings = Settings(steps=np.int64(5), learning_rate=np.float32(0.5), seed=np.uint8(3))
+    assert settings == Settings(steps=5, learning_rate=0.5, seed=3) and type(settings.steps) is int
+    assert json.loads(json.dumps(settings.as_dict()))["steps"] == 5
+    with pytest.raises(InputError, match="`steps` must be of type int"):
+        Settings(steps=np.float64(5))
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        {},
+        {"clipping": "ghostly", "microbatch_size": 1},
+        {"clipping": "ghost", "microbatch_size": 0},
+        {"clipping": "ghost", "microbatch_size": None},
+        {"clipping": ["ghost"], "microbatch_size": "1"},
+    ],
+)
+def test_a_damaged_record_of_the_choice_is_refused(recorded):
+    with pytest.raises(InputError, match="is damaged"):
+        clipping_choice.as_before(Settings(), recorded)

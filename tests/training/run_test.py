@@ -14,9 +14,11 @@ import time
 import numpy as np
 import pytest
 
+from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
 from dpgemma.commands import process
 from dpgemma.privacy.keys import Keys
+from dpgemma.training import environment
 from dpgemma.training.observers import Silent
 from dpgemma.training.prepare import prepare, prepare_with_public_keys
 from dpgemma.training.settings import Settings
@@ -204,7 +206,7 @@ def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path):
         trainer = prepare(Settings(**settings, steps=steps), str(tmp_path / str(steps)), observers=[observer])
         with process.stop_on_signal() as stopped:
             assert (trainer.train(stopped) is not None) == bits_are_there
-        assert trainer.interrupted and trainer.first_step == 0 and observer.steps == 1
+            assert stopped() and trainer.first_step == 0 and observer.steps == 1
         trainer.run.unlock()
 
 
@@ -386,9 +388,27 @@ def test_steps_are_repeated_in_their_own_environment_alone(finished, text, tmp_p
     assert_same_bits(before, final_parameters(workdir)[1])
 
 
-def test_flags_of_the_compiler_are_part_of_the_environment(monkeypatch):
-    from dpgemma.training import environment
+def test_a_gpu_repeats_a_step_only_where_sums_have_a_fixed_order():
+    here = "jax 1; NVIDIA H100; matmul precision default"
+    fixed = f"{here}, {environment.DETERMINISTIC_SUMS}"
+    for there, platform, repeats in ((here, "gpu", False), (fixed, "gpu", True), (here, "cpu", True)):
+        records = [{"kind": "start", "environment": there}, {"kind": "step", "step": 0}]
+        if repeats:
+            environment.check_repeats(records, 0, there, platform)
+        else:
+            with pytest.raises(InputError, match="no fixed order"):
+                environment.check_repeats(records, 0, there, platform)
+        environment.check_repeats(records, 1, there, platform)  # nothing is lost
 
+
+def test_a_run_that_is_told_to_stop_at_its_start_takes_no_step(text, cache, tmp_path):
+    observer = Signals()
+    trainer = prepare(Settings(data=str(text), **SETTINGS, steps=2), str(tmp_path / "run"), observers=[observer])
+    assert trainer.train(lambda: True) is None and observer.steps == 0 and not step_records(tmp_path / "run")
+    trainer.run.unlock()
+
+
+def test_flags_of_the_compiler_are_part_of_the_environment(monkeypatch):
     def described(flags):
         monkeypatch.setenv("XLA_FLAGS", flags)
         return environment.description()

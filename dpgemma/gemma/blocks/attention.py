@@ -116,6 +116,8 @@ def attend(
     if implementation == AUTO:
         implementation = DENSE if length <= LONGEST_DENSE else BLOCKWISE
     if implementation == FUSED:
+        if mask.after:
+            raise ValueError("fused attention is causal: use blockwise or dense")
         return _fused(q, k, v, config, is_sliding)
     if implementation == BLOCKWISE:
         return _blockwise(config.attention_cap, q, k, v, mask)
