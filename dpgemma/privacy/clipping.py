@@ -216,7 +216,7 @@ def clipped_sum(
       params: tree of parameters; exactly these are differentiated.
       batch: the drawn units.
       clip: the L2 bound per unit; inf turns clipping off (non-finite gradients are dropped all the same).
-      norm: C at this step, only where it adapts; by default that of `clip`.
+      norm: C at this step, where gradients are divided by it; by default that of `clip`.
       shards: inside shard_map, for every leaf of params the sharding.place.Gathered axis of which this device holds a
         shard, or None; "ghost" and "per_layer" only. The sums of such leaves are shards of the sum over all devices;
         those of the others, of this one.
@@ -225,16 +225,16 @@ def clipped_sum(
       ClippedSum, with per-unit losses and norms for private use.
 
     Raises:
-      ValueError: a clip norm that is not at least SMALLEST_CLIP_NORM, a `norm` for a clip that does not adapt, or
-        slots that do not divide into microbatches.
+      ValueError: a clip norm that is not at least SMALLEST_CLIP_NORM, a `norm` where gradients are not divided
+        by it, or slots that do not divide into microbatches.
       tracking.UntrackedUse: "ghost" or "per_layer" where a parameter is used by anything but privacy.operations.
     """
     if shards is not None and how.name not in (GHOST, PER_LAYER):
         raise ValueError(
             f"{how.name} holds whole gradients, which sharded parameters are meant to avoid: use {GHOST} or {PER_LAYER}"
         )
-    if norm is not None and not clip.adapts:
-        raise ValueError("a clip that does not adapt has one norm, which is its sensitivity: leave `norm` out")
+    if norm is not None and clip.kind == CLIP:
+        raise ValueError("a clip norm beside that of `clip` has no known sensitivity: use `clip_scaling`=normalise")
     factor = _Factor(clip, clip.norm if norm is None else norm)
     platform = how.platform or jax.default_backend()
     mask, size, slots = batch.mask, how.microbatch_size, batch.slots
