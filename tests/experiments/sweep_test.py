@@ -151,6 +151,7 @@ def test_the_same_command_again_executes_nothing(finished, monkeypatch):
     assert (state(out / "runs"), (out / "results.csv").read_bytes(), state(out)[out / "grid.json"]) == before
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_repeats_nothing_that_was_done(finished, tmp_path):
     config, whole, _ = finished
     out = tmp_path / "out"
@@ -209,6 +210,7 @@ os.execv(command[0], command)
 """
 
 
+@pytest.mark.slow
 def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_path, monkeypatch, capfd):
     many = GRID | dict(noise_batch_ratio=0, batch_size=100_000, max_batch_size=100_000)
     config = toml(tmp_path / "bad.toml", text, GRID | dict(noise_batch_ratio=["2^-7", "2^-5"]), many)
@@ -334,6 +336,7 @@ class Fake:
             yield number, worker.STOPPED, ""
 
 
+@pytest.mark.slow
 def test_a_run_that_its_process_did_not_come_to_has_not_been_tried(text, tmp_path):
     config = toml(tmp_path / "two.toml", text, GRID | dict(noise_batch_ratio=[0.5, 1]))
     launcher = Fake()
@@ -352,6 +355,7 @@ def test_a_run_that_its_process_did_not_come_to_has_not_been_tried(text, tmp_pat
     assert [len(job) for job in jobs] == [2, 1] and jobs[1] == jobs[0][1:] and len(outcome.failed) == 2
 
 
+@pytest.mark.slow
 def test_a_private_sweep_in_flight_leaves_no_report_that_says_too_little(text, tmp_path):
     config = toml(tmp_path / "private.toml", text, GRID | dict(noise_batch_ratio=1), public_data=False)
     seen = []
