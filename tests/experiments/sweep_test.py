@@ -336,7 +336,6 @@ class Fake:
             yield number, worker.STOPPED, ""
 
 
-@pytest.mark.slow
 def test_a_run_that_its_process_did_not_come_to_has_not_been_tried(text, tmp_path):
     config = toml(tmp_path / "two.toml", text, GRID | dict(noise_batch_ratio=[0.5, 1]))
     launcher = Fake()
@@ -355,7 +354,6 @@ def test_a_run_that_its_process_did_not_come_to_has_not_been_tried(text, tmp_pat
     assert [len(job) for job in jobs] == [2, 1] and jobs[1] == jobs[0][1:] and len(outcome.failed) == 2
 
 
-@pytest.mark.slow
 def test_a_private_sweep_in_flight_leaves_no_report_that_says_too_little(text, tmp_path):
     config = toml(tmp_path / "private.toml", text, GRID | dict(noise_batch_ratio=1), public_data=False)
     seen = []
