@@ -13,7 +13,7 @@ from accounting.ledger import events, executed
 from accounting.ledger.chain import Ledger
 from accounting.mechanism.mechanism import GROUP
 from tests.accounting.report_test import records
-from tests.training.audit_test import write_chain
+from tests.training.forgery import write_chain
 
 
 def test_a_ledger_without_a_format_is_of_the_first_and_means_what_it_meant():

@@ -3,9 +3,9 @@ import fcntl
 import json
 import math
 import os
-import pathlib
 import random
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -24,13 +24,9 @@ from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
 from experiments.sweep import folder as folder_lib
 from experiments.sweep import grid as grid_lib
-from experiments.sweep import launchers, privacy, results, sweep, worker
+from experiments.sweep import launchers, privacy, results
+from tests.experiments.sweeps import GRID, run_sweep, state, toml
 from tests.training.runs import COMMAND, call, wait_for
-
-TRAIN = dict(
-    sequence_length=16, batch_size=4, max_batch_size=16, checkpoint_every=2, warmup_steps=1, schedule="constant"
-)
-GRID = dict(model="ladder_20k", noise_batch_ratio=[0, "2^-7", "2^-5"], learning_rate="2^-7", steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +51,12 @@ def environment(place):
 
 
 @pytest.fixture(scope="module")
-def finished(place):
+def finished(place, notes):
     """A finished sweep, never changed by a test: (its file, its folder, the completed command)."""
     with open(place / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not (place / "done.json").is_file():
-            rng = random.Random(0)
-            words = [rng.choice(["fever", "cough", "rest", "Ada", "B12", "ward", "seen", "today"]) for _ in range(2000)]
-            (place / "text.txt").write_text(" ".join(words))
+            shutil.copy(notes, place / "text.txt")
             toml(place / "first.toml", place / "text.txt", GRID)
             done = call("sweep", place / "first.toml", f"--workdir={place / 'out'}", "--slots=2", "--json")
             (place / "done.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
@@ -77,32 +71,8 @@ def text(finished):
     return finished[0].with_name("text.txt")
 
 
-def toml(path: pathlib.Path, data, *tables, public_data=True) -> pathlib.Path:
-    """A sweep's file with these [[grid]] tables."""
-
-    def lines(settings):
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
-
-    shared = lines(TRAIN | {"data": str(data)})
-    grids = "".join(f"[[grid]]\n{lines(table)}" for table in tables)
-    path.write_text(f"[sweep]\npublic_data = {str(public_data).lower()}\n[train]\n{shared}{grids}")
-    return path
-
-
-def state(folder: pathlib.Path) -> dict:
-    """Content and time of every file."""
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
-
-
 def start(*arguments):
     return subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run_sweep(config, path, launcher, **options) -> sweep.Outcome:
-    grid = grid_lib.read(config)
-    folder, everything = folder_lib.create(path, grid)
-    with folder.locked():
-        return sweep.run(folder, grid, everything, launcher, **options)
 
 
 def test_a_sweep_of_real_trainings_ends_in_a_table(finished):
@@ -151,7 +121,6 @@ def test_the_same_command_again_executes_nothing(finished, monkeypatch):
     assert (state(out / "runs"), (out / "results.csv").read_bytes(), state(out)[out / "grid.json"]) == before
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_repeats_nothing_that_was_done(finished, tmp_path):
     config, whole, _ = finished
     out = tmp_path / "out"
@@ -210,7 +179,6 @@ os.execv(command[0], command)
 """
 
 
-@pytest.mark.slow
 def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_path, monkeypatch, capfd):
     many = GRID | dict(noise_batch_ratio=0, batch_size=100_000, max_batch_size=100_000)
     config = toml(tmp_path / "bad.toml", text, GRID | dict(noise_batch_ratio=["2^-7", "2^-5"]), many)
@@ -243,28 +211,6 @@ def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_pat
     assert cli.main([*arguments, "--json"]) == 1
     said = json.loads(capfd.readouterr().out)
     assert set(said["failed"]) == {refused} and said["done"] == 2 and state(tmp_path / "out" / "runs" / once) == before
-
-
-@pytest.mark.slow
-def test_a_run_that_cannot_be_done_does_not_stop_those_behind_it(text, tmp_path, monkeypatch):
-    config = toml(tmp_path / "few.toml", text, GRID)
-    folder, grid = folder_lib.create(tmp_path / "out", grid_lib.read(config))
-    tried = []
-
-    def execute(folder, run):
-        tried.append(run.id)
-        if len(tried) == 1:
-            raise InputError("it is\nimpossible")
-        if len(tried) == 3:
-            raise worker.Stopped
-
-    for name, replacement in (("settle", None), ("share_programs", None), ("log_to", None), ("execute", execute)):
-        monkeypatch.setattr(worker, name, replacement or (lambda *_: None))
-    ids = [run.id for run in grid.runs]
-    assert worker.main([str(folder.path), *ids[:2]]) == worker.REFUSED and tried == ids[:2]
-    assert [folder.error(run) for run in grid.runs] == ["it is impossible", None, None]
-    assert worker.main([str(folder.path), *ids]) == worker.STOPPED and tried == [*ids[:2], ids[0]]
-    assert worker.main([str(tmp_path), *ids]) == worker.REFUSED
 
 
 def test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs(text, tmp_path):
@@ -319,61 +265,6 @@ def test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs(text, tmp_path)
     (out / "grid.json").write_text(stored)
     with pytest.raises(InputError, match="public_data = false"):
         folder_lib.look(out, dataclasses.replace(grid_lib.read(config), public_data=True))
-
-
-class Fake:
-    """A launcher whose processes do not get far."""
-
-    slots = 1
-
-    def __init__(self, act=lambda place: None):
-        self.act, self.started = act, 0
-
-    def run(self, commands):
-        for number, (_, _, _, path, name) in enumerate(commands):
-            self.started += 1
-            self.act(pathlib.Path(path) / "runs" / name / "run")
-            yield number, worker.STOPPED, ""
-
-
-def test_a_run_that_its_process_did_not_come_to_has_not_been_tried(text, tmp_path):
-    config = toml(tmp_path / "two.toml", text, GRID | dict(noise_batch_ratio=[0.5, 1]))
-    launcher = Fake()
-    grid = grid_lib.read(config)
-    folder, everything = folder_lib.create(tmp_path / "out", grid)
-    jobs = []
-    launcher.run = lambda commands: (
-        jobs.append(command[4:]) or (i, launchers.KILLED, "") for i, command in enumerate(commands)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sweep, "batches", lambda pending, slots, most: [pending[i : i + most] for i in range(0, len(pending), most)]
-        )
-        with folder.locked():
-            outcome = sweep.run(folder, grid, everything, launcher, retries=0)
-    assert [len(job) for job in jobs] == [2, 1] and jobs[1] == jobs[0][1:] and len(outcome.failed) == 2
-
-
-def test_a_private_sweep_in_flight_leaves_no_report_that_says_too_little(text, tmp_path):
-    config = toml(tmp_path / "private.toml", text, GRID | dict(noise_batch_ratio=1), public_data=False)
-    seen = []
-    launcher = Fake(lambda _: seen.append(json.loads((tmp_path / "out" / "report.json").read_text())))
-    assert len(run_sweep(config, tmp_path / "out", launcher, retries=0).failed) == 1
-    assert seen[0]["epsilon"] is None and "has not been added up" in seen[0]["statement"]
-    assert "nothing has been spent" in json.loads((tmp_path / "out" / "report.json").read_text())["statement"]
-
-
-@pytest.mark.slow
-def test_a_run_that_gets_further_is_not_given_up(text, tmp_path):
-    config = toml(tmp_path / "slow.toml", text, GRID | dict(noise_batch_ratio="2^-7"))
-
-    def one_step_more(place):  # as where a queue ends its jobs; the last of five is never passed
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "metrics.jsonl").write_text("{}\n" * min(launcher.started, 5))
-
-    launcher = Fake(one_step_more)
-    outcome = run_sweep(config, tmp_path / "out", launcher, retries=1)
-    assert launcher.started == 5 + 2 and "died 2 times in a row" in next(iter(outcome.failed.values()))
 
 
 @pytest.mark.slow
@@ -432,88 +323,6 @@ def test_a_dry_run_says_what_is_left(finished, text, tmp_path):
     )
     said = call("sweep", more, "--dry_run", "--slots=1", f"--workdir={out}").stdout
     assert said.startswith("1 of 1 runs are left: ") and "seconds a unit" in said and "finished runs took" in said
-
-
-BAD = {
-    "no file": (["--workdir={tmp}/out"], "which grid to run"),
-    "missing file": (["{tmp}/none.toml"], "does not exist"),
-    "no preset": (["{tmp}/preset.toml"], "'ladder_9t' is no preset"),
-    "long rows": (["{tmp}/rows.toml"], "exceeds the 256 tokens"),
-    "no data": (["{tmp}/data.toml"], "no file matches"),
-    "mesh": (["{tmp}/mesh.toml"], "mesh must be"),
-    "tokenizer": (["{tmp}/tokenizer.toml"], "no tokenizer file"),
-    "no slots": (["{tmp}/good.toml", "--slots=0"], "--slots must be at least 1"),
-    "no runs": (["{tmp}/good.toml", "--runs_per_process=0"], "--runs_per_process must be at least 1"),
-    "retries": (["{tmp}/good.toml", "--retries=-1"], "--retries must be at least 0"),
-    "emit as JSON": (["{tmp}/good.toml", "--emit=-", "--json"], "drop --json"),
-    "emit nothing": (["{tmp}/good.toml", "--emit=-", "--dry_run"], "drop --dry_run"),
-    "another folder": (["{tmp}/good.toml", "--workdir={tmp}"], "nor the folder of a sweep"),
-    "no Slurm": (["{tmp}/good.toml", "--launcher=slurm"], "there is no Slurm here"),
-    "Slurm's parameters": (["{tmp}/good.toml", "--launcher=slurm", "--slurm_parameters=gpu"], "must look like"),
-    "parameters for nobody": (["{tmp}/good.toml", "--slurm_parameters=partition=gpu"], "are for --launcher=slurm"),
-    "private rows of two lengths": (
-        ["{tmp}/lengths.toml"],
-        "differ in sequence_length (16, 32), so their privacy does not add up",
-    ),
-    "too large a batch": (["{tmp}/batch.toml"], "batch_size must be at most"),
-    "two positions": (["{tmp}/good.toml", "more"], "unexpected argument"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_starts_nothing(case, text, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("PATH", "/nowhere")
-    changes = {
-        "good": {},
-        "preset": {"model": "ladder_9t"},
-        "rows": {"sequence_length": 257},
-        "mesh": {"mesh": "auto"},
-        "data": {"data": "/nowhere/x.txt"},
-        "tokenizer": {"tokenizer": "/nowhere/t.model"},
-    }
-    for name, change in changes.items():
-        toml(tmp_path / f"{name}.toml", text, GRID | change)
-    toml(tmp_path / "lengths.toml", text, GRID | {"sequence_length": [16, 32]}, public_data=False)
-    toml(tmp_path / "batch.toml", text, GRID | {"batch_size": 10**400})
-    arguments, message = BAD[case]
-    if "--launcher=slurm" in arguments:
-        pytest.importorskip("submitit")
-    workdir = [] if any("--workdir" in a for a in arguments) else [f"--workdir={tmp_path}/out"]
-    assert cli.main(["sweep", *(a.format(tmp=tmp_path) for a in arguments + workdir)]) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and message in err and err.startswith("dpgemma: ") and len(err.splitlines()) == 1
-    assert not (tmp_path / "out" / "grid.json").exists()
-
-
-def test_one_sweep_at_a_time_works_in_a_folder(text, tmp_path):
-    config = toml(tmp_path / "one.toml", text, GRID)
-    folder, _ = folder_lib.create(tmp_path / "out", grid_lib.read(config))
-    with folder.locked():
-        done = call("sweep", config, f"--workdir={folder.path}")
-    assert done.returncode == 2 and "another sweep is at work" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_long_runs_and_those_to_fit_come_first_and_programs_in_common_stay_together():
-    content = {
-        "sweep": {"public_data": True},
-        "grid": [
-            {
-                "model": ["ladder_20k", "ladder_95k"],
-                "noise_batch_ratio": [0, 0.1, 0.2, 0.3],
-                "learning_rate": 0.01,
-                "steps": 4,
-            },
-            {"model": "ladder_850k", "noise_batch_ratio": [0.1], "learning_rate": 0.01, "steps": 4, "held_out": True},
-        ],
-    }
-    jobs = sweep.batches(grid_lib.parse(content, "x").runs, slots=1, most=3)
-    assert [(job[0].config.model, len(job)) for job in jobs] == [
-        ("ladder_95k", 3),
-        ("ladder_95k", 1),
-        ("ladder_20k", 3),
-        ("ladder_20k", 1),
-        ("ladder_850k", 1),
-    ]
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 import random
+import shutil
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests.training.runs import ENVIRONMENT, flags, run
+from dpgemma.training import checkpoint
+from tests.training.runs import ENVIRONMENT, call, flags, run
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +38,22 @@ def finished(text, cache, tmp_path_factory):
     done = run(*flags(text, workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done
+
+
+@pytest.fixture(scope="session")
+def exported(finished, tmp_path_factory):
+    """A finished run with an export inside its folder; never changed."""
+    workdir = shutil.copytree(finished[0], tmp_path_factory.mktemp("audited") / "run")
+    done = call("export", f"--workdir={workdir}", f"--out={workdir / 'export'}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture
+def workdir(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "elsewhere" / "copy")
+
+
+@pytest.fixture(scope="session")
+def summaries(exported):
+    return checkpoint.summaries(exported / "checkpoints")
