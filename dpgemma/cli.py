@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
-    with process.quiet():
+    with process.temporarily(process.install_quiet_hooks):
         return _run(name, rest)
 
 

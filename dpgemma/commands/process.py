@@ -60,16 +60,6 @@ def install_quiet_hooks() -> Callable[[], None]:
     return restore
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The hooks of `install_quiet_hooks`, for a while."""
-    restore = install_quiet_hooks()
-    try:
-        yield
-    finally:
-        restore()
-
-
 def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
@@ -107,9 +97,9 @@ def set_deterministic_sums() -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def deterministic_sums() -> Iterator[None]:
-    """The environment of `set_deterministic_sums`, for a while."""
-    restore = set_deterministic_sums()
+def temporarily(change: Callable[[], Callable[[], None]]) -> Iterator[None]:
+    """Makes a change of the process, `install_quiet_hooks` or `set_deterministic_sums`, and undoes it at the end."""
+    restore = change()
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ def define_flags(fv: flags.FlagValues) -> None:
 def run(fv: flags.FlagValues) -> int:
     given: dict[str, Any] = {field.name: fv[field.name].value for field in dataclasses.fields(Settings)}
     settings = Settings(**given)
-    with process.deterministic_sums():
+    with process.temporarily(process.set_deterministic_sums):
         process.split_cpu(settings.mesh)
         from dpgemma.commands.terminal import Terminal
         from dpgemma.training.prepare import prepare

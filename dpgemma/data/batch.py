@@ -91,9 +91,15 @@ def collate(source: UnitSource, units: np.ndarray, slots: int) -> Batch:
 
     Args:
       units: sorted numbers of the drawn units, at most `slots`.
+
+    Raises:
+      ValueError: a source whose rows are not in the order of their units, or more than `max_rows` of one: they would
+        take the places of others.
     """
     units = units[units < source.num_units]
     rows, owner = source.read(units)
+    if (np.diff(owner) < 0).any() or (np.bincount(owner) > source.max_rows).any():
+        raise ValueError(f"a source gave rows out of order, or more than max_rows={source.max_rows} of one unit")
     # Rows of a unit are adjacent: the place of a row is its distance from the first one of the same unit.
     place = np.arange(len(owner)) - np.searchsorted(owner, owner)
     real = np.zeros((slots, source.max_rows), bool)

@@ -16,7 +16,8 @@ class UnitSource(Protocol):
     Attributes:
       spec: the columns of a row.
       num_units: units that there are; their numbers are 0 .. num_units - 1.
-      max_rows: k, the most rows that a unit has.
+      max_rows: k, the most rows that a unit may have. It fixes shapes that anyone can see, so it is declared and never
+        taken from the data.
     """
 
     @property
@@ -52,16 +53,23 @@ class InMemory:
     Attributes:
       columns: arrays [R, ...] by name, the rows of a unit adjacent.
       first: int64 [num_units + 1]; unit u has the rows first[u] .. first[u + 1] - 1. None where every row is a unit.
+      max_rows: k, the most rows that a unit may have.
     """
 
     columns: Mapping[str, np.ndarray]
     first: np.ndarray | None = None
+    max_rows: int = 1
 
     def __post_init__(self) -> None:
         if len({len(column) for column in self.columns.values()}) != 1:
             raise ValueError("all columns must have the same number of rows")
-        if self.first is not None and (np.diff(self.first) < 1).any():
-            raise ValueError("every unit must have at least one row")
+        if self.first is None:
+            return
+        counts, rows = np.diff(self.first), len(next(iter(self.columns.values())))
+        if self.first[0] != 0 or self.first[-1] != rows or (counts < 1).any() or (counts > self.max_rows).any():
+            raise ValueError(
+                f"the {rows} rows must be divided into units of at least one row and at most max_rows={self.max_rows}"
+            )
 
     @property
     def spec(self) -> RowSpec:
@@ -70,10 +78,6 @@ class InMemory:
     @property
     def num_units(self) -> int:
         return len(next(iter(self.columns.values()))) if self.first is None else len(self.first) - 1
-
-    @property
-    def max_rows(self) -> int:
-        return 1 if self.first is None else int(np.diff(self.first).max(initial=1))
 
     def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         if self.first is None:

@@ -27,7 +27,12 @@ def state():
 def test_every_change_is_undone(fails):
     before = state()
     try:
-        with process.quiet(), process.deterministic_sums(), process.stop_on_signal(), process.interrupt_on_sigterm():
+        with (
+            process.temporarily(process.install_quiet_hooks),
+            process.temporarily(process.set_deterministic_sums),
+            process.stop_on_signal(),
+            process.interrupt_on_sigterm(),
+        ):
             assert state()["hooks"] != before["hooks"] and state()["signals"] != before["signals"]
             if fails:
                 raise RuntimeError
@@ -69,7 +74,7 @@ def test_bugs_are_printed_while_the_hooks_are_set():
 
     modules = ("orbax.checkpoint.handler", "tensorstore", "dpgemma.training.step", "study_of_orbax.step")
     try:
-        with process.quiet():
+        with process.temporarily(process.install_quiet_hooks):
             report(*modules)
             thread = threading.Thread(target=report, args=modules)
             thread.start()

@@ -33,7 +33,7 @@ def source():
     tokens = rng.integers(4, 40, (sum(COUNTS), 10)).astype(np.int32)
     scored = np.arange(10) < rng.integers(1, 11, (sum(COUNTS), 1))
     scored[4] = False
-    return InMemory({"tokens": tokens, "scored": scored}, np.concatenate([[0], np.cumsum(COUNTS)]))
+    return InMemory({"tokens": tokens, "scored": scored}, np.concatenate([[0], np.cumsum(COUNTS)]), max_rows=3)
 
 
 def parameters():
@@ -135,7 +135,7 @@ def test_sources_wrap_one_another():
         training.fingerprint(keys[0]),
     }
     assert len(prints) == 4
-    moved = InMemory(made.columns, np.array([0, 2, 4, 6, 9, 10]))  # the same rows, divided otherwise
+    moved = InMemory(made.columns, np.array([0, 2, 4, 6, 9, 10]), max_rows=3)  # the same rows, divided otherwise
     assert moved.fingerprint(keys[0]) != made.fingerprint(keys[0])
 
 
@@ -143,3 +143,22 @@ def test_padding_is_a_batch_of_one_row_too():
     rows = {"x": jnp.ones((4, 2))}
     batch = Batch.of_rows(rows, jnp.array([True, False, True, False]))
     assert batch.slots == 4 and batch.mask.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("first", [[0, 3, 4, 6, 9], [1, 3, 4, 6, 9, 10], [0, 3, 3, 6, 9, 10], [0, 4, 5, 6, 9, 10]])
+def test_units_that_the_declared_bound_does_not_hold_are_refused(first):
+    """Shapes are public, so the bound on a unit's rows is declared and not the largest number that the data have."""
+    with pytest.raises(ValueError, match="at most max_rows=3"):
+        InMemory(source().columns, np.array(first), max_rows=3)
+    assert InMemory(source().columns, source().first, max_rows=7).max_rows == 7
+
+
+@pytest.mark.parametrize("owner", [[0, 1, 0], [0, 0, 0]])
+def test_rows_of_a_faulty_source_do_not_take_the_places_of_others(owner):
+    class Faulty(InMemory):
+        def read(self, units):
+            return {"x": np.ones((3, 2), np.float32)}, np.array(owner)
+
+    faulty = Faulty({"x": np.ones((3, 2), np.float32)}, np.array([0, 2, 3]), max_rows=2)
+    with pytest.raises(ValueError, match="out of order"):
+        collate(faulty, np.array([0, 1]), 4)
