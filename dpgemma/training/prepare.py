@@ -67,7 +67,7 @@ def prepare_with_public_keys(
       ValueError: the target is finite.
       InputError: anything that the user can mend.
     """
-    if settings.epsilon is None or math.isfinite(settings.epsilon):
+    if math.isfinite(settings.epsilon):
         raise ValueError("a run with a finite target epsilon needs secret keys")
     return _prepare(settings, workdir, keys, False, True, observers)
 
