@@ -28,6 +28,7 @@ def test_surface_agrees_with_the_certified_calibration(surface):
         assert sigma == pytest.approx(calibration.noise_multiplier(mechanism, 8, 1e-5).noise_multiplier, rel=0.01)
 
 
+@pytest.mark.slow
 def test_surface_of_a_tiny_delta_uses_the_accountant_where_the_estimate_fails():
     sigma = noise.NoiseSurface(2.0, 1.1e-10)(100_000, 4.0802e-5)
     assert float(sigma) == pytest.approx(0.59843, rel=0.01)  # an independent tilted accountant's figure
@@ -145,6 +146,7 @@ def test_plan_answers_with_a_certified_noise(fitted, tmp_path):
     assert "certified" in plan.text(result)
 
 
+@pytest.mark.slow
 def test_a_plan_beyond_the_data_knows_the_larger_presets(fitted, tmp_path):
     request = plan.Request(Budget(1e16, 1e6, 8, 1e-6, planted.LENGTH), extrapolate=True)
     names = plan._names(fitted, True)

@@ -39,14 +39,12 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def environment(place):
-    """Compiled programs are kept; workers are not told of this process's virtual devices, which it has taken
-    by then."""
+def environment():
+    """Workers are not told of this process's virtual devices, which it has taken by then."""
     jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS", raising=False)
         patch.setenv("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # else its import closes what pytest writes to
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "xla"))
         yield
 
 

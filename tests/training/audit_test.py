@@ -38,7 +38,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_interrupted_runs_are_consistent_and_marked_unfinished(text, cache, tmp_path, capsys):
+def test_interrupted_runs_are_consistent_and_marked_unfinished(text, tmp_path, capsys):
     workdir = tmp_path / "run"
     rng = random.Random(3)
     for lines in (1, 25):
@@ -59,7 +59,7 @@ def test_interrupted_runs_are_consistent_and_marked_unfinished(text, cache, tmp_
         assert not result["finished"] and any("unfinished" in notice for notice in result["notices"])
 
 
-def test_a_keyed_ledger_cannot_be_rewritten_without_its_key(text, cache, tmp_path, capsys):
+def test_a_keyed_ledger_cannot_be_rewritten_without_its_key(text, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert call(*flags(text, workdir, ledger_seal="hmac")).returncode == 0
     code, result = audited(capsys, workdir)

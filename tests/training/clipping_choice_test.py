@@ -153,7 +153,7 @@ def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
     ],
     ids=["ghost", "per_layer_automatic", "adaptive"],
 )
-def test_runs_of_other_kinds_resume_bit_for_bit(options, text, cache, tmp_path):
+def test_runs_of_other_kinds_resume_bit_for_bit(options, text, tmp_path):
     workdir = tmp_path / "run"
     arguments = runs.flags(text, workdir, steps=4, learning_rate=1e-3, **{"noise_multiplier": 0.6} | options)
     assert runs.call(*arguments).returncode == 0

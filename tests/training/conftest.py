@@ -1,24 +1,10 @@
 import random
 import shutil
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dpgemma.training import checkpoint
-from tests.training.runs import ENVIRONMENT, call, flags, run
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Compiled programs are kept between the many processes of these tests, and for the runs within this one."""
-    folder = str(tmp_path_factory.mktemp("xla"))
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = folder
-    ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # else, where something has been compiled before without one, there is none from then on
-    compilation_cache.reset_cache()
+from tests.training.runs import call, flags, run
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +18,7 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(text, cache, tmp_path_factory):
+def finished(text, tmp_path_factory):
     """A finished run, never changed by a test: (folder, completed process)."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     done = run(*flags(text, workdir))

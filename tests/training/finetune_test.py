@@ -67,7 +67,7 @@ def train(base, data, workdir, *more, through=call):
 
 
 @pytest.fixture(scope="module")
-def trained(base, data, cache, tmp_path_factory):
+def trained(base, data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "adapters"
     done = train(base, data, workdir, through=run)
     assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def jax_to_lists(tree):
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_exports_the_whole_model(base, data, cache, tmp_path):
+def test_full_fine_tuning_exports_the_whole_model(base, data, tmp_path):
     workdir = tmp_path / "run"
     command = [
         "train",
@@ -183,7 +183,7 @@ def test_full_fine_tuning_exports_the_whole_model(base, data, cache, tmp_path):
     )
 
 
-def test_chat_data_and_chat_prompts(base, cache, tmp_path):
+def test_chat_data_and_chat_prompts(base, tmp_path):
     path = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "who came back?"}, {"role": "assistant", "content": "the patient"}]
     path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(200)))
@@ -236,7 +236,7 @@ def test_bad_input_is_one_sentence(name, base, data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_merged_weights_are_float32_throughout(base, data, cache, tmp_path):
+def test_merged_weights_are_float32_throughout(base, data, tmp_path):
     # Published bases are bfloat16: a merged model that kept this type would round the adapters away.
     half = shutil.copytree(base, tmp_path / "half")
     tensors = {name: tensor.astype(bfloat16) for name, tensor in load_file(base / "model.safetensors").items()}
@@ -253,7 +253,7 @@ def test_merged_weights_are_float32_throughout(base, data, cache, tmp_path):
     assert call("export", f"--workdir={workdir}", "--dtype=bfloat16", f"--out={tmp_path / 'x'}").returncode == 2
 
 
-def test_a_foreign_checkpoint_gets_no_privacy_card(base, data, trained, cache, tmp_path):
+def test_a_foreign_checkpoint_gets_no_privacy_card(base, data, trained, tmp_path):
     workdir, other = shutil.copytree(trained, tmp_path / "run"), tmp_path / "other"
     done = train(base, data, other)
     assert done.returncode == 0, done.stderr

@@ -123,7 +123,7 @@ def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
 
 
 @pytest.mark.parametrize("kills, steps", [(3, 24), pytest.param(20, 120, marks=pytest.mark.slow)])
-def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, cache, tmp_path):
+def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, tmp_path):
     """Start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
     rng = random.Random(7)
     settings = dict(steps=steps, checkpoint_every=3)
@@ -179,7 +179,7 @@ def half_written(workdir):
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
-def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
+def test_signals_save_and_exit_cleanly(number, text, tmp_path):
     workdir = tmp_path / "run"
     arguments = flags(text, workdir, steps=5000, checkpoint_every=5000)
     process = subprocess.Popen(
@@ -198,7 +198,7 @@ def test_signals_save_and_exit_cleanly(number, text, cache, tmp_path):
     assert not report["finished"] and report["epsilon"] < report["target_epsilon"]
 
 
-def test_a_signal_during_the_last_step_is_remembered(text, cache, tmp_path):
+def test_a_signal_during_the_last_step_is_remembered(text, tmp_path):
     """A signal that comes while a step is taken, here the first of one or of two."""
     settings = dict(data=str(text), **SETTINGS)
     for steps, bits_are_there in ((1, True), (2, False)):
@@ -220,7 +220,7 @@ class Signals(Silent):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_pitfall_15_keys_come_from_the_operating_system(text, cache, tmp_path):
+def test_pitfall_15_keys_come_from_the_operating_system(text, tmp_path):
     """Two runs of the same settings in the same process share no key, whatever the seeds of Python, NumPy and jax."""
     found = []
     for name in "ab":
@@ -302,7 +302,7 @@ def test_pitfall_10_other_data_are_refused(finished, text, tmp_path):
     assert done.returncode == 2 and "data differ" in done.stderr
 
 
-def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cache, tmp_path):
+def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, tmp_path):
     workdir = tmp_path / "run"
     done = call(*flags(text, workdir, steps=6, epsilon=0.7))
     assert done.returncode == 0, done.stderr
@@ -324,13 +324,13 @@ def test_epsilon_beside_noise_ends_the_run_before_the_budget_is_passed(text, cac
     assert Accountant(one_more).epsilon(1e-4).upper > 0.7
 
 
-def test_delta_above_one_over_n_is_a_warning(text, cache, tmp_path):
+def test_delta_above_one_over_n_is_a_warning(text, tmp_path):
     done = call(*flags(text, tmp_path / "run", delta=0.1))
     assert done.returncode == 0 and "warning: delta 0.1 is above 1/N" in done.stderr
     assert any("above 1/N" in d for d in json.loads((tmp_path / "run/report.json").read_text())["deviations"])
 
 
-def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp_path):
+def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, tmp_path):
     workdir = tmp_path / "run"
     done = call(*flags(text, workdir, epsilon="inf"))
     assert done.returncode == 0, done.stderr
@@ -347,7 +347,7 @@ def test_noise_without_a_target_is_added_and_nothing_is_claimed(text, cache, tmp
     assert 0 < composed["epsilon"] < 50
 
 
-def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, cache, tmp_path):
+def test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere(text, tmp_path):
     workdir = tmp_path / "run"
     keys = Keys(*(bytes([i]) * 32 for i in range(5)))
     settings = dict(data=str(text), steps=6, epsilon=float("inf"), **SETTINGS)
@@ -401,7 +401,7 @@ def test_a_gpu_repeats_a_step_only_where_sums_have_a_fixed_order():
         environment.check_repeats(records, 1, there, platform)  # nothing is lost
 
 
-def test_a_run_that_is_told_to_stop_at_its_start_takes_no_step(text, cache, tmp_path):
+def test_a_run_that_is_told_to_stop_at_its_start_takes_no_step(text, tmp_path):
     observer = Signals()
     trainer = prepare(Settings(data=str(text), **SETTINGS, steps=2), str(tmp_path / "run"), observers=[observer])
     assert trainer.train(lambda: True) is None and observer.steps == 0 and not step_records(tmp_path / "run")
@@ -418,7 +418,7 @@ def test_flags_of_the_compiler_are_part_of_the_environment(monkeypatch):
     assert described("--xla_cpu_enable_fast_math=true") == f"{plain}, --xla_cpu_enable_fast_math=true"
 
 
-def test_baseline_is_labelled(text, cache, tmp_path):
+def test_baseline_is_labelled(text, tmp_path):
     workdir = tmp_path / "run"
     done = call(*flags(text, workdir, epsilon="inf", noise_multiplier=0, clip_norm="inf"))
     assert done.returncode == 0 and "NO PRIVACY" in done.stderr
