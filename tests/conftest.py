@@ -1,6 +1,6 @@
 """Two virtual CPU devices for every test, so that sharded code is exercised; nothing reaches the network.
 
-Compiled programs are kept in one folder for the length of a test run, so that its many processes compile a program once.
+Compiled programs are kept in one folder for the length of a test run: its many processes compile a program once.
 """
 
 import atexit

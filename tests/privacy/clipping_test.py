@@ -87,7 +87,7 @@ def relative_error(got, expected):
 
 @pytest.mark.parametrize("strategy, size", STRATEGIES)
 @pytest.mark.parametrize("clip_norm", [0.5, 1e3])
-def test_equals_the_definition_on_gemma(strategy, size, clip_norm):
+def test_equals_the_definition_on_gemma(strategy, size, clip_norm, quick_compiles):
     loss, params, batch = gemma_problem()
     mask = jnp.array([True, True, False, True, True, True, False, False])
     got = clipped_sum(loss, params, batch, mask, clip_norm, strategy=strategy, microbatch_size=size)
@@ -97,7 +97,7 @@ def test_equals_the_definition_on_gemma(strategy, size, clip_norm):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_equals_a_plain_vmap(size):
+def test_equals_a_plain_vmap(size, quick_compiles):
     loss, params, batch = gemma_problem()
     gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     norms = jnp.sqrt(sum(jnp.sum(g.reshape(8, -1) ** 2, axis=1) for g in jax.tree.leaves(gradients)))
@@ -228,7 +228,7 @@ def test_pitfall_18_examples_do_not_influence_each_other():
     np.testing.assert_array_equal(flat(before), flat(after))
 
 
-def test_infinite_clip_norm_is_the_plain_gradient():
+def test_infinite_clip_norm_is_the_plain_gradient(quick_compiles):
     loss, params, batch = gemma_problem(rows=4)
     got = clipped_sum(loss, params, batch, jnp.ones(4, bool), float("inf")).total
     expected = jax.grad(lambda p: jax.vmap(loss, (None, 0))(p, batch).sum())(params)
