@@ -284,14 +284,18 @@ class Accountant:
         return Composition(groups, pessimistic=kind != "optimistic")
 
     def _extra_delta(self, phases: Any, epsilon: float) -> float:
-        """What truncation adds to delta, by the smallest of the bounds that hold."""
-        total = 0.0
+        """What truncation adds to delta, by the smallest of the bounds that hold, and the ends of the noise's law."""
+        total = self._tail_delta(phases, epsilon)
         for m, count in phases:
             costs = [truncation.additive_delta(m, epsilon, count)]
             if self._allows(proofs.DISPLACEMENT, m):
                 costs.append(truncation.displacement_delta(m, count, self._group_size))
             total += min(costs)
         return total
+
+    def _tail_delta(self, phases: Any, epsilon: float) -> float:
+        """What the ends of the noise's law add to delta."""
+        return float(sum(m.noise.tail_delta(count, epsilon) for m, count in phases))
 
     def _upper(self, delta: float, phases: Any, interval: float, remove: bool, hint: float | None = None) -> float:
         plain = functools.partial(self._composition(delta, phases, interval, remove).epsilon, hint=hint)
@@ -300,7 +304,10 @@ class Accountant:
         capped = [m for m, _ in phases if m.max_batch_size is not None]
         exact = capped and all(self._allows(proofs.TRUNCATED_LOSS, m) for m in capped)
         if exact and self._extra_delta(phases, min(bound, 50.0)) > 0.01 * delta:
-            bound = min(bound, self._composition(delta, phases, interval, remove, "truncated").epsilon(delta, hint))
+            truncated = functools.partial(
+                self._composition(delta, phases, interval, remove, "truncated").epsilon, hint=hint
+            )
+            bound = min(bound, smallest_epsilon(truncated, delta, lambda epsilon: self._tail_delta(phases, epsilon)))
         return bound
 
     def _lower(self, delta: float, phases: Any, interval: float, remove: bool, hint: float | None = None) -> float:

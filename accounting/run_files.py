@@ -20,6 +20,7 @@ KEYS = f"{PRIVATE}/keys.json"
 DATA = f"{PRIVATE}/data.json"  # the keyed fingerprint of the data, and how the ledger is sealed
 LOCK = f"{PRIVATE}/lock"
 PRIVATE_METRICS = f"{PRIVATE}/metrics.jsonl"  # raw losses and norms
+REMARKS = f"{PRIVATE}/remarks.txt"  # what was noticed about single records
 HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units
 
 PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS)

@@ -23,6 +23,11 @@ UNIFORM = "uniform"  # C / sqrt(G) each
 BY_DIMENSION = "dimension"  # in proportion to the square root of a group's size
 THRESHOLDS = (UNIFORM, BY_DIMENSION)
 
+# How a sum becomes a release.
+EXACT = "exact"  # whole numbers of steps of a grid, and noise of whole numbers: no rounding to account for
+FLOAT32 = "float32"  # sums and noise of floats, whose rounding no proof covers; for comparison
+RELEASES = (EXACT, FLOAT32)
+
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")

@@ -30,7 +30,14 @@ def main() -> tuple[float, float]:
     source = InMemory({"x": x, "y": x @ truth})
 
     mechanism = dpgemma.dp_sgd(
-        source.num_units, 500, 600, noise_multiplier=1.0, clip_norm=1.0, steps=STEPS, neighbouring_relation="zero_out"
+        source.num_units,
+        500,
+        600,
+        noise_multiplier=1.0,
+        clip_norm=1.0,
+        steps=STEPS,
+        neighbouring_relation="zero_out",
+        grid_bits=20,  # sums and noise in whole numbers of 2^-20 of the noise: nothing is lost to rounding
     )
     sampler, noiser = dpgemma.sampler_of(mechanism.sampling), dpgemma.noiser_of(mechanism)
     # In earnest: 32 bytes each from secrets.token_bytes, kept to yourself.
@@ -40,7 +47,8 @@ def main() -> tuple[float, float]:
 
     @jax.jit
     def step(weights, state, noise_state, batch, keys):
-        clipped = dpgemma.clipped_sum(loss, weights, batch, mechanism.clip, dpgemma.Strategy("vmap", 600))
+        steps, how = noiser.steps(noiser.multiplier), dpgemma.Strategy("vmap", 600)
+        clipped = dpgemma.clipped_sum(loss, weights, batch, mechanism.clip, how, steps=steps)
         noised, noise_state = noiser.add(clipped, noise_state, keys, noiser.multiplier)
         mean = dpgemma.divide(noised, mechanism.expected_batch_size)
         updates, state = optimizer.update(mean.mean, state)

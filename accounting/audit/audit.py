@@ -25,6 +25,7 @@ def audit(
     checkpoints: Sequence[dict[str, Any]],
     exports: Sequence[pathlib.Path] = (),
     accountant: Callable[..., Accountant] = Accountant,
+    head: str | None = None,
 ) -> AuditResult:
     """Checks a run directory and returns what does not agree. It writes nothing; the folder may be a moved copy.
 
@@ -34,6 +35,7 @@ def audit(
         cannot be read.
       exports: exported folders to check besides those inside the run's.
       accountant: what derives epsilon, from mechanisms.
+      head: hash of a line that was deposited elsewhere, and must lie on this chain.
 
     Raises:
       InputError: the folder is no run, or an export is no export.
@@ -44,12 +46,12 @@ def audit(
     names = [*run_files.PUBLIC_FILES[:3], run_files.CHECKPOINTS]
     if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
-    return _Audit(workdir, accountant).run(checkpoints, exports)
+    return _Audit(workdir, accountant, head).run(checkpoints, exports)
 
 
 class _Audit:
-    def __init__(self, workdir: pathlib.Path, accountant: Callable[..., Accountant]) -> None:
-        self.workdir = workdir
+    def __init__(self, workdir: pathlib.Path, accountant: Callable[..., Accountant], head: str | None) -> None:
+        self.workdir, self.head = workdir, head
         self.findings: list[Finding] = []
         self.notices: list[str] = []
         self._accountant = functools.lru_cache(maxsize=4)(accountant)
@@ -121,6 +123,8 @@ class _Audit:
             return [], None
         lines, problems = ledger_lib.inspect(ledger_lib.text_of(self.workdir / run_files.LEDGER))
         self.findings += ledger_checks.chain(problems)
+        if self.head is not None:
+            self.findings += ledger_checks.deposited(self.head, lines)
         lines, findings = ledger_checks.well_formed(lines)
         self.findings += findings if not problems else ()
         try:

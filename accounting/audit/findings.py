@@ -14,6 +14,7 @@ KINDS = {
     "ledger_lines_reordered": "lines of the ledger are in another order",
     "ledger_foreign": "the ledger belongs to another run",
     "ledger_cut": "the ledger ends before what other files know of it",
+    "head_missing": "a deposited head hash is that of no line",
     "mac_invalid": "a line's HMAC was not made with the run's key",
     "mechanism_changed": "sampling, noise or cap changed during the run",
     "steps_beyond_ledger": "more steps were taken than the ledger records",

@@ -59,6 +59,12 @@ def chain(problems: Sequence[ledger_lib.Problem]) -> Iterator[Finding]:
         yield Finding(problem.kind, f"{WHERE} line {problem.line}", problem.message)
 
 
+def deposited(head: str, lines: Sequence[Line]) -> Iterator[Finding]:
+    """Whether a head that was written down elsewhere lies on the chain: lines may follow it, and none was replaced."""
+    if head not in {line.hash for line in lines}:
+        yield Finding("head_missing", WHERE, f"no line has the hash {head}: lines up to it were cut off or rewritten")
+
+
 def order(lines: Sequence[Line]) -> Iterator[Finding]:
     """Whether steps follow one another and no event runs ahead of them; this catches edits under a rewritten chain."""
     steps = 0

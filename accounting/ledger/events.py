@@ -7,8 +7,10 @@ one. Every line also has its number `n`, its `kind`, its `hash` and, under a key
 import dataclasses
 from typing import Any
 
-# 1: no `format` in the start event. 2: the start event names the format. Both are audited alike.
-FORMAT = 2
+# 1: no `format` in the start event. 2: the start event names the format. 3: it says whether the release is exact, so a
+# report can say that it is not. All are audited; reports of the first two are silent about it, as they were written.
+FORMAT = 3
+NAMES_RELEASE = 3
 OLDEST_FORMAT = 1
 
 START, STEP, RESUME, CHECKPOINT, EVALUATION, FINISH, EXPORT, REPORT = (
@@ -61,6 +63,9 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "sampler": Fact(_TEXT, "poisson or fixed"),
         "clip_scaling": Fact(_TEXT, "clip, normalise or automatic", required=False),
         "clip_quantile": Fact(_NUMBER + _OR_NONE, "share of the units that C follows", required=False),
+        "grid_bits": Fact(
+            _COUNT + _OR_NONE, "sums are exact on a grid of sigma * C / 2^grid_bits; null: floats", required=False
+        ),
         "epsilon": Fact(_NUMBER, "the target"),
         "delta": Fact(_NUMBER, "at which epsilon is stated"),
         "privacy_unit": Fact(_TEXT, "what one unit is"),

@@ -77,6 +77,11 @@ class Executed:
                 f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish"
                 " some unit in the clear and still satisfy the definition; choose a delta well below 1/N"
             )
+        if m.is_private and self.claims_privacy and "grid_bits" in self.declared and not m.noise.is_exact:
+            found.append(
+                "sums and noise are float32 numbers: the guarantee is proved for real ones, and the rounding of sums"
+                " and the low bits of noise can reveal more than it says; train with an exact release"
+            )
         if not self.has_secret_keys:
             found.append(
                 "sampling and noise were made from a public seed: they hide nothing, and no guarantee can hold"
@@ -104,6 +109,8 @@ def of(records: Sequence[dict[str, Any]]) -> Executed:
             " the version of dpgemma that wrote it"
         )
     garbled = events.unsound(events.START, declared)
+    if version >= events.NAMES_RELEASE and "grid_bits" not in declared:
+        garbled.append("grid_bits")
     if garbled:
         raise InputError(f"the ledger's start event has no sound {', '.join(garbled)}")
     if not (0 < declared["delta"] < 1 and declared["epsilon"] >= 0):

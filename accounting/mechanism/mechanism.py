@@ -11,7 +11,7 @@ from accounting.mechanism.sampling import ADD_OR_REMOVE, MOST_STEPS, POISSON, RE
 # Names of the facts in a ledger's start event, as `dp_sgd` takes them.
 FACTS = (
     "num_units", "expected_batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps",
-    "neighbouring_relation", "sampler", "clip_scaling", "clip_quantile",
+    "neighbouring_relation", "sampler", "clip_scaling", "clip_quantile", "grid_bits",
 )  # fmt: skip
 # What one step releases, as its line in the ledger records it.
 GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")
@@ -131,6 +131,7 @@ class Mechanism:
             "sampler": self.sampling.name,
             "clip_scaling": self.clip.scaling,
             "clip_quantile": self.clip.quantile,
+            "grid_bits": self.noise.grid_bits,
         }
 
     def replace(self, **changes: Any) -> "Mechanism":
@@ -157,6 +158,7 @@ def dp_sgd(
     sampler: str = POISSON,
     clip_scaling: str = CLIP,
     clip_quantile: float | None = None,
+    grid_bits: int | None = None,
 ) -> Mechanism:
     """The mechanism with these facts, by the names under which a ledger records them.
 
@@ -165,13 +167,14 @@ def dp_sgd(
 
     Args:
       max_batch_size: truncation cap, or None for plain Poisson sampling.
+      grid_bits: fineness of an exact release (accounting.mechanism.grid); None for sums and noise of floats.
 
     Raises:
       InputError: facts out of range, or that do not go together.
     """
     return Mechanism(
         sampling=sampling_of(sampler, num_units, expected_batch_size, max_batch_size),
-        noise=Gaussian(noise_multiplier),
+        noise=Gaussian(noise_multiplier, grid_bits),
         clip=Clip(clip_norm, clip_scaling, clip_quantile),
         steps=steps,
         neighbouring_relation=neighbouring_relation,

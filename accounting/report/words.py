@@ -44,10 +44,11 @@ def mechanism_text(mechanism: Mechanism) -> str:
     """One run of equal steps, in words."""
     m = mechanism
     cap = "" if m.max_batch_size is None else f", at most {m.max_batch_size} of them"
+    exact = f" (both exact, in whole numbers of 2^-{m.noise.grid_bits} of that noise)" if m.noise.is_exact else ""
     return (
         f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, Gaussian noise of"
-        f" {m.noise_multiplier:.6g} times that norm on their sum, batches drawn by Poisson sampling with probability"
-        f" {m.sampling_probability:.6g} from {m.num_units} units{cap})"
+        f" {m.noise_multiplier:.6g} times that norm on their sum{exact}, batches drawn by Poisson sampling with"
+        f" probability {m.sampling_probability:.6g} from {m.num_units} units{cap})"
     )
 
 

@@ -20,6 +20,9 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "export", None, "Exported folders outside the run's to check with it, separated by commas.", fv
     )
+    command_flags.string(
+        "head", None, "Hash that was printed as the ledger head once, and must still be that of a line.", fv
+    )
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
@@ -32,7 +35,9 @@ def run(fv: flags.FlagValues) -> int:
     workdir = pathlib.Path(fv.workdir)
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
     checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
-    result = audit(workdir, checkpoints, exports)
+    if fv.head is not None and not (len(fv.head) == 64 and set(fv.head) <= set("0123456789abcdef")):
+        raise InputError(f"--head={fv.head} is no ledger head: give the 64 hexadecimal digits that train printed")
+    result = audit(workdir, checkpoints, exports, head=fv.head)
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
 

@@ -1,6 +1,7 @@
 """What the operator sees on standard error while a run goes on.
 
-The loss of private data is shown on a terminal only: where standard error is none, somebody else may keep it.
+What depends on the content of private data (losses, remarks about records) is shown on a terminal only: where standard
+error is none, somebody else may keep it.
 """
 
 import sys
@@ -16,7 +17,7 @@ class Terminal:
     """An observer that writes sentences and a progress bar to standard error."""
 
     def __init__(self) -> None:
-        self._shows_loss = sys.stderr.isatty()
+        self._shows_private = sys.stderr.isatty()
         self._bar: tqdm.tqdm | None = None
 
     def inform(self, message: str) -> None:
@@ -25,12 +26,16 @@ class Terminal:
     def warn(self, message: str) -> None:
         print(f"warning: {as_flags(message)}", file=sys.stderr, flush=True)
 
+    def confide(self, message: str) -> None:
+        if self._shows_private:
+            print(f"private: {as_flags(message)}", file=sys.stderr, flush=True)
+
     def begin(self, plan: Plan, first_step: int, volume: tuple[str, int]) -> None:
         self._target, self._volume = plan.epsilon, volume
         self._units = plan.mechanism.expected_batch_size  # public, as the drawn batch is not
         self._bar = tqdm.tqdm(
             total=plan.mechanism.steps, initial=first_step, file=sys.stderr, unit="step",
-            mininterval=0.5 if self._shows_loss else 10,
+            mininterval=0.5 if self._shows_private else 10,
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )  # fmt: skip
 
@@ -43,7 +48,7 @@ class Terminal:
             f"{units:.0f} units/s",
             f"{units * number:.0f} {name}/s",
         ]
-        if self._shows_loss:
+        if self._shows_private:
             parts.append(f"private loss {private.loss:.3f}")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update()

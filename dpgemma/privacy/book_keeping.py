@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -107,31 +107,49 @@ class Kept:
         together = math.sqrt(sum(float(np.square(sum(groups.values())).sum()) for groups in weights if groups))
         return [{rule: jnp.asarray(w / together, jnp.float32) for rule, w in groups.items()} for groups in weights]
 
-    def weighted_sums(self, factors: Any, keep_B: jax.Array) -> Any:
+    def unit(self, i: Any) -> "Kept":
+        """What one of the examples left, as a microbatch of one."""
+
+        def one(x: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=axis)
+
+        taps = [jax.tree.map(lambda x: one(x, 1), tap) for tap in self.taps]  # [L, B, ...]
+        return dataclasses.replace(self, taps=taps, losses=one(self.losses, 0))
+
+    def weighted_sums(self, factors: Any, keep_B: jax.Array, placed: Callable[[Any], Any]) -> Any:
         """The tree of sums over the examples of factor * gradient, in float32.
 
         Args:
           factors: [B]; or for every parameter and each of its rules [L, B].
           keep_B: bool; examples that are not kept contribute exact zeros.
+          placed: applied to every sum before devices add theirs.
         """
         if not isinstance(factors, list):
             factors = [
                 {rule: jnp.broadcast_to(factors, (p.num_layers, *factors.shape)) for rule in p.uses}
                 for p in self.parameters
             ]
-        sums = [self._weighted_sum(*item, keep_B) for item in zip(self.parameters, self.taps, factors, strict=True)]
+        items = zip(self.parameters, self.taps, factors, strict=True)
+        sums = [self._weighted_sum(*item, keep_B, placed) for item in items]
         return jax.tree.unflatten(self.structure, sums)
 
     @staticmethod
-    def _weighted_sum(parameter: Parameter, taps: dict[str, Any], factors: dict[str, Any], keep_B: jax.Array) -> Any:
+    def _weighted_sum(
+        parameter: Parameter,
+        taps: dict[str, Any],
+        factors: dict[str, Any],
+        keep_B: jax.Array,
+        placed: Callable[[Any], Any],
+    ) -> Any:
         def of_layer(layer: Any) -> Any:
             taps, factors = layer
             uses = parameter.uses.items()
             whole = sum(norm_rules.weighted_sum(use, taps[rule], factors[rule], keep_B) for rule, use in uses)
+            whole = placed(whole)
             return parameter.shard.sum_and_scatter(whole) if parameter.shard else whole
 
         if not parameter.uses:
-            return jnp.zeros(parameter.shape)
+            return placed(jnp.zeros(parameter.shape))
         # Whole arrays of all layers are what sharding has to avoid.
         by_layer = functools.partial(jax.lax.map, of_layer) if parameter.shard else jax.vmap(of_layer)
         return by_layer((taps, factors)).reshape(parameter.shape)

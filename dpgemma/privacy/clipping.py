@@ -4,9 +4,16 @@ Formal guarantee: for any two batches that differ in one unit, present or absent
 overflow included), the two exact sums of what `clipped_sum` adds differ by at most `sensitivity` in L2; the
 contribution of a single unit has norm at most `sensitivity` in any compute type, rounding included (for strategies that
 never hold one unit's gradient: as norm_rules states it). A unit of several rows is one unit: its gradient is that of
-its loss, and bounded as a whole. Padding contributes exact zeros. Adding the contributions rounds like any float32 sum.
+its loss, and bounded as a whole. Padding contributes exact zeros.
+
+On a grid (`steps` given) what is added are whole numbers of steps: each number of a unit's scaled gradient is cut off
+towards zero, which lengthens no vector, and sums are taken modulo 2^32, which no order, microbatch or device changes.
+So the sums that are really computed, in steps and modulo 2^32, differ by a vector of whole numbers of norm at most
+`steps`, for every batch size. Without a grid, adding rounds like any float32 sum, and 16384 units can move it by 4
+times the sensitivity.
 Tested by tests/privacy/clipping_test.py::test_pitfall_2_neighbour_difference_is_bounded,
-tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm and
+tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm,
+tests/privacy/exact_sum_test.py::test_an_adversarial_batch_moves_the_sum_by_the_sensitivity_at_most and
 tests/training/units_test.py::test_a_unit_of_several_rows_contributes_its_clipped_mean_gradient.
 """
 
@@ -48,7 +55,7 @@ class PrivateStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClippedSum:
-    """A float32 sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to.
+    """A sum of scaled gradients that carries its own L2 sensitivity. The only thing that noise may be added to.
 
     >>> from dpgemma.privacy.noise import add_gaussian_noise
     >>> add_gaussian_noise(jnp.zeros(3), 1.0, None)
@@ -57,18 +64,20 @@ class ClippedSum:
     TypeError: noise goes on a ClippedSum, got ArrayImpl
 
     Attributes:
-      total: tree of sums, shaped like the parameters.
+      total: tree of sums, shaped like the parameters: float32; on a grid int32, in steps and modulo 2^32.
       stats: raw values of every unit.
       sensitivity: the most that one unit changes `total`, in L2.
       count: where a clip norm adapts, the sum over the units of +1/2 for a norm of at most C and -1/2 for a larger one.
         A unit counts nothing if its norm is zero, as that of an empty unit is, or not finite. One unit moves the count
-        by at most 1/2, whether it goes or an empty one takes its place.
+        by at most 1/2, whether it goes or an empty one takes its place. On a grid int32, in halves: +1 or -1 each.
+      steps: on a grid, the sensitivity of `total` in steps, not rounded; else None.
     """
 
     total: Any
     stats: PrivateStats
     sensitivity: float = dataclasses.field(metadata={"static": True})
     count: jax.Array | None = None
+    steps: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +113,12 @@ class _Factor:
     Attributes:
       clip: the public facts.
       norm: C at this step: a constant, or traced where it adapts.
+      steps: the sensitivity in steps of a grid; None without one.
     """
 
     clip: Clip
     norm: Any
+    steps: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.norm, jax.core.Tracer):
@@ -119,15 +130,26 @@ class _Factor:
             raise ValueError(f"scaling {self.clip.kind} needs a finite clip_norm")
 
     def __call__(self, norm: Any, margin: float, share: Any = 1.0) -> Any:
-        """The factor by which a gradient's norm becomes at most `share` of the sensitivity.
+        """The factor by which a gradient's norm becomes at most `share` of the sensitivity, or of `steps` on a grid.
 
         Args:
           norm: a bound on the norm of each gradient, up to the relative rounding error `margin`.
         """
+        factor = self._to_sensitivity(norm, margin, share)
+        if self.steps is None:
+            return factor
+        # The steps themselves and two products are rounded.
+        return factor * (self.steps / self.clip.sensitivity * (1 - 8 * norms.UNIT_ROUNDOFF))
+
+    def _to_sensitivity(self, norm: Any, margin: float, share: Any) -> Any:
         if self.clip.kind == AUTOMATIC:
             return share * (1 - margin) / (norm + STABILISER)
         factor = jnp.minimum(1.0, share * self.norm * (1 - margin) / norm)
         return factor if self.clip.kind == CLIP else factor / self.norm * (1 - 4 * norms.UNIT_ROUNDOFF)
+
+    def placed(self, scaled: Any) -> Any:
+        """Scaled gradients as they are added: on a grid, whole numbers of steps, cut off towards zero."""
+        return scaled if self.steps is None else scaled.astype(jnp.int32)
 
 
 def _held(gradient_of_unit: Any) -> Any:
@@ -147,7 +169,8 @@ def _held(gradient_of_unit: Any) -> Any:
         def weighted(leaf: Any) -> Any:
             # A select, not a product with zero: 0 * inf is NaN.
             def term(i: Any) -> Any:
-                return jnp.where(keep[i], leaf[i].astype(jnp.float32) * factors[i], 0.0)
+                scaled = factor.placed(leaf[i].astype(jnp.float32) * factors[i])
+                return jnp.where(keep[i], scaled, jnp.zeros_like(scaled))
 
             # Few terms are added one by one, which fuses into a single pass over the total.
             return (
@@ -168,7 +191,8 @@ def _ghost(
     kept = book_keeping.backward(loss, params, units, shards, platform)
     lengths = kept.norms()
     factors = factor(lengths.bound, norms.margin(params))
-    return kept.weighted_sums(factors, keep & jnp.isfinite(lengths.bound)), lengths.norm, kept.losses
+    total = _sum_of_kept(kept, factors, keep & jnp.isfinite(lengths.bound), factor)
+    return total, lengths.norm, kept.losses
 
 
 def _per_layer(
@@ -184,7 +208,24 @@ def _per_layer(
         {rule: factor(n.bound, norms.margin(params), share[rule][:, None]) for rule, n in rules.items()}
         for rules, share in zip(groups, shares, strict=True)
     ]
-    return kept.weighted_sums(factors, functools.reduce(operator.and_, finite, keep)), kept.norms().norm, kept.losses
+    total = _sum_of_kept(kept, factors, functools.reduce(operator.and_, finite, keep), factor)
+    return total, kept.norms().norm, kept.losses
+
+
+def _sum_of_kept(kept: book_keeping.Kept, factors: Any, keep: jax.Array, factor: _Factor) -> Any:
+    """The weighted sum over the units of a microbatch; on a grid unit by unit, because each is rounded by itself."""
+    if factor.steps is None or len(keep) == 1:
+        return kept.weighted_sums(factors, keep, factor.placed)
+
+    def one(i: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=x.ndim - 1)
+
+    def add_unit(i: Any, total: Any) -> Any:
+        mine = kept.unit(i).weighted_sums(jax.tree.map(functools.partial(one, i), factors), one(i, keep), factor.placed)
+        return jax.tree.map(jnp.add, total, mine)
+
+    first = kept.unit(0).weighted_sums(jax.tree.map(lambda x: one(0, x), factors), one(0, keep), factor.placed)
+    return jax.lax.fori_loop(1, len(keep), add_unit, first)
 
 
 def clipped_sum(
@@ -195,9 +236,10 @@ def clipped_sum(
     how: Strategy = Strategy(),
     *,
     norm: Any = None,
+    steps: Any = None,
     shards: Any = None,
 ) -> ClippedSum:
-    """Sum over the units of the batch of factor * grad(loss)(params, unit), in float32.
+    """Sum over the units of the batch of factor * grad(loss)(params, unit), in float32 or on a grid.
 
     Trailing padding is not computed at all: the loop ends after the last microbatch that holds a unit.
 
@@ -217,6 +259,7 @@ def clipped_sum(
       batch: the drawn units.
       clip: the L2 bound per unit; inf turns clipping off (non-finite gradients are dropped all the same).
       norm: C at this step, where gradients are divided by it; by default that of `clip`.
+      steps: of a grid, which the sensitivity shall be at most (at most 2^24); None for float32 sums.
       shards: inside shard_map, for every leaf of params the sharding.place.Gathered axis of which this device holds a
         shard, or None; "ghost" and "per_layer" only. The sums of such leaves are shards of the sum over all devices;
         those of the others, of this one.
@@ -235,7 +278,7 @@ def clipped_sum(
         )
     if norm is not None and clip.kind == CLIP:
         raise ValueError("a clip norm beside that of `clip` has no known sensitivity: use `clip_scaling`=normalise")
-    factor = _Factor(clip, clip.norm if norm is None else norm)
+    factor = _Factor(clip, clip.norm if norm is None else norm, steps)
     platform = how.platform or jax.default_backend()
     mask, size, slots = batch.mask, how.microbatch_size, batch.slots
     if slots % size:
@@ -261,7 +304,8 @@ def clipped_sum(
 
         return jax.tree.map(jnp.add, total, one), write(lengths, length), write(losses, value)
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    kind = jnp.float32 if steps is None else jnp.int32
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, kind), params)
     start = (zeros, jnp.zeros(slots), jnp.zeros(slots))
     if size == slots:  # no loop, whose windows a compiler could not keep sharded
         total, lengths, losses = add_microbatch(0, start)
@@ -270,15 +314,16 @@ def clipped_sum(
         for axis_name in {shard.axis_name for shard in shards or [] if shard}:
             used = jax.lax.pmax(used, axis_name)  # devices that gather from each other go through the loop together
         total, lengths, losses = jax.lax.fori_loop(0, used, add_microbatch, start)
-    count = _count(mask, lengths, factor.norm) if clip.adapts else None
-    return ClippedSum(total, PrivateStats(lengths, losses), sensitivity=clip.sensitivity, count=count)
+    half: Any = 0.5 if steps is None else 1
+    count = _count(mask, lengths, factor.norm, half) if clip.adapts else None
+    return ClippedSum(total, PrivateStats(lengths, losses), sensitivity=clip.sensitivity, count=count, steps=steps)
 
 
-def _count(mask: jax.Array, lengths: jax.Array, clip_norm: Any) -> jax.Array:
-    halves = jnp.where(lengths <= clip_norm, 0.5, -0.5)
+def _count(mask: jax.Array, lengths: jax.Array, clip_norm: Any, half: Any) -> jax.Array:
+    halves = jnp.where(lengths <= clip_norm, half, -half)
     # An empty unit counts 0, as an absent one does. If it counted 1/2, replacing it by a unit above the clip norm would
     # move the count by 1, and only 1/2 is charged.
-    return jnp.where(mask & (lengths > 0) & jnp.isfinite(lengths), halves, 0.0).sum()
+    return jnp.where(mask & (lengths > 0) & jnp.isfinite(lengths), halves, jnp.zeros_like(halves)).sum()
 
 
 def sum_over_devices(clipped: ClippedSum, axis_name: str, shards: Any = None) -> ClippedSum:

@@ -25,6 +25,8 @@ from accounting.ledger.chain import Ledger
 from dpgemma.training import optimizer
 from dpgemma.training.step import TrainState
 
+# What read_only implies is said as well, because Orbax warns about each that it has to change.
+_READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
 _READ_AT_ONCE = 2**28  # bytes of a checkpoint that an audit holds in memory, where arrays are smaller
 
 
@@ -150,8 +152,7 @@ def summaries(directory: pathlib.Path, read_at_once: int = _READ_AT_ONCE) -> lis
     Every array is read, a few at a time, so that a damaged one is found in little memory.
     """
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
+    with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=_READ_ONLY) as manager:
         return [_summary(manager, step, read_at_once) for step in sorted(manager.all_steps())]
 
 
@@ -210,8 +211,7 @@ def latest_parameters(directory: pathlib.Path) -> tuple[int, dict[str, Any], dic
     if not directory.is_dir():
         raise absent
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options) as manager:
+    with ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=_READ_ONLY) as manager:
         step = manager.latest_step()
         if step is None:
             raise absent

@@ -47,7 +47,11 @@ class Observer(Protocol):
         ...
 
     def warn(self, message: str) -> None:
-        """Something that the operator should look at."""
+        """Something that the operator should look at; a public fact too."""
+        ...
+
+    def confide(self, message: str) -> None:
+        """Something that depends on the content of the data: for the operator alone, as raw losses are."""
         ...
 
     def begin(self, plan: Plan, first_step: int, volume: tuple[str, int]) -> None:
@@ -70,6 +74,9 @@ class Silent:
         pass
 
     def warn(self, message: str) -> None:
+        pass
+
+    def confide(self, message: str) -> None:
         pass
 
     def begin(self, plan: Plan, first_step: int, volume: tuple[str, int]) -> None:

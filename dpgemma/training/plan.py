@@ -8,7 +8,8 @@ from accounting import calibration
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.loss_distribution import truncation
-from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd
+from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd, grid
+from dpgemma.choices import EXACT
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM, Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding.place import Layout
@@ -59,11 +60,14 @@ class Plan:
         }
 
 
-def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strategy, *, epsilon_given: bool) -> Plan:
-    """The plan, with units, cap, noise, target and steps filled in.
+def resolve(
+    settings: Settings, counted_units: int, trained: int, mesh: str, strategy: Strategy, *, epsilon_given: bool
+) -> Plan:
+    """The plan, with units, cap, noise, target, steps and grid filled in.
 
     Args:
       counted_units: training units that the data hold.
+      trained: parameters that are trained.
       mesh: resolved; the cap is a multiple of its devices.
       strategy: the chosen way of clipping.
       epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target
@@ -87,6 +91,7 @@ def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strateg
         neighbouring_relation=settings.neighbouring_relation,
         clip_scaling=settings.clip_scaling,
         clip_quantile=settings.clip_quantile,
+        grid_bits=grid.LAW_BITS if settings.release == EXACT else None,  # until noise is known, any grid costs as much
     )
     if given_noise is None:
         mechanism = calibration.noise_multiplier(mechanism, target, settings.delta)
@@ -99,6 +104,7 @@ def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strateg
                 raise InputError(
                     f"`noise_multiplier`={given_noise:g} passes epsilon {target:g} in the first step: raise either"
                 )
+    mechanism = _on_fitting_grid(mechanism, trained)
     _ = mechanism.gradient_noise_multiplier  # refuses a clip norm that cannot adapt, before anything is written
     optimization = Optimization(
         settings.optimizer,
@@ -119,6 +125,20 @@ def resolve(settings: Settings, counted_units: int, mesh: str, strategy: Strateg
         settings.checkpoint_every,
         settings.keep_checkpoints,
     )
+
+
+def _on_fitting_grid(mechanism: Mechanism, trained: int) -> Mechanism:
+    """The mechanism with the grid that its noise, its largest batch and its number of parameters ask for."""
+    if not mechanism.noise.is_exact:
+        return mechanism.replace(grid_bits=None)
+    if trained > grid.MOST_COORDINATES:
+        raise InputError(
+            f"{trained} trained parameters are more than the {grid.MOST_COORDINATES} for which the noise is certified:"
+            " train fewer, by `lora_rank`"
+        )
+    assert mechanism.max_batch_size is not None
+    bits = grid.fitting_bits(mechanism.gradient_noise_multiplier, mechanism.max_batch_size, trained)
+    return mechanism.replace(grid_bits=bits)
 
 
 def _cap(settings: Settings, num_units: int, target: float, mesh: str, strategy: Strategy) -> int:

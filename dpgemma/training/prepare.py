@@ -13,6 +13,7 @@ from accounting.ledger.events import FORMAT
 from accounting.mechanism import ZERO_OUT
 from dpgemma.choices import HMAC
 from dpgemma.data import holdout
+from dpgemma.data.source import InMemory
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text import units
 from dpgemma.gemma import decoder
@@ -100,12 +101,6 @@ def _prepare(
         settings.sequence_length,
         start.model.vocab_size,
     )
-    if units.some_have_nothing_to_learn(source):
-        for observer in observers:
-            observer.warn(
-                "some records have nothing to learn within `sequence_length`: their prompts fill it; raise it or"
-                " shorten them"
-            )
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     plan_lib.check(settings, training.num_units)
     # Chosen once: a run that goes on computes as it began.
@@ -113,7 +108,8 @@ def _prepare(
         strategy, choice = clipping_choice.as_before(settings, run.config()), None
     else:
         strategy, choice = clipping_choice.resolve(settings, named.mesh, objective, observers)
-    plan = plan_lib.resolve(settings, training.num_units, named.mesh, strategy, epsilon_given=epsilon_given)
+    trained = decoder.count(objective.shapes()[0])
+    plan = plan_lib.resolve(settings, training.num_units, trained, named.mesh, strategy, epsilon_given=epsilon_given)
     config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit}
     fingerprint = source.fingerprint(keys.fingerprint)
     facts = start_event(plan, config, objective, held_out.num_units, secret_keys=secret_keys)
@@ -121,11 +117,24 @@ def _prepare(
         run.check_resumable(config, fingerprint, facts)
     else:
         run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": environment.description()})
+    remarks = _remarks(source)
+    run.remark(remarks)
     for observer in observers:
+        for remark in remarks:
+            observer.confide(remark)
         observer.inform(plan_lib.summary(plan, start.name, path))
         if choice:
             observer.inform(choice)
     return Trainer(plan, objective, training, run, observers, held_out=held_out)
+
+
+def _remarks(source: InMemory) -> list[str]:
+    """What is worth knowing about single records: for the operator alone, because one record decides it."""
+    if not units.some_have_nothing_to_learn(source):
+        return []
+    return [
+        "some records have nothing to learn within `sequence_length`: their prompts fill it; raise it or shorten them"
+    ]
 
 
 def objective_of(settings: Settings) -> CausalLM:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import secrets
 import shutil
+from collections.abc import Sequence
 from typing import IO, Any
 
 from accounting import run_files
@@ -37,6 +38,7 @@ class RunDirectory:
         self.metrics_file = path / run_files.METRICS
         self.private_metrics_file = path / run_files.PRIVATE_METRICS
         self.held_out_file = path / run_files.HELD_OUT
+        self.remarks_file = path / run_files.REMARKS
         self.keys_file = path / run_files.KEYS
         self.data_file = path / run_files.DATA
         self._lock: IO[str] | None = None
@@ -63,6 +65,10 @@ class RunDirectory:
     def keys(self) -> Keys:
         """The run's secret keys, read once."""
         return Keys.load(self.keys_file)
+
+    def remark(self, remarks: Sequence[str]) -> None:
+        """Keeps what was noticed about single records, in private/."""
+        self.remarks_file.write_text("".join(f"{remark}\n" for remark in remarks))
 
     def has_secret_keys(self) -> bool:
         """Whether the keys came from the operating system, as the ledger's first line says."""

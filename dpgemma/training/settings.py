@@ -112,6 +112,12 @@ class Settings:
         "Share of units whose gradients shall not be clipped; given, the clip norm starts at `clip_norm` and adapts,"
         " under noise.",
     )
+    release: str = _setting(
+        choices.EXACT,
+        "How sums are noised: exact adds whole numbers on a grid, so that the guarantee holds for the released bits;"
+        " float32 rounds, which no proof covers, and is there for comparison.",
+        choices.RELEASES,
+    )
     optimizer: str = _setting("adamw", "Optimizer.", choices.OPTIMIZERS)
     learning_rate: float = _setting(8e-3, "Peak learning rate.")
     warmup_steps: int = _setting(10, "Updates of linear warm-up.")

@@ -63,7 +63,15 @@ class TrainState:
 
 
 def sharded_clipped_sum(
-    loss: Loss, trainable: Any, frozen: Any, batch: Batch, clip: Clip, how: Strategy, mesh: Mesh, norm: Any = None
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    clip: Clip,
+    how: Strategy,
+    mesh: Mesh,
+    norm: Any = None,
+    steps: Any = None,
 ) -> ClippedSum:
     """clipped_sum over a batch whose slots are spread over the devices, each unit on exactly one of them.
 
@@ -72,24 +80,26 @@ def sharded_clipped_sum(
     Args:
       loss: loss(trainable, frozen, unit) -> scalar, of one unit alone.
       norm: the current clip norm where it adapts.
+      steps: of a grid, as clipped_sum takes them.
     """
     shared: Any = place.SHARED
     spread: Any = place.SPREAD
     count = shared if clip.adapts else None
-    out_specs = ClippedSum(shared, PrivateStats(spread, spread), sensitivity=clip.sensitivity, count=count)
+    on_grid = None if steps is None else shared
+    out_specs = ClippedSum(shared, PrivateStats(spread, spread), clip.sensitivity, count=count, steps=on_grid)
     # A clip norm that adapts is an array like the others; a constant one stays a number, because the sensitivity is
     # made of it.
-    current = [] if norm is None else [norm]
-    in_specs = (place.SHARED, place.SHARED, place.SPREAD, *(place.SHARED for _ in current))
+    current = {name: x for name, x in (("norm", norm), ("steps", steps)) if x is not None}
+    in_specs = (place.SHARED, place.SHARED, place.SPREAD, place.SHARED)
 
-    def on_one_device(trainable: Any, frozen: Any, batch: Batch, *current: Any) -> ClippedSum:
+    def on_one_device(trainable: Any, frozen: Any, batch: Batch, current: dict[str, Any]) -> ClippedSum:
         def of_unit(trainable: Any, unit: Unit) -> jax.Array:
             return loss(trainable, frozen, unit)
 
-        local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, norm=current[0] if current else None)
+        local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, **current)
         return clipping.sum_over_devices(local, DATA_AXIS)
 
-    return place.on_each_device(mesh, on_one_device, in_specs, out_specs)(trainable, frozen, batch, *current)
+    return place.on_each_device(mesh, on_one_device, in_specs, out_specs)(trainable, frozen, batch, current)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +145,8 @@ def make_train_step(
     def dp_train_step(
         state: TrainState, frozen: Any, batch: Batch, noise_keys: Any, noise_multiplier: Any
     ) -> tuple[TrainState, PrivateStats]:
-        clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm)
+        steps = noiser.steps(noise_multiplier)
+        clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps)
         noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier)
         mean = divide(noised, mechanism.expected_batch_size)
         if clip.adapts and clip.scaling == CLIP:

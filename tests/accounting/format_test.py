@@ -23,12 +23,25 @@ def test_a_ledger_without_a_format_is_of_the_first_and_means_what_it_meant():
     before, after = executed.of(old), executed.of(new)
     assert before.planned == after.planned and before.mechanisms == after.mechanisms
     # Facts that the first format did not have are those of plain clipping to a constant norm.
-    for name in ("clip_scaling", "clip_quantile"):
+    for name in ("clip_scaling", "clip_quantile", "grid_bits"):
         old[0].pop(name, None)
-    assert executed.of(old).planned.clip.sensitivity == before.planned.clip_norm
+    first = executed.of(old)
+    assert first.planned.clip.sensitivity == before.planned.clip_norm
+    # Their sums were floats, of which their reports said nothing; an audit expects what was written.
+    assert not first.planned.noise.is_exact and first.deviations == []
 
 
-@pytest.mark.parametrize("version", [0, 3, -1, "2", 2.5, None])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_ledger_of_this_format_says_whether_its_release_is_exact(version):
+    lines = records()
+    lines[0]["format"] = events.FORMAT
+    del lines[0]["grid_bits"]
+    with pytest.raises(InputError, match="grid_bits"):
+        executed.of(lines)
+    assert executed.of([{**lines[0], "format": version}, *lines[1:]]).steps == 100
+
+
+@pytest.mark.parametrize("version", [0, 4, -1, "2", 2.5, None])
 def test_a_ledger_of_another_format_is_refused_in_one_sentence(version):
     with pytest.raises(InputError, match="format"):
         executed.of([{**records()[0], "format": version}, *records()[1:]])

@@ -19,6 +19,7 @@ FACTS = dict(
     max_batch_size=None,
     noise_multiplier=1.0,
     clip_norm=1.0,
+    grid_bits=20,
     steps=100,
     neighbouring_relation="zero_out",
     sampler="poisson",
@@ -111,6 +112,8 @@ def test_steps_that_differ_from_the_declaration_are_accounted_as_executed():
     assert not done.is_as_planned and any("differ from the declared" in line for line in done.deviations)
     assert Accountant(done.mechanisms).epsilon(1e-5).lower > Accountant(done.planned).epsilon(1e-5).upper
     assert executed.of(records()).deviations == []
+    (said,) = executed.of(records(grid_bits=None)).deviations
+    assert said.startswith("sums and noise are float32 numbers")
     assert not executed.of(records(steps=101)).is_as_planned
 
 

@@ -1,8 +1,8 @@
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -31,9 +31,10 @@ def test_help_answers_at_once_without_jax(command):
     )
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of processors, whatever else they do meanwhile
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
     assert min(seconds) < 0.6
     assert "--workdir" in done.stdout or "--epsilon" in done.stdout

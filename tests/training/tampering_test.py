@@ -275,3 +275,14 @@ def test_random_single_byte_edits_never_pass(edits, workdir, summaries):
         assert not result.consistent, (name, place, original[place - 10 : place + 10], edited[place - 10 : place + 10])
         (workdir / name).write_bytes(original)
     assert audit(workdir, summaries).consistent
+
+
+def test_a_deposited_head_must_lie_on_the_chain(workdir, summaries):
+    """Heads move on as lines follow; a chain that was rewritten, or cut before a deposited head, does not have it."""
+    lines = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert audit(workdir, summaries, head=line["hash"]).consistent
+    (finding,) = audit(workdir, summaries, head="ab" * 32).findings
+    assert finding.kind == "head_missing"
+    other_runs_ledger(workdir)
+    assert "head_missing" in {f.kind for f in audit(workdir, summaries, head=lines[-1]["hash"]).findings}
