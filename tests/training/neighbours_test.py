@@ -11,7 +11,7 @@ from dpgemma.training.settings import Settings
 
 KEYS = Keys(*(secrets.token_bytes(32) for _ in range(5)))
 # Hashes, names at random and the progress bar, which follows the clock, differ between any two runs.
-_CHANCE = re.compile(r"[0-9a-f]{32,}|\r[^\r\n]*|run_[abc]")
+_CHANCE = re.compile(r"[0-9a-f]{32,}|(?:\r[^\r\n]*)+|run_[abc]")
 
 
 def trained(folder, name, records):
