@@ -3,6 +3,8 @@
 import importlib.util
 import pathlib
 
+import pytest
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
@@ -22,6 +24,7 @@ def test_a_loss_of_ones_own_is_learned_under_a_budget():
     assert distance < 0.1 and 1 < epsilon < 5
 
 
+@pytest.mark.slow
 def test_a_run_from_python(tmp_path, capsys):
     text = tmp_path / "notes.txt"
     text.write_text("".join(f"The patient {i} came on day {i * 7}. " for i in range(400)))

@@ -1,10 +1,13 @@
 """The secret keys of a run: what they are for, where they come from, how they are kept."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import secrets
+from collections.abc import Mapping
+from typing import Any
 
 from accounting.errors import InputError
 
@@ -28,6 +31,29 @@ class Keys:
     holdout: bytes = dataclasses.field(repr=False)
     fingerprint: bytes = dataclasses.field(repr=False)
     ledger: bytes = dataclasses.field(repr=False)
+
+    def bound(self, circumstances: Mapping[str, Any]) -> "Keys":
+        """The keys with which batches are drawn and noise is added under certain circumstances.
+
+        Formal guarantee: what is released under other circumstances has other, independent noise (as far as keyed
+        BLAKE2b is a pseudorandom function), so it cannot be subtracted from this; under equal ones it is equal. Tested
+        by tests/privacy/keys_test.py::test_other_circumstances_have_independent_keys.
+
+        >>> keys = Keys.generate()
+        >>> keys.bound({"numpy": "2.4.0"}) == keys.bound({"numpy": "2.4.0"})
+        True
+        >>> keys.bound({"numpy": "2.4.0"}).noise == keys.bound({"numpy": "2.4.1"}).noise
+        False
+
+        Args:
+          circumstances: everything that decides the bits of a step, as JSON can hold it.
+        """
+        text = json.dumps(circumstances, sort_keys=True, separators=(",", ":")).encode()
+
+        def of(secret: bytes) -> bytes:
+            return hashlib.blake2b(text, key=secret, digest_size=_BYTES, person=b"dpgemma bound").digest()
+
+        return dataclasses.replace(self, sampling=of(self.sampling), noise=of(self.noise))
 
     @classmethod
     def generate(cls) -> "Keys":

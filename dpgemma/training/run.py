@@ -70,6 +70,31 @@ class RunDirectory:
         """Keeps what was noticed about single records, in private/."""
         self.remarks_file.write_text("".join(f"{remark}\n" for remark in remarks))
 
+    def step_keys(self, start: dict[str, Any], environment: str) -> Keys:
+        """The keys of batches and noise: secret ones are bound to the run, its data, and what decides a step's bits.
+
+        So a copy of the run, or an older backup, that goes on with other code or on another processor adds other noise,
+        and the two cannot be subtracted from each other. Public keys are for studies that can be repeated anywhere, and
+        stay as they are.
+
+        Args:
+          start: the ledger's start event.
+          environment: training.environment.description().
+        """
+        if not start["secret_keys"]:
+            return self.keys
+        config = self.config()
+        return self.keys.bound(
+            {
+                "start": {
+                    name: start[name] for name in sorted(start) if name not in ("n", "hash", "mac", "environment")
+                },
+                "settings": {name: run_files.encode(config[name]) for name in config if name not in OPERATIONAL},
+                "data": json.loads(self.data_file.read_text())["fingerprint"],
+                "environment": environment,
+            }
+        )
+
     def has_secret_keys(self) -> bool:
         """Whether the keys came from the operating system, as the ledger's first line says."""
         with contextlib.closing(self.open_ledger()) as ledger:

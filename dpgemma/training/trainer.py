@@ -153,7 +153,11 @@ class Trainer:
         ledger: Ledger,
         stop: Callable[[], bool],
     ) -> tuple[int, TrainState]:
-        plan, mechanism, keys = self.plan, self.mechanism, self.run.keys
+        plan, mechanism, keys = (
+            self.plan,
+            self.mechanism,
+            self.run.step_keys(ledger.records[0], environment.description()),
+        )
         if first == mechanism.steps or stop():
             return first, state
         sampler = sampler_of(mechanism.sampling)

@@ -145,7 +145,7 @@ def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(clipping="ghost", microbatch_size=2),
+        pytest.param(dict(clipping="ghost", microbatch_size=2), marks=pytest.mark.slow),
         pytest.param(
             dict(clipping="per_layer", clip_thresholds="dimension", clip_scaling="automatic"), marks=pytest.mark.slow
         ),

@@ -1,6 +1,7 @@
 """Whole runs through the command line, in processes of their own: resumption, crashes, signals, damage, secrets."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -22,7 +24,9 @@ from dpgemma.training import environment
 from dpgemma.training.observers import Silent
 from dpgemma.training.prepare import prepare, prepare_with_public_keys
 from dpgemma.training.settings import Settings
-from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, flags, run, wait_for
+from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, flags, run, step_secrets, wait_for
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def final_parameters(workdir):
@@ -72,10 +76,10 @@ def test_pitfall_1_batches_are_the_accounted_samplers(finished):
     from dpgemma.privacy.samplers import PoissonSampler
 
     workdir, _ = finished
-    report, keys = (json.loads((workdir / name).read_text()) for name in ("report.json", "private/keys.json"))
+    report, key = json.loads((workdir / "report.json").read_text()), step_secrets(workdir)["sampling"]
     sampler = PoissonSampler(report["num_units"], report["sampling_probability"], report["max_batch_size"])
     drawn = [json.loads(line)["units"] for line in (workdir / "private/metrics.jsonl").read_text().splitlines()]
-    assert drawn == [len(sampler.draw(bytes.fromhex(keys["sampling"]), t)) for t in range(6)]
+    assert drawn == [len(sampler.draw(key, t)) for t in range(6)]
     for record in step_records(workdir):
         assert {name: record[name] for name in ("sampling_probability", "noise_multiplier", "max_batch_size")} == {
             name: report[name] for name in ("sampling_probability", "noise_multiplier", "max_batch_size")
@@ -122,7 +126,7 @@ def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
     assert (workdir / "ledger.jsonl").read_text() == (finished[0] / "ledger.jsonl").read_text()
 
 
-@pytest.mark.parametrize("kills, steps", [(3, 24), pytest.param(20, 120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, steps", [(2, 16), pytest.param(20, 120, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, tmp_path):
     """Start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
     rng = random.Random(7)
@@ -413,9 +417,38 @@ def test_flags_of_the_compiler_are_part_of_the_environment(monkeypatch):
         monkeypatch.setenv("XLA_FLAGS", flags)
         return environment.description()
 
-    plain = described("")
-    assert described("--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=4") == plain
-    assert described("--xla_cpu_enable_fast_math=true") == f"{plain}, --xla_cpu_enable_fast_math=true"
+    plain, _, code = described("").rpartition("; code ")
+    assert described("--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=4") == f"{plain}; code {code}"
+    assert described("--xla_cpu_enable_fast_math=true") == f"{plain}, --xla_cpu_enable_fast_math=true; code {code}"
+    # The last of two equal flags holds.
+    on, off = f"{environment.DETERMINISTIC_SUMS}", environment.DETERMINISTIC_SUMS.replace("true", "false")
+    assert described(f"{on} {off}") != described(f"{off} {on}")
+    assert environment.is_deterministic(described(f"{off} {on}"), "gpu")
+    assert not environment.is_deterministic(described(f"{on} {off}"), "gpu")
+
+
+def test_code_and_versions_are_part_of_the_environment(tmp_path):
+    """An edited module, or compilation switched off, is another environment; it is asked in processes of their own."""
+
+    def described(place, **variables):
+        code = "from dpgemma.training import environment; print(environment.description())"
+        variables = {**ENVIRONMENT, "PYTHONPATH": str(place), "JAX_PLATFORMS": "cpu", **variables}
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=place)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for package in ("dpgemma", "accounting"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    original = described(tmp_path)
+    for version in ("jax", "jaxlib", "numpy", "optax", "flax", "ml_dtypes"):
+        assert f"{version} {importlib.metadata.version(version)}" in original
+    assert described(ROOT) == original and described(ROOT, JAX_DISABLE_JIT="1") != original
+    for edited in ("dpgemma/gemma/blocks/layers.py", "accounting/mechanism/grid.py"):
+        content = (tmp_path / edited).read_bytes()
+        (tmp_path / edited).write_bytes(content + b"\n")
+        assert described(tmp_path) != original
+        (tmp_path / edited).write_bytes(content)
+    assert described(tmp_path) == original
 
 
 def test_baseline_is_labelled(text, tmp_path):

@@ -1,7 +1,9 @@
 """Runs of the real program in processes of their own, for tests."""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -48,3 +50,22 @@ def wait_for(condition, process, seconds=120):
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def step_secrets(workdir):
+    """What batches and noise of a run are made from, by name: its secret keys under its circumstances, written out."""
+    records = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
+    config, keys, data = (
+        json.loads((workdir / name).read_text()) for name in ("config.json", "private/keys.json", "private/data.json")
+    )
+    circumstances = {
+        "data": data["fingerprint"],
+        "environment": [record["environment"] for record in records if "environment" in record][-1],
+        "settings": {k: v for k, v in config.items() if k not in ("checkpoint_every", "keep_checkpoints")},
+        "start": {k: v for k, v in records[0].items() if k not in ("n", "hash", "environment")},
+    }
+    text = json.dumps(circumstances, sort_keys=True, separators=(",", ":")).encode()
+    return {
+        name: hashlib.blake2b(text, key=bytes.fromhex(keys[name]), digest_size=32, person=b"dpgemma bound").digest()
+        for name in ("sampling", "noise")
+    }

@@ -1,0 +1,117 @@
+"""A whole run computed again from its keys, its data and its ledger, in NumPy: batches, sums, noise, AdamW.
+
+Of the program this uses readers, tokenizer, the model's loss and the sampler, each of which is tested against something
+else; hold-out, keys, clipping, grid, noise, divisor and optimizer are written out here.
+"""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpgemma.data.text import tokenizer, units
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.privacy import integer_noise, keystream
+from dpgemma.privacy.samplers import PoissonSampler
+from dpgemma.training import checkpoint
+from tests import objectives
+from tests.training import runs
+
+MODEL, LENGTH, STEPS = "ladder_20k", 16, 3
+PEAK, WARM_UP = 8e-3, 10
+
+
+def threefry(key, counter):
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011), on arrays of uint32."""
+    k0, k1 = (np.uint32(int(k)) for k in key)
+    schedule = [k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)]
+    x0, x1 = counter[0] + schedule[0], counter[1] + schedule[1]
+    for four in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[four % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << np.uint32(turn) | x1 >> np.uint32(32 - turn)) ^ x0
+        x0, x1 = x0 + schedule[(four + 1) % 3], x1 + schedule[(four + 2) % 3] + np.uint32(four + 1)
+    return x0, x1
+
+
+def noise_of(secret, step, index, size, bits):
+    """The whole numbers that are added to array `index` of one step."""
+    keys = b"".join(
+        hashlib.blake2b(step.to_bytes(8, "little"), key=secret, digest_size=n, person=person).digest()
+        for n, person in ((32, b"dpgemma noise"), (8, b"dpgemma fill"))
+    )
+    place = np.arange(size, dtype=np.uint32)
+    chunk, place = place // 2**16, place % 2**16
+    words = []
+    for key in np.frombuffer(keys, "<u4").reshape(5, 2):
+        zero = np.zeros(1, np.uint32)
+        of_array = [int(x[0]) for x in threefry(key, (zero, zero + np.uint32(index)))]
+        words.append(threefry(of_array, (chunk, place)))
+    entries, low = (part.astype(np.int64) for part in integer_noise.table())
+    a, b = (w.astype(np.int64) for w in words[4])
+    fillings = (a % 2**16, a // 2**16, b % 2**16, b // 2**16)
+    total = np.full(size, -2 * (2**20 - 1))
+    for filling, (first, second) in zip(fillings, words[:4], strict=True):
+        first, second = first.astype(np.int64), second.astype(np.int64)
+        column, random = first // 2**22, first % 2**22 * 2**27 + second // 2**5
+        threshold = entries[column] // 2**10 * 2**27 + low[column]
+        j = np.where(random < threshold, column, entries[column] % 2**10) - 512
+        total += j * 2**20 + second % 2**4 * 2**16 + filling
+    return np.floor(total / 2.0 ** (26 - bits) + 0.5).astype(np.int64)
+
+
+@pytest.mark.parametrize("mesh, clip_norm", [pytest.param("data:1", 0.5, marks=pytest.mark.slow), ("data:2", 3.0)])
+def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, text, tmp_path):
+    assert len(jax.devices()) == 2  # asked before the run does, which would take as many as it needs
+    workdir = tmp_path / "run"
+    settings = dict(model=MODEL, sequence_length=LENGTH, mesh=mesh, clip_norm=clip_norm, noise_multiplier=0.7)
+    done = runs.call(*runs.flags(text, workdir, steps=STEPS, **settings))
+    assert done.returncode == 0, done.stderr
+    ledger = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
+    start, keys = ledger[0], json.loads((workdir / "private/keys.json").read_text())
+    assert start["clip_norm"] == clip_norm and start["expected_batch_size"] == 12
+
+    _, rows = units.read("sequence", str(text), "text", tokenizer.ByteTokenizer(), LENGTH, PRESETS[MODEL].vocab_size)
+    # A unit is held out where the 64-bit hash of its number lies below a tenth of the range.
+    hashes = keystream.uniform_uint64(keystream.derive(bytes.fromhex(keys["holdout"]), "hold-out"), 0, rows.num_units)
+    training = [i for i, h in enumerate(hashes.tolist()) if h >= int(0.1 * 2**64)]
+    assert len(training) == start["num_units"]
+
+    loss = objectives.row_loss(PRESETS[MODEL], length=LENGTH)
+    gradient = jax.jit(jax.grad(lambda p, row: loss(p, {}, row)))
+    trainable, _ = objectives.causal(PRESETS[MODEL], length=LENGTH).init(0)
+    leaves, structure = jax.tree.flatten(trainable)
+    values = [np.asarray(leaf, np.float64) for leaf in leaves]
+    first, second = ([np.zeros(v.shape) for v in values] for _ in range(2))
+
+    secrets, bits = runs.step_secrets(workdir), start["grid_bits"]
+    grid_steps = 2.0**bits * (1 - 2.0**-11) / 0.7
+    sampler = PoissonSampler(len(training), 12 / len(training), 48)
+    for t in range(STEPS):
+        params = jax.tree.unflatten(structure, [jnp.asarray(v, jnp.float32) for v in values])
+        sums = [np.zeros(v.shape, np.int64) for v in values]
+        for unit in sampler.draw(secrets["sampling"], t):
+            row = {name: column[training[unit]] for name, column in rows.columns.items()}
+            whole = [np.asarray(g, np.float64) for g in jax.tree.leaves(gradient(params, row))]
+            norm = np.sqrt(sum((g**2).sum() for g in whole))
+            factor = min(1, clip_norm / norm) * grid_steps / clip_norm
+            sums = [s + np.trunc(g * factor).astype(np.int64) for s, g in zip(sums, whole, strict=True)]
+        rate = PEAK / (WARM_UP + 1) * (1 + t)
+        for i, total in enumerate(sums):
+            noised = total + noise_of(secrets["noise"], t, i, total.size, bits).reshape(total.shape)
+            mean = noised * clip_norm / grid_steps / 12
+            first[i] = 0.9 * first[i] + 0.1 * mean
+            second[i] = 0.95 * second[i] + 0.05 * mean**2
+            hat = np.sqrt(second[i] / (1 - 0.95 ** (t + 1))) + 1e-8
+            values[i] = values[i] - rate * first[i] / (1 - 0.9 ** (t + 1)) / hat
+
+    step, stored, _ = checkpoint.latest_parameters(workdir / "checkpoints")
+    assert step == STEPS
+    moved = 0.0
+    for value, before, leaf in zip(values, leaves, jax.tree.leaves(stored), strict=True):
+        np.testing.assert_allclose(np.asarray(leaf), value, atol=3e-6)
+        moved = max(moved, float(np.abs(value - before).max()))
+    assert moved > 1e-3, "the tolerance is small beside what three steps move"
