@@ -4,9 +4,11 @@ computed.
     python -m tests.frozen_runs [--tree=FOLDER] --out=FILE      runs the six and writes their digests
     python -m tests.frozen_runs --compare FILE FILE             exit code 1, and the names, where they differ
 
-Each run is the program itself in a process of its own, with keys that are a function of a counter. A digest covers the
-parameters of the last checkpoint and the facts of all step lines of the ledger. Digests of different processors, or of
-different versions of jax, may differ.
+Each run is the program itself in a process of its own, with keys that are a function of a counter, and with a constant
+in place of the environment's description, which names the source code and would give every tree other noise. A digest
+covers the parameters of the last checkpoint and the facts of all step lines of the ledger. Digests of different
+processors, or of different versions of jax, may differ; so do those of a tree with another setting or fact, to which
+noise is bound as well.
 """
 
 import argparse
@@ -19,13 +21,15 @@ import subprocess
 import sys
 import tempfile
 
-# Keys that a program of any age draws through `secrets` are these; nothing else of the program is changed.
+# Keys that a program of any age draws through `secrets` are these; of the rest only the environment's name is changed.
 _PROGRAM = """
 import hashlib, itertools, secrets, sys
 counter = itertools.count()
 secrets.token_bytes = lambda size=32: hashlib.sha256(b"%d" % next(counter)).digest()[:size]
 secrets.token_hex = lambda size=32: secrets.token_bytes(size).hex()
 from dpgemma.cli import main
+from dpgemma.training import environment
+environment.description = lambda: "frozen"
 sys.exit(main(sys.argv[1:]))
 """
 _COMMON = dict(
