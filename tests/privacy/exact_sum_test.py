@@ -104,6 +104,25 @@ def test_random_neighbours_are_no_further_apart_than_the_sensitivity():
     assert 0.99 * STEPS < furthest <= STEPS
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if way[1] <= 8], ids=lambda way: f"{way[0]}-{way[1]}")
+@pytest.mark.parametrize("scaling", ["clip", "normalise", "automatic"])
+def test_a_coarse_grid_lengthens_no_gradient(way, scaling):
+    """With 30 steps to the sensitivity, rounding to the nearest point would lengthen gradients by up to a tenth."""
+    rng, clip = np.random.default_rng(0), Clip(1.0 if scaling == "automatic" else 0.4, scaling)
+
+    @jax.jit
+    def of_one(row):
+        rows = jnp.zeros((8, WIDTH)).at[0].set(row)
+        batch = Batch.of_rows({"x": rows}, np.arange(8) < 1)
+        return clipping.clipped_sum(loss, jnp.zeros((WIDTH, 1)), batch, clip, Strategy(*way), steps=30.0).total
+
+    norms = []
+    for _ in range(200):
+        row = rng.standard_normal(WIDTH) * rng.exponential(size=WIDTH) * 10 ** rng.uniform(-1, 3)
+        norms.append(np.linalg.norm(np.asarray(of_one(row.astype(np.float32)), float)))
+    assert 28 < max(norms) <= 30
+
+
 def test_a_sum_is_the_same_modulo_2_to_the_32_where_it_wraps_around():
     size = 4096
     rows = np.full((size, WIDTH), 1.0, np.float32)
