@@ -77,6 +77,7 @@ def resolve(
       InputError: a combination that cannot be trained or has no guarantee.
     """
     num_units, target = check(settings, counted_units), settings.epsilon
+    _check_delta(settings)
     given_noise = settings.noise_multiplier
     # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
     # costs less at a smaller one.
@@ -125,6 +126,18 @@ def resolve(
         settings.checkpoint_every,
         settings.keep_checkpoints,
     )
+
+
+def _check_delta(settings: Settings) -> None:
+    """Refuses a delta that the ends of the noise's law would take a part of."""
+    if settings.release != EXACT or not math.isfinite(settings.epsilon):
+        return
+    least = 10 * grid.tail_delta(settings.steps, settings.epsilon)
+    if settings.delta < least:
+        raise InputError(
+            f"`delta`={settings.delta:g} is smaller than what the noise can hide in {settings.steps} steps at epsilon"
+            f" {settings.epsilon:g}: use at least {least:.1e}"
+        )
 
 
 def _on_fitting_grid(mechanism: Mechanism, trained: int) -> Mechanism:

@@ -85,6 +85,7 @@ BAD_TRAINING = {
     "fraction of a step": (["--steps=1.5"], "not a whole number"),
     "no steps": (["--steps=0"], "at least 1"),
     "delta": (["--delta=0"], "--delta"),
+    "delta below the noise": (["--delta=1e-25"], "smaller than what the noise can hide in"),
     "negative epsilon": (["--epsilon=-1"], "--epsilon"),
     "tiny clip norm": (["--clip_norm=1e-9"], "at least 1e-06"),
     "zero clip norm": (["--clip_norm=0"], "clip"),
