@@ -119,6 +119,7 @@ def test_the_same_command_again_executes_nothing(finished, monkeypatch):
     assert (state(out / "runs"), (out / "results.csv").read_bytes(), state(out)[out / "grid.json"]) == before
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_repeats_nothing_that_was_done(finished, tmp_path):
     config, whole, _ = finished
     out = tmp_path / "out"

@@ -37,6 +37,7 @@ def test_pitfall_13_noise_is_gaussian_to_the_tails():
     assert len(np.unique(samples[:4_000_000].astype(np.float32))) > 2**20
 
 
+@pytest.mark.slow
 def test_noise_reaches_beyond_a_single_float32_normal():
     # One float32 normal ends near 5.4; the sum of four can reach twice that. Probability of failing is below 1e-6.
     largest = max(

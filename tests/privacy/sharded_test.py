@@ -91,7 +91,8 @@ def compare(strategy: str) -> dict:
     return differences
 
 
-@pytest.mark.parametrize("strategy", ["ghost", pytest.param("per_layer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ghost", "per_layer"])
 def test_sharded_parameters_give_the_sums_of_whole_ones(strategy):
     # In a process of its own, because the number of CPU devices is fixed once.
     code = (
