@@ -9,8 +9,10 @@ Formal guarantee: for every vector of whole numbers d, telling N from N + d, coo
 easier than telling a Gaussian of standard deviation s = 2^26 (1 - accounting.mechanism.grid.SHORTFALL) from itself
 shifted by |d|, but for an event of probability TAIL in each coordinate. Reason: between -11.5 s and 11.5 s the law F is
 log-concave, so the best test of one coordinate is a threshold, and Phi^-1(F(t)) grows by at most 1/s from a point to
-the next, so no threshold does better than against the Gaussian; coordinates compose as Gaussians do (Dong, Roth and Su
-2022, arXiv 1905.02383, corollary 3.3). Assumed: Threefry-2x32 under five keys of 64 bits is as good as random words.
+the next, so no threshold does better than against the Gaussian; further out it is compared with the law that goes on,
+from a point where the growth rises, with the growth that it has there, and is log-concave too; coordinates compose as
+Gaussians do (Dong, Roth and Su 2022, arXiv 1905.02383, corollary 3.3). Assumed: Threefry-2x32 under five
+keys of 64 bits is as good as random words.
 Tested by tests/privacy/integer_noise_test.py::test_the_law_hides_every_shift_as_a_gaussian_does, from the exact
 probabilities, and ::test_the_sampler_follows_the_law.
 """
@@ -26,8 +28,7 @@ from jax.extend.random import threefry_2x32
 
 from accounting.mechanism.grid import LAW_BITS
 
-DRAWS = 4
-KEYS = DRAWS + 1  # one for each draw, and one for the fillings
+DRAWS = 4  # each under a key of its own; a fifth key is for the fillings
 
 TABLE_DEVIATION = 32
 COLUMNS = 1024
@@ -81,7 +82,7 @@ def draw(key_data: Any, first: Any, count: int) -> jax.Array:
     """int32 [count]: the noise of the coordinates (first, 0) ... (first, count - 1) of one array.
 
     Args:
-      key_data: uint32 [KEYS, 2].
+      key_data: uint32 [DRAWS + 1, 2].
       first: uint32; with the place it makes the 64-bit counter of a coordinate.
     """
     counter = jnp.concatenate([jnp.full(count, first, jnp.uint32), jax.lax.iota(jnp.uint32, count)])
@@ -117,7 +118,7 @@ def add(total: jax.Array, key_data: Any, index: int, bits: int) -> jax.Array:
     Coarser noise than the finest is the finest, rounded to the coarser grid.
 
     Args:
-      key_data: uint32 [KEYS, 2], of noise.noise_keys.
+      key_data: uint32 [DRAWS + 1, 2], of noise.noise_keys.
       index: of the array among those that share the keys.
     """
     keys = jax.vmap(lambda data: _fold(data, index))(jnp.asarray(key_data))

@@ -29,8 +29,7 @@ from accounting.mechanism import grid
 from accounting.mechanism.clip import COUNT_SENSITIVITY
 from dpgemma.privacy import integer_noise
 from dpgemma.privacy.clipping import ClippedSum
-
-DRAWS = 4
+from dpgemma.privacy.integer_noise import DRAWS
 
 # Fineness of the noise on a count: 2^25 steps leave room for a million units.
 _COUNT_BITS = 25

@@ -1,7 +1,8 @@
 """What decides the last bits of a step, besides the run's settings: versions, source code, flags and devices.
 
-A step that is executed again must give the very same sums: its noise is the same, so two results that are rounded
-differently would differ by something that has no noise on it.
+A step that is executed again must give the very same bits. With equal noise on sums that are rounded differently, two
+results would differ by something that has no noise on it; with other noise, a step would be released twice and charged
+once.
 """
 
 import functools
@@ -99,8 +100,9 @@ def is_deterministic(here: str, platform: str) -> bool:
 def check_repeats(records: list[dict[str, Any]], step: int, here: str, platform: str) -> None:
     """Refuses to execute steps again elsewhere than where they were executed first, or where sums have no fixed order.
 
-    Formal guarantee: whatever is lost and executed again, no two different sums are ever released with the same noise,
-    because a step is repeated only in the environment in which its bits are the same. Tested by
+    Formal guarantee: whatever is lost and executed again in the run's folder, no step releases a second time anything
+    but the bits that it released before, because it is repeated only in the environment in which they are the same.
+    Tested by
     tests/training/run_test.py::test_steps_are_repeated_in_their_own_environment_alone.
 
     Args:
@@ -120,9 +122,9 @@ def check_repeats(records: list[dict[str, Any]], step: int, here: str, platform:
             continue
         if there != here:
             raise InputError(
-                f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: its"
-                " noise would be the same and its rounding not; go on where it was executed, or start another run in a"
-                " new `workdir`"
+                f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: it"
+                " would release a second time, with other bits, what is charged once; go on where it was executed, or"
+                " start another run in a new `workdir`"
             )
         if not is_deterministic(here, platform):
             raise InputError(

@@ -224,9 +224,13 @@ def summary(plan: Plan, name: str, place: Any) -> str:
         f"epsilon {plan.epsilon:.4g} at delta {plan.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm"
         f" {m.clip_norm:g}"
     )
+    narrow = ""
+    if m.noise.is_exact and m.max_batch_size and m.noise.grid_bits:
+        room = grid.largest_mean(m.noise.grid_bits, m.gradient_noise_multiplier, m.max_batch_size)
+        narrow = f"; a number whose mean gradient exceeds {room:.2g} clip norms wraps around" if room < 1 else ""
     size = f"{m.num_units} units, batch {m.expected_batch_size} (at most {m.max_batch_size}), {m.steps} steps"
     if not m.is_private:
         privacy = "NO PRIVACY (baseline)"
     elif math.isinf(plan.epsilon):
         privacy = f"NO PRIVACY CLAIMED, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
-    return f"{name} in {place}: {size}, {privacy}"
+    return f"{name} in {place}: {size}, {privacy}{narrow}"

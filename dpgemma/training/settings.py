@@ -123,9 +123,7 @@ class Settings:
     warmup_steps: int = _setting(10, "Updates of linear warm-up.")
     schedule: str = _setting("cosine", "Decay after warm-up, to a tenth of the peak.", choices.SCHEDULES)
     weight_decay: float = _setting(0.0, "Decoupled weight decay (adamw).")
-    dtype: str = _setting(
-        "float32", "Type of activations and matrix products; norms, sums and noise stay float32.", choices.DTYPES
-    )
+    dtype: str = _setting("float32", "Type of activations and matrix products; norms stay float32.", choices.DTYPES)
     remat: str = _setting(
         "none",
         "What the backward pass recomputes: none keeps activations, block recomputes each block, dots all but products"

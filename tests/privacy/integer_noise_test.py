@@ -116,6 +116,10 @@ def test_the_law_hides_every_shift_as_a_gaussian_does():
         z = -special.ndtri_exp(np.log(tails))
     growth = np.array(probabilities) / stats.norm.pdf(z)
     assert z.max() > 11.5 and (growth <= 1 / s).all()
+    # Beyond 11.5 there is a point where the growth rises: a law that goes on from there with the growth that it has is
+    # log-concave as well.
+    order = np.argsort(z)
+    assert (np.diff(growth[order]) > 0)[z[order][1:] > 11.5].any()
     # Nor is the noise needlessly large: to 10 standard deviations the Gaussian of 2^26 is hardly exceeded.
     assert growth[z < 10].min() * 2.0**grid.LAW_BITS > 1 - 1e-4
     assert 2 * stats.norm.sf(11.5) < grid.TAIL

@@ -14,6 +14,8 @@ from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy import clipping, noise
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.training.optimizer import Optimization
+from dpgemma.training.plan import Plan, summary
 from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum
 from tests import objectives as loss_lib
 
@@ -196,3 +198,13 @@ def test_pitfall_23_the_compiled_step_holds_no_private_constant():
     batches = [Batch.of_rows(batch, np.ones(8, bool)), Batch.of_rows(other, np.arange(8) < 2)]
     texts = {step.lower(state, {}, b, KEYS).as_text() for b in batches}
     assert len(texts) == 1
+
+
+def test_a_plan_says_from_where_on_a_number_wraps_around():
+    """A batch of 500,000 on a grid that is fine enough for 10^9 parameters: 512 clip norms, of which the noise has 16."""
+    optimization = Optimization("adamw", 1e-3, 0, "constant", 0.0, 10)
+    for noise_multiplier, cap, bits, said in ((1.0, 500_000, 22, "exceeds 0.00099 clip norms"), (1.0, 700, 21, None)):
+        mechanism = dp_sgd(10**7, cap - 100, cap, noise_multiplier, 1.0, 10, grid_bits=bits)
+        plan = Plan(mechanism, 2.0, 1e-8, Strategy(), optimization, "data:1", 0, 1, 1)
+        text = summary(plan, "model", "here")
+        assert said in text if said else "wraps" not in text, text
