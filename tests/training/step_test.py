@@ -201,7 +201,7 @@ def test_pitfall_23_the_compiled_step_holds_no_private_constant():
 
 
 def test_a_plan_says_from_where_on_a_number_wraps_around():
-    """A batch of 500,000 on a grid that is fine enough for 10^9 parameters: 512 clip norms, of which the noise has 16."""
+    """A batch of 500,000 on a grid for 10^9 parameters: it holds 512 clip norms, of which 16 are for the noise."""
     optimization = Optimization("adamw", 1e-3, 0, "constant", 0.0, 10)
     for noise_multiplier, cap, bits, said in ((1.0, 500_000, 22, "exceeds 0.00099 clip norms"), (1.0, 700, 21, None)):
         mechanism = dp_sgd(10**7, cap - 100, cap, noise_multiplier, 1.0, 10, grid_bits=bits)
