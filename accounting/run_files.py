@@ -21,6 +21,7 @@ DATA = f"{PRIVATE}/data.json"  # the keyed fingerprint of the data, and how the 
 LOCK = f"{PRIVATE}/lock"
 PRIVATE_METRICS = f"{PRIVATE}/metrics.jsonl"  # raw losses and norms
 REMARKS = f"{PRIVATE}/remarks.txt"  # what was noticed about single records
+DAMAGED = f"{PRIVATE}/damaged"  # checkpoints that could not be used
 HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units
 
 PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS)
@@ -62,6 +63,16 @@ def file_digest(path: pathlib.Path) -> str:
     """SHA-256 of a file that may be large."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: pathlib.Path) -> str:
+    """SHA-256 of the names and contents of all files of a folder; a link counts by where it points."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        if path.is_symlink() or not path.is_dir():
+            content = f"link {path.readlink()}" if path.is_symlink() else file_digest(path)
+            total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()
 
 
 def write(path: pathlib.Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """What it costs to choose: several runs on the same data, or the best of a random number of trials."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ from accounting import rounding, run_files, support
 from accounting.accountant import smallest_epsilon
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger
+from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
-from accounting.ledger.executed import Executed
+from accounting.ledger.executed import Executed, mechanisms_of
+from accounting.ledger.history import Lineage
 from accounting.loss_distribution.truncation import additive_delta, displacement_delta
 from accounting.mechanism import Mechanism
 from accounting.mechanism import bounds as proofs
@@ -25,11 +28,13 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
     """What the ledgers of several runs prove; finished or not, every executed step counts.
 
     Raises:
-      InputError: a folder without a sound ledger, a run whose noise was no secret, the same run twice, or runs whose
+      InputError: a folder without a sound ledger, a folder given twice, a run whose noise was no secret, or runs whose
         guarantees speak of different things.
     """
-    found = {}
+    found: dict[pathlib.Path, Executed] = {}
     for folder in folders:
+        if folder.resolve() in {other.resolve() for other in found}:
+            raise InputError(f"{folder} is given twice: it counts once")
         path = folder / run_files.LEDGER
         if not path.is_file():
             raise InputError(f"{folder} is no run directory: it has no {run_files.LEDGER}")
@@ -50,9 +55,44 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
         values = {str(_compared(run, what)) for run in found.values()}
         if len(values) > 1:
             raise InputError(f"the runs differ in {what} ({', '.join(sorted(values))}): their guarantees do not add up")
-    if len({run.declared.get("run_id") for run in found.values()}) < len(folders):
-        raise InputError("a run is given twice: it counts once")
+    _check_copies(found)
     return found
+
+
+def _check_copies(found: dict[pathlib.Path, Executed]) -> None:
+    """Copies of one run add up only if what they share and what they do not can be told apart.
+
+    Raises:
+      InputError: ledgers of one name that cannot be copies of one run, or copies whose noise was not bound to places.
+    """
+    for (a, one), (b, other) in itertools.combinations(found.items(), 2):
+        if one.declared["run_id"] != other.declared["run_id"]:
+            continue
+        if one.declared != other.declared:
+            raise InputError(f"{a} and {b} claim to be one run and begin differently: one of their ledgers is forged")
+        shorter, longer = sorted((one, other), key=lambda run: run.steps)
+        if one.version < events.PLACES and shorter.events != longer.events[: len(shorter.events)]:
+            raise InputError(
+                f"{a} and {b} are copies of one run that went on separately, by a version whose copies had equal noise:"
+                " no epsilon holds for them together"
+            )
+
+
+def released(found: dict[pathlib.Path, Executed]) -> dict[pathlib.Path, tuple[Mechanism, ...]]:
+    """What each run adds to those before it: all of its steps, but for those that are the same releases.
+
+    Formal guarantee: the composition of all entries covers everything that the runs released together. Copies of a run
+    share the steps that were executed in the same places after the same steps, because these have equal bits; every
+    other step has noise of its own and counts. Tested by
+    tests/accounting/tuning_test.py::test_a_fork_costs_what_it_adds.
+    """
+    seen: set[tuple[str, int, Lineage]] = set()
+    parts = {}
+    for folder, run in found.items():
+        own = {(run.declared["run_id"], *execution): record for execution, record in run.history.executions.items()}
+        parts[folder] = mechanisms_of(run.planned, [record for key, record in own.items() if key not in seen])
+        seen |= own.keys()
+    return parts
 
 
 def _compared(run: Executed, what: str) -> Any:
@@ -73,10 +113,18 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
     if not math.isfinite(epsilon):
         return "NO PRIVACY: at least one of the runs is a non-private baseline, and together they have no guarantee."
     who = "This run is" if len(found) == 1 else f"All {len(found)} runs together are"
+    copies = len(found) - len({run.declared["run_id"] for run in found.values()})
+    shared = (
+        f" {copies} of them are copies of others: steps that they executed in the same places count once, all others"
+        " for themselves."
+        if copies
+        else ""
+    )
     return (
         f"{who} ({rounding.round_up(epsilon)}, {float(delta)!r})-differentially private with respect to one unit, which"
         f" is {words.unit_text(first.declared)}. Neighbouring data sets: {words.relation_text(first.planned)}. This"
         " covers every checkpoint of every run, and every choice between them that looks at nothing else of the data."
+        + shared
         + words.origin_text([run.declared for run in found.values()])
     )
 

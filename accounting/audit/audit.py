@@ -113,7 +113,7 @@ class _Audit:
 
     def _derive(self, executed: Executed) -> EpsilonBracket:
         claimed = executed.claims_privacy
-        if executed.is_as_planned:
+        if executed.is_as_planned and not executed.repeated_steps:
             return self._accountant(executed.planned, claimed=claimed).epsilon(executed.delta, executed.steps)
         return self._accountant(executed.mechanisms, claimed=claimed).epsilon(executed.delta)
 
@@ -166,14 +166,15 @@ class _Audit:
             self.findings += document_checks.metrics(content, lines, executed.steps)
         if not executed.finished:
             self.notices.append(
-                f"the run is unfinished: {executed.steps} of {executed.planned.steps} steps are recorded"
+                f"the run is unfinished: {executed.updates} of {executed.planned.steps} steps are recorded"
             )
+        self.notices += ledger_checks.places(executed)
 
     def _checkpoints(
         self, lines: list[ledger_lib.Line], executed: Executed, checkpoints: Sequence[dict[str, Any]]
     ) -> None:
         for stored in checkpoints:
-            self.findings += document_checks.checkpoint(stored, lines, executed.steps)
+            self.findings += document_checks.checkpoint(stored, lines, executed.updates)
         known = [event["step"] for event in executed.events if event["kind"] == events.CHECKPOINT]
         present = {stored["step"] for stored in checkpoints}
         # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next

@@ -13,6 +13,7 @@ from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
+from accounting.ledger.history import History
 from accounting.report.content import build
 
 # Computed numbers of a report: on another machine they may differ by a relative _TOLERANCE.
@@ -174,19 +175,36 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
             return
     if len(rows) > steps:
         yield Finding("steps_beyond_ledger", where, f"it has {len(rows)} steps, the ledger {steps}")
-    resumed = [(i, line.record["step"]) for i, line in enumerate(lines) if line.record["kind"] == events.RESUME]
-    for i, line in enumerate(lines):
-        if line.record["kind"] == events.CHECKPOINT:
-            step = line.record["step"]
-            if len(rows) < step and any(place > i and earlier < step for place, earlier in resumed):
-                continue  # this checkpoint was lost, and the run has not come so far again
-            if run_files.digest(b"".join(rows[:step])) != line.record["metrics_sha256"]:
-                yield Finding(
-                    "metrics_edited",
-                    where,
-                    f"its first {step} lines are not those that the ledger recorded at step {step}",
-                )
-                return
+    for step, digest, is_lost in _known_metrics(lines):
+        if is_lost and len(rows) < step:
+            continue  # this checkpoint was lost, and the run has not come so far again
+        if run_files.digest(b"".join(rows[:step])) != digest:
+            yield Finding(
+                "metrics_edited",
+                where,
+                f"its first {step} lines are not those that the ledger recorded at step {step}",
+            )
+            return
+
+
+def _known_metrics(lines: Sequence[Line]) -> list[tuple[int, str, bool]]:
+    """(step, SHA-256 of the metrics up to it, whether the run went on before it afterwards) of every checkpoint whose
+    steps were not executed elsewhere since; what those wrote was replaced.
+    """
+    history, found = History(), []
+    for line in lines:
+        record = line.record
+        history.add(record)
+        if record["kind"] == events.CHECKPOINT:
+            found.append((record, history.lineage, history.repeated, False))
+        elif record["kind"] == events.RESUME:
+            here = history.lineage, history.repeated
+            found = [
+                (event, lineage, repeated, lost or record["step"] < event["step"])
+                for event, lineage, repeated, lost in found
+                if event["step"] <= record["step"] or (lineage, repeated) == here
+            ]
+    return [(event["step"], event["metrics_sha256"], lost) for event, _, _, lost in found]
 
 
 def checkpoint(stored: dict[str, Any], lines: Sequence[Line], steps: int) -> Iterator[Finding]:
@@ -221,3 +239,7 @@ def checkpoint(stored: dict[str, Any], lines: Sequence[Line], steps: int) -> Ite
         )
     elif line.record["parameters_sha256"] != stored["parameters_sha256"]:
         yield Finding("checkpoint_disagrees", where, "its parameters are not those whose SHA-256 the ledger recorded")
+    elif "state_sha256" in line.record and line.record["state_sha256"] != stored["state_sha256"]:
+        yield Finding(
+            "checkpoint_disagrees", where, "its optimizer's state is not the one whose SHA-256 the ledger recorded"
+        )

@@ -17,6 +17,7 @@ KINDS = {
     "head_missing": "a deposited head hash is that of no line",
     "mac_invalid": "a line's HMAC was not made with the run's key",
     "mechanism_changed": "sampling, noise or cap changed during the run",
+    "step_saved_twice": "the ledger knows two states of one step",
     "steps_beyond_ledger": "more steps were taken than the ledger records",
     "steps_beyond_plan": "more steps were executed than the run declared",
     "budget_exceeded": "the executed steps cost more than the target",

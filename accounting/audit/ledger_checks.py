@@ -11,6 +11,7 @@ from accounting.ledger import chain as ledger_lib
 from accounting.ledger import events
 from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
+from accounting.ledger.history import History
 
 WHERE = run_files.LEDGER
 MALFORMED = "malformed"
@@ -19,9 +20,10 @@ MALFORMED = "malformed"
 def well_formed(lines: Sequence[Line]) -> tuple[list[Line], list[Finding]]:
     """Returns (lines, findings). Malformed lines become markers without facts, so later checks can rely on types."""
     kept, findings = [], []
+    version = _version(lines)
     for number, line in enumerate(lines, 1):
         start = number == 1 and line.record["kind"] == events.START  # ledger.executed looks at its values
-        problem = _surplus(line.record) if start else _malformed(line.record)
+        problem = _surplus(line.record) if start else _malformed(line.record, version)
         if problem:
             kind, message = problem
             findings.append(Finding(kind, f"{WHERE} line {number}", message))
@@ -42,13 +44,19 @@ def _surplus(record: dict[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _malformed(record: dict[str, Any]) -> tuple[str, str] | None:
+def _version(lines: Sequence[Line]) -> int:
+    """The format that the ledger claims; the present one where its claim is no number."""
+    claimed = events.version_of(lines[0].record) if lines else None
+    return claimed if isinstance(claimed, int) else events.FORMAT
+
+
+def _malformed(record: dict[str, Any], version: int) -> tuple[str, str] | None:
     kind = record["kind"]
     if kind == events.START or kind not in events.EVENTS:
         return "ledger_edited", "a second start event" if kind == events.START else f"unknown kind of event {kind!r}"
     if surplus := _surplus(record):
         return surplus
-    if wrong := events.unsound(kind, _facts(record)):
+    if wrong := events.unsound(kind, _facts(record), version):
         return "ledger_edited", f"a {kind} event without a sound {', '.join(wrong)}"
     return None
 
@@ -66,20 +74,33 @@ def deposited(head: str, lines: Sequence[Line]) -> Iterator[Finding]:
 
 
 def order(lines: Sequence[Line]) -> Iterator[Finding]:
-    """Whether steps follow one another and no event runs ahead of them; this catches edits under a rewritten chain."""
-    steps = 0
+    """Whether steps follow one another, no event runs ahead of them, and no step was saved with two states.
+
+    This catches edits under a rewritten chain.
+    """
+    history = History()
     for number, line in enumerate(lines, 1):
         record, where = line.record, f"{WHERE} line {number}"
+        updates = history.updates
         if record["kind"] == events.STEP:
-            if record["step"] != steps:
-                kind = "ledger_line_repeated" if record["step"] < steps else "ledger_line_removed"
-                yield Finding(kind, where, f"step {record['step']} where step {steps} should follow")
-            steps = record["step"] + 1
-        elif record["kind"] != events.START and record.get("step", 0) > steps:
+            if record["step"] != updates:
+                kind = "ledger_line_repeated" if record["step"] < updates else "ledger_line_removed"
+                yield Finding(kind, where, f"step {record['step']} where step {updates} should follow")
+        elif record["kind"] != events.START and record.get("step", 0) > updates:
             message = (
-                f"a {record['kind']} event at step {record['step']}, but only {steps} steps are recorded before it"
+                f"a {record['kind']} event at step {record['step']}, but only {updates} steps are recorded before it"
             )
             yield Finding("steps_beyond_ledger", where, message)
+        elif record["kind"] == events.CHECKPOINT:
+            known = history.state_at(record["step"])
+            if known not in (None, record.get("state_sha256")):
+                yield Finding(
+                    "step_saved_twice",
+                    where,
+                    f"step {record['step']} was saved with the state {record['state_sha256']} here and with {known}"
+                    " before: its noise may have been used twice",
+                )
+        history.add(record)
 
 
 def mechanism(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
@@ -95,8 +116,10 @@ def mechanism(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
             reported.add(changed)
             values = ", ".join(f"{name} {value} (declared {declared[name]})" for name, value in changed)
             yield Finding("mechanism_changed", f"{WHERE} line {number}", f"from step {record['step']} on: {values}")
-    if executed.steps > executed.planned.steps:
-        yield Finding("steps_beyond_plan", WHERE, f"{executed.steps} steps executed, {executed.planned.steps} declared")
+    if executed.updates > executed.planned.steps:
+        yield Finding(
+            "steps_beyond_plan", WHERE, f"{executed.updates} steps executed, {executed.planned.steps} declared"
+        )
 
 
 def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
@@ -105,6 +128,17 @@ def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
     if epsilon > target * (1 + 1e-6) and not math.isinf(target):
         yield Finding(
             "budget_exceeded", WHERE, f"the executed steps cost epsilon {epsilon:g}, the declared target is {target:g}"
+        )
+
+
+def places(executed: Executed) -> Iterator[str]:
+    """What is worth knowing about where the run was executed."""
+    for step, place in executed.history.lineage[1:]:
+        yield f"from step {step} on the run was executed elsewhere ({place})"
+    if executed.repeated_steps:
+        yield (
+            f"{executed.repeated_steps} executed steps were lost, and were executed once more with other noise: they"
+            " are charged again"
         )
 
 

@@ -5,8 +5,9 @@ removed, repeated or reordered line breaks the chain. The chain has no key: it f
 someone who rewrites the whole file; for that, deposit the head hash elsewhere, or let every line carry an HMAC of its
 hash under a private key as well. No line holds a wall-clock time or anything that depends on private data.
 
-A step is written before it is executed, and at most once: a resumed run executes it again with the same batch and the
-same noise, which releases nothing new.
+A step is written before it is executed. A resumed run executes steps again with the same batch and the same noise,
+which releases nothing new; in another place it has other noise, and the step is written once more
+(accounting.ledger.history).
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any
 
 from accounting.errors import InputError
 from accounting.ledger import events
+from accounting.ledger.history import History
 
 GENESIS = "0" * 64
 CHAIN = "sha256 chain without a key"
@@ -155,13 +157,16 @@ class Ledger:
     Args:
       lines: those that the file has.
       key: the private key of every line's HMAC, or None.
+
+    Attributes:
+      history: which steps were executed, and where.
     """
 
     def __init__(self, path: pathlib.Path, lines: list[Line], key: bytes | None = None) -> None:
         self.path = path
         self._lines = lines
         self._key = key
-        self._steps = {line.record["step"]: line.record for line in lines if line.record["kind"] == events.STEP}
+        self.history = History.of(self.records)
         self._file = open(path, "a")
 
     @classmethod
@@ -193,11 +198,6 @@ class Ledger:
         return len(self._lines)
 
     @property
-    def steps(self) -> int:
-        """Number of steps recorded, 0 .. steps - 1."""
-        return len(self._steps)
-
-    @property
     def finished(self) -> bool:
         return any(line.record["kind"] == events.FINISH for line in self._lines)
 
@@ -219,18 +219,18 @@ class Ledger:
         self._file.write(text + "\n")
         self._file.flush()
         self._lines.append(Line(record, sealed, mac, text))
+        self.history.add(record)
 
     def append_step(self, step: int, group: dict[str, Any]) -> None:
-        """Records step `step` unless it is recorded already.
+        """Records step `step` unless its execution is recorded already.
 
         Raises:
           InputError: the step is not the next one, or was recorded with another sampling, noise or cap.
         """
-        if step == self.steps:
+        known = self.history.executed(step)
+        if known is None and step == self.history.updates:
             self.append(events.STEP, step=step, **group)
-            self._steps[step] = self._lines[-1].record
             return
-        known = self._steps.get(step)
         if known is None or any(known[name] != value for name, value in group.items()):
             raise InputError(
                 f"{self.path}: step {step} does not follow what the ledger records; this is another run's ledger"

@@ -8,13 +8,15 @@ import dataclasses
 from typing import Any
 
 # 1: no `format` in the start event. 2: the start event names the format. 3: it says whether the release is exact, so a
-# report can say that it is not. All are audited; reports of the first two are silent about it, as they were written.
-FORMAT = 3
-NAMES_RELEASE = 3
+# report can say that it is not. 4: a checkpoint names its whole state and its files; a step that is executed again
+# elsewhere has another line. All are audited; reports of the older ones say no more than when they were written.
+FORMAT = 4
 OLDEST_FORMAT = 1
+# From this format on, keys are bound to the places where steps are executed (accounting.ledger.history).
+PLACES = 4
 
-START, STEP, RESUME, CHECKPOINT, EVALUATION, FINISH, EXPORT, REPORT = (
-    "start", "step", "resume", "checkpoint", "evaluation", "finish", "export", "report",
+START, STEP, RESUME, CHECKPOINT, STORED, EVALUATION, FINISH, EXPORT, REPORT = (
+    "start", "step", "resume", "checkpoint", "stored", "evaluation", "finish", "export", "report",
 )  # fmt: skip
 
 # What calculations with floats and with 64-bit counts can take.
@@ -33,12 +35,14 @@ class Fact:
     Attributes:
       types: that its value may have; a number that is infinite is written as the string "inf" and counts as a float.
       meaning: one line.
-      required: whether a line without it is garbled. The others came with later versions, or belong to the environment.
+      required: whether a line without it is garbled.
+      since: the format from which on it is required.
     """
 
     types: tuple[type, ...]
     meaning: str
     required: bool = True
+    since: int = OLDEST_FORMAT
 
     def admits(self, value: object) -> bool:
         """Whether a decoded value has one of the types. A truth value is no number; an integer has at most 64 bits."""
@@ -49,7 +53,7 @@ class Fact:
 
 EVENTS: dict[str, dict[str, Fact]] = {
     START: {
-        "format": Fact(_COUNT, "version of this table that the run was written by", required=False),
+        "format": Fact(_COUNT, "version of this table that the run was written by", since=2),
         "run_id": Fact(_TEXT, "public name at random, which tells this run's ledger from any other"),
         "config_sha256": Fact(_TEXT, "of config.json"),
         "seal": Fact(_TEXT, "how lines are bound to each other"),
@@ -64,7 +68,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "clip_scaling": Fact(_TEXT, "clip, normalise or automatic", required=False),
         "clip_quantile": Fact(_NUMBER + _OR_NONE, "share of the units that C follows", required=False),
         "grid_bits": Fact(
-            _COUNT + _OR_NONE, "sums are exact on a grid of sigma * C / 2^grid_bits; null: floats", required=False
+            _COUNT + _OR_NONE, "sums are exact on a grid of sigma * C / 2^grid_bits; null: floats", since=3
         ),
         "epsilon": Fact(_NUMBER, "the target"),
         "delta": Fact(_NUMBER, "at which epsilon is stated"),
@@ -77,7 +81,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "init_sha256": Fact(_TEXT + _OR_NONE, "of the checkpoint that the run started from"),
         "secret_keys": Fact((bool,), "whether the keys came from the operating system's randomness"),
         "held_out_units": Fact(_COUNT + _OR_NONE, "held out for evaluation; undisclosed under add_or_remove"),
-        "environment": Fact(_TEXT, "versions and devices that decide the last bits of a step", required=False),
+        "environment": Fact(_TEXT, "versions and devices that decide the last bits of a step", since=4),
     },
     STEP: {
         "step": Fact(_COUNT, "number of the step, from 0"),
@@ -88,11 +92,21 @@ EVENTS: dict[str, dict[str, Fact]] = {
     RESUME: {
         "step": Fact(_COUNT, "at which the run goes on"),
         "environment": Fact(_TEXT, "of the process that goes on"),
+        "continuation": Fact(
+            _TEXT,
+            "name at random, where sums have no fixed order: nothing repeats the bits that follow",
+            required=False,
+        ),
     },
     CHECKPOINT: {
         "step": Fact(_COUNT, "number of steps taken"),
         "metrics_sha256": Fact(_TEXT, "of the public metrics so far"),
         "parameters_sha256": Fact(_TEXT, "of the trained parameters"),
+        "state_sha256": Fact(_TEXT, "of everything that the checkpoint holds, optimizer included", since=4),
+    },
+    STORED: {
+        "step": Fact(_COUNT, "of the checkpoint"),
+        "files_sha256": Fact(_TEXT, "of the names and contents of the checkpoint's files"),
     },
     EVALUATION: {
         "step": Fact(_COUNT, "number of steps taken"),
@@ -112,13 +126,26 @@ def unknown(kind: str, facts: dict[str, Any]) -> list[str]:
     return sorted(set(facts) - set(EVENTS.get(kind, {})))
 
 
-def unsound(kind: str, facts: dict[str, Any]) -> list[str]:
-    """The names of facts that a line of this kind lacks, or has with a value of another type."""
+def unsound(kind: str, facts: dict[str, Any], version: int = FORMAT) -> list[str]:
+    """The names of facts that a line of this kind lacks, or has with a value of another type.
+
+    Args:
+      version: the ledger's format.
+    """
+
+    def is_required(fact: Fact) -> bool:
+        return fact.required and version >= fact.since
+
     return [
         name
         for name, fact in EVENTS[kind].items()
-        if (fact.required or name in facts) and not (name in facts and fact.admits(facts[name]))
+        if (is_required(fact) or name in facts) and not (name in facts and fact.admits(facts[name]))
     ]
+
+
+def version_of(start: dict[str, Any]) -> Any:
+    """The format that a start event names."""
+    return start.get("format", OLDEST_FORMAT)
 
 
 def check_writable(kind: str, facts: dict[str, Any]) -> None:

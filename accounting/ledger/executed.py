@@ -10,6 +10,7 @@ from accounting import run_files
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.ledger import events
+from accounting.ledger.history import History
 from accounting.mechanism import Mechanism, dp_sgd
 from accounting.mechanism.mechanism import FACTS, GROUP
 
@@ -23,16 +24,35 @@ class Executed:
       planned: the mechanism that the start event declares, with all its steps.
       mechanisms: what the step lines say was executed, in order, one entry for each change of sampling, noise or cap.
       events: the records that are neither start nor step.
+      history: which steps were executed, and where.
     """
 
     declared: dict[str, Any]
     planned: Mechanism
     mechanisms: tuple[Mechanism, ...]
     events: tuple[dict[str, Any], ...]
+    history: History
+
+    @property
+    def version(self) -> int:
+        """The ledger's format."""
+        version: int = events.version_of(self.declared)
+        return version
 
     @property
     def steps(self) -> int:
+        """Executions of steps: the releases that are charged."""
         return sum(m.steps for m in self.mechanisms)
+
+    @property
+    def repeated_steps(self) -> int:
+        """Those of the steps whose updates were lost, and which were executed again with other noise."""
+        return self.history.repeated
+
+    @property
+    def updates(self) -> int:
+        """Steps without the repeated ones: those that made the parameters."""
+        return self.steps - self.repeated_steps
 
     @property
     def finished(self) -> bool:
@@ -45,7 +65,7 @@ class Executed:
     @property
     def is_as_planned(self) -> bool:
         """Whether every step had the declared sampling, noise and cap, and none was beyond the plan."""
-        return self.steps <= self.planned.steps and all(
+        return self.updates <= self.planned.steps and all(
             m == self.planned.replace(steps=m.steps) for m in self.mechanisms
         )
 
@@ -102,26 +122,31 @@ def of(records: Sequence[dict[str, Any]]) -> Executed:
     if not records or records[0].get("kind") != events.START:
         raise InputError("the ledger does not begin with a start event")
     declared = run_files.decode(records[0])
-    version = declared.get("format", events.OLDEST_FORMAT)
+    version = events.version_of(declared)
     if version not in range(events.OLDEST_FORMAT, events.FORMAT + 1):
         raise InputError(
             f"the ledger has format {version}, and this program reads {events.OLDEST_FORMAT} to {events.FORMAT}: use"
             " the version of dpgemma that wrote it"
         )
-    garbled = events.unsound(events.START, declared)
-    if version >= events.NAMES_RELEASE and "grid_bits" not in declared:
-        garbled.append("grid_bits")
-    if garbled:
+    if garbled := events.unsound(events.START, declared, version):
         raise InputError(f"the ledger's start event has no sound {', '.join(garbled)}")
     if not (0 < declared["delta"] < 1 and declared["epsilon"] >= 0):
         raise InputError("the ledger's start event has no sound epsilon and delta")
     try:
         planned = dp_sgd(**{name: declared[name] for name in FACTS if name in declared})
-        steps = [tuple(record[name] for name in GROUP) for record in records if record["kind"] == events.STEP]
-        mechanisms = tuple(_mechanism(planned, group, len(list(run))) for group, run in itertools.groupby(steps))
+        steps = [record for record in records if record["kind"] == events.STEP]
+        mechanisms = mechanisms_of(planned, steps)
+        history = History.of(list(records))
     except (KeyError, TypeError, OverflowError) as error:
         raise InputError(f"a ledger record lacks or garbles a fact ({error})") from None
-    return Executed(declared, planned, mechanisms, tuple(r for r in records[1:] if r["kind"] != events.STEP))
+    others = tuple(record for record in records[1:] if record["kind"] != events.STEP)
+    return Executed(declared, planned, mechanisms, others, history)
+
+
+def mechanisms_of(planned: Mechanism, steps: Sequence[dict[str, Any]]) -> tuple[Mechanism, ...]:
+    """What step records say was executed, one entry for each change of sampling, noise or cap."""
+    groups = [tuple(record[name] for name in GROUP) for record in steps]
+    return tuple(_mechanism(planned, group, len(list(run))) for group, run in itertools.groupby(groups))
 
 
 def _mechanism(planned: Mechanism, group: tuple[Any, ...], steps: int) -> Mechanism:

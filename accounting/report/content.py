@@ -41,6 +41,7 @@ def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict
         "clip_scaling": declared.get("clip_scaling", "clip"),
         "clip_quantile": declared.get("clip_quantile"),
         "steps": executed.steps,
+        **({"repeated_steps": executed.repeated_steps} if executed.version >= events.PLACES else {}),
         "finished": executed.finished,
         "accountant": "pld",
         "cross_check": bracket.cross_check,

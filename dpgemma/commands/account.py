@@ -176,7 +176,8 @@ def _compose(fv: flags.FlagValues) -> int:
             f"the runs have different deltas ({', '.join(f'{d:g}' for d in sorted(deltas))}): say which with --delta"
         )
     delta = fv.delta if fv["delta"].present else deltas.pop()
-    accountant = Accountant([mechanism for run in runs.values() for mechanism in run.mechanisms])
+    released = tuning.released(runs)
+    accountant = Accountant([mechanism for mechanisms in released.values() for mechanism in mechanisms])
     result = _bracket(accountant, delta)
     result["steps"] = accountant.steps
     result["statement"] = tuning.statement(runs, result["epsilon"], delta)
@@ -185,6 +186,7 @@ def _compose(fv: flags.FlagValues) -> int:
             "workdir": str(folder),
             "run_id": run.declared["run_id"],
             "steps": run.steps,
+            "steps_counted_elsewhere": run.steps - sum(mechanism.steps for mechanism in released[folder]),
             "noise_multiplier": run.planned.noise_multiplier,
             "sampling_probability": run.planned.sampling_probability,
             "epsilon": float(Accountant(run.mechanisms).epsilon(delta).upper) if run.mechanisms else 0.0,

@@ -59,9 +59,9 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
         stack.callback(run.unlock)
         ledger = stack.enter_context(contextlib.closing(run.open_ledger()))
         done = executed_lib.of(ledger.records)
-        if done.steps < model.step or not ledger.begins_with(model.ledger_lines, model.ledger_head):
+        if done.updates < model.step or not ledger.begins_with(model.ledger_lines, model.ledger_head):
             raise InputError(
-                f"checkpoint {model.step} belongs to another ledger than the one with {done.steps} steps: one of them"
+                f"checkpoint {model.step} belongs to another ledger than the one with {done.updates} steps: one of them"
                 " was cut or exchanged; run dpgemma audit"
             )
         accountant = done.accountant()

@@ -73,7 +73,7 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     settings = run.config()
     config, sha256 = _start(run)
     step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)
-    if not checkpoint.is_recorded(meta, checkpoint.digest(parameters), _records(run)):
+    if not checkpoint.is_recorded(meta, _records(run), parameters_sha256=checkpoint.digest(parameters)):
         raise InputError(
             f"checkpoint {step} of {workdir} belongs to another ledger or holds other parameters than it recorded: run"
             " dpgemma audit"

@@ -12,9 +12,11 @@ def resolve(mesh: str) -> str:
     """ "auto" as "data:N" with every device of this process.
 
     Raises:
-      InputError: not of the form data:N, or more devices than there are.
+      InputError: not of the form data:N, more devices than there are, or several where nothing is compiled.
     """
     count, available = wanted(mesh), jax.device_count()
+    if jax.config.values["jax_disable_jit"] and (count or available) > 1:
+        raise InputError("several devices need compiled programs: use `mesh`=data:1, or drop JAX_DISABLE_JIT")
     if count is None:
         return f"{DATA_AXIS}:{available}"
     if count > available:

@@ -1,15 +1,17 @@
 """Checkpoints: parameters, optimizer state and the place in the ledger in one atomic Orbax step.
 
 A checkpoint names the ledger's length and head hash at its own event, which is on disk before it and names the SHA-256
-of its parameters; so each fixes the other.
+of its parameters and of its whole state; so each fixes the other. A second event names the SHA-256 of its files.
 
 Formal guarantee: parameters that are not those with which a run's ledger was written are neither trained further, nor
-sampled from, nor exported under its report. Tested by
-tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones.
+sampled from, nor exported under its report, and no step is saved with two states. Tested by
+tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones and
+tests/training/checkpoint_test.py::test_a_step_is_not_saved_with_another_state.
 """
 
 import hashlib
 import itertools
+import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger import events
 from accounting.ledger.chain import Ledger
@@ -27,14 +30,21 @@ from dpgemma.training.step import TrainState
 
 # What read_only implies is said as well, because Orbax warns about each that it has to change.
 _READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+_STEP_METADATA = "_CHECKPOINT_METADATA"  # as Orbax calls it
 _READ_AT_ONCE = 2**28  # bytes of a checkpoint that an audit holds in memory, where arrays are smaller
 
 
 class Checkpoints:
     """The checkpoints of one run; use as a context manager, so that a pending write is finished."""
 
-    def __init__(self, directory: pathlib.Path, keep: int) -> None:
-        self._directory = directory.absolute()
+    def __init__(self, directory: pathlib.Path, keep: int, damaged: pathlib.Path) -> None:
+        """Opens or creates the folder.
+
+        Args:
+          keep: number of checkpoints that are kept.
+          damaged: folder for those that cannot be used; nobody has checked what they hold, so a private one.
+        """
+        self._directory, self._damaged = directory.absolute(), damaged
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -51,15 +61,31 @@ class Checkpoints:
         """Saves the state after `step` updates, bound to the ledger's head at a new checkpoint event.
 
         Args:
-          facts: what the event records besides the step.
+          facts: what the event records besides the step and its digests.
+
+        Raises:
+          InputError: the ledger knows another state of this step, or the disk is full.
         """
         if step in self._manager.all_steps():
             return
-        ledger.append(events.CHECKPOINT, step=step, parameters_sha256=digest(state.parameters), **facts)
+        state_dict = state.as_dict()
+        state_sha256 = state_digest(state_dict)
+        if ledger.history.state_at(step) not in (None, state_sha256):
+            raise InputError(
+                f"step {step} has been saved before with another state, so this computer does not repeat its own"
+                " results; the checkpoints before it are kept, and this run must not go on here: it would release a"
+                " second time what is charged once"
+            )
+        ledger.append(
+            events.CHECKPOINT,
+            step=step,
+            parameters_sha256=digest(state.parameters),
+            state_sha256=state_sha256,
+            **facts,
+        )
         ledger.sync()
         count = optimizer.update_count(state.optimizer_state)
         meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
-        state_dict = state.as_dict()
         try:
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta))
@@ -70,6 +96,14 @@ class Checkpoints:
                 f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the"
                 " same command again; the checkpoints before it are kept"
             ) from None
+        self._record_files(step, ledger)
+
+    def _record_files(self, step: int, ledger: Ledger) -> None:
+        """Enters the files of a whole checkpoint into the ledger, without the times at which they were written."""
+        folder = self._directory / str(step)
+        _strip_times(folder / _STEP_METADATA)
+        ledger.append(events.STORED, step=step, files_sha256=run_files.folder_digest(folder))
+        ledger.sync()
 
     def restore(self, like: TrainState, ledger: Ledger, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
         """The latest checkpoint that can be read, as (step, state); None if there is none.
@@ -105,23 +139,25 @@ class Checkpoints:
                     f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger"
                     " edited"
                 )
-            if not is_recorded(meta, digest(state.parameters), ledger.records):
+            if not is_recorded(meta, ledger.records, state_sha256=state_digest(state.as_dict())):
                 warn(
-                    f"checkpoint {step} holds other parameters than the ledger recorded; it is set aside and the one"
+                    f"checkpoint {step} holds another state than the ledger recorded; it is set aside and the one"
                     " before it is used"
                 )
                 self._set_aside(step)
                 continue
+            written = ledger.records[meta["ledger_lines"] :]
+            if not any(record["kind"] == events.STORED and record["step"] == step for record in written):
+                self._record_files(step, ledger)  # a crash came before
             return step, state
         return None
 
     def _set_aside(self, step: int) -> None:
-        source = self._directory / str(step)
-        target = self._directory / f"damaged-{step}"
-        number = 1
+        self._damaged.mkdir(parents=True, exist_ok=True)
+        target, number = self._damaged / str(step), 1
         while target.exists():
-            target, number = self._directory / f"damaged-{step}.{number}", number + 1
-        source.rename(target)
+            target, number = self._damaged / f"{step}.{number}", number + 1
+        (self._directory / str(step)).rename(target)
         self._manager.reload()
 
 
@@ -133,21 +169,49 @@ def digest(parameters: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
+def state_digest(state: dict[str, Any]) -> str:
+    """SHA-256 of a whole state: of its arrays' own digests, in the order of their names, in whatever containers."""
+    return _combined({_name(path): _digest_of(np.asarray(leaf)) for path, leaf in jax.tree.flatten_with_path(state)[0]})
+
+
+def _combined(digests: dict[str, str]) -> str:
+    return run_files.digest("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode())
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return str(jax.tree_util.keystr(path, simple=True, separator="/"))
+
+
+def _digest_of(array: np.ndarray) -> str:
+    total = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
+    total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
 def _add(total: Any, path: tuple[Any, ...], array: np.ndarray) -> None:
-    total.update(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {array.dtype} {array.shape}\n".encode())
+    total.update(f"{_name(path)} {array.dtype} {array.shape}\n".encode())
     total.update(np.ascontiguousarray(array).tobytes())
 
 
-def is_recorded(meta: dict[str, Any], parameters_sha256: str, records: Sequence[dict[str, Any]]) -> bool:
-    """Whether the ledger's event of a checkpoint names these parameters."""
+def _strip_times(metadata: pathlib.Path) -> None:
+    """Takes out of a checkpoint's metadata when it was written: a long step is one with many units."""
+    stored = json.loads(metadata.read_text())
+    stored |= {name: None for name in stored if name.endswith("_timestamp_nsecs")}
+    run_files.write(metadata, json.dumps(stored))
+
+
+def is_recorded(meta: dict[str, Any], records: Sequence[dict[str, Any]], **digests: str) -> bool:
+    """Whether the ledger's event of a checkpoint has these digests."""
     place = meta["ledger_lines"] - 1
-    return 0 <= place < len(records) and records[place].get("parameters_sha256") == parameters_sha256
+    event = records[place] if 0 <= place < len(records) else {}
+    return event.get("kind") == events.CHECKPOINT and all(event.get(name) == digests[name] for name in digests)
 
 
 def summaries(directory: pathlib.Path, read_at_once: int = _READ_AT_ONCE) -> list[dict[str, Any]]:
     """Every checkpoint as plain facts, for an audit.
 
-    Each has `step` (its folder's), `meta`, `optimizer_count` and `parameters_sha256`, or `step` and `error`.
+    Each has `step` (its folder's), `meta`, `optimizer_count`, `parameters_sha256` and `state_sha256`, or `step` and
+    `error`.
 
     Every array is read, a few at a time, so that a damaged one is found in little memory.
     """
@@ -160,7 +224,7 @@ def _summary(manager: ocp.CheckpointManager, step: int, read_at_once: int) -> di
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         paths, structure = jax.tree.flatten_with_path(manager.item_metadata(step)["state"].tree)
-        leaves, parameters = [leaf for _, leaf in paths], hashlib.sha256()
+        leaves, parameters, digests = [leaf for _, leaf in paths], hashlib.sha256(), {}
         for chosen in _together(leaves, read_at_once):
             wanted = [ocp.PLACEHOLDER] * len(leaves)
             for i in chosen:
@@ -168,6 +232,7 @@ def _summary(manager: ocp.CheckpointManager, step: int, read_at_once: int) -> di
             arrays = jax.tree.leaves(_restore_tree(manager, step, jax.tree.unflatten(structure, wanted)).state)
             for i in chosen:
                 path, _ = paths[i]
+                digests[_name(path)] = _digest_of(np.asarray(arrays[i]))
                 if path[0].key == "parameters":
                     _add(parameters, path[1:], np.asarray(arrays[i]))
                 # Only the counters are kept.
@@ -176,7 +241,13 @@ def _summary(manager: ocp.CheckpointManager, step: int, read_at_once: int) -> di
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     except Exception as error:  # whatever the storage layers raise on damaged files
         return {"step": step, "error": f"it cannot be read ({_reason(error)})"}
-    return {"step": step, "meta": meta, "optimizer_count": count, "parameters_sha256": parameters.hexdigest()}
+    return {
+        "step": step,
+        "meta": meta,
+        "optimizer_count": count,
+        "parameters_sha256": parameters.hexdigest(),
+        "state_sha256": _combined(digests),
+    }
 
 
 def _together(leaves: Sequence[Any], read_at_once: int) -> list[range]:

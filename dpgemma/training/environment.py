@@ -1,8 +1,8 @@
 """What decides the last bits of a step, besides the run's settings: versions, source code, flags and devices.
 
-A step that is executed again must give the very same bits. With equal noise on sums that are rounded differently, two
-results would differ by something that has no noise on it; with other noise, a step would be released twice and charged
-once.
+With equal noise on gradients that are rounded differently, two results would differ by something that has no noise on
+it. So noise is bound to the environments that a run has been in, and a step that is executed again in another one has
+other noise and is charged again (accounting.ledger.history).
 """
 
 import functools
@@ -11,12 +11,9 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-from typing import Any
 
 import accounting
 import dpgemma
-from accounting.errors import InputError
-from accounting.ledger import events
 
 # With this flag in XLA_FLAGS a GPU adds up in a fixed order.
 DETERMINISTIC_SUMS = "--xla_gpu_deterministic_ops=true"
@@ -70,12 +67,12 @@ def source_digest() -> str:
     return total.hexdigest()
 
 
-def _cpu() -> str:
+def _cpu(cpuinfo: str = "/proc/cpuinfo") -> str:
     """The processor, with a digest of its features: some hypervisors hide its name, and its instructions decide how
     numbers are rounded.
     """
     try:
-        with open("/proc/cpuinfo") as file:
+        with open(cpuinfo) as file:
             lines = [line.partition(":") for line in file]
     except OSError:
         return platform.processor() or platform.machine()
@@ -95,40 +92,3 @@ def is_deterministic(here: str, platform: str) -> bool:
     name = DETERMINISTIC_SUMS.partition("=")[0]
     given = [flag for part in here.split("; ") for flag in part.split(", ") if flag.partition("=")[0] == name]
     return platform in ("cpu", "tpu") or given[-1:] == [DETERMINISTIC_SUMS]  # the last of equal flags holds
-
-
-def check_repeats(records: list[dict[str, Any]], step: int, here: str, platform: str) -> None:
-    """Refuses to execute steps again elsewhere than where they were executed first, or where sums have no fixed order.
-
-    Formal guarantee: whatever is lost and executed again in the run's folder, no step releases a second time anything
-    but the bits that it released before, because it is repeated only in the environment in which they are the same.
-    Tested by
-    tests/training/run_test.py::test_steps_are_repeated_in_their_own_environment_alone.
-
-    Args:
-      records: of the ledger.
-      step: at which the run goes on.
-      here: description() of this process.
-      platform: of its devices.
-
-    Raises:
-      InputError: a step from there on was executed in another environment, or this one adds up in any order.
-    """
-    there = records[0].get("environment")
-    for record in records:
-        if record["kind"] == events.RESUME:
-            there = record["environment"]
-        if record["kind"] != events.STEP or record["step"] < step:
-            continue
-        if there != here:
-            raise InputError(
-                f"step {record['step']} was executed before, with {there}, and must not be repeated with {here}: it"
-                " would release a second time, with other bits, what is charged once; go on where it was executed, or"
-                " start another run in a new `workdir`"
-            )
-        if not is_deterministic(here, platform):
-            raise InputError(
-                f"step {record['step']} was executed before and must not be repeated where sums have no fixed order:"
-                " its noise would be the same and its rounding not; start another run in a new `workdir`, with"
-                f" XLA_FLAGS={DETERMINISTIC_SUMS} set before jax is imported"
-            )

@@ -46,6 +46,14 @@ class Plan:
     layout: Layout = Layout()
 
     @property
+    def slots(self) -> int:
+        """Slots of a batch: its cap, filled up so that each device has whole microbatches."""
+        cap = self.mechanism.max_batch_size
+        assert cap is not None, "a run has a cap, which fixes the shapes"
+        multiple = mesh_lib.num_devices(self.mesh) * self.strategy.microbatch_size
+        return -(-cap // multiple) * multiple
+
+    @property
     def resolved(self) -> dict[str, Any]:
         """The settings that were open, by name, as they are used."""
         return {
@@ -61,17 +69,25 @@ class Plan:
 
 
 def resolve(
-    settings: Settings, counted_units: int, trained: int, mesh: str, strategy: Strategy, *, epsilon_given: bool
+    settings: Settings,
+    counted_units: int,
+    trained: int,
+    mesh: str,
+    strategy: Strategy,
+    *,
+    epsilon_given: bool,
+    begun: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan, with units, cap, noise, target, steps and grid filled in.
 
     Args:
       counted_units: training units that the data hold.
       trained: parameters that are trained.
-      mesh: resolved; the cap is a multiple of its devices.
+      mesh: resolved; the cap of a new run is a multiple of its devices.
       strategy: the chosen way of clipping.
       epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target
         would be passed.
+      begun: the settings with which a run began that goes on: where its cap was planned, it stays.
 
     Raises:
       InputError: a combination that cannot be trained or has no guarantee.
@@ -85,7 +101,9 @@ def resolve(
     mechanism = dp_sgd(
         num_units=num_units,
         expected_batch_size=settings.batch_size,
-        max_batch_size=_cap(settings, num_units, math.inf if follows else target, mesh, strategy),
+        max_batch_size=begun["max_batch_size"]
+        if begun and settings.max_batch_size in (None, begun["max_batch_size"])
+        else _cap(settings, num_units, math.inf if follows else target, mesh, strategy),
         noise_multiplier=given_noise or 0.0,
         clip_norm=settings.clip_norm,
         steps=settings.steps,

@@ -104,12 +104,15 @@ def _prepare(
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     plan_lib.check(settings, training.num_units)
     # Chosen once: a run that goes on computes as it began.
-    if run:
-        strategy, choice = clipping_choice.as_before(settings, run.config()), None
+    begun = run.config() if run else None
+    if begun:
+        strategy, choice = clipping_choice.as_before(settings, begun), None
     else:
         strategy, choice = clipping_choice.resolve(settings, named.mesh, objective, observers)
     trained = decoder.count(objective.shapes()[0])
-    plan = plan_lib.resolve(settings, training.num_units, trained, named.mesh, strategy, epsilon_given=epsilon_given)
+    plan = plan_lib.resolve(
+        settings, training.num_units, trained, named.mesh, strategy, epsilon_given=epsilon_given, begun=begun
+    )
     config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit}
     fingerprint = source.fingerprint(keys.fingerprint)
     facts = start_event(plan, config, objective, held_out.num_units, secret_keys=secret_keys)

@@ -19,7 +19,8 @@ from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger import events, executed
 from accounting.ledger.chain import Ledger
-from dpgemma.choices import HMAC
+from accounting.ledger.history import Lineage
+from dpgemma.choices import EXACT, HMAC
 from dpgemma.privacy.keys import Keys
 from dpgemma.training.settings import OPERATIONAL
 
@@ -39,6 +40,7 @@ class RunDirectory:
         self.private_metrics_file = path / run_files.PRIVATE_METRICS
         self.held_out_file = path / run_files.HELD_OUT
         self.remarks_file = path / run_files.REMARKS
+        self.damaged = path / run_files.DAMAGED
         self.keys_file = path / run_files.KEYS
         self.data_file = path / run_files.DATA
         self._lock: IO[str] | None = None
@@ -70,28 +72,33 @@ class RunDirectory:
         """Keeps what was noticed about single records, in private/."""
         self.remarks_file.write_text("".join(f"{remark}\n" for remark in remarks))
 
-    def step_keys(self, start: dict[str, Any], environment: str) -> Keys:
+    def step_keys(self, start: dict[str, Any], lineage: Lineage) -> Keys:
         """The keys of batches and noise: secret ones are bound to the run, its data, and what decides a step's bits.
 
         So a copy of the run, or an older backup, that goes on with other code or on another processor adds other noise,
         and the two cannot be subtracted from each other. Public keys are for studies that can be repeated anywhere, and
         stay as they are.
 
+        Formal guarantee: two executions of steps of one run have equal keys only if they are the same step, and this
+        step and all before it were executed in the same environments, with the same data and settings. Tested by
+        tests/training/run_test.py::test_keys_follow_the_whole_way_of_a_run.
+
         Args:
           start: the ledger's start event.
-          environment: training.environment.description().
+          lineage: the environments of this step and of those before it, as the ledger's history has them.
         """
         if not start["secret_keys"]:
             return self.keys
         config = self.config()
+        free = changeable(config)
         return self.keys.bound(
             {
                 "start": {
                     name: start[name] for name in sorted(start) if name not in ("n", "hash", "mac", "environment")
                 },
-                "settings": {name: run_files.encode(config[name]) for name in config if name not in OPERATIONAL},
+                "settings": {name: run_files.encode(config[name]) for name in config if name not in free},
                 "data": json.loads(self.data_file.read_text())["fingerprint"],
-                "environment": environment,
+                "places": [list(entry) for entry in lineage],
             }
         )
 
@@ -130,7 +137,7 @@ class RunDirectory:
         Raises:
           InputError: it has.
         """
-        if self._start_event().get("format", events.OLDEST_FORMAT) != events.FORMAT:
+        if events.version_of(self._start_event()) != events.FORMAT:
             raise InputError(
                 f"{self.path} was begun by another version of this program: it can be audited, sampled from and"
                 " exported, but not trained further; start another run in a new `workdir`"
@@ -143,7 +150,8 @@ class RunDirectory:
           InputError: names the settings that differ, with both values, or the ledger's line.
         """
         stored = self.config()
-        differing = [name for name in config if name not in OPERATIONAL and stored.get(name) != config[name]]
+        free = changeable(stored)
+        differing = [name for name in config if name not in free and stored.get(name) != config[name]]
         if differing:
             changes = ", ".join(f"{name} ({stored.get(name)} there, {config[name]} here)" for name in differing)
             raise InputError(
@@ -166,6 +174,14 @@ class RunDirectory:
                 f"{self.path} started from something else: {', '.join(differing)} differ from its ledger; give the same"
                 " `init_from` or another `workdir`"
             )
+
+
+def changeable(config: dict[str, Any]) -> tuple[str, ...]:
+    """The settings with which a run may go on as with others: they do not change what is computed.
+
+    Whole numbers have the same sum on any number of devices, so an exact release may also change its mesh.
+    """
+    return (*OPERATIONAL, "mesh") if config["release"] == EXACT else OPERATIONAL
 
 
 def open_existing(path: pathlib.Path) -> RunDirectory | None:

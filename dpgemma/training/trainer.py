@@ -4,17 +4,19 @@ import contextlib
 import dataclasses
 import json
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from accounting import run_files
+from accounting import rounding, run_files
 from accounting.accountant import Accountant
 from accounting.curve import EpsilonCurve
 from accounting.errors import InputError
 from accounting.ledger import events, executed
 from accounting.ledger.chain import Ledger
+from accounting.ledger.history import History
 from dpgemma.data.batch import collate
 from dpgemma.data.source import UnitSource
 from dpgemma.objectives.protocol import Objective
@@ -79,7 +81,7 @@ class Trainer:
         self.plan, self.objective, self.source, self.run = plan, objective, source, run
         self.observers, self.held_out = tuple(observers), held_out
         self.mechanism = plan.mechanism
-        self.accountant = Accountant(self.mechanism, claimed=math.isfinite(plan.epsilon))
+        self.accountant = self._accountant(repeated=0)
         if self.accountant.upper(plan.delta) > plan.epsilon:
             raise InputError(
                 f"{self.mechanism.steps} steps would exceed epsilon {plan.epsilon:g}: take fewer steps or start another"
@@ -102,7 +104,7 @@ class Trainer:
           The objective's measures of the held-out units, empty where there are none; None if it stopped before the last
           step.
         """
-        with Checkpoints(self.run.checkpoints, self.plan.keep_checkpoints) as checkpoints:
+        with Checkpoints(self.run.checkpoints, self.plan.keep_checkpoints, self.run.damaged) as checkpoints:
             with contextlib.closing(self.run.open_ledger()) as ledger:
                 for deviation in executed.of(ledger.records).deviations:
                     self._warn(deviation)
@@ -114,6 +116,11 @@ class Trainer:
                     )
                     return None
                 return self._finish(state.parameters, frozen, ledger)
+
+    def _accountant(self, repeated: int) -> Accountant:
+        """Of all planned steps and of so many that were executed once more, elsewhere."""
+        releases = self.mechanism.replace(steps=self.mechanism.steps + repeated)
+        return Accountant(releases, claimed=math.isfinite(self.plan.epsilon))
 
     def _inform(self, message: str) -> None:
         for observer in self.observers:
@@ -134,15 +141,48 @@ class Trainer:
             None if norm is None else jax.device_put(norm, replicated),
             self.dp_step.noiser.init(trainable),
         )
-        here = environment.description()
-        if len(ledger.records) == 1 and ledger.records[0]["environment"] == here:  # the start event alone
+        here, platform = environment.description(), jax.devices()[0].platform
+        same_bits = environment.is_deterministic(here, platform)
+        untouched = len(ledger.records) == 1  # the start event alone
+        if untouched and same_bits and ledger.records[0]["environment"] == here:
             return 0, state, frozen
         step, state = checkpoints.restore(state, ledger, self._warn) or (0, state)
         if step < self.mechanism.steps:
-            environment.check_repeats(ledger.records, step, here, jax.devices()[0].platform)
-            ledger.append(events.RESUME, step=step, environment=here)
+            facts = {"environment": here} | ({} if same_bits else {"continuation": secrets.token_hex(16)})
+            self._charge_repeats(ledger.history.with_resume({"kind": events.RESUME, "step": step, **facts}), step)
+            ledger.append(events.RESUME, step=step, **facts)
             self._inform(f"resuming at step {step} of {self.mechanism.steps}")
         return step, state, frozen
+
+    def _charge_repeats(self, history: History, step: int) -> None:
+        """Takes steps into account that were executed in another environment, are lost, and are executed once more.
+
+        Formal guarantee: every execution of a step that can give other bits than an earlier one is charged, has its own
+        line in the ledger, and keeps the run within its target. Tested by
+        tests/training/run_test.py::test_steps_that_are_repeated_elsewhere_are_charged_again.
+
+        Args:
+          history: as it is once the run goes on.
+          step: at which the run goes on.
+
+        Raises:
+          InputError: with them the run would exceed its target.
+        """
+        if not history.repeated:
+            return
+        self.accountant = self._accountant(history.repeated)
+        spent = self.accountant.upper(self.plan.delta)
+        if spent > self.plan.epsilon:
+            raise InputError(
+                f"{history.repeated} steps from step {step} on were executed before, in another environment, and were"
+                " lost: executing them once more gives other bits, costs epsilon"
+                f" {rounding.upper(rounding.round_up(spent))} in all, and the target is {self.plan.epsilon:g}; go on"
+                f" where they were executed ({_places(history)}), or start another run in a new `workdir`"
+            )
+        self._warn(
+            f"{history.repeated} steps that were executed in another environment and lost are executed once more, with"
+            " other noise: they are charged again"
+        )
 
     def _take_steps(
         self,
@@ -153,18 +193,14 @@ class Trainer:
         ledger: Ledger,
         stop: Callable[[], bool],
     ) -> tuple[int, TrainState]:
-        plan, mechanism, keys = (
-            self.plan,
-            self.mechanism,
-            self.run.step_keys(ledger.records[0], environment.description()),
-        )
+        plan, mechanism = self.plan, self.mechanism
         if first == mechanism.steps or stop():
             return first, state
+        keys = self.run.step_keys(ledger.records[0], ledger.history.lineage)
+        repeated = ledger.history.repeated
         sampler = sampler_of(mechanism.sampling)
         curve = EpsilonCurve(self.accountant, plan.delta)
         rate = optimizer_lib.learning_rate(plan.optimization)
-        slots = mechanism.max_batch_size
-        assert slots is not None, "a run has a cap, which fixes the shapes"
         with (
             self._watched(first),
             metrics.MetricsFile(self.run.metrics_file, first) as public,
@@ -172,12 +208,12 @@ class Trainer:
         ):
             for t in range(first, mechanism.steps):
                 units = sampler.draw(keys.sampling, t)
-                batch = collate(self.source, units, slots).dealt(self.mesh.size)
+                batch = collate(self.source, units, plan.slots).dealt(self.mesh.size)
                 ledger.append_step(t, mechanism.group)
                 state, stats = jax.block_until_ready(self.dp_step(state, frozen, batch, noise_keys(keys.noise, t)))
 
                 done = t + 1
-                released = Released(done, curve.at(done), float(rate(t)))
+                released = Released(done, curve.at(done + repeated), float(rate(t)))
                 raw = Private(**metrics.private_summary(stats, len(units)))
                 public.write(step=t, epsilon=run_files.encode(released.epsilon), learning_rate=released.learning_rate)
                 private.write(step=t, **dataclasses.asdict(raw))
@@ -215,3 +251,9 @@ class Trainer:
             f"ledger head {ledger.head}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"
         )
         return measured
+
+
+def _places(history: History) -> str:
+    """Where the steps were executed that are no part of the present lineage."""
+    lost = {lineage[-1][1] for _, lineage in history.executions if lineage[-1][1] != history.lineage[-1][1]}
+    return " or ".join(sorted(lost))

@@ -41,7 +41,7 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
         return _report(grid, 0, _NOTHING)
     found = tuning.runs(executed)
     delta = max(run.delta for run in found.values())
-    accountant = Accountant([mechanism for run in found.values() for mechanism in run.mechanisms])
+    accountant = Accountant([mechanism for mechanisms in tuning.released(found).values() for mechanism in mechanisms])
     epsilon = accountant.upper(delta)
     statement = tuning.statement(found, epsilon, delta) + (_RAW if math.isfinite(epsilon) else "")
     return _report(grid, len(found), statement, rounding.round_up(epsilon), delta)

@@ -25,7 +25,7 @@ def path(tmp_path):
 def test_records_are_read_back(path):
     records = ledger_lib.read(path)
     assert [r["kind"] for r in records] == ["start", "step", "step", "step", "step", "checkpoint"]
-    assert Ledger.open(path).steps == 4
+    assert Ledger.open(path).history.updates == 4
     assert Ledger.open(path).head == json.loads(path.read_text().splitlines()[-1])["hash"]
 
 

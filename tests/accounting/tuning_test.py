@@ -41,17 +41,19 @@ def test_impossible_searches_are_refused(trials, distribution, message):
         tuning.random_search_epsilon(PLAN, trials, distribution, 1e-6)
 
 
+START = dict(
+    num_units=10_000, expected_batch_size=200, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
+    neighbouring_relation=ZERO_OUT, sampler="poisson", epsilon=3.0, delta=1e-6, privacy_unit="sequence",
+    sequence_length=32,
+    config_sha256="", seal="", model="tiny", parameters=1, held_out_units=0, trained_parameters=1, architecture={},
+    init_sha256=None, secret_keys=True,
+)  # fmt: skip
+
+
 def write_run(folder, steps, run_id, **changes):
     folder.mkdir()
     ledger = Ledger.open(folder / "ledger.jsonl")
-    facts = dict(
-        num_units=10_000, expected_batch_size=200, max_batch_size=None, noise_multiplier=1.0, clip_norm=1.0, steps=100,
-        neighbouring_relation=ZERO_OUT, sampler="poisson", epsilon=3.0, delta=1e-6, privacy_unit="sequence",
-        sequence_length=32,
-        config_sha256="", seal="", model="tiny", parameters=1, held_out_units=0, trained_parameters=1, architecture={},
-        init_sha256=None, secret_keys=True,
-    )  # fmt: skip
-    facts.update(changes)
+    facts = START | changes
     ledger.append("start", run_id=run_id, **facts)
     for step in range(steps):
         ledger.append_step(
@@ -86,8 +88,8 @@ def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(run_id="a"), "given twice"), (dict(sequence_length=64), "differ in sequence_length"), (dict(delta=1e-5),
-                                                                      "different deltas"),
+        (dict(run_id="a", expected_batch_size=100), "begin differently"),
+        (dict(sequence_length=64), "differ in sequence_length"), (dict(delta=1e-5), "different deltas"),
         (dict(neighbouring_relation="add_or_remove"), "differ in neighbouring_relation"),
         # Rows of tokens of another tokenizer, or of other text, are other units.
         (dict(architecture={"vocab_size": 256_000}), "differ in"
@@ -102,6 +104,76 @@ def test_runs_that_do_not_add_up_are_refused(changes, message, tmp_path, capsys)
     folders = [write_run(tmp_path / "a", 10, "a"), write_run(tmp_path / "b", 10, changes.pop("run_id", "b"), **changes)]
     assert cli.main(["account", f"--compose={folders[0]},{folders[1]}"]) == 2
     assert message in capsys.readouterr().err
+
+
+# Two laptops and a server: (steps, place) in turn, from the first step.
+WAYS = {
+    "whole": [("laptop", 0, 100)],
+    "beginning": [("laptop", 0, 60)],
+    "moved": [("laptop", 0, 60), ("server", 60, 100)],
+    "moved, with a loss": [("laptop", 0, 60), ("server", 50, 90)],
+    "moved and back": [("laptop", 0, 60), ("server", 60, 80), ("laptop", 80, 100)],
+    "resumed": [("laptop", 0, 60), ("laptop", 40, 100)],
+}
+
+
+@pytest.mark.parametrize(
+    "ways, steps",
+    [
+        (["whole", "beginning"], 100), (["beginning", "whole"], 100), (["whole", "resumed"], 100),
+        (["whole", "moved"], 140), (["moved", "whole"], 140), (["moved, with a loss"], 100),
+        (["whole", "moved, with a loss"], 140), (["moved", "moved, with a loss"], 140),
+        (["moved", "moved and back"], 120), (["whole", "moved and back"], 140),
+        (["whole", "moved", "moved and back"], 160),
+    ],
+)  # fmt: skip
+def test_a_fork_costs_what_it_adds(ways, steps, tmp_path, capsys):
+    """Shared steps once; a step that returns to an earlier place after others elsewhere has noise of its own."""
+    from dpgemma import cli
+
+    folders = [write_way(tmp_path / str(i), WAYS[way]) for i, way in enumerate(ways)]
+    assert cli.main(["account", f"--compose={','.join(map(str, folders))}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == steps
+    assert result["epsilon"] == Accountant(dp_sgd(10_000, 200, None, 1.0, 1.0, steps, ZERO_OUT)).epsilon(1e-6).upper
+    counted = [run["steps"] - run["steps_counted_elsewhere"] for run in result["runs"]]
+    assert sum(counted) == steps and counted[0] == result["runs"][0]["steps"]
+    assert ("copies of others" in result["statement"]) == (len(ways) > 1)
+
+
+def write_way(folder, way):
+    folder.mkdir()
+    (first, _, _), *_ = way
+    ledger = Ledger.open(folder / "ledger.jsonl")
+    ledger.append("start", run_id="a", format=4, environment=first, grid_bits=None, **START)
+    group = {"sampling_probability": 0.02, "noise_multiplier": 1.0, "max_batch_size": None}
+    for place, begin, end in way:
+        if begin:
+            ledger.append("resume", step=begin, environment=place)
+        for step in range(begin, end):
+            ledger.append_step(step, group)
+    ledger.close()
+    return folder
+
+
+def test_a_folder_given_twice_and_forks_of_an_older_format_are_refused(tmp_path, capsys):
+    from dpgemma import cli
+
+    a = write_run(tmp_path / "a", 10, "a")
+    b = write_run(tmp_path / "b", 10, "a")
+    assert cli.main(["account", f"--compose={a},{a}/."]) == 2 and "given twice" in capsys.readouterr().err
+    assert cli.main(["account", f"--compose={a},{b}", "--json"]) == 0  # the same run, moved
+    assert json.loads(capsys.readouterr().out)["steps"] == 10
+    ledger = Ledger.open(b / "ledger.jsonl")
+    ledger.append("resume", step=10, environment="server")
+    ledger.append_step(10, {"sampling_probability": 0.02, "noise_multiplier": 1.0, "max_batch_size": None})
+    ledger.close()
+    assert cli.main(["account", f"--compose={a},{b}", "--json"]) == 0  # one begins as the other
+    assert json.loads(capsys.readouterr().out)["steps"] == 11
+    ledger = Ledger.open(a / "ledger.jsonl")
+    ledger.append("resume", step=10, environment="laptop")
+    ledger.close()
+    assert cli.main(["account", f"--compose={a},{b}"]) == 2 and "equal noise" in capsys.readouterr().err
 
 
 def test_what_is_composed_says_where_it_started_and_counts_what_has_only_begun(tmp_path, capsys):

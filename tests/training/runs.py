@@ -60,8 +60,8 @@ def step_secrets(workdir):
     )
     circumstances = {
         "data": data["fingerprint"],
-        "environment": [record["environment"] for record in records if "environment" in record][-1],
-        "settings": {k: v for k, v in config.items() if k not in ("checkpoint_every", "keep_checkpoints")},
+        "places": [[0, records[0]["environment"]]],  # of a run that never left its first one
+        "settings": {k: v for k, v in config.items() if k not in ("checkpoint_every", "keep_checkpoints", "mesh")},
         "start": {k: v for k, v in records[0].items() if k not in ("n", "hash", "environment")},
     }
     text = json.dumps(circumstances, sort_keys=True, separators=(",", ":")).encode()

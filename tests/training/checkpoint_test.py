@@ -1,0 +1,75 @@
+"""Checkpoints: what they are bound to, and what they must not say."""
+
+import json
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from accounting.errors import InputError
+from accounting.ledger.chain import Ledger
+from dpgemma.training import checkpoint
+from dpgemma.training.checkpoint import Checkpoints
+from dpgemma.training.step import TrainState
+
+GROUP = {"sampling_probability": 0.1, "noise_multiplier": 1.0, "max_batch_size": 60}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl")
+    ledger.append("start", format=4, environment="laptop")
+    for step in range(2):
+        ledger.append_step(step, GROUP)
+    return ledger
+
+
+def state_of(value, moment=0.0):
+    parameters = {"w": jnp.full(3, value)}
+    adam = optax.adamw(0.1).init(parameters)
+    first = adam[0]._replace(count=jnp.asarray(2, jnp.int32), mu={"w": jnp.full(3, moment)})
+    return TrainState(parameters, (first, *adam[1:]))
+
+
+def save(folder, ledger, state):
+    with Checkpoints(folder, 3, folder / "damaged") as checkpoints:
+        checkpoints.save(2, state, ledger, metrics_sha256="")
+
+
+@pytest.mark.parametrize("other", [state_of(2.0), state_of(1.0, moment=1e-7)], ids=["parameters", "optimizer"])
+def test_a_step_is_not_saved_with_another_state(other, ledger, tmp_path):
+    """Not even in another folder, with its own checkpoints, under the ledger that knows the first ones."""
+    save(tmp_path / "a", ledger, state_of(1.0))
+    length = ledger.length
+    with pytest.raises(InputError, match="saved before with another state"):
+        save(tmp_path / "b", ledger, other)
+    assert ledger.length == length
+    save(tmp_path / "b", ledger, state_of(1.0))
+    # Elsewhere the step has noise of its own, and so another state.
+    ledger.append("resume", step=1, environment="server")
+    ledger.append_step(1, GROUP)
+    save(tmp_path / "c", ledger, other)
+
+
+def test_a_checkpoint_does_not_say_when_it_was_written(ledger, tmp_path):
+    save(tmp_path / "a", ledger, state_of(1.0))
+    (folder,) = (path for path in (tmp_path / "a").iterdir() if path.name == "2")
+    metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
+    assert [metadata[name] for name in metadata if "timestamp" in name] == [None, None]
+    assert checkpoint.summaries(tmp_path / "a")[0]["optimizer_count"] == 2
+    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+        step, state = checkpoints.restore(state_of(0.0), ledger, pytest.fail)
+    assert step == 2 and float(state.parameters["w"][0]) == 1.0
+
+
+def test_the_digest_of_a_state_depends_on_every_leaf_and_not_on_its_containers():
+    state = state_of(1.0, moment=0.5).as_dict()
+    same = {
+        "optimizer_state": [
+            {"count": jnp.asarray(2, jnp.int32), "mu": {"w": jnp.full(3, 0.5)}, "nu": {"w": jnp.zeros(3)}}
+        ],
+        "parameters": {"w": jnp.full(3, 1.0)},
+    }
+    assert checkpoint.state_digest(state) == checkpoint.state_digest(same)
+    for changed in (state_of(1.0).as_dict(), state_of(1.5, moment=0.5).as_dict(), {**state, "clip_norm": jnp.ones(())}):
+        assert checkpoint.state_digest(changed) != checkpoint.state_digest(state)
