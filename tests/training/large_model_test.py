@@ -64,7 +64,7 @@ def directory(tmp_path_factory):
     for weight in weights.table(MODEL):
         layers = weights.layers_of(MODEL, weight)
         shape = shapes[weight.path].shape[1:] if layers else shapes[weight.path].shape
-        there = weights.file_shape(shape, weight, weights.fan_in(MODEL, weight, shape))
+        there = weights.file_shape(shape, weight, weights.fan_in(weight, shape))
         # A long period of random numbers, repeated: drawing a billion would take a minute.
         numbers = np.resize((0.02 * rng.standard_normal(100_003)).astype(bfloat16), there)
         for name in [weight.name.format(i) for i in layers] or [weight.name]:
