@@ -13,6 +13,7 @@ CONFIG = "config.json"  # every resolved setting
 LEDGER = "ledger.jsonl"  # what was executed
 REPORT = "report.json"
 PAGE = "report.html"
+SEAL = "seal.json"  # under a sealed ledger: how far it went
 METRICS = "metrics.jsonl"  # public or noised values only
 CHECKPOINTS = "checkpoints"
 PRIVATE = "private"  # mode 0700; the only place for what the guarantee does not cover
@@ -24,7 +25,7 @@ REMARKS = f"{PRIVATE}/remarks.txt"  # what was noticed about single records
 DAMAGED = f"{PRIVATE}/damaged"  # checkpoints that could not be used
 HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units
 
-PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS)
+PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS, SEAL)
 FOLDERS = (PRIVATE, CHECKPOINTS)
 
 CARD = "README.md"  # the model card of an export
@@ -57,6 +58,12 @@ def dumps(value: dict[str, Any]) -> str:
 def digest(content: bytes) -> str:
     """SHA-256, by which the ledger knows a file."""
     return hashlib.sha256(content).hexdigest()
+
+
+def private_mac(ledger_key: bytes, facts: dict[str, Any]) -> str:
+    """What shows that private/data.json was written by a holder of the run's keys."""
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), key=ledger_key, digest_size=32, person=b"dpgemma data").hexdigest()
 
 
 def file_digest(path: pathlib.Path) -> str:

@@ -39,9 +39,11 @@ REMAT_POLICIES = ("none", "block", "dots")
 DENSE, BLOCKWISE, FUSED = "dense", "blockwise", "fused"
 ATTENTION = (AUTO, DENSE, BLOCKWISE, FUSED)
 
-# How the lines of a ledger are bound: by a hash chain alone, or with an HMAC under a private key as well.
-CHAIN, HMAC = "chain", "hmac"
-SEALS = (CHAIN, HMAC)
+# How the lines of a ledger are bound.
+CHAIN = "chain"  # by a hash chain without a key
+HMAC = "hmac"  # with an HMAC of every line too, which the holders of the secret key can check
+SIGNATURE = "signature"  # with a signature of every line too, which anyone with the public key can check
+SEALS = (CHAIN, HMAC, SIGNATURE)
 
 # The type of exported weights; as_stored keeps that of the model.
 AS_STORED = "as_stored"

@@ -10,13 +10,14 @@ from typing import Any
 
 from accounting import run_files
 from accounting.accountant import Accountant, EpsilonBracket
-from accounting.audit import document_checks, export_checks, ledger_checks, secrecy_checks
+from accounting.audit import document_checks, export_checks, ledger_checks, seal_checks, secrecy_checks
 from accounting.audit.findings import AuditResult, Finding
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
 from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.executed import Executed
+from accounting.ledger.seals import AuditKey
 from accounting.rounding import round_up
 
 
@@ -26,6 +27,7 @@ def audit(
     exports: Sequence[pathlib.Path] = (),
     accountant: Callable[..., Accountant] = Accountant,
     head: str | None = None,
+    required: AuditKey | None = None,
 ) -> AuditResult:
     """Checks a run directory and returns what does not agree. It writes nothing; the folder may be a moved copy.
 
@@ -36,6 +38,7 @@ def audit(
       exports: exported folders to check besides those inside the run's.
       accountant: what derives epsilon, from mechanisms.
       head: hash of a line that was deposited elsewhere, and must lie on this chain.
+      required: key from elsewhere under which the ledger must be sealed.
 
     Raises:
       InputError: the folder is no run, or an export is no export.
@@ -46,12 +49,18 @@ def audit(
     names = [*run_files.PUBLIC_FILES[:3], run_files.CHECKPOINTS]
     if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
-    return _Audit(workdir, accountant, head).run(checkpoints, exports)
+    return _Audit(workdir, accountant, head, required).run(checkpoints, exports)
 
 
 class _Audit:
-    def __init__(self, workdir: pathlib.Path, accountant: Callable[..., Accountant], head: str | None) -> None:
-        self.workdir, self.head = workdir, head
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        accountant: Callable[..., Accountant],
+        head: str | None,
+        required: AuditKey | None,
+    ) -> None:
+        self.workdir, self.head, self.required = workdir, head, required
         self.findings: list[Finding] = []
         self.notices: list[str] = []
         self._accountant = functools.lru_cache(maxsize=4)(accountant)
@@ -135,22 +144,10 @@ class _Audit:
         if not problems:
             self.findings += ledger_checks.order(lines)
         self.findings += ledger_checks.mechanism(executed, lines)
-        findings, notices = ledger_checks.macs(executed, lines, self._ledger_key(), self._seal())
+        findings, notices = seal_checks.sealed(self.workdir, executed, lines, self.required)
         self.findings += findings
         self.notices += notices
         return lines, executed
-
-    def _ledger_key(self) -> bytes | None:
-        try:
-            return bytes.fromhex(json.loads((self.workdir / run_files.KEYS).read_text())["ledger"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _seal(self) -> str | None:
-        try:
-            return json.loads((self.workdir / run_files.DATA).read_text())["seal"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     def _documents(self, lines: list[ledger_lib.Line], executed: Executed) -> None:
         if (content := self._content(run_files.CONFIG, required=True)) is not None:

@@ -140,31 +140,3 @@ def places(executed: Executed) -> Iterator[str]:
             f"{executed.repeated_steps} executed steps were lost, and were executed once more with other noise: they"
             " are charged again"
         )
-
-
-def macs(
-    executed: Executed, lines: Sequence[Line], key: bytes | None, seal: str | None
-) -> tuple[list[Finding], list[str]]:
-    """(findings, notices) about the lines' HMACs.
-
-    Args:
-      key: of the HMACs, where private/ is here.
-      seal: with which the run was started, as private/ remembers it.
-    """
-    if seal == ledger_lib.KEYED_CHAIN != executed.declared.get("seal"):
-        return [
-            Finding(
-                "mac_invalid",
-                WHERE,
-                "the run was started with HMACs under its key, and this ledger claims to need none",
-            )
-        ], []
-    if executed.declared.get("seal") != ledger_lib.KEYED_CHAIN:
-        return [], ["the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"]
-    if key is None:
-        return [], ["the ledger's HMACs were not checked: the key in private/keys.json is not here"]
-    wrong = ledger_lib.wrong_macs(list(lines), key)
-    if not wrong:
-        return [], []
-    message = f"{len(wrong)} lines have no HMAC of this run's key, the first is line {wrong[0]}"
-    return [Finding("mac_invalid", f"{WHERE} line {wrong[0]}", message)], []

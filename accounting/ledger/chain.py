@@ -2,8 +2,9 @@
 
 One JSON object per line. Every line carries the SHA-256 of the line before it and its own content, so that an edited,
 removed, repeated or reordered line breaks the chain. The chain has no key: it finds accidents and partial edits, not
-someone who rewrites the whole file; for that, deposit the head hash elsewhere, or let every line carry an HMAC of its
-hash under a private key as well. No line holds a wall-clock time or anything that depends on private data.
+someone who rewrites the whole file; for that, deposit the head hash elsewhere, or let every line carry a seal of its
+hash under a private key as well (accounting.ledger.seals). No line holds a wall-clock time or anything that depends on
+private data.
 
 A step is written before it is executed. A resumed run executes steps again with the same batch and the same noise,
 which releases nothing new; in another place it has other noise, and the step is written once more
@@ -12,19 +13,19 @@ which releases nothing new; in another place it has other noise, and the step is
 
 import dataclasses
 import hashlib
-import hmac
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger import events
 from accounting.ledger.history import History
+from accounting.ledger.seals import FIELDS, Seal, Verifier, closing
 
 GENESIS = "0" * 64
-CHAIN = "sha256 chain without a key"
-KEYED_CHAIN = "sha256 chain with an HMAC under a private key"
 _MOST_PROBLEMS = 20
 
 
@@ -36,17 +37,13 @@ def _seal(previous: str, record: dict[str, Any]) -> str:
     return hashlib.sha256((previous + _canonical(record)).encode()).hexdigest()
 
 
-def _mac(key: bytes, sealed: str) -> str:
-    return hmac.new(key, sealed.encode(), hashlib.sha256).hexdigest()
-
-
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of the file: what it records, its hash in the chain, its HMAC if it has one, and its text."""
+    """One line of the file: what it records, its hash in the chain, its seals by their fields, and its text."""
 
     record: dict[str, Any]
     hash: str
-    mac: str | None
+    seals: dict[str, str]
     text: str
 
 
@@ -95,20 +92,19 @@ def inspect(text: str) -> tuple[list[Line], list[Problem]]:
 def _parse(row: str) -> Line | None:
     try:
         record = json.loads(row)
-        sealed, mac = record.pop("hash"), record.pop("mac", None)
+        sealed, seals = record.pop("hash"), {name: record.pop(name) for name in FIELDS if name in record}
         whole = isinstance(record["n"], int) and isinstance(record["kind"], str) and isinstance(sealed, str)
         _canonical(record)  # refuses numbers that are none
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
-    return Line(record, sealed, mac, row) if whole else None
+    return Line(record, sealed, seals, row) if whole else None
 
 
 def _break(number: int, line: Line, before: list[Line], rows: list[str]) -> Problem | None:
     """What is wrong with a line that does not continue the chain; None if it does."""
     last = before[-1] if before else None
     expected = last.record["n"] + 1 if last else 0
-    seals = {"hash": line.hash} | ({"mac": line.mac} if line.mac is not None else {})
-    spelt = line.text == _canonical({**line.record, **seals})
+    spelt = line.text == _canonical({**line.record, "hash": line.hash, **line.seals})
     if spelt and line.record["n"] == expected and line.hash == _seal(last.hash if last else GENESIS, line.record):
         return None
 
@@ -146,9 +142,14 @@ def _verified(text: str, path: pathlib.Path) -> list[Line]:
     return lines
 
 
-def wrong_macs(lines: list[Line], key: bytes) -> list[int]:
-    """Numbers, from 1, of the lines whose HMAC is missing or was not made with this key."""
-    return [i for i, line in enumerate(lines, 1) if not hmac.compare_digest(line.mac or "", _mac(key, line.hash))]
+def unsealed(lines: Sequence[Line], verifier: Verifier) -> list[int]:
+    """Numbers, from 1, of the lines whose seal is missing or was not made with the verifier's key."""
+
+    def holds(line: Line) -> bool:
+        seal = line.seals.get(verifier.field)
+        return isinstance(seal, str) and len(line.seals) == 1 and verifier.holds(line.hash, seal)
+
+    return [number for number, line in enumerate(lines, 1) if not holds(line)]
 
 
 class Ledger:
@@ -156,21 +157,21 @@ class Ledger:
 
     Args:
       lines: those that the file has.
-      key: the private key of every line's HMAC, or None.
+      seal: what seals every line, or None.
 
     Attributes:
       history: which steps were executed, and where.
     """
 
-    def __init__(self, path: pathlib.Path, lines: list[Line], key: bytes | None = None) -> None:
+    def __init__(self, path: pathlib.Path, lines: list[Line], seal: Seal | None = None) -> None:
         self.path = path
         self._lines = lines
-        self._key = key
+        self._seal = seal
         self.history = History.of(self.records)
         self._file = open(path, "a")
 
     @classmethod
-    def open(cls, path: pathlib.Path, key: bytes | None = None) -> "Ledger":
+    def open(cls, path: pathlib.Path, seal: Seal | None = None) -> "Ledger":
         """Opens or creates; a last line that a crash cut off is dropped, because its step was never executed.
 
         Raises:
@@ -182,7 +183,7 @@ class Ledger:
         if whole != text:
             with open(path, "r+") as file:
                 file.truncate(len(whole.encode()))
-        return cls(path, lines, key)
+        return cls(path, lines, seal)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -214,11 +215,11 @@ class Ledger:
         events.check_writable(kind, facts)
         record = {"n": self.length, "kind": kind, **facts}
         sealed = _seal(self.head, record)
-        mac = None if self._key is None else _mac(self._key, sealed)
-        text = _canonical({**record, "hash": sealed} | ({} if mac is None else {"mac": mac}))
+        seals = {} if self._seal is None else {self._seal.field: self._seal.of(sealed)}
+        text = _canonical({**record, "hash": sealed, **seals})
         self._file.write(text + "\n")
         self._file.flush()
-        self._lines.append(Line(record, sealed, mac, text))
+        self._lines.append(Line(record, sealed, seals, text))
         self.history.add(record)
 
     def append_step(self, step: int, group: dict[str, Any]) -> None:
@@ -237,8 +238,10 @@ class Ledger:
             )
 
     def sync(self) -> None:
-        """Returns when the file is on disk."""
+        """Returns when the file is on disk, and under a seal closes it: no earlier line can be cut off from here on."""
         os.fsync(self._file.fileno())
+        if self._seal is not None:
+            run_files.write(self.path.with_name(run_files.SEAL), closing(self._seal, self.length, self.head))
 
     def close(self) -> None:
         self._file.close()

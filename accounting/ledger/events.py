@@ -1,7 +1,7 @@
 """What a ledger can say: every kind of line, its facts, their types and their meaning.
 
 Writers and auditors both go by this table, so a fact that is not in it can neither be written nor be taken for a public
-one. Every line also has its number `n`, its `kind`, its `hash` and, under a keyed seal, its `mac`.
+one. Every line also has its number `n`, its `kind`, its `hash` and, under a seal, its `mac` or its `signature`.
 """
 
 import dataclasses
@@ -57,6 +57,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "run_id": Fact(_TEXT, "public name at random, which tells this run's ledger from any other"),
         "config_sha256": Fact(_TEXT, "of config.json"),
         "seal": Fact(_TEXT, "how lines are bound to each other"),
+        "seal_key": Fact(_TEXT + _OR_NONE, "public key of the lines' signatures", since=4),
         "num_units": Fact(_COUNT, "N, training units; counted under zero_out, declared under add_or_remove"),
         "expected_batch_size": Fact(_NUMBER, "B = q N, in units"),
         "max_batch_size": Fact(_COUNT + _OR_NONE, "truncation cap of a batch, in units"),

@@ -6,8 +6,8 @@ from typing import Any
 
 from accounting.accountant import EpsilonBracket
 from accounting.errors import InputError
-from accounting.ledger.chain import CHAIN, KEYED_CHAIN
 from accounting.ledger.executed import Executed
+from accounting.ledger.seals import CHAIN, KEYED_CHAIN, SIGNED_CHAIN
 from accounting.mechanism import ADD_OR_REMOVE, Mechanism
 from accounting.rounding import round_up
 
@@ -82,6 +82,11 @@ def seal_text(declared: dict[str, Any]) -> str:
         return (
             "Every line carries an HMAC under a key in private/: nobody without that key can rewrite the ledger"
             " unnoticed."
+        )
+    if declared["seal"] == SIGNED_CHAIN:
+        return (
+            f"Every line carries a signature that the public key {declared['seal_key']} checks: nobody without its"
+            " secret half can rewrite the ledger unnoticed by those who have the public key from elsewhere."
         )
     assert declared["seal"] == CHAIN
     return (

@@ -23,6 +23,12 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "head", None, "Hash that was printed as the ledger head once, and must still be that of a line.", fv
     )
+    command_flags.string(
+        "require_seal",
+        None,
+        "Key from elsewhere under which the ledger must be sealed: a public key, a file with it, or a run's keys.json.",
+        fv,
+    )
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
@@ -31,13 +37,15 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError("say which run to check: dpgemma audit WORKDIR")
     from accounting import run_files
     from accounting.audit.audit import audit
+    from accounting.ledger import seals
 
     workdir = pathlib.Path(fv.workdir)
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
     checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
     if fv.head is not None and not (len(fv.head) == 64 and set(fv.head) <= set("0123456789abcdef")):
         raise InputError(f"--head={fv.head} is no ledger head: give the 64 hexadecimal digits that train printed")
-    result = audit(workdir, checkpoints, exports, head=fv.head)
+    required = None if fv.require_seal is None else seals.read_key(fv.require_seal)
+    result = audit(workdir, checkpoints, exports, head=fv.head, required=required)
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from accounting import run_files
 from accounting.errors import InputError
-from accounting.ledger import chain
 from accounting.ledger.events import FORMAT
+from accounting.ledger.seals import Signature
 from accounting.mechanism import ZERO_OUT
-from dpgemma.choices import HMAC
 from dpgemma.data import holdout
 from dpgemma.data.source import InMemory
 from dpgemma.data.text import tokenizer as tokenizer_lib
@@ -115,7 +114,9 @@ def _prepare(
     )
     config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit}
     fingerprint = source.fingerprint(keys.fingerprint)
-    facts = start_event(plan, config, objective, held_out.num_units, secret_keys=secret_keys)
+    seal = run_lib.seal_of(keys, config)
+    seal_key = seal.public.hex() if isinstance(seal, Signature) else None
+    facts = start_event(plan, config, objective, held_out.num_units, secret_keys=secret_keys, seal_key=seal_key)
     if run:
         run.check_resumable(config, fingerprint, facts)
     else:
@@ -128,6 +129,8 @@ def _prepare(
         observer.inform(plan_lib.summary(plan, start.name, path))
         if choice:
             observer.inform(choice)
+        if seal_key and not begun:
+            observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     return Trainer(plan, objective, training, run, observers, held_out=held_out)
 
 
@@ -175,7 +178,13 @@ def start_of(settings: Settings) -> start_lib.StartingPoint:
 
 
 def start_event(
-    plan: Plan, config: dict[str, Any], objective: Objective, held_out: int, *, secret_keys: bool
+    plan: Plan,
+    config: dict[str, Any],
+    objective: Objective,
+    held_out: int,
+    *,
+    secret_keys: bool,
+    seal_key: str | None = None,
 ) -> dict[str, Any]:
     """The public facts with which a ledger opens; the report is written from these and the steps alone.
 
@@ -183,6 +192,7 @@ def start_event(
       config: every resolved setting.
       held_out: units held out.
       secret_keys: whether the keys came from the operating system.
+      seal_key: public key of the ledger's signatures, where it has such.
     """
     trainable, frozen = objective.shapes()
     trained = decoder.count(trainable)
@@ -196,7 +206,8 @@ def start_event(
         **objective.facts,
         "parameters": trained + decoder.count(frozen),
         "trained_parameters": trained,
-        "seal": chain.KEYED_CHAIN if config["ledger_seal"] == HMAC else chain.CHAIN,
+        "seal": run_lib.seal_name(config["ledger_seal"]),
+        "seal_key": seal_key,
         # Under add_or_remove a count of units would be a count of the private data.
         "held_out_units": held_out if plan.mechanism.neighbouring_relation == ZERO_OUT else None,
     }

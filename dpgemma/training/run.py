@@ -17,10 +17,11 @@ from typing import IO, Any
 
 from accounting import run_files
 from accounting.errors import InputError
-from accounting.ledger import events, executed
+from accounting.ledger import events, executed, seals
 from accounting.ledger.chain import Ledger
 from accounting.ledger.history import Lineage
-from dpgemma.choices import EXACT, HMAC
+from accounting.ledger.seals import Seal
+from dpgemma.choices import EXACT, HMAC, SIGNATURE
 from dpgemma.privacy.keys import Keys
 from dpgemma.training.settings import OPERATIONAL
 
@@ -61,7 +62,7 @@ class RunDirectory:
         Raises:
           InputError: its chain does not hold.
         """
-        return Ledger.open(self.ledger_file, ledger_key(self.keys, self.config()))
+        return Ledger.open(self.ledger_file, seal_of(self.keys, self.config()))
 
     @functools.cached_property
     def keys(self) -> Keys:
@@ -221,10 +222,11 @@ def create(
         temporary.private.mkdir(parents=True)
         temporary.private.chmod(0o700)
         keys.save(temporary.keys_file)
-        temporary.data_file.write_text(json.dumps({"fingerprint": fingerprint, "seal": start_event["seal"]}))
+        facts = {"fingerprint": fingerprint, "seal": start_event["seal"]}
+        temporary.data_file.write_text(json.dumps(facts | {"mac": run_files.private_mac(keys.ledger, facts)}))
         text = run_files.dumps(config)
         temporary.config_file.write_text(text)
-        ledger = Ledger.open(temporary.ledger_file, ledger_key(keys, config))
+        ledger = Ledger.open(temporary.ledger_file, seal_of(keys, config))
         # A public name at random tells this run's ledger from that of any other, even one with the same settings.
         ledger.append(
             events.START, run_id=secrets.token_hex(16), config_sha256=run_files.digest(text.encode()), **start_event
@@ -240,6 +242,12 @@ def create(
     return run
 
 
-def ledger_key(keys: Keys, config: dict[str, Any]) -> bytes | None:
-    """The key of the ledger's HMACs, if the run was configured with them."""
-    return keys.ledger if config["ledger_seal"] == HMAC else None
+def seal_of(keys: Keys, config: dict[str, Any]) -> Seal | None:
+    """What seals the run's ledger; None for a chain without a key."""
+    name = seal_name(config["ledger_seal"])
+    return seals.with_secret(name, keys.ledger)
+
+
+def seal_name(setting: str) -> str:
+    """How a ledger calls the seal that `ledger_seal` asks for."""
+    return {HMAC: seals.KEYED_CHAIN, SIGNATURE: seals.SIGNED_CHAIN}.get(setting, seals.CHAIN)

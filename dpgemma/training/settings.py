@@ -139,7 +139,9 @@ class Settings:
     mesh: str = _setting(AUTO, f"Devices: {SYNTAX}. On a CPU, auto makes one device per core, up to 8.")
     seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
     ledger_seal: str = _setting(
-        "chain", "Hash chain of the ledger: without a key, or with an HMAC under a private key.", choices.SEALS
+        "chain",
+        "How the ledger is sealed: chain has no key; hmac is checked with the secret key, signature with a public one.",
+        choices.SEALS,
     )
     checkpoint_every: int = _setting(40, "Updates between checkpoints.")
     keep_checkpoints: int = _setting(3, "Checkpoints kept.")

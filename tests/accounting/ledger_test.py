@@ -6,6 +6,7 @@ import pytest
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
 from accounting.ledger.chain import Ledger
+from accounting.ledger.seals import Hmac
 
 GROUP = {"sampling_probability": 0.1, "noise_multiplier": 1.0, "max_batch_size": 60}
 
@@ -100,17 +101,17 @@ def test_an_untouched_ledger_has_no_problem(path):
 
 def test_a_rewritten_chain_lacks_the_macs_of_the_key(tmp_path):
     key, path = bytes(range(32)), tmp_path / "keyed.jsonl"
-    ledger = Ledger.open(path, key)
+    ledger = Ledger.open(path, Hmac(key))
     ledger.append("start", noise_multiplier=1.0)
     ledger.append_step(0, GROUP)
     ledger.close()
     lines, problems = ledger_lib.inspect(path.read_text())
-    assert problems == [] and ledger_lib.wrong_macs(lines, key) == []
-    assert ledger_lib.wrong_macs(lines, bytes(32)) == [1, 2]
-    forged = Ledger.open(tmp_path / "forged.jsonl", bytes(32))
+    assert problems == [] and ledger_lib.unsealed(lines, Hmac(key)) == []
+    assert ledger_lib.unsealed(lines, Hmac(bytes(32))) == [1, 2]
+    forged = Ledger.open(tmp_path / "forged.jsonl", Hmac(bytes(32)))
     forged.append("start", noise_multiplier=9.0)
     forged.close()
-    assert ledger_lib.wrong_macs(ledger_lib.inspect((tmp_path / "forged.jsonl").read_text())[0], key) == [1]
+    assert ledger_lib.unsealed(ledger_lib.inspect((tmp_path / "forged.jsonl").read_text())[0], Hmac(key)) == [1]
 
 
 def test_a_ledger_knows_its_earlier_heads(path):

@@ -8,7 +8,7 @@ from accounting import rounding, run_files
 from accounting.accountant import Accountant, EpsilonBracket
 from accounting.errors import InputError
 from accounting.ledger import executed
-from accounting.ledger.chain import CHAIN, KEYED_CHAIN
+from accounting.ledger.seals import CHAIN, KEYED_CHAIN
 from accounting.mechanism import dp_sgd
 from accounting.report import content, page, tables
 

@@ -59,21 +59,6 @@ def test_interrupted_runs_are_consistent_and_marked_unfinished(text, tmp_path, c
         assert not result["finished"] and any("unfinished" in notice for notice in result["notices"])
 
 
-def test_a_keyed_ledger_cannot_be_rewritten_without_its_key(text, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    assert call(*flags(text, workdir, ledger_seal="hmac")).returncode == 0
-    code, result = audited(capsys, workdir)
-    assert code == 0 and "HMAC" in result["seal"]
-    assert "HMAC under a key" in (workdir / "report.html").read_text()
-    rewrite_chain(workdir, lambda records: records)
-    code, result = audited(capsys, workdir)
-    assert code == 1 and "mac_invalid" in {finding["kind"] for finding in result["findings"]}
-    # Nor by saying that it never had one.
-    rewrite_chain(workdir, lambda records: [{**records[0], "seal": ledger_lib.CHAIN}, *records[1:]])
-    code, result = audited(capsys, workdir)
-    assert code == 1 and "mac_invalid" in {finding["kind"] for finding in result["findings"]}
-
-
 def test_what_crashes_leave_behind_is_no_finding(workdir, summaries):
     """A full disk at the first checkpoint; a later one that was lost, and the run stopped before it came so
     far again."""

@@ -29,14 +29,18 @@ def rewrite_chain(workdir, change):
     write_chain(path, change(records))
 
 
-def write_chain(path, records):
-    """A ledger file with these records, whatever they hold, under a chain without a key: the format, written out."""
+def write_chain(path, records, seal=None):
+    """A ledger file with these records, whatever they hold, under a chain: the format, written out.
+
+    Args:
+      seal: function of a line's hash that gives its seal by its field; None for a chain without a key.
+    """
     previous, rows = "0" * 64, []
     for number, record in enumerate(records):
         spelt = functools.partial(json.dumps, sort_keys=True, separators=(",", ":"))
         line = {"n": number, **record}
         previous = hashlib.sha256((previous + spelt(line)).encode()).hexdigest()
-        rows.append(spelt({**line, "hash": previous}) + "\n")
+        rows.append(spelt({**line, "hash": previous, **(seal(previous) if seal else {})}) + "\n")
     path.write_text("".join(rows))
 
 
@@ -50,7 +54,7 @@ def rewrite_report(workdir, change):
     path.write_text(text)
     edit(workdir / "ledger.jsonl", old, run_files.digest(text.encode()))
     lines = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
-    records = [{k: v for k, v in line.items() if k not in ("n", "hash")} for line in lines]
+    records = [{k: v for k, v in line.items() if k not in ("n", "hash", "mac", "signature")} for line in lines]
     write_chain(workdir / "ledger.jsonl", records)
 
 

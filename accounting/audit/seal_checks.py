@@ -1,0 +1,105 @@
+"""Is the ledger sealed as it should be, and whole under its seal?"""
+
+import hmac
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from accounting import run_files
+from accounting.audit.findings import Finding
+from accounting.ledger import chain, events, seals
+from accounting.ledger.chain import Line
+from accounting.ledger.executed import Executed
+from accounting.ledger.seals import AuditKey, PublicKey, Verifier
+
+
+def sealed(
+    workdir: pathlib.Path, executed: Executed, lines: Sequence[Line], required: AuditKey | None
+) -> tuple[list[Finding], list[str]]:
+    """(findings, notices) about the seal.
+
+    Args:
+      required: a key from elsewhere under which the ledger must be sealed; without one, the keys in private/ are used.
+    """
+    declared = str(executed.declared["seal"])
+    own, facts = _own_key(workdir), _private_facts(workdir)
+    findings = _remembered(facts, own, declared, executed.version)
+    verifier, notices = _verifier(executed, required or own)
+    if required is not None and verifier is None:
+        message = f"a seal under the given key was required, and this ledger claims to have a {declared}"
+        return [*findings, Finding("seal_missing", run_files.LEDGER, message)], []
+    if verifier is None:
+        return findings, notices
+    if wrong := chain.unsealed(lines, verifier):
+        message = f"{len(wrong)} lines have no seal of the run's key, the first is line {wrong[0]}"
+        findings.append(Finding("seal_invalid", f"{run_files.LEDGER} line {wrong[0]}", message))
+    elif executed.version >= events.PLACES:
+        findings += _closing(workdir / run_files.SEAL, verifier, lines)
+    return findings, notices
+
+
+def _verifier(executed: Executed, key: AuditKey | None) -> tuple[Verifier | None, list[str]]:
+    declared, public = str(executed.declared["seal"]), executed.declared.get("seal_key")
+    if key is not None and (verifier := key.verifier(declared)) is not None:
+        return verifier, []
+    if declared == seals.CHAIN:
+        return None, [
+            "the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"
+        ]
+    if declared == seals.SIGNED_CHAIN and isinstance(public, str) and key is None:
+        try:
+            return PublicKey(bytes.fromhex(public)), [
+                f"the signatures were checked with the public key that the ledger names, {public}: whether it is its"
+                " writer's, --require_seal=KEY tells"
+            ]
+        except ValueError:
+            pass  # what is no key checks nothing, as if there were none
+    return None, ["the ledger's seal was not checked: the key is not here; say where with --require_seal=KEY"]
+
+
+def _remembered(facts: dict[str, Any] | None, own: AuditKey | None, declared: str, version: int) -> list[Finding]:
+    """What private/ remembers of the seal, itself under the run's key."""
+    if facts is None:
+        return []
+    found = []
+    if version >= events.PLACES and own is not None and own.secret is not None:
+        known = {name: value for name, value in facts.items() if name != "mac"}
+        if not hmac.compare_digest(str(facts.get("mac")), run_files.private_mac(own.secret, known)):
+            message = "it was not written with this run's keys: what it says of data and seal was changed"
+            found.append(Finding("seal_invalid", run_files.DATA, message))
+    if facts.get("seal") not in (None, declared):
+        message = f"the run was started with a {facts['seal']}, and this ledger claims to have a {declared}"
+        found.append(Finding("seal_invalid", run_files.LEDGER, message))
+    return found
+
+
+def _closing(path: pathlib.Path, verifier: Verifier, lines: Sequence[Line]) -> list[Finding]:
+    """Whether the ledger still has every line with which it was closed last."""
+    where = path.name
+    if not path.is_file():
+        return [
+            Finding("missing_file", where, "it says how far the sealed ledger went; without it lines may be cut off")
+        ]
+    closed = seals.closed_at(verifier, path.read_bytes())
+    if closed is None:
+        return [Finding("seal_invalid", where, "it was not made with the run's key")]
+    length, head = closed
+    if not (0 < length <= len(lines) and lines[length - 1].hash == head):
+        message = f"it was closed with {length} lines, and {len(lines)} are here: the end was cut off or replaced"
+        return [Finding("ledger_cut", run_files.LEDGER, message)]
+    return []
+
+
+def _own_key(workdir: pathlib.Path) -> AuditKey | None:
+    try:
+        return AuditKey(secret=bytes.fromhex(json.loads((workdir / run_files.KEYS).read_text())["ledger"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _private_facts(workdir: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((workdir / run_files.DATA).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

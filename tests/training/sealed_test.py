@@ -1,0 +1,160 @@
+"""Sealed ledgers: what somebody without the secret key can do to a run's files, and what `dpgemma audit` says of it."""
+
+import hashlib
+import hmac
+import json
+import pathlib
+import shutil
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from accounting.ledger import chain, seals
+from dpgemma import cli
+from tests.training.forgery import audited, rewrite_chain, rewrite_report, write_chain
+from tests.training.runs import call, flags
+
+
+@pytest.fixture(scope="module", params=["hmac", "signature"])
+def sealed(request, text, tmp_path_factory):
+    """A finished run with an export in its folder; never changed."""
+    workdir = tmp_path_factory.mktemp(request.param) / "run"
+    done = call(*flags(text, workdir, ledger_seal=request.param, steps=4, model="ladder_20k"))
+    assert done.returncode == 0, done.stderr
+    assert ("public key" in done.stderr) == (request.param == "signature")
+    assert call("export", f"--workdir={workdir}", f"--out={workdir / 'export'}").returncode == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(sealed, tmp_path):
+    return pathlib.Path(shutil.copytree(sealed, tmp_path / "elsewhere"))
+
+
+@pytest.fixture
+def key(sealed, tmp_path):
+    """A key as an auditor has it from elsewhere: the public one of signatures, else a copy of the secret one."""
+    public = records_of(sealed)[0]["seal_key"]
+    return public or shutil.copy(sealed / "private/keys.json", tmp_path / "key.json")
+
+
+def records_of(workdir):
+    return chain.read(workdir / "ledger.jsonl")
+
+
+def is_signed(workdir):
+    return records_of(workdir)[0]["seal"] == seals.SIGNED_CHAIN
+
+
+def kinds(result):
+    return {finding["kind"] for finding in result["findings"]}
+
+
+def test_an_untouched_run_is_clean_with_and_without_its_keys(workdir, key, capsys):
+    for arguments in ([], [f"--require_seal={key}"], [f"--require_seal={workdir / 'private/keys.json'}"]):
+        code, result = audited(capsys, workdir, *arguments)
+        assert code == 0 and result["consistent"], result["findings"]
+        assert not any("seal" in notice for notice in result["notices"])
+    shutil.rmtree(workdir / "private")
+    assert audited(capsys, workdir, f"--require_seal={key}")[0] == 0
+    code, result = audited(capsys, workdir)
+    assert code == 0 and any("--require_seal" in notice for notice in result["notices"])
+    page = (workdir / "report.html").read_text()
+    assert records_of(workdir)[0]["seal_key"] in page if is_signed(workdir) else "HMAC under a key" in page
+
+
+def test_a_rewritten_chain_lacks_its_seals(workdir, capsys):
+    rewrite_chain(workdir, lambda records: records)
+    code, result = audited(capsys, workdir)
+    assert code == 1 and "seal_invalid" in kinds(result)
+
+
+def cut(workdir):
+    """Everything after the first checkpoint is taken off, every file fits, and every line is its writer's."""
+    lines = (workdir / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (last,) = (i for i, r in enumerate(records_of(workdir)) if r["kind"] == "stored" and r["step"] == 2)
+    (workdir / "ledger.jsonl").write_text("".join(lines[: last + 1]))
+    shutil.rmtree(workdir / "checkpoints/4")
+    shutil.rmtree(workdir / "export")
+    (workdir / "report.html").unlink()
+    (workdir / "private/held_out.jsonl").unlink()
+    metrics = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(metrics[:2]))
+    (workdir / "report.json").unlink()
+
+
+def test_a_ledger_that_was_cut_is_found(workdir, key, capsys):
+    cut(workdir)
+    for arguments in ([], [f"--require_seal={key}"]):
+        assert "ledger_cut" in kinds(audited(capsys, workdir, *arguments)[1])
+    (workdir / "seal.json").unlink()
+    assert any(f["where"] == "seal.json" for f in audited(capsys, workdir)[1]["findings"])
+
+
+def test_a_closing_record_cannot_be_written_without_the_key(workdir, capsys):
+    cut(workdir)
+    path, records = workdir / "seal.json", records_of(workdir)
+    head = json.loads((workdir / "ledger.jsonl").read_text().splitlines()[-1])["hash"]
+    stored = json.loads(path.read_text())
+    for forged in ({**stored, "lines": len(records), "head": head}, {"lines": len(records), "head": head}, [], 7):
+        path.write_text(json.dumps(forged))
+        assert any(
+            f["kind"] == "seal_invalid" and f["where"] == "seal.json" for f in audited(capsys, workdir)[1]["findings"]
+        )
+
+
+def as_if_never_sealed(records):
+    return [{**records[0], "seal": seals.CHAIN, "seal_key": None, "noise_multiplier": 9.0}, *records[1:]]
+
+
+def test_a_downgraded_seal_is_found(workdir, key, capsys):
+    rewrite_chain(workdir, as_if_never_sealed)
+    (workdir / "seal.json").unlink()
+    assert "seal_invalid" in kinds(audited(capsys, workdir)[1])  # private/ remembers another seal
+    data = workdir / "private/data.json"
+    data.write_text(json.dumps({**json.loads(data.read_text()), "seal": seals.CHAIN}))
+    found = audited(capsys, workdir)[1]["findings"]  # private/ itself is authenticated
+    assert any(f["kind"] == "seal_invalid" and f["where"] == "private/data.json" for f in found)
+    shutil.rmtree(workdir / "private")
+    assert "seal_missing" in kinds(audited(capsys, workdir, f"--require_seal={key}")[1])
+
+
+def test_a_public_key_is_nobodys_hmac_key(workdir, key, capsys):
+    """Whoever knows the public key could write HMACs under it, or signatures under another key."""
+    if not is_signed(workdir):
+        pytest.skip("an HMAC has no public key")
+    records = [{k: v for k, v in record.items() if k != "n"} for record in records_of(workdir)]
+    forged = [{**records[0], "seal": seals.KEYED_CHAIN}, *records[1:]]
+
+    def mac(text):
+        return {"mac": hmac.new(bytes.fromhex(key), text.encode(), hashlib.sha256).hexdigest()}
+
+    write_chain(workdir / "ledger.jsonl", forged, mac)
+    assert "seal_missing" in kinds(audited(capsys, workdir, f"--require_seal={key}")[1])
+
+    other = Ed25519PrivateKey.generate()
+    public = other.public_key().public_bytes_raw().hex()
+    forged = [{**records[0], "seal_key": public}, *records[1:]]
+    write_chain(workdir / "ledger.jsonl", forged, lambda text: {"signature": other.sign(text.encode()).hex()})
+    assert "seal_invalid" in kinds(audited(capsys, workdir, f"--require_seal={key}")[1])
+    shutil.rmtree(workdir / "private")
+    assert any(public in notice for notice in audited(capsys, workdir)[1]["notices"])
+
+
+def test_a_report_that_was_written_again_fits_no_sealed_line(workdir, capsys):
+    rewrite_report(workdir, lambda content: content.update(num_units=10**6))
+    assert "seal_invalid" in kinds(audited(capsys, workdir)[1])
+
+
+def test_what_is_no_key_is_refused_in_one_sentence(sealed, tmp_path, capsys):
+    (tmp_path / "text").write_text("not a key")
+    (tmp_path / "other.json").write_text('{"noise": "00"}')
+    for wrong in ("zz" * 32, "ab", tmp_path / "nowhere", tmp_path / "text", tmp_path / "other.json", tmp_path):
+        assert cli.main(["audit", str(sealed), f"--require_seal={wrong}"]) == 2
+        out, err = capsys.readouterr()
+        assert not out and len(err.splitlines()) == 1 and "key" in err
+
+
+def test_a_chain_without_a_key_does_not_pass_where_a_seal_is_required(exported, capsys):
+    code, result = audited(capsys, exported, f"--require_seal={'ab' * 32}")
+    assert code == 1 and kinds(result) == {"seal_missing"}
