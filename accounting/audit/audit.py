@@ -10,7 +10,7 @@ from typing import Any
 
 from accounting import run_files
 from accounting.accountant import Accountant, EpsilonBracket
-from accounting.audit import document_checks, export_checks, ledger_checks, seal_checks, secrecy_checks
+from accounting.audit import document_checks, export_checks, folder_checks, ledger_checks, seal_checks, secrecy_checks
 from accounting.audit.findings import AuditResult, Finding
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
@@ -67,7 +67,7 @@ class _Audit:
 
     def run(self, checkpoints: Sequence[dict[str, Any]], exports: Sequence[pathlib.Path]) -> AuditResult:
         lines, executed = self._ledger()
-        self._secrecy(lines)
+        self._files(lines, executed)
         rederived = None
         if executed is not None:
             # Only InputError becomes a finding: these facts allow no epsilon. Any other error is a bug and propagates.
@@ -183,27 +183,24 @@ class _Audit:
             )
 
     def _exports(self, lines: list[ledger_lib.Line], exports: Sequence[pathlib.Path]) -> None:
-        inside = sorted(
-            {
-                path.parent
-                for path in secrecy_checks.other_files(self.workdir)
-                if path.suffix == run_files.WEIGHTS_SUFFIX
-            }
-        )
+        inside = self._exports_inside()
         for folder in [*inside, *(folder for folder in exports if folder not in inside)]:
             name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
             self.findings += export_checks.export(folder, name, lines, self._derive)
 
-    def _secrecy(self, lines: list[ledger_lib.Line]) -> None:
-        others = secrecy_checks.other_files(self.workdir)
+    def _exports_inside(self) -> list[pathlib.Path]:
+        """Folders inside the run's with files of weights."""
+        files = folder_checks.other_files(self.workdir)
+        return sorted({path.parent for path in files if path.suffix == run_files.WEIGHTS_SUFFIX})
+
+    def _files(self, lines: list[ledger_lib.Line], executed: Executed | None) -> None:
+        others = folder_checks.other_files(self.workdir)
         exported = {
             digest for line in lines if line.record["kind"] == events.EXPORT for digest in line.record["files"].values()
         }
         self.findings += secrecy_checks.leaks(self.workdir, others, exported)
+        self.findings += folder_checks.accounted(self.workdir, lines, executed, self._exports_inside())
         if (self.workdir / run_files.PRIVATE).exists():
             self.findings += secrecy_checks.permissions(self.workdir / run_files.PRIVATE)
         else:
             self.notices.append("private/ is not here: permissions and keys were not checked")
-        unknown = [path for path in others if path.parent == self.workdir]
-        if unknown:
-            self.notices.append(f"files that are no part of the run: {', '.join(path.name for path in unknown)}")

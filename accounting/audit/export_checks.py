@@ -34,6 +34,9 @@ def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Deriv
     if not places:
         for file, digest in weights.items():
             yield Finding("export_unknown", f"{name}/{file}", f"no export event of the ledger has its SHA-256 {digest}")
+        for path in sorted(folder.iterdir()):
+            if path.name not in weights:
+                yield Finding("file_unknown", f"{name}/{path.name}", "it belongs to no export that the ledger knows")
         return
     # The same checkpoint may have been exported more than once, at different heads of the ledger.
     fitting = [i for i in places if _digest(folder / run_files.CARD) == lines[i].record["files"].get(run_files.CARD)]
@@ -46,6 +49,9 @@ def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Deriv
             yield from _card(folder / file, name, lines, place, derive, recorded=bool(fitting))
         elif _digest(folder / file) != digest:
             yield Finding("export_edited", f"{name}/{file}", "its SHA-256 is not the one that the ledger recorded")
+    for path in sorted(folder.iterdir()):
+        if path.name not in files or path.is_symlink():
+            yield Finding("file_unknown", f"{name}/{path.name}", "it is no file that was written with the export")
 
 
 def _digest(path: pathlib.Path) -> str | None:

@@ -31,6 +31,7 @@ KINDS = {
     "checkpoint_unreadable": "a checkpoint cannot be read",
     "checkpoint_disagrees": "a checkpoint's counters or its place in the ledger do not fit",
     "metrics_edited": "metrics.jsonl is not what the program wrote",
+    "file_unknown": "a file is none that the run wrote",
     "export_unknown": "the ledger does not know an exported model",
     "export_edited": "a file of an export is not what the program wrote",
     "model_card_disagrees": "an exported model card states other values than the ledger gives",

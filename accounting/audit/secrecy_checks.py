@@ -32,21 +32,6 @@ def permissions(private: pathlib.Path) -> Iterator[Finding]:
             )
 
 
-def other_files(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Files that are neither the run's public files nor in its own folders."""
-    found = []
-    for path in sorted(workdir.rglob("*")):
-        parts = path.relative_to(workdir).parts
-        if (
-            parts[0] not in run_files.FOLDERS
-            and not (len(parts) == 1 and parts[0] in run_files.PUBLIC_FILES)
-            and path.is_file()
-            and not path.is_symlink()
-        ):
-            found.append(path)
-    return found
-
-
 def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[str] = ()) -> Iterator[Finding]:
     """Raw losses and norms, copies of private files, and keys, in any file outside private/ and checkpoints/.
 

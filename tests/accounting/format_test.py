@@ -15,7 +15,7 @@ from accounting.mechanism.mechanism import GROUP
 from tests.accounting.report_test import records
 from tests.training.forgery import write_chain
 
-OF_THIS_FORMAT = {"format": events.FORMAT, "environment": "a laptop"}
+OF_THIS_FORMAT = {"format": events.FORMAT, "environment": "a laptop", "seal_key": None}
 
 
 def test_a_ledger_without_a_format_is_of_the_first_and_means_what_it_meant():

@@ -145,7 +145,7 @@ def write_way(folder, way):
     folder.mkdir()
     (first, _, _), *_ = way
     ledger = Ledger.open(folder / "ledger.jsonl")
-    ledger.append("start", run_id="a", format=4, environment=first, grid_bits=None, **START)
+    ledger.append("start", run_id="a", format=4, environment=first, grid_bits=None, seal_key=None, **START)
     group = {"sampling_probability": 0.02, "noise_multiplier": 1.0, "max_batch_size": None}
     for place, begin, end in way:
         if begin:

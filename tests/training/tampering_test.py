@@ -7,10 +7,12 @@ import random
 import re
 import shutil
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from scipy import optimize
 
-from accounting import conversions
+from accounting import conversions, run_files
 from accounting.audit.audit import audit
 from tests.training.forgery import (
     audited,
@@ -72,6 +74,43 @@ def truncate(path):
 
 def largest_data_file(workdir):
     return max((workdir / "checkpoints/6").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+
+
+def linked_export(workdir):
+    (workdir / "release").mkdir()
+    (workdir / "release/model.safetensors").symlink_to(workdir / "export/model.safetensors")
+
+
+def linked_report(workdir):
+    content = workdir.parent / "report.json"
+    shutil.move(workdir / "report.json", content)
+    (workdir / "report.json").symlink_to(content)
+
+
+def optimizer_state_with_text(workdir):
+    """Private text in Adam's first moment; files and ledger, which has no key, are made to fit."""
+    place = workdir / "checkpoints/6"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore((place / "state").absolute())
+        moment = state["optimizer_state"][0]["mu"]
+        name = next(iter(moment["final_norm"]))
+        moment["final_norm"][name] = np.frombuffer(b"fever".ljust(moment["final_norm"][name].nbytes), np.float32)
+        shutil.rmtree(place / "state")
+        checkpointer.save((place / "state").absolute(), state)
+    digest = run_files.folder_digest(place)
+
+    def change(records):
+        return [r | ({"files_sha256": digest} if (r["kind"], r.get("step")) == ("stored", 6) else {}) for r in records]
+
+    rewrite_chain(workdir, change)
+
+
+def saved_twice(workdir):
+    def change(records):
+        (place,) = (i for i, r in enumerate(records) if (r["kind"], r.get("step")) == ("stored", 6))
+        return [*records[: place + 1], {**records[place - 1], "state_sha256": "ab" * 32}, *records[place + 1 :]]
+
+    rewrite_chain(workdir, change)
 
 
 TAMPERINGS = {
@@ -212,6 +251,74 @@ TAMPERINGS = {
         "raw_values_public",
         "train.log",
     ),
+    "files: another model": (
+        lambda w: (w / "pytorch_model.bin").write_bytes(b"weights"),
+        "file_unknown",
+        "pytorch_model.bin",
+    ),
+    "files: hidden": (lambda w: (w / ".notes").write_text("private"), "file_unknown", ".notes"),
+    "files: link to a model": (linked_export, "file_unknown", "release/model.safetensors"),
+    "files: link to a folder": (
+        lambda w: (w / "release").symlink_to(w / "export", target_is_directory=True),
+        "file_unknown",
+        "release",
+    ),
+    "files: link in a public file's place": (linked_report, "file_unknown", "report.json"),
+    "files: pipe": (lambda w: os.mkfifo(w / "pipe"), "file_unknown", "pipe"),
+    "files: half a file of a run that is finished": (
+        lambda w: (w / "metrics.jsonl.tmp").write_text("private"),
+        "file_unknown",
+        "metrics.jsonl.tmp",
+    ),
+    "checkpoints: a changed export among them": (
+        lambda w: (
+            edit(w / "export/README.md", "| epsilon | ", "| epsilon | 0."),
+            shutil.move(w / "export", w / "checkpoints/export"),
+        ),
+        "model_card_disagrees",
+        "checkpoints/export/README.md",
+    ),
+    "checkpoints: losses among them": (
+        lambda w: (w / "checkpoints/losses.txt").write_text("5.31"),
+        "file_unknown",
+        "checkpoints/losses.txt",
+    ),
+    "checkpoints: half a checkpoint of a run that is finished": (
+        lambda w: shutil.copytree(w / "checkpoints/6", w / "checkpoints/6.orbax-checkpoint-tmp"),
+        "file_unknown",
+        "checkpoints/6.orbax-checkpoint-tmp",
+    ),
+    "checkpoint: losses in it": (
+        lambda w: (w / "checkpoints/6/losses.txt").write_text("5.31"),
+        "checkpoint_disagrees",
+        "checkpoints/6",
+    ),
+    "checkpoint: losses in one of its files": (
+        lambda w: edit(w / "checkpoints/6/state/commit_success.txt", "success", "success 5.31"),
+        "checkpoint_disagrees",
+        "checkpoints/6",
+    ),
+    "checkpoint: optimizer's state, recorded files rewritten": (
+        optimizer_state_with_text,
+        "checkpoint_disagrees",
+        "checkpoints/6",
+    ),
+    "checkpoint: two states of a step": (saved_twice, "step_saved_twice", "ledger.jsonl"),
+    "checkpoint: its files not recorded": (
+        lambda w: rewrite_chain(w, lambda r: [x for x in r if (x["kind"], x.get("step")) != ("stored", 6)]),
+        "file_unknown",
+        "checkpoints/6",
+    ),
+    "export: a file more": (
+        lambda w: (w / "export/pytorch_model.bin").write_bytes(b"weights"),
+        "file_unknown",
+        "export/pytorch_model.bin",
+    ),
+    "export: a folder more": (
+        lambda w: ((w / "export/more").mkdir(), (w / "export/more/notes.txt").write_text("private")),
+        "file_unknown",
+        "export/more",
+    ),
     "export: unknown": (unknown_export, "export_unknown", "release/model.safetensors"),
     "export: card": (
         lambda w: edit(w / "export/README.md", "| epsilon | ", "| epsilon | 0."),
@@ -228,6 +335,7 @@ TAMPERINGS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 @pytest.mark.parametrize("name", TAMPERINGS)
 def test_tampering_is_found_and_named(name, workdir, capsys):
     tamper, kind, where = TAMPERINGS[name]
