@@ -10,7 +10,15 @@ from typing import Any
 
 from accounting import run_files
 from accounting.accountant import Accountant, EpsilonBracket
-from accounting.audit import document_checks, export_checks, folder_checks, ledger_checks, seal_checks, secrecy_checks
+from accounting.audit import (
+    document_checks,
+    export_checks,
+    folder_checks,
+    ledger_checks,
+    metrics_checks,
+    seal_checks,
+    secrecy_checks,
+)
 from accounting.audit.findings import AuditResult, Finding
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
@@ -150,17 +158,22 @@ class _Audit:
         return lines, executed
 
     def _documents(self, lines: list[ledger_lib.Line], executed: Executed) -> None:
-        if (content := self._content(run_files.CONFIG, required=True)) is not None:
-            self.findings += document_checks.config(content, executed)
+        settings = self._content(run_files.CONFIG, required=True)
+        if settings is not None:
+            self.findings += document_checks.config(settings, executed)
         kinds = {event["kind"] for event in executed.events}
         # A run that was stopped before its first report has none.
         if (content := self._content(run_files.REPORT, required=events.REPORT in kinds)) is not None:
-            self.findings += document_checks.reported(content, lines, self._derive)
+            self.findings += document_checks.reported(content, lines, self._derive, self._accountant)
         self.findings += document_checks.page(
             self._content(run_files.PAGE, required=False), lines, self._reported("statement")
         )
         if (content := self._content(run_files.METRICS, required=events.CHECKPOINT in kinds)) is not None:
-            self.findings += document_checks.metrics(content, lines, executed.steps)
+            found = list(document_checks.metrics(content, lines, executed.steps))
+            known = settings is not None and run_files.digest(settings) == executed.declared["config_sha256"]
+            if settings is not None and known and not found and executed.version >= events.PLACES:
+                found += metrics_checks.recomputed(content, json.loads(settings), lines, executed, self._accountant)
+            self.findings += found
         if not executed.finished:
             self.notices.append(
                 f"the run is unfinished: {executed.updates} of {executed.planned.steps} steps are recorded"
@@ -186,7 +199,7 @@ class _Audit:
         inside = self._exports_inside()
         for folder in [*inside, *(folder for folder in exports if folder not in inside)]:
             name = str(folder.relative_to(self.workdir)) if folder in inside else str(folder)
-            self.findings += export_checks.export(folder, name, lines, self._derive)
+            self.findings += export_checks.export(folder, name, lines, self._derive, self._accountant)
 
     def _exports_inside(self) -> list[pathlib.Path]:
         """Folders inside the run's with files of weights."""

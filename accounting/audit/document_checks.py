@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from accounting import rounding, run_files
-from accounting.accountant import EpsilonBracket
+from accounting import run_files
+from accounting.accountant import Accountant, EpsilonBracket
+from accounting.audit import own_figures
 from accounting.audit.findings import Finding
+from accounting.audit.tolerance import is_close, same_rounded
 from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.chain import Line
@@ -16,9 +17,8 @@ from accounting.ledger.executed import Executed
 from accounting.ledger.history import History
 from accounting.report.content import build
 
-# Computed numbers of a report: on another machine they may differ by a relative _TOLERANCE.
+# Computed numbers of a report: on another machine they may differ in their last bits.
 _COMPUTED = ("epsilon", "epsilon_lower_numeric", "cross_check")
-_TOLERANCE = 1e-6
 _CONFIG_NAMES = {"batch_size": "expected_batch_size"}
 _CONFIG_FIELDS = (
     "num_units", "batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps", "neighbouring_relation",
@@ -49,7 +49,9 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
         yield Finding("config_edited", where, "its SHA-256 is not the one that the ledger's start event recorded")
 
 
-def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
+def reported(
+    content: bytes, lines: Sequence[Line], derive: Derive, accountant: Callable[..., Accountant]
+) -> Iterator[Finding]:
     """Yields differences between report.json and the report that the ledger gives up to the line it names."""
     where = run_files.REPORT
     try:
@@ -76,16 +78,19 @@ def reported(content: bytes, lines: Sequence[Line], derive: Derive) -> Iterator[
     executed = executed_lib.of([line.record for line in known])
     expected = run_files.encode(_expected(executed, derive(executed), stored, head))
     found = list(_differences(where, stored, expected))
+    if not found:
+        own = own_figures.figures(known, executed, accountant)
+        found += own_figures.disagreements(where, "report_disagrees", run_files.decode(stored).get, own)
     yield from found
     digests = [line.record["files"].get(run_files.REPORT) for line in lines if line.record["kind"] == events.REPORT]
-    own = run_files.digest(content)
-    if own not in digests:
+    digest = run_files.digest(content)
+    if digest not in digests:
         if not found:
             yield Finding("report_edited", where, "its text is none that the ledger recorded when reports were written")
-    elif own != digests[-1]:
+    elif digest != digests[-1]:
         # A crash between ledger and report leaves the one before; so much is allowed while the run goes on.
         executed = executed_lib.of([line.record for line in lines])
-        if executed.finished or own not in digests[-2:]:
+        if executed.finished or digest not in digests[-2:]:
             yield Finding(
                 "report_stale",
                 where,
@@ -101,25 +106,14 @@ def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict[str, Any
     return build(executed, bracket, head)
 
 
-def same_rounded(reported: float, upper: float) -> bool:
-    return rounding.round_up(upper * (1 - _TOLERANCE)) <= reported <= rounding.round_up(upper * (1 + _TOLERANCE))
-
-
 def _differences(where: str, stored: dict[str, Any], expected: dict[str, Any]) -> Iterator[Finding]:
     for name in [*expected, *(name for name in stored if name not in expected)]:
         have, want = stored.get(name, "nothing"), expected.get(name, "nothing")
-        close = name in _COMPUTED and name != "epsilon" and _is_close(have, want)
+        close = name in _COMPUTED and name != "epsilon" and is_close(have, want)
         if have == want or close:
             continue
         kind = "epsilon_disagrees" if name in _COMPUTED else "report_disagrees"
         yield Finding(kind, f"{where} {name}", f"{_short(have)} there, {_short(want)} by the ledger")
-
-
-def _is_close(have: Any, want: Any) -> bool:
-    try:
-        return math.isclose(have, want, rel_tol=_TOLERANCE)
-    except (TypeError, OverflowError):  # no numbers, or one that no float holds
-        return False
 
 
 def _short(value: Any) -> str:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from accounting import run_files
-from accounting.audit.document_checks import Derive, same_rounded
+from accounting.accountant import Accountant
+from accounting.audit import own_figures
+from accounting.audit.document_checks import Derive
 from accounting.audit.findings import Finding
+from accounting.audit.tolerance import same_rounded
 from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.chain import Line
@@ -19,7 +22,13 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.glob(f"*{run_files.WEIGHTS_SUFFIX}"))
 
 
-def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Derive) -> Iterator[Finding]:
+def export(
+    folder: pathlib.Path,
+    name: str,
+    lines: Sequence[Line],
+    derive: Derive,
+    accountant: Callable[..., Accountant],
+) -> Iterator[Finding]:
     """One exported folder.
 
     Args:
@@ -46,12 +55,32 @@ def export(folder: pathlib.Path, name: str, lines: Sequence[Line], derive: Deriv
         if not (folder / file).is_file():
             yield Finding("missing_file", f"{name}/{file}", "the ledger recorded it with the export")
         elif file == run_files.CARD:
-            yield from _card(folder / file, name, lines, place, derive, recorded=bool(fitting))
+            found = list(_card(folder / file, name, lines, place, derive, recorded=bool(fitting)))
+            yield from found or _figures(folder / file, name, lines[:place], accountant)
         elif _digest(folder / file) != digest:
             yield Finding("export_edited", f"{name}/{file}", "its SHA-256 is not the one that the ledger recorded")
     for path in sorted(folder.iterdir()):
         if path.name not in files or path.is_symlink():
             yield Finding("file_unknown", f"{name}/{path.name}", "it is no file that was written with the export")
+
+
+def _figures(
+    path: pathlib.Path, name: str, lines: Sequence[Line], accountant: Callable[..., Accountant]
+) -> Iterator[Finding]:
+    """The rows of the card's table against the audit's own figures."""
+    rows = [row.split(" | ") for row in path.read_text(errors="replace").splitlines() if row.startswith("| ")]
+    stated = {cells[0].removeprefix("| "): cells[1].removesuffix(" |") for cells in rows if len(cells) == 2}
+    own = own_figures.figures(lines, executed_lib.of([line.record for line in lines]), accountant)
+
+    def value(figure: str) -> object:
+        wanted, text = own[figure], stated.get(figure, "nothing")
+        try:
+            return float(text) if isinstance(wanted, float) else int(text) if isinstance(wanted, int) else text
+        except ValueError:
+            return text
+
+    texts = {figure: "None" if wanted is None else wanted for figure, wanted in own.items()}
+    yield from own_figures.disagreements(f"{name}/{run_files.CARD}", "model_card_disagrees", value, texts)
 
 
 def _digest(path: pathlib.Path) -> str | None:

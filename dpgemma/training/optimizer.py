@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, all from optax. They see noised gradients only."""
 
 import dataclasses
+import math
 from typing import Any
 
 import optax
@@ -45,6 +46,16 @@ def learning_rate(plan: Optimization) -> optax.Schedule:
     # The first update already moves: warm-up starts at peak / (warmup_steps + 1).
     start = peak / (plan.warmup_steps + 1)
     return optax.join_schedules([optax.linear_schedule(start, peak, plan.warmup_steps), decay], [plan.warmup_steps])
+
+
+def public_rate(plan: Optimization, step: int) -> float:
+    """The learning rate of an update, from 0, as the public metrics show it: in closed form, with 9 digits anywhere."""
+    peak, warmup, t = plan.learning_rate, plan.warmup_steps, step - plan.warmup_steps
+    if t < 0:
+        return float(f"{peak * (1 + step) / (warmup + 1):.9g}")
+    left = 1 - min(1.0, t / max(1, plan.steps - warmup))
+    shares = {"cosine": math.sin(math.pi / 2 * left) ** 2, "linear": left, "constant": 1.0}
+    return float(f"{peak * (FINAL_SHARE + (1 - FINAL_SHARE) * shares[plan.schedule]):.9g}")
 
 
 def make(plan: Optimization) -> optax.GradientTransformation:

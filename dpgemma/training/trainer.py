@@ -200,7 +200,6 @@ class Trainer:
         repeated = ledger.history.repeated
         sampler = sampler_of(mechanism.sampling)
         curve = EpsilonCurve(self.accountant, plan.delta)
-        rate = optimizer_lib.learning_rate(plan.optimization)
         with (
             self._watched(first),
             metrics.MetricsFile(self.run.metrics_file, first) as public,
@@ -213,9 +212,10 @@ class Trainer:
                 state, stats = jax.block_until_ready(self.dp_step(state, frozen, batch, noise_keys(keys.noise, t)))
 
                 done = t + 1
-                released = Released(done, curve.at(done + repeated), float(rate(t)))
+                released = Released(done, curve.at(done + repeated), optimizer_lib.public_rate(plan.optimization, t))
                 raw = Private(**metrics.private_summary(stats, len(units)))
-                public.write(step=t, epsilon=run_files.encode(released.epsilon), learning_rate=released.learning_rate)
+                epsilon = run_files.encode(rounding.round_up(released.epsilon))
+                public.write(step=t, epsilon=epsilon, learning_rate=released.learning_rate)
                 private.write(step=t, **dataclasses.asdict(raw))
                 for observer in self.observers:
                     observer.step(released, raw)
