@@ -5,10 +5,22 @@ one after the other on the same data, are (epsilon, delta)-differentially privat
 under their neighbouring relation, numerical error included. Adding and removing units are both computed. Each release
 is replaced by a discrete loss that dominates it (loss_distribution.privacy_loss), releases are composed with every
 error bounded (loss_distribution.composition), and truncation is paid for (loss_distribution.truncation). `lower` bounds
-the same epsilon from below, less what truncation may have helped. Tested by
+the same epsilon from below, less what truncation may have helped.
+
+With `replaced` the guarantee is that for two contents of one unit, neither of them empty. Given the other units and
+earlier releases, a release is N or N + a under the one and N or N + b under the other, by the same coin, with |a| and
+|b| at most 1. By joint convexity its hockey-stick divergence is q E[(1 - t_0 X_0 - t_1 X_1)_+] with some weights t,
+where X_0 and X_1 are the likelihood ratios of N and N + b to N + a. Each is smaller in convex order than that of a
+Gaussian shifted by 1 and by 2, and in that order no weighted sum is larger than that of comonotone variables (Kaas,
+Dhaene and Goovaerts 2000), which are those of one Gaussian on a line: so (1 - q) N(0) + q N(1) against (1 - q) N(0) +
+q N(-1) dominates. The argument needs no more of the noise than that it hides every shift as a Gaussian does, and holds
+for the mixtures of groups too.
+
+Tested by
 tests/accounting/oracle_test.py::test_agreement_with_dp_accounting and
 tests/accounting/accountant_test.py::test_upper_end_is_above_finer_grids; for groups by
-::test_groups_agree_with_dp_accountings_mixture_of_gaussians there.
+::test_groups_agree_with_dp_accountings_mixture_of_gaussians there; for contents by
+tests/accounting/replaced_test.py.
 """
 
 import dataclasses
@@ -67,6 +79,7 @@ class Accountant:
       mechanisms: the public facts of a run, or of several runs or parts of one in their order.
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
       group_size: k, units that one owner has at most; each is drawn by itself.
+      replaced: whether one unit's content is compared with any other content, instead of with an empty or absent unit.
       bounds: names from accounting.mechanism.bounds that may be used; by default all that hold.
       claimed: False where noise was added but no guarantee is claimed: every epsilon is then infinite, and nothing is
         computed.
@@ -81,12 +94,15 @@ class Accountant:
         relative_width: float = RELATIVE_WIDTH,
         *,
         group_size: int = 1,
+        replaced: bool = False,
         bounds: Sequence[str] | None = None,
         claimed: bool = True,
     ) -> None:
         self.mechanisms = (mechanisms,) if isinstance(mechanisms, Mechanism) else tuple(mechanisms)
         if not self.mechanisms or group_size < 1:
             raise InputError("need at least one mechanism and a group of at least one unit")
+        if replaced and group_size > 1:
+            raise InputError("the contents of several units at once are not accounted for: use a group of one unit")
         if len({m.neighbouring_relation for m in self.mechanisms}) > 1:
             raise InputError("runs under different neighbouring relations do not compose: account for each by itself")
         for m in self.mechanisms:
@@ -94,7 +110,7 @@ class Accountant:
             if group_size > m.num_units:
                 raise InputError(f"a group of {group_size} units is larger than the {m.num_units} units that there are")
         self.claimed = claimed
-        self._group_size = group_size
+        self._group_size, self._replaced = group_size, replaced
         self._bounds = bounds
         self._relative_width = relative_width
         self._brackets: dict[Any, tuple[float, float, float]] = {}
@@ -204,14 +220,22 @@ class Accountant:
         return self.claimed and all(m.is_private for m, _ in phases)
 
     def _allows(self, bound: str, m: Mechanism) -> bool:
-        return bound in support.allowed(m.sampling, m.neighbouring_relation, self._group_size) and bound in (
+        # For contents the same bounds hold as for two units, one of which is blanked and one filled.
+        units = 2 if self._replaced else self._group_size
+        return bound in support.allowed(m.sampling, m.neighbouring_relation, units) and bound in (
             self._bounds or proofs.BOUNDS
         )
 
     @property
     def _directions(self) -> tuple[bool, ...]:
-        """The directions to account for: True removes units, False adds them. One is enough without sampling."""
-        return (True,) if all(m.sampling.inclusion_probability == 1 for m in self.mechanisms) else (True, False)
+        """The directions to account for: True removes units, False adds them. One is enough without sampling, and
+        where contents change places.
+        """
+        return (
+            (True,)
+            if self._replaced or all(m.sampling.inclusion_probability == 1 for m in self.mechanisms)
+            else (True, False)
+        )
 
     def _bracket(self, delta: float, phases: Any) -> tuple[float, float, float]:
         """(upper, lower, interval): refined until they are close or the grid as fine as is practical."""
@@ -261,6 +285,8 @@ class Accountant:
         For k > 1 this is the mixture-of-Gaussians mechanism (Ganesh 2024, arXiv 2401.10294).
         """
         q, k, sign = m.sampling.inclusion_probability, self._group_size, 1.0 if remove else -1.0
+        if self._replaced:
+            return GaussianMixturePair(m.noise_multiplier, upper=((1.0, q),), lower=((-1.0, q),))
         weights = [(sign * j, math.comb(k, j) * q**j * (1 - q) ** (k - j)) for j in range(1, k + 1)]
         components = tuple((shift, weight) for shift, weight in weights if weight > 0)
         return GaussianMixturePair(m.noise_multiplier, **{"upper" if remove else "lower": components})

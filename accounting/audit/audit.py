@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accounting import run_files
-from accounting.accountant import Accountant, EpsilonBracket
+from accounting.accountant import Accountant
 from accounting.audit import (
     document_checks,
     export_checks,
@@ -26,6 +26,7 @@ from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.executed import Executed
 from accounting.ledger.seals import AuditKey
+from accounting.report.spending import Spent, spent
 from accounting.rounding import round_up
 
 
@@ -80,7 +81,7 @@ class _Audit:
         if executed is not None:
             # Only InputError becomes a finding: these facts allow no epsilon. Any other error is a bug and propagates.
             try:
-                rederived = self._derive(executed).upper
+                rederived = self._derive(executed).bracket.upper
             except InputError as error:
                 self.findings.append(
                     Finding("ledger_edited", run_files.LEDGER, f"no epsilon can be derived from its facts ({error})")
@@ -128,11 +129,10 @@ class _Audit:
             return None
         return None if value != value else value  # NaN is no epsilon
 
-    def _derive(self, executed: Executed) -> EpsilonBracket:
-        claimed = executed.claims_privacy
-        if executed.is_as_planned and not executed.repeated_steps:
-            return self._accountant(executed.planned, claimed=claimed).epsilon(executed.delta, executed.steps)
-        return self._accountant(executed.mechanisms, claimed=claimed).epsilon(executed.delta)
+    def _derive(self, executed: Executed) -> Spent:
+        as_planned = executed.is_as_planned and not executed.repeated_steps
+        mechanisms = executed.planned if as_planned else executed.mechanisms
+        return spent(executed, self._accountant(mechanisms, claimed=executed.claims_privacy))
 
     def _ledger(self) -> tuple[list[ledger_lib.Line], Executed | None]:
         if not (self.workdir / run_files.LEDGER).is_file():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from accounting import run_files
-from accounting.accountant import Accountant, EpsilonBracket
+from accounting.accountant import Accountant
 from accounting.audit import own_figures
 from accounting.audit.findings import Finding
 from accounting.audit.tolerance import is_close, same_rounded
@@ -16,9 +16,11 @@ from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
 from accounting.ledger.history import History
 from accounting.report.content import build
+from accounting.report.spending import Spent
 
 # Computed numbers of a report: on another machine they may differ in their last bits.
-_COMPUTED = ("epsilon", "epsilon_lower_numeric", "cross_check")
+_COMPUTED = ("epsilon", "epsilon_replace_one", "epsilon_lower_numeric", "cross_check")
+_ROUNDED = ("epsilon", "epsilon_replace_one")
 _CONFIG_NAMES = {"batch_size": "expected_batch_size"}
 _CONFIG_FIELDS = (
     "num_units", "batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps", "neighbouring_relation",
@@ -27,7 +29,7 @@ _CONFIG_FIELDS = (
 )  # fmt: skip
 _METRICS = {"step", "epsilon", "learning_rate"}
 
-Derive = Callable[[Executed], EpsilonBracket]
+Derive = Callable[[Executed], Spent]
 
 
 def config(content: bytes, executed: Executed) -> Iterator[Finding]:
@@ -98,18 +100,20 @@ def reported(
             )
 
 
-def _expected(executed: Executed, bracket: EpsilonBracket, stored: dict[str, Any], head: str) -> dict[str, Any]:
-    """Returns the report that the ledger gives; it takes over the stored epsilon if they differ by rounding only."""
-    reported = stored.get("epsilon")
-    if isinstance(reported, float) and same_rounded(reported, bracket.upper):
-        bracket = dataclasses.replace(bracket, upper=reported)
-    return build(executed, bracket, head)
+def _expected(executed: Executed, spent: Spent, stored: dict[str, Any], head: str) -> dict[str, Any]:
+    """Returns the report that the ledger gives; it takes over stored epsilons that differ by rounding only."""
+    reported, replaced = stored.get("epsilon"), stored.get("epsilon_replace_one")
+    if isinstance(reported, float) and same_rounded(reported, spent.bracket.upper):
+        spent = dataclasses.replace(spent, bracket=dataclasses.replace(spent.bracket, upper=reported))
+    if isinstance(replaced, float) and spent.replaced is not None and same_rounded(replaced, spent.replaced):
+        spent = dataclasses.replace(spent, replaced=replaced)
+    return build(executed, spent, head)
 
 
 def _differences(where: str, stored: dict[str, Any], expected: dict[str, Any]) -> Iterator[Finding]:
     for name in [*expected, *(name for name in stored if name not in expected)]:
         have, want = stored.get(name, "nothing"), expected.get(name, "nothing")
-        close = name in _COMPUTED and name != "epsilon" and is_close(have, want)
+        close = name in _COMPUTED and name not in _ROUNDED and is_close(have, want)
         if have == want or close:
             continue
         kind = "epsilon_disagrees" if name in _COMPUTED else "report_disagrees"

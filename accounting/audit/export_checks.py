@@ -92,17 +92,17 @@ def _card(
 ) -> Iterator[Finding]:
     """The model card against the one that the ledger gives just before the export."""
     executed = executed_lib.of([line.record for line in lines[:place]])
-    bracket = derive(executed)
+    spent = derive(executed)
     text = path.read_text(errors="replace")
     stated = next((row for row in text.splitlines() if row.startswith("| epsilon |")), "")
     try:
         epsilon = float(stated.split("|")[2])
     except (ValueError, IndexError):
         epsilon = None
-    if epsilon is not None and same_rounded(epsilon, bracket.upper):
-        bracket = dataclasses.replace(bracket, upper=epsilon)
+    if epsilon is not None and same_rounded(epsilon, spent.bracket.upper):
+        spent = dataclasses.replace(spent, bracket=dataclasses.replace(spent.bracket, upper=epsilon))
     head = lines[place - 1].hash
-    expected = card.model_card(run_files.encode(build(executed, bracket, head)), lines[place].record["step"])
+    expected = card.model_card(run_files.encode(build(executed, spent, head)), lines[place].record["step"])
     differing = [row for row in expected.splitlines() if row not in text.splitlines()]
     # If the ledger recorded this card's hash, other rows than epsilon differ only by rounding on another machine.
     if (differing and not recorded) or any(row.startswith("| epsilon |") for row in differing):

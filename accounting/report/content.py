@@ -6,26 +6,28 @@ it again.
 
 from typing import Any
 
-from accounting.accountant import EpsilonBracket
 from accounting.ledger import events
 from accounting.ledger.executed import Executed
-from accounting.report.words import statement
+from accounting.report.spending import Spent
+from accounting.report.words import assumptions, statement
 from accounting.rounding import round_up
 from accounting.run_files import WEIGHTS_SUFFIX
 
 
-def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict[str, Any]:
+def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
     """The content of report.json.
 
     Args:
       executed: what the ledger says, up to the line with the hash `ledger_head`.
     """
-    m, declared = executed.planned, executed.declared
+    m, declared, bracket = executed.planned, executed.declared, spent.bracket
+    replaced = {} if spent.replaced is None else {"epsilon_replace_one": round_up(spent.replaced)}
     return {
         "run_id": declared["run_id"],
         "target_epsilon": declared["epsilon"],
         "epsilon": round_up(bracket.upper),
         "epsilon_lower_numeric": bracket.lower,
+        **replaced,
         "delta": executed.delta,
         "privacy_unit": declared["privacy_unit"],
         "num_units": m.num_units,
@@ -45,7 +47,8 @@ def build(executed: Executed, bracket: EpsilonBracket, ledger_head: str) -> dict
         "finished": executed.finished,
         "accountant": "pld",
         "cross_check": bracket.cross_check,
-        "statement": statement(executed, bracket),
+        "statement": statement(executed, spent),
+        **({"assumptions": assumptions(executed)} if executed.version >= events.PLACES else {}),
         "deviations": executed.deviations,
         "trained_parameters": declared["trained_parameters"],
         "init_sha256": declared["init_sha256"],

@@ -60,7 +60,8 @@ def render(executed: Executed, content: dict[str, Any], meaning: Meaning, points
         ),
         *(_tables(meaning) if private else []),
         _section("Compute", _table(("", ""), _compute(executed))),
-        _section("Deviations", _deviations(content["deviations"])),
+        *([_section("Assumptions", _list(content["assumptions"]))] if content.get("assumptions") else []),
+        _section("Deviations", _list(content["deviations"])),
         _section("How to check this", _checking(executed, content)),
     ]
     return (
@@ -148,6 +149,11 @@ def _parameters(executed: Executed, content: dict[str, Any]) -> list[tuple[str, 
         ("Clip norm", _number(content["clip_norm"])),
         ("Steps", _number(content["steps"])),
         ("Epsilon, certified bracket", f"{_number(content['epsilon_lower_numeric'])} to {_bound(content['epsilon'])}"),
+        *(
+            [("Epsilon for one content against another", _bound(content["epsilon_replace_one"]))]
+            if "epsilon_replace_one" in content
+            else []
+        ),
         ("Epsilon by Rényi accounting", f"{_bound(content['cross_check'])} (a second accountant, looser as a rule)"),
         ("Target epsilon", _number(content["target_epsilon"])),
         ("Delta", f"{content['delta']!r}"),
@@ -196,10 +202,10 @@ def _compute(executed: Executed) -> list[tuple[str, str]]:
     return [*rows, ("Floating-point operations", flops)]
 
 
-def _deviations(deviations: Sequence[str]) -> str:
-    if not deviations:
+def _list(lines: Sequence[str]) -> str:
+    if not lines:
         return "<p>None.</p>"
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in deviations) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _checking(executed: Executed, content: dict[str, Any]) -> str:

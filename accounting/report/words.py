@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from accounting.accountant import EpsilonBracket
 from accounting.errors import InputError
 from accounting.ledger.executed import Executed
 from accounting.ledger.seals import CHAIN, KEYED_CHAIN, SIGNED_CHAIN
 from accounting.mechanism import ADD_OR_REMOVE, Mechanism
+from accounting.report.spending import Spent
 from accounting.rounding import round_up
 
 _UNITS = {
@@ -95,9 +95,62 @@ def seal_text(declared: dict[str, Any]) -> str:
     )
 
 
-def statement(executed: Executed, bracket: EpsilonBracket) -> str:
-    """One paragraph: what is protected, how far, against whom, and what is not."""
+def contents_text(spent: Spent, delta: float) -> str:
+    """What can be learned of one unit, and with which number."""
+    if spent.replaced is None:
+        return (
+            " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what"
+            " content one unit took part."
+        )
+    return (
+        " It bounds how much anyone who sees them, whatever else they know, can learn about whether one unit took part."
+        f" With what content it took part, one or any other, they are ({round_up(spent.replaced)}, {float(delta)!r})-"
+        "differentially private."
+    )
+
+
+def assumptions(executed: Executed) -> list[str]:
+    """What the guarantee rests on beside what is proved and checked, one sentence each; nothing without a guarantee."""
     m, declared = executed.planned, executed.declared
+    if not (executed.claims_privacy and all(x.is_private for x in executed.mechanisms or (m,))):
+        return []
+    found = [
+        "Randomness: batches and noise come from secret keys of the operating system by ChaCha20, BLAKE2b and"
+        " Threefry-2x32; whoever could tell their output from random numbers would have no bound.",
+        "Arithmetic: each unit's gradient, its norm and its clip factor are computed in floating point; the rounding"
+        " of norms is bounded and paid for by the clip factor. "
+        + (
+            "From the clipped gradient to the released number only whole numbers are added."
+            if m.noise.is_exact
+            else "The rounding of sums and of noise is not covered."
+        ),
+        "Program and machine: this program, its libraries and the processor compute what they are written to compute,"
+        " and repeat the bits of a step in the same environment.",
+        "Copies: no copy or backup of this run's folder was trained further elsewhere. One that was costs its steps"
+        " once more: dpgemma account --compose adds them up.",
+        "Time: how long steps took, when files were written and how much memory was used is not covered"
+        + (
+            ", and shows how many units there are, which this relation would hide."
+            if m.neighbouring_relation == ADD_OR_REMOVE
+            else "."
+        ),
+    ]
+    if declared["held_out_units"] != 0:
+        found.append(
+            "Hold-out: which units are held out is decided by a secret key, so an owner does not know whether a unit is"
+            " covered; those that are held out are not."
+        )
+    if declared["privacy_unit"] == "sequence":
+        found.append(
+            "Packed text: a unit is a row, wherever its text begins and ends. To leave it out is to empty this row and"
+            " no other; text of one person that runs over several rows is several units."
+        )
+    return found
+
+
+def statement(executed: Executed, spent: Spent) -> str:
+    """One paragraph: what is protected, how far, against whom, and what is not."""
+    m, declared, bracket = executed.planned, executed.declared, spent.bracket
     mechanisms = executed.mechanisms or (m,)
     if not all(x.is_private for x in mechanisms):
         return (
@@ -131,8 +184,8 @@ def statement(executed: Executed, bracket: EpsilonBracket) -> str:
         f" respect to one unit, which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers"
         f" the final parameters and every checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
         + clipping_text(declared)
-        + " It bounds how much anyone who sees them, whatever else they know, can learn about whether and with what"
-        " content one unit took part. It does not hide facts that many units share: a person who appears in k units is"
+        + contents_text(spent, executed.delta)
+        + " It does not hide facts that many units share: a person who appears in k units is"
         " protected less, roughly k times epsilon and worse. It does not cover the folder private/ (secret keys, raw"
         " losses and norms), the progress shown on the operator's terminal, the choice of settings by earlier runs on"
         " the same data, or the tokenizer." + origin + held

@@ -16,6 +16,7 @@ from accounting.ledger import events
 from accounting.ledger import executed as executed_lib
 from accounting.report import card
 from accounting.report.content import build
+from accounting.report.spending import spent
 from dpgemma.data.text.tokenizer import FILES, MODEL_FILE, Tokenizer
 from dpgemma.gemma import lora
 from dpgemma.gemma.files import config_json, peft, weights
@@ -65,7 +66,7 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
                 " was cut or exchanged; run dpgemma audit"
             )
         accountant = done.accountant()
-        content = build(done, accountant.epsilon(done.delta, done.steps), ledger.head)
+        content = build(done, spent(done, accountant), ledger.head)
         with folder(out) as temporary:
             if model.config.lora is not None and not merge:
                 base = model.base

@@ -10,6 +10,7 @@ from accounting.ledger.chain import Ledger
 from accounting.ledger.executed import Executed
 from accounting.report import figures, page, tables
 from accounting.report.content import build
+from accounting.report.spending import spent
 from dpgemma.training.run import RunDirectory
 
 
@@ -30,7 +31,7 @@ def write(
     mechanisms = executed.mechanisms or (executed.planned,)
     if accountant is None or accountant.mechanisms != mechanisms:
         accountant = executed.accountant()
-    content = build(executed, accountant.epsilon(executed.delta, executed.steps), ledger.head)
+    content = build(executed, spent(executed, accountant), ledger.head)
     if _is_current(run, ledger, with_page):
         return content
     files = {run.report_file: run_files.dumps(content)}

@@ -11,6 +11,7 @@ from accounting.ledger import executed
 from accounting.ledger.seals import CHAIN, KEYED_CHAIN
 from accounting.mechanism import dp_sgd
 from accounting.report import content, page, tables
+from accounting.report.spending import Spent, spent
 
 BRACKET = EpsilonBracket(1.23451, 1.2341, 1.5)
 FACTS = dict(
@@ -54,7 +55,7 @@ def records(steps=100, later_noise=None, **changes):
 
 
 def build(bracket=BRACKET, **changes):
-    return content.build(executed.of(records(**changes)), bracket, "ab")
+    return content.build(executed.of(records(**changes)), Spent(bracket), "ab")
 
 
 def test_epsilon_is_rounded_up_never_down():
@@ -161,7 +162,7 @@ class _Links(html.parser.HTMLParser):
 def rendered(**changes):
     done = executed.of(records(**changes))
     accountant = Accountant(done.mechanisms)
-    written = content.build(done, accountant.epsilon(1e-5), "ab" * 32)
+    written = content.build(done, spent(done, accountant), "ab" * 32)
     meaning = tables.meaning(accountant, 1e-5)
     return written, page.render(done, written, meaning, [(50, 1.0), (100, 1.5)])
 
