@@ -42,13 +42,17 @@ from accounting.mechanism import bounds as proofs
 RELATIVE_WIDTH = 1e-3
 _ABSOLUTE_WIDTH = 1e-6
 _COARSEST_INTERVAL = 4e-3
-_FINEST_INTERVAL = 1e-7
+# Losses that all lie within few of these intervals are given finer ones.
+_FEWEST_INTERVALS = 64
+_FINEST_SHARE = 1e-7  # of the coarsest interval that fits the losses
 _LARGEST_GRID = 2**21
 _LARGEST_OPTIMISTIC_GRID = 2**18
 
 # Share of delta that the mass beyond either end of the loss grid may take, summed over all releases.
 _TAIL_SHARE = 1e-6
 
+# Below this, dp-accounting's sums round the moments of one release to nothing, or below it.
+_SMALLEST_MOMENT = 1e-12
 _RENYI_ORDERS = [*range(2, 64), 72, 80, 96, 128, 192, 256, 384, 512, 1024]
 
 
@@ -59,7 +63,8 @@ class EpsilonBracket:
     Attributes:
       upper: valid upper bound, rounding and discretisation included; the one to report.
       lower: lower bound of the same epsilon by the optimistic discretisation.
-      cross_check: epsilon by Renyi differential privacy, looser as a rule; inf for groups, where it is not computed.
+      cross_check: epsilon by Renyi differential privacy, looser as a rule; inf where it is not computed: for groups,
+        for contents, and for releases whose moments are too small for its arithmetic.
     """
 
     upper: float
@@ -156,7 +161,7 @@ class Accountant:
             return math.inf
         bound = 0.0
         for remove in self._directions:
-            estimate, coarse = math.inf, _COARSEST_INTERVAL
+            estimate, coarse = math.inf, self._coarsest_interval(delta, phases)
             # Coarse grids give a first estimate; if it is at most `bound`, this direction cannot raise the result.
             while coarse > 2 * interval and estimate > bound:
                 estimate, coarse = self._upper(delta, phases, coarse, remove, hint=estimate), coarse / 8
@@ -168,7 +173,10 @@ class Accountant:
         """An upper end that a finer grid would lower by less than about `tolerance`; for tables, where no lower end is
         asked for.
         """
-        interval, bound = _COARSEST_INTERVAL, math.inf
+        phases = self._phases(delta, steps)
+        private = bool(phases) and self._is_private(phases)
+        interval = self._coarsest_interval(delta, phases) if private else _COARSEST_INTERVAL
+        bound = math.inf
         while True:
             previous, bound = bound, min(bound, self.upper(delta, steps, interval))
             # A grid four times finer leaves about a fifth of the excess.
@@ -241,8 +249,8 @@ class Accountant:
         """(upper, lower, interval): refined until they are close or the grid as fine as is practical."""
         if (delta, phases) in self._brackets:
             return self._brackets[delta, phases]
-        finest = self._finest_interval(delta, phases)
-        interval = max(_COARSEST_INTERVAL, finest)
+        coarsest, finest = self._coarsest_interval(delta, phases), self._finest_interval(delta, phases)
+        interval = max(coarsest, finest)
         uppers = dict.fromkeys(self._directions, math.inf)
         upper, lower = math.inf, 0.0
         while True:
@@ -265,13 +273,23 @@ class Accountant:
                 return self._brackets[delta, phases]
             interval /= 4
 
+    def _coarsest_interval(self, delta: float, phases: Any) -> float:
+        """The interval of the first grid: a smaller one where a release's losses are tiny."""
+        return min(_COARSEST_INTERVAL, self._spread(delta, phases) / _FEWEST_INTERVALS)
+
     def _finest_interval(self, delta: float, phases: Any) -> float:
         """The smallest interval whose grid stays within memory."""
+        coarsest, spread = self._coarsest_interval(delta, phases), self._spread(delta, phases)
+        return max(spread / _LARGEST_GRID, coarsest * _FINEST_SHARE)
+
+    def _spread(self, delta: float, phases: Any) -> float:
+        """The largest distance between two losses of one release that matter."""
         tail = self._tail_mass(delta, phases)
-        sizes = [
-            privacy_loss.grid_size(self._pair(m, remove), 1e-3, tail) for m, _ in phases for remove in self._directions
-        ]
-        return max(1e-3 * max(sizes) / _LARGEST_GRID, _FINEST_INTERVAL)
+        return max(
+            privacy_loss.spread(self._pair(m, remove), tail)
+            for m, _ in _composed(phases)
+            for remove in self._directions
+        )
 
     def _tail_mass(self, delta: float, phases: Any) -> float:
         # Rounded to a power of ten, so that neighbouring questions share their discretisations.
@@ -285,11 +303,14 @@ class Accountant:
         For k > 1 this is the mixture-of-Gaussians mechanism (Ganesh 2024, arXiv 2401.10294).
         """
         q, k, sign = m.sampling.inclusion_probability, self._group_size, 1.0 if remove else -1.0
+        rest = (1 - q) ** k
         if self._replaced:
-            return GaussianMixturePair(m.noise_multiplier, upper=((1.0, q),), lower=((-1.0, q),))
+            return GaussianMixturePair(m.noise_multiplier, ((1.0, q),), ((-1.0, q),), rest, rest)
         weights = [(sign * j, math.comb(k, j) * q**j * (1 - q) ** (k - j)) for j in range(1, k + 1)]
         components = tuple((shift, weight) for shift, weight in weights if weight > 0)
-        return GaussianMixturePair(m.noise_multiplier, **{"upper" if remove else "lower": components})
+        if remove:
+            return GaussianMixturePair(m.noise_multiplier, upper=components, upper_rest=rest)
+        return GaussianMixturePair(m.noise_multiplier, lower=components, lower_rest=rest)
 
     def _discretise(self, kind: str, m: Mechanism, remove: bool, interval: float, tail_mass: float) -> DiscreteLoss:
         pair = self._pair(m, remove)
@@ -306,7 +327,9 @@ class Accountant:
         self, delta: float, phases: Any, interval: float, remove: bool, kind: str = "pessimistic"
     ) -> Composition:
         tail = self._tail_mass(delta, phases)
-        groups = [(self._discrete_loss(kind, m, remove, interval, tail), count) for m, count in phases]
+        # The truncated sampler's own loss is that of single steps.
+        parts = phases if kind == "truncated" else _composed(phases)
+        groups = [(self._discrete_loss(kind, m, remove, interval, tail), count) for m, count in parts]
         return Composition(groups, pessimistic=kind != "optimistic")
 
     def _extra_delta(self, phases: Any, epsilon: float) -> float:
@@ -338,9 +361,8 @@ class Accountant:
 
     def _lower(self, delta: float, phases: Any, interval: float, remove: bool, hint: float | None = None) -> float:
         tail = self._tail_mass(delta, phases)
-        if any(
-            privacy_loss.grid_size(self._pair(m, remove), interval, tail) > _LARGEST_OPTIMISTIC_GRID for m, _ in phases
-        ):
+        pairs = [self._pair(m, remove) for m, _ in _composed(phases)]
+        if any(privacy_loss.grid_size(pair, interval, tail) > _LARGEST_OPTIMISTIC_GRID for pair in pairs):
             return 0.0
         composed = self._composition(delta, phases, interval, remove, "optimistic")
         bound = composed.epsilon(delta, hint)
@@ -356,7 +378,10 @@ class Accountant:
         return needed + self._extra_delta(phases, epsilon) <= delta
 
     def _cross_check(self, delta: float, phases: Any) -> float:
-        if not all(self._allows(proofs.RENYI, m) for m, _ in phases):
+        moments = [
+            m.sampling.inclusion_probability**2 * math.expm1(min(m.noise_multiplier**-2, 700)) for m, _ in phases
+        ]
+        if min(moments) < _SMALLEST_MOMENT or not all(self._allows(proofs.RENYI, m) for m, _ in phases):
             return math.inf
         from dp_accounting.rdp import rdp_privacy_accountant
 
@@ -366,6 +391,16 @@ class Accountant:
         return smallest_epsilon(
             lambda d: float(accountant.get_epsilon(d)), delta, lambda epsilon: self._extra_delta(phases, epsilon)
         )
+
+
+def _composed(phases: Any) -> tuple[tuple[Mechanism, int], ...]:
+    """The releases, those without sampling composed: T Gaussian mechanisms are one, of noise sigma / sqrt(T)."""
+    return tuple(
+        (m.replace(noise_multiplier=m.noise_multiplier / math.sqrt(count)), 1)
+        if m.sampling.inclusion_probability == 1
+        else (m, count)
+        for m, count in phases
+    )
 
 
 def epsilon(mechanism: Mechanism | Sequence[Mechanism], delta: float) -> EpsilonBracket:

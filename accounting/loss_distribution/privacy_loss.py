@@ -33,25 +33,51 @@ class GaussianMixturePair:
     Attributes:
       sigma: common standard deviation.
       upper, lower: ((mean, weight), ...) of P and of Q, without the component at 0.
+      upper_rest, lower_rest: weights of the component at 0 where 1 minus the others would lose them to rounding.
     """
 
     sigma: float
     upper: tuple[tuple[float, float], ...] = ()
     lower: tuple[tuple[float, float], ...] = ()
+    upper_rest: float | None = None
+    lower_rest: float | None = None
 
     def loss(self, x: Any) -> Any:
         """log(dP/dQ) at x."""
-        return self._log_ratio(x, self.upper) - self._log_ratio(x, self.lower)
+        return self._log_ratio(x, self.upper, self._rests[0]) - self._log_ratio(x, self.lower, self._rests[1])
 
-    def _log_ratio(self, x: Any, components: Any) -> Any:
+    @property
+    def _rests(self) -> tuple[float, float]:
+        """Weights of the component at 0 in P and in Q."""
+        given = ((self.upper, self.upper_rest), (self.lower, self.lower_rest))
+        first, second = (
+            max(0.0, 1 - math.fsum(w for _, w in components)) if rest is None else rest for components, rest in given
+        )
+        return first, second
+
+    def _exponents(self, x: Any, components: Any) -> list[Any]:
+        """log of (N(mean, sigma^2) / N(0, sigma^2)) for every component."""
+        return [(2 * mean * x - mean**2) / (2 * self.sigma**2) for mean, _ in components]
+
+    def rounding(self, x: np.ndarray, largest_loss: float) -> float:
+        """Bound of the rounding error of `loss` at points x where it is at most `largest_loss` in size.
+
+        Losses are sums of products with exponents of the components, and as accurate as these, relative to themselves.
+        """
+        size = 1.0
+        for components in (self.upper, self.lower):
+            for exponent, (_, weight) in zip(self._exponents(x, components), components, strict=True):
+                size = max(size, 1 + float(np.abs(exponent).max(initial=0.0)) - math.log(weight))
+        return 64 * _UNIT_ROUNDOFF * size * largest_loss
+
+    def _log_ratio(self, x: Any, components: Any, rest: float) -> Any:
         """log of (mixture / N(0, sigma^2)), accurate near zero and free of overflow."""
         if not components:
             return np.zeros_like(x)
-        exponents = [(2 * mean * x - mean**2) / (2 * self.sigma**2) for mean, _ in components]
+        exponents = self._exponents(x, components)
         near = sum(
             w * np.expm1(np.minimum(u, _LARGEST_EXPONENT)) for u, (_, w) in zip(exponents, components, strict=True)
         )
-        rest = 1 - math.fsum(w for _, w in components)
         far = np.full_like(x, math.log(rest) if rest > 0 else -np.inf)
         for u, (_, w) in zip(exponents, components, strict=True):
             far = np.logaddexp(far, u + math.log(w))
@@ -61,8 +87,8 @@ class GaussianMixturePair:
     def _slope(self, x: Any) -> Any:
         """The derivative of the loss at x."""
         total = np.zeros_like(x)
-        for components, sign in ((self.upper, 1), (self.lower, -1)):
-            rest = 1 - math.fsum(w for _, w in components)
+        sides = ((self.upper, self._rests[0], 1), (self.lower, self._rests[1], -1))
+        for components, rest, sign in sides:
             exponents = [(2 * mean * x - mean**2) / (2 * self.sigma**2) + math.log(w) for mean, w in components]
             if components:
                 likelihoods = np.exp(
@@ -99,16 +125,18 @@ class GaussianMixturePair:
 
     def interval_masses(self, edges: Any) -> "_Masses":
         """Masses of the intervals between ascending edges."""
-        at_zero, error = _normal_intervals(edges / self.sigma)
+        z = edges / self.sigma
+        at_zero, error = _normal_intervals(z)
         difference, difference_error = np.zeros_like(at_zero), np.zeros_like(at_zero)
         sides: list[Any] = []
-        for components, sign in ((self.upper, 1), (self.lower, -1)):
-            side = (1 - math.fsum(w for _, w in components)) * at_zero
+        for components, rest, sign in ((self.upper, self._rests[0], 1), (self.lower, self._rests[1], -1)):
+            side = rest * at_zero
             for mean, weight in components:
-                shifted, shifted_error = _normal_intervals((edges - mean) / self.sigma)
+                shifted, shifted_error = _normal_intervals(z, mean / self.sigma)
+                change, change_error = _change(z, mean / self.sigma, at_zero, error, shifted, shifted_error)
                 side = side + weight * shifted
-                difference += sign * weight * (shifted - at_zero)
-                difference_error += weight * (shifted * shifted_error + at_zero * error)
+                difference += sign * weight * change
+                difference_error += weight * change_error
                 error = np.maximum(error, shifted_error)
             sides.append(side)
         upper, lower = sides
@@ -139,12 +167,14 @@ class _Masses:
     difference_error: np.ndarray
 
 
-def _normal_intervals(z: Any) -> tuple[Any, Any]:
-    """N(0, 1) masses between ascending z, taken from the nearer tail, and their relative rounding errors.
+def _normal_intervals(edges: Any, shift: float = 0.0) -> tuple[Any, Any]:
+    """N(shift, 1) masses between ascending edges, and their relative rounding errors.
 
-    A tail at z is exp(-z^2 / 2) times something smooth, so rounding costs a multiple of z^2; 4 covers what scipy loses,
-    with room.
+    Wide intervals are differences of tails, taken from the nearer one. A tail at z is exp(-z^2 / 2) times something
+    smooth, so rounding costs a multiple of z^2; 4 covers what scipy loses, with room. Narrow intervals are a density
+    times a width, by Taylor's series: a difference of tails would lose the digits that both have in common.
     """
+    z = edges - shift
     left, right = special.ndtr(z), special.ndtr(-z)
     with np.errstate(invalid="ignore"):  # the whole line has no nearer tail
         upper_half = z[:-1] + z[1:] > 0
@@ -153,7 +183,45 @@ def _normal_intervals(z: Any) -> tuple[Any, Any]:
     near = np.minimum(np.abs(np.where(upper_half, z[:-1], z[1:])), _FARTHEST)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = np.where(mass > 0, (16 + 4 * near**2) * _UNIT_ROUNDOFF * size / mass, 0.0)
-    return np.maximum(mass, 0.0), error
+    middle, width, narrow = _narrow(edges, shift)
+    series = width * np.exp(-(middle**2) / 2) / math.sqrt(2 * math.pi) * _widening(middle, width)
+    mass = np.where(narrow, series, np.maximum(mass, 0.0))
+    return mass, np.where(narrow, (16 + 4 * (np.abs(middle) + abs(shift)) ** 2) * _UNIT_ROUNDOFF, error)
+
+
+def _narrow(edges: Any, shift: float) -> tuple[Any, Any, Any]:
+    """(middle, width, whether the series holds to rounding) of the intervals between edges, seen from a shift."""
+    with np.errstate(invalid="ignore"):
+        middle, width = (edges[:-1] + edges[1:]) / 2 - shift, edges[1:] - edges[:-1]
+        # The next term of the series, ((|middle| + 3) width / 2)^8 / 9!, is then below 2^-53.
+        narrow = (width * (np.abs(middle) + abs(shift) + 3) <= 0.1) & (np.abs(middle) < _FARTHEST - 4)
+    return np.where(narrow, middle, 0.0), np.where(narrow, width, 0.0), narrow
+
+
+def _widening(middle: Any, width: Any) -> Any:
+    """Mass of an interval of the normal law divided by its width and the density in its middle: with h the half width,
+    1 + He_2 h^2 / 3! + He_4 h^4 / 5! + He_6 h^6 / 7!.
+    """
+    m, h = middle**2, (width / 2) ** 2
+    return 1 + h * ((m - 1) / 6 + h * ((m**2 - 6 * m + 3) / 120 + h * (m**3 - 15 * m**2 + 45 * m - 15) / 5040))
+
+
+def _change(z: Any, shift: float, at_zero: Any, error: Any, shifted: Any, shifted_error: Any) -> tuple[Any, Any]:
+    """N(shift, 1) minus N(0, 1) masses of the intervals between z, and a bound of its rounding error: for narrow
+    intervals by the likelihood ratio in the middle, which keeps the digits of a small difference.
+    """
+    middle, width, narrow = _narrow(z, 0.0)
+    narrow &= _narrow(z, shift)[2]
+    exponent = np.where(narrow, shift * middle - shift**2 / 2, 0.0)
+    growth = np.expm1(exponent)
+    # The widenings differ by about shift * middle * width^2 / 12.
+    bend = _widening(middle - shift, width) / _widening(middle, width) - 1
+    change = at_zero * (growth + (1 + growth) * bend)
+    doubt = at_zero * (np.abs(growth) * error + (1 + growth) * (8 * np.abs(exponent) + width**2) * _UNIT_ROUNDOFF * 8)
+    return (
+        np.where(narrow, change, shifted - at_zero),
+        np.where(narrow, doubt, shifted * shifted_error + at_zero * error),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +253,12 @@ def _grid(pair: GaussianMixturePair, interval: float, tail_mass: float) -> tuple
     return math.floor(low / interval), math.ceil(high / interval)
 
 
+def spread(pair: GaussianMixturePair, tail_mass: float) -> float:
+    """Distance between the losses that enclose all but `tail_mass` of P on either side."""
+    low, high = (float(pair.loss(np.array(x))) for x in pair.tail_quantiles(tail_mass))
+    return high - low
+
+
 def grid_size(pair: GaussianMixturePair, interval: float, tail_mass: float) -> int:
     """How many grid points a discretisation needs."""
     first, last = _grid(pair, interval, tail_mass)
@@ -209,7 +283,7 @@ def pessimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) ->
     masses[1:] += upper_share
     below, _, beyond = pair.interval_masses(np.array([-np.inf, edges[0], edges[-1], np.inf])).p
     masses[0] += below
-    rounding = 64 * _UNIT_ROUNDOFF * (1 + np.abs(grid).max())
+    rounding = pair.rounding(edges[finite], float(np.abs(grid).max()))
     return DiscreteLoss(
         masses, first, interval, 0.0, float(beyond), residual + rounding, np.append(m.error, m.error[-1])
     )
@@ -229,9 +303,13 @@ def optimistic(pair: GaussianMixturePair, interval: float, tail_mass: float) -> 
     m = pair.interval_masses(edges)
     keep = (m.p > 0) & (m.q > 0)
     masses, offset = _merge(m.p[keep].tolist(), m.q[keep].tolist(), m.difference[keep].tolist(), interval)
-    error = float(m.error[keep].max())
-    shift = 64 * _UNIT_ROUNDOFF * (1 + interval * max(abs(first), abs(last))) + 4 * error
-    return DiscreteLoss(masses, 0, interval, offset, 0.0, shift, np.full(masses.size, error))
+    # The loss of an atom is as accurate as its masses, and where it is small as their difference.
+    p, error = m.p[keep], m.error[keep]
+    losses = np.abs(np.log(p) - np.log(m.q[keep]))
+    doubt = np.where(losses < 0.5, m.difference_error[keep] / p + losses * error, 2 * error)
+    inner = edges[np.isfinite(edges)]
+    shift = pair.rounding(inner, interval * max(abs(first), abs(last))) + 4 * float(doubt.max())
+    return DiscreteLoss(masses, 0, interval, offset, 0.0, shift, np.full(masses.size, float(error.max())))
 
 
 def _merge(p: list[float], q: list[float], difference: list[float], interval: float) -> tuple[np.ndarray, float]:
@@ -263,12 +341,12 @@ def _merge(p: list[float], q: list[float], difference: list[float], interval: fl
     offset = loss_of(group_p, group_q, group_difference)
     masses = {0: group_p}
     point, group_p, group_q = 1, 0.0, 0.0
-    scale, lower = math.exp(offset + interval), math.expm1(offset + interval)
+    target = offset + interval
     excess = 0.0  # P mass - e^target Q mass of the group so far
     for i in range(index, len(p)):
         rest = 1.0
         while True:
-            own = scale * difference[i] - lower * p[i]
+            own = _excess(p[i], q[i], difference[i], target)
             if excess + rest * own < 0 or own <= 0:
                 excess += rest * own
                 group_p, group_q = group_p + rest * p[i], group_q + rest * q[i]
@@ -279,13 +357,19 @@ def _merge(p: list[float], q: list[float], difference: list[float], interval: fl
             group_p = group_q = excess = 0.0
             point = max(point + 1, math.ceil((loss_of(p[i], q[i], difference[i]) - offset) / interval))
             target = offset + interval * point
-            scale, lower = math.exp(target), math.expm1(target)
     if group_p > 0:
         point = math.floor((math.log(group_p / group_q) - offset) / interval) if group_q > 0 else point
         masses[max(point, 0)] = masses.get(max(point, 0), 0.0) + group_p
     result = np.zeros(max(masses) + 1)
     result[list(masses)] = list(masses.values())
     return result, offset
+
+
+def _excess(p: float, q: float, difference: float, loss: float) -> float:
+    """p - e^loss q; near zero by the difference p - q, elsewhere without forming a large power."""
+    if abs(loss) < 1:
+        return math.exp(loss) * difference - math.expm1(loss) * p
+    return -p * math.expm1(loss + math.log(q / p)) if q > p * 1e-300 else p
 
 
 def mixture(first: DiscreteLoss, second: DiscreteLoss, weight: float) -> DiscreteLoss:
