@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import fft, special
+from scipy import fft, signal, special
 
+from accounting.loss_distribution import blocks
 from accounting.loss_distribution.privacy_loss import DiscreteLoss
 
 _UNIT_ROUNDOFF = 2.0**-53
@@ -32,6 +33,8 @@ _TILTS = 8
 _WINDOW_TILTS = (0.02, 0.1, 0.4, 1, 2, 5, 9)
 _PROFILE_TILTS, _SMALLEST_PROFILE_TILT = 5, 0.1
 _LARGEST_TRANSFORM = 2**22
+# From so many releases on they are composed in blocks.
+_LONG = 2**27
 _SMALLEST_TILT, _LARGEST_TILT = 1e-4, 1e6
 _LARGEST_EXPONENT = 500.0
 
@@ -68,9 +71,13 @@ class Composition:
     Args:
       groups: pairs (loss, count) with equal intervals.
       pessimistic: whether the losses bound the true ones from above; then so do the results, else from below.
+      log_outside: minus the logarithm of the tilted mass that may lie outside of a window.
     """
 
-    def __init__(self, groups: Sequence[tuple[DiscreteLoss, int]], *, pessimistic: bool) -> None:
+    def __init__(
+        self, groups: Sequence[tuple[DiscreteLoss, int]], *, pessimistic: bool, log_outside: float = _LOG_OUTSIDE
+    ) -> None:
+        self._log_outside = log_outside
         self._groups = [(loss, count) for loss, count in groups if count > 0]
         self._pessimistic = pessimistic
         self._shift = sum(count * loss.shift for loss, count in self._groups)
@@ -78,7 +85,9 @@ class Composition:
         self._parts = []
         for loss, count in self._groups:
             used = loss.probabilities > 0
-            self._parts.append((loss, count, np.log(loss.probabilities[used]), loss.losses[used]))
+            # The masses are bounds themselves, whatever they are weighed with afterwards.
+            doubt = np.log1p(loss.mass_error[used] if pessimistic else -np.minimum(loss.mass_error[used], 0.5))
+            self._parts.append((loss, count, np.log(loss.probabilities[used]) + doubt, loss.losses[used]))
         log_finite = sum(count * math.log1p(-loss.infinity) for loss, count in self._groups)
         self._infinite = -math.expm1(log_finite) if pessimistic else 0.0
 
@@ -92,6 +101,11 @@ class Composition:
         if target <= 0:
             return math.inf
         theta, chernoff = self._chernoff(target)
+        if self._is_long:
+            in_blocks = self._in_blocks(theta)
+            if in_blocks is None:
+                return math.inf if self._pessimistic else 0.0
+            return in_blocks.epsilon(delta, hint)
         if hint is not None and 0 < hint < chernoff:
             theta = self._tilt_centred_at(hint, theta)
         tighter, bound = (min, chernoff) if self._pessimistic else (max, 0.0)
@@ -119,6 +133,10 @@ class Composition:
 
         A tilt gives a bound at every epsilon, tight near its centre; a few centres serve all.
         """
+        if self._is_long:
+            middle = float(np.median(np.asarray(epsilons, dtype=float)))
+            in_blocks = self._in_blocks(self._tilt_centred_at(max(middle, self._interval), 1.0))
+            return np.ones(np.size(epsilons)) if in_blocks is None else in_blocks.deltas(epsilons)
         targets = np.asarray(epsilons, dtype=float) - self._shift
         best = np.full(targets.size, 1 - self._infinite)
         theta = 1.0
@@ -130,6 +148,27 @@ class Composition:
                     best = np.minimum(best, self._deltas_at(tilted, targets))
                     break
         return np.minimum(best + self._infinite, 1.0)
+
+    @property
+    def _is_long(self) -> bool:
+        """Whether releases are to be composed in blocks."""
+        return len(self._groups) == 1 and self._groups[0][1] >= _LONG
+
+    def _in_blocks(self, theta: float) -> "Composition | None":
+        """A composition of larger and fewer releases that bounds this one, best near a tilt; None where a block would
+        be too large to transform.
+        """
+        (loss, count) = self._groups[0]
+        releases = math.isqrt(count)
+        # Further releases only add to the upper bound, fewer only take from the lower one.
+        number = -(-count // releases) if self._pessimistic else count // releases
+        inner = Composition([(loss, releases)], pessimistic=self._pessimistic, log_outside=blocks.LOG_OUTSIDE)
+        tilted = inner._tilted(theta, _PRECISIONS[-1])
+        if tilted is None:
+            return None
+        interval = math.sqrt(inner._cumulant(theta)[2]) / blocks.POINTS_PER_DEVIATION
+        found = blocks.block(tilted, releases, loss, interval, pessimistic=self._pessimistic)
+        return Composition([(found, number)], pessimistic=self._pessimistic)
 
     def _cumulant(self, theta: float) -> tuple[float, float, float]:
         """K(theta) = sum over releases of log E[e^(theta L)] under P, finite losses only, and its two derivatives."""
@@ -154,7 +193,12 @@ class Composition:
         theta = self._newton(
             math.sqrt(2 * log_inverse / self._cumulant(0.0)[2]), lambda t, k, m, v: (t * m - k - log_inverse, t * v)
         )
-        return theta, (self._cumulant(theta)[0] + log_inverse) / theta
+        rounding = sum(count * self._rounding(theta, losses) for _, count, _, losses in self._parts)
+        return theta, (self._cumulant(theta)[0] + log_inverse + rounding) / theta
+
+    def _rounding(self, theta: float, losses: np.ndarray) -> float:
+        """Bound of the relative error of one release's moment, and of its tilted masses, in float64."""
+        return float(64 + theta * np.abs(losses).max()) * _UNIT_ROUNDOFF
 
     def _tilt_centred_at(self, epsilon: float, start: float) -> float:
         """theta with K'(theta) = epsilon: the mean of the tilted loss lies at epsilon."""
@@ -175,11 +219,10 @@ class Composition:
         return theta
 
     def _window(self, theta: float, log_moment: float, variance: float) -> tuple[float, float]:
-        """Losses (low, high) outside which the tilted composition has at most 2 e^-_LOG_OUTSIDE, by Chernoff's
-        bound."""
+        """Losses (low, high) outside which the tilted composition has at most 2 e^-log_outside, by Chernoff's bound."""
         tilts = [t / math.sqrt(variance) for t in _WINDOW_TILTS]
-        high = min((self._cumulant(theta + s)[0] - log_moment + _LOG_OUTSIDE) / s for s in tilts)
-        low = max((log_moment - self._cumulant(theta - s)[0] - _LOG_OUTSIDE) / s for s in tilts)
+        high = min((self._cumulant(theta + s)[0] - log_moment + self._log_outside) / s for s in tilts)
+        low = max((log_moment - self._cumulant(theta - s)[0] - self._log_outside) / s for s in tilts)
         return low, high
 
     def _tilted(self, theta: float, precision: type = np.float64) -> _Tilted | None:
@@ -205,17 +248,19 @@ class Composition:
             wrapped = np.bincount(bins, weights=tilted, minlength=size)
             product = product * fft.rfft(wrapped.astype(precision)) ** count
             shift += count * loss.first
-            error += count * 1.01 * transform_error * float(np.linalg.norm(wrapped))
+            # No number of a transform is larger than 1 in size, or off by more than `one` in this norm: so the power
+            # of `count` of them is off by count times that, times what rounding may have made the others grow.
+            one = transform_error * float(np.linalg.norm(wrapped))
+            error += count * one * math.exp(min(count * one * math.sqrt(size), 700.0))
             # The masses are rounded to float64 before they are transformed: an error relative to each.
-            rounding = (64 + theta * float(np.abs(losses).max())) * _UNIT_ROUNDOFF
-            relative_error += count * (float(tilted @ loss.mass_error[loss.probabilities > 0]) + rounding)
+            relative_error += count * self._rounding(theta, losses)
         probabilities = np.roll(fft.irfft(product, size), shift - first)
         # `**` multiplies count - 1 times, by repeated squaring or through logarithms; four roundings are allowed for
         # each factor.
         powers = sum(count for _, count in self._groups) * 4 * unit
         error += (powers + transform_error) * float(np.linalg.norm(probabilities))
         start = offset + interval * first
-        outside = 2 * math.exp(-_LOG_OUTSIDE)
+        outside = 2 * math.exp(-self._log_outside)
         probabilities = probabilities.astype(np.float64)
         return _Tilted(
             theta, log_moment, centre, start, interval, probabilities, error, math.expm1(relative_error), outside
@@ -233,21 +278,14 @@ class Composition:
         if not x.size:
             return x, x, x
 
-        def suffix_sum(terms: Any) -> Any:
-            return np.cumsum(terms[::-1])[::-1]
-
         decay = np.exp(-t.theta * x)
-        # sum over l >= x of P_theta (e^(-theta l) - e^x e^(-(theta + 1) l))
-        value = suffix_sum(p * decay) - np.exp(x) * suffix_sum(p * np.exp(-(t.theta + 1) * x))
+        value = _excess_beyond(p * decay, t.interval)
         slack = self._slack(t, x) * decay
+        relative_error = t.relative_error + 8 * x.size * _UNIT_ROUNDOFF  # of so many additions of positive numbers
         if self._pessimistic:
-            bound = (
-                np.maximum(value, 0.0) * (1 + t.relative_error)
-                + slack
-                + math.exp(-_LARGEST_EXPONENT * t.theta / (t.theta + 1))
-            )
+            bound = value * (1 + relative_error) + slack + math.exp(-_LARGEST_EXPONENT * t.theta / (t.theta + 1))
         else:
-            bound = value * (1 - min(t.relative_error, 1.0)) - slack
+            bound = value * (1 - min(relative_error, 1.0)) - slack
         with np.errstate(divide="ignore", invalid="ignore"):
             return x, t.log_moment - t.theta * t.centre + np.log(np.maximum(bound, 0.0)), slack / np.maximum(value, 0.0)
 
@@ -295,6 +333,17 @@ class Composition:
         distance = x - x[0]
         w = -np.expm1(-distance) * np.exp(-t.theta * distance)
         return t.error * float(np.linalg.norm(w)) + t.outside
+
+
+def _excess_beyond(masses: np.ndarray, interval: float) -> Any:
+    """For every grid loss x, the sum over larger losses l of mass (1 - e^(x - l)).
+
+    From x to the next smaller one, 1 - e^(x - l) becomes e^-interval times itself plus 1 - e^-interval: a recurrence of
+    positive terms, in which nothing cancels.
+    """
+    beyond = np.cumsum(masses[::-1])
+    fed = -math.expm1(-interval) * np.concatenate([[0.0], beyond[:-1]])
+    return signal.lfilter([1.0], [1.0, -math.exp(-interval)], fed)[::-1]
 
 
 def _falling(theta: float) -> Iterator[float]:

@@ -3,12 +3,14 @@ registry.
 
 Poisson sampling takes time and memory proportional to the batch.
 
-Formal guarantee: in every step each of the N units is drawn independently with probability q, up to float64 rounding (a
-relative error of about 1e-15 in q); where more than `max_batch_size` are drawn, a uniformly random subset of that size
-is kept. The draw of step t is a function of (secret key, t, N, q, max_batch_size) alone and independent of every other
-step, under the assumption that ChaCha20 is a pseudo-random function.
+Formal guarantee: in every step each of the N units is drawn independently with probability q, up to a relative error of
+about 1e-15 + 2^-64 / q in q (float64 rounding, and 64 random bits for each gap); where more than `max_batch_size` are
+drawn, a uniformly random subset of that size is kept. The draw of step t is a function of (secret key, t, N, q,
+max_batch_size) alone and independent of every other step, under the assumption that ChaCha20 is a pseudo-random
+function.
 Tested by tests/privacy/poisson_test.py::test_inclusion_is_uniform, ::test_pairs_are_independent,
-::test_batch_size_is_binomial and ::test_pitfall_6_truncation_keeps_a_uniform_subset.
+::test_batch_size_is_binomial, ::test_small_probabilities_are_resolved and
+::test_pitfall_6_truncation_keeps_a_uniform_subset.
 """
 
 import dataclasses
@@ -64,14 +66,25 @@ class PoissonSampler:
         mean = self.num_units * self.sampling_probability
         count = math.ceil(mean + 8 * math.sqrt(mean)) + 32
         while True:
-            # (r + 1/2) / 2^64 in float64 keeps 53 significant bits down to 2^-65, so that long gaps are resolved too.
-            uniform = (keystream.uniform_uint64(key, step, count).astype(np.float64) + 0.5) * 2.0**-64
-            gaps = np.floor(np.log(uniform) / math.log1p(-self.sampling_probability))
+            gaps = geometric_gaps(keystream.uniform_uint64(key, step, count), self.sampling_probability)
             # A gap beyond the data ends the walk wherever it is; the bound keeps the running sum inside 64 bits.
             positions = np.cumsum(np.minimum(gaps, self.num_units).astype(np.int64) + 1) - 1
             if positions[-1] >= self.num_units:
                 return positions[: np.searchsorted(positions, self.num_units)]
             count *= 2
+
+
+def geometric_gaps(words: np.ndarray, probability: float) -> np.ndarray:
+    """Numbers of units that are passed over before each drawn one, float64 [n], from random words uint64 [n].
+
+    U = (word + 1/2) / 2^64 is taken from its nearer end, 0 or 1: so that long gaps, and the short ones that a small
+    probability depends on, are resolved by all 64 bits.
+    """
+    near_zero = np.log((words.astype(np.float64) + 0.5) * 2.0**-64)
+    near_one = np.log1p(-((~words).astype(np.float64) + 0.5) * 2.0**-64)
+    logarithm = np.where(words < np.uint64(2**63), near_zero, near_one)
+    gaps: np.ndarray = np.floor(logarithm / math.log1p(-probability))
+    return gaps
 
 
 def sampler_of(sampling: Sampling) -> Sampler:

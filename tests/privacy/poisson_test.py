@@ -1,12 +1,13 @@
 import subprocess
 import sys
 
+import mpmath
 import numpy as np
 import pytest
 from scipy import stats
 
 from dpgemma.privacy import keystream
-from dpgemma.privacy.samplers import PoissonSampler
+from dpgemma.privacy.samplers import PoissonSampler, geometric_gaps
 
 SECRET = bytes(range(32))
 # Fixed keys: a correct sampler passes each statistical check below with probability above 1 - 1e-6.
@@ -101,11 +102,24 @@ def test_pitfall_6_truncation_keeps_a_uniform_subset():
         assert set(kept) <= set(drawn) and len(kept) == min(len(drawn), cap)
 
 
+@pytest.mark.parametrize("q, tolerance", [(0.3, 1e-15), (4e-5, 1e-14), (1e-6, 1e-13), (1e-12, 1e-7), (1e-14, 1e-5)])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_small_probabilities_are_resolved(q, tolerance, gap):
+    """Exactly: the smallest word whose gap is at most `gap` gives that event's probability, 1 - (1 - q)^(gap + 1)."""
+    low, high = -1, 2**64 - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        (found,) = geometric_gaps(np.array([middle], np.uint64), q)
+        low, high = (low, middle) if found <= gap else (middle, high)
+    exact = -mpmath.expm1((gap + 1) * mpmath.log1p(-mpmath.mpf(q)))
+    assert abs(mpmath.mpf(2**64 - high) / 2**64 / exact - 1) < tolerance + 2.0**-64 / q
+
+
 def test_batch_of_518_thousand_among_12_billion():
     # In a process of its own, so that its peak memory is the sampler's.
     code = """
 import resource, time
-from dpgemma.privacy.samplers import PoissonSampler
+from dpgemma.privacy.samplers import PoissonSampler, geometric_gaps
 sampler = PoissonSampler(12_695_312_500, 517_989 / 12_695_312_500, 524_810)
 PoissonSampler(100, 0.5, 10).draw(b'k' * 32, 0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
