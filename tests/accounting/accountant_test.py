@@ -184,6 +184,38 @@ def test_displacement_bound_covers_a_brute_force_of_the_truncated_sampler():
         assert exact <= Accountant(m).deltas([epsilon], 1e-3)[0] <= 1
 
 
+def test_displacement_is_the_probability_that_the_others_fill_the_batch():
+    """Written out, because no brute force of small batches is tight."""
+    m = dp_sgd(40, 10, 14, 1.0, 1.0, 25, ZERO_OUT)
+    for group in (1, 3):
+        tail = math.fsum(
+            math.comb(40 - group, j) * 0.25**j * 0.75 ** (40 - group - j) for j in range(14 - group + 1, 41 - group)
+        )
+        assert truncation.displacement_delta(m, 25, group) == pytest.approx(min(1, 25 * tail), rel=1e-12)
+    full, pair = truncation.displacement(m)
+    assert full == pytest.approx(math.fsum(math.comb(39, j) * 0.25**j * 0.75 ** (39 - j) for j in range(14, 40)))
+    # Given that the others fill it, a unit that is drawn is kept with a probability of cap / (number drawn).
+    kept = math.fsum(0.25 * math.comb(39, j) * 0.25**j * 0.75 ** (39 - j) * 14 / (j + 1) for j in range(14, 40)) / full
+    assert pair.sigma == 0.5 and [w for _, w in (*pair.upper, *pair.lower)] == pytest.approx([kept, kept], rel=1e-9)
+
+
+def test_every_capped_part_of_a_composition_pays_for_its_truncation():
+    """The same plan twice costs what one of twice the steps costs, in epsilon and in the profile of deltas."""
+    plan = mechanism(0.05, 1.0, 100, units=10_000, cap=600, relation=ADD_OR_REMOVE)
+    other = plan.replace(noise_multiplier=1.0001)
+    whole = Accountant(plan.replace(steps=200))
+    assert Accountant([plan, plan]).epsilon(1e-5).upper == whole.epsilon(1e-5).upper
+    parts = [Accountant([plan, other]), Accountant([other, plan])]
+    overflow = stats.binom.sf(600, 10_000, 0.05)
+    for found in (whole, *parts):
+        plain = Accountant([m.replace(max_batch_size=None) for m in found.mechanisms])
+        for epsilon in (0.5, 1.0, 2.0):
+            (with_cap,), (without,) = (a.deltas([epsilon], 1e-5) for a in (found, plain))
+            extra = (1 + math.exp(epsilon)) * 200 * overflow
+            assert with_cap == pytest.approx(without + extra, rel=1e-3)
+        assert found.epsilon(1e-5).upper == pytest.approx(whole.epsilon(1e-5).upper, rel=1e-3)
+
+
 def test_no_noise_means_no_guarantee_and_no_steps_cost_nothing():
     assert Accountant(mechanism(sigma=0.0)).epsilon(1e-5).upper == math.inf
     assert Accountant(mechanism()).epsilon(1e-5, steps=0).upper == 0.0

@@ -97,6 +97,9 @@ def test_tables_of_a_plan():
     assert (
         epsilons == sorted(epsilons) and epsilons[0] == accountant.epsilon(1e-5).upper and math.isfinite(epsilons[-1])
     )
+    for k, epsilon in result.groups[1:]:  # of owners of exactly so many units, by the accountant at its finest
+        exact = Accountant(accountant.mechanisms, group_size=k).epsilon(1e-5)
+        assert exact.lower <= epsilon <= 1.02 * exact.upper
     assert dict(result.deltas)[epsilons[0]] <= 1.001e-5
     text = tables.text(result)
     assert "units of one owner" in text and "true-positive rate" in text and "Gaussian mu" in text

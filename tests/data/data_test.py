@@ -40,8 +40,7 @@ def test_pitfall_3_assignment_ignores_content():
     # pitfall 3: number and identity of training units do not depend on what the units contain.
     key = b"k" * 32
     rows = np.arange(4000, dtype=np.int32).reshape(-1, 4)
-    other = rows.copy()
-    other[17] = 0
+    other = np.random.default_rng(0).integers(0, 4000, rows.shape).astype(np.int32)  # of every unit, not of one
     a, b = holdout.split(rows_of(rows), key, 0.1), holdout.split(rows_of(other), key, 0.1)
     (a_training, a_held_out), (b_training, _) = a, b
     np.testing.assert_array_equal(a_training.numbers, b_training.numbers)

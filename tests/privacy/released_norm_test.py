@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from accounting.mechanism import Clip
+from dpgemma.data.batch import Batch, Unit
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.privacy import operations
+from dpgemma.privacy import clipping, operations
+from dpgemma.privacy.clipping import Strategy
 from tests import objectives as loss_lib
 from tests.privacy import sums
 
@@ -17,6 +20,7 @@ MODEL = dataclasses.replace(
     PRESETS["tiny"], d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=40
 )
 CLIP_NORM = 0.25
+SHAPES = {"first": (5, 4), "second": (4, 3), "third": (3, 1)}
 CASES = 500
 
 
@@ -69,6 +73,55 @@ def test_pitfall_12_released_norm_never_exceeds_clip_norm(dtype, options, least)
     heavily = finite & (before > 1.1 * CLIP_NORM)
     # The margin is no more than the proof needs: what is released stays close to the clip norm.
     assert released[heavily].min() >= least * CLIP_NORM
+
+
+@pytest.mark.parametrize("steps", [None, 2.0**20], ids=["floats", "grid"])
+@pytest.mark.parametrize("strategy", ["example_scan", "vmap", "ghost", "per_layer"])
+@pytest.mark.parametrize("scaling, clip_norm", [("clip", 10.0), ("normalise", 10.0), ("automatic", 1.0)])
+def test_every_scaling_releases_at_most_its_sensitivity(scaling, clip_norm, strategy, steps):
+    """And what its formula says, in float64, where all layers share one norm; of a gradient of any length.
+
+    The loss has three operations, so that per_layer has three groups.
+    """
+    rng, clip = np.random.default_rng(3), Clip(clip_norm, scaling)
+    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in SHAPES.items()}
+
+    def loss(p, unit):
+        x = operations.linear(unit.rows["x"], p["first"])
+        x = operations.linear(jnp.tanh(x), p["second"])
+        return operations.linear(x, p["third"]).sum() * unit.rows["factor"][0]
+
+    def of_one(x, factor):
+        rows = {"x": jnp.zeros((2, 5)).at[0].set(x), "factor": jnp.zeros(2).at[0].set(factor)}
+        batch = Batch.of_rows(rows, jnp.array([True, False]))
+        how = Strategy(strategy, 1 if strategy != "vmap" else 2)
+        return clipping.clipped_sum(loss, params, batch, clip, how, steps=steps).total
+
+    release = jax.jit(of_one)
+    whole = jax.jit(
+        jax.grad(
+            lambda p, x, f: loss(p, Unit({"x": x[None], "factor": f[None]}, jnp.ones(1, bool))),
+        )
+    )
+    sensitivity = clip_norm if scaling == "clip" else 1.0
+    unit = 1.0 if steps is None else sensitivity / steps
+    longest = 0.0
+    for factor in (1e-4, 1e-2, 1e-1, 1.0, 30.0, 1e4):
+        x = jnp.asarray(rng.standard_normal(5), jnp.float32)
+        got = [np.asarray(leaf, np.float64) * unit for leaf in jax.tree.leaves(release(x, jnp.float32(factor)))]
+        true = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(whole(params, x, jnp.float32(factor)))]
+        norm = np.sqrt(sum((g**2).sum() for g in true))
+        longest = max(longest, np.sqrt(sum((g**2).sum() for g in got)))
+        if strategy == "per_layer":
+            continue
+        scale = {
+            "clip": min(1, clip_norm / norm),
+            "normalise": min(1, clip_norm / norm) / clip_norm,
+            "automatic": 1 / (norm + 0.01),
+        }[scaling]
+        for ours, g in zip(got, true, strict=True):
+            np.testing.assert_allclose(ours, g * scale, rtol=2e-3, atol=2 * unit)
+    assert 0.5 * sensitivity < longest <= sensitivity
 
 
 @pytest.mark.parametrize("size", [1, 8])

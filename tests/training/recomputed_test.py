@@ -4,6 +4,7 @@ Of the program this uses readers, tokenizer, the model's loss and the sampler, e
 else; hold-out, keys, clipping, grid, noise, divisor and optimizer are written out here.
 """
 
+import ast
 import hashlib
 import json
 
@@ -63,18 +64,32 @@ def noise_of(secret, step, index, size, bits):
     return np.floor(total / 2.0 ** (26 - bits) + 0.5).astype(np.int64)
 
 
-@pytest.mark.parametrize("mesh, clip_norm", [pytest.param("data:1", 0.5, marks=pytest.mark.slow), ("data:2", 3.0)])
-def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, text, tmp_path):
+def unevenly_scored(tmp_path):
+    """Records of which only some bytes are learned: many of one, few of the next."""
+    path = tmp_path / "records.jsonl"
+    records = [{"prompt": "seen " * (i % 3), "response": "fever"[: 1 + i % 5]} for i in range(150)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    "mesh, clip_norm, unit",
+    [
+        pytest.param("data:1", 0.5, "sequence", marks=pytest.mark.slow), ("data:2", 3.0, "example"),
+        pytest.param("data:2", 3.0, "sequence", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, unit, text, tmp_path):
     assert len(jax.devices()) == 2  # asked before the run does, which would take as many as it needs
-    workdir = tmp_path / "run"
+    workdir, data = tmp_path / "run", unevenly_scored(tmp_path) if unit == "example" else text
     settings = dict(model=MODEL, sequence_length=LENGTH, mesh=mesh, clip_norm=clip_norm, noise_multiplier=0.7)
-    done = runs.call(*runs.flags(text, workdir, steps=STEPS, **settings))
+    done = runs.call(*runs.flags(data, workdir, steps=STEPS, **settings))
     assert done.returncode == 0, done.stderr
     ledger = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
     start, keys = ledger[0], json.loads((workdir / "private/keys.json").read_text())
     assert start["clip_norm"] == clip_norm and start["expected_batch_size"] == 12
 
-    _, rows = units.read("sequence", str(text), "text", tokenizer.ByteTokenizer(), LENGTH, PRESETS[MODEL].vocab_size)
+    _, rows = units.read(unit, str(data), "text", tokenizer.ByteTokenizer(), LENGTH, PRESETS[MODEL].vocab_size)
     # A unit is held out where the 64-bit hash of its number lies below a tenth of the range.
     hashes = keystream.uniform_uint64(keystream.derive(bytes.fromhex(keys["holdout"]), "hold-out"), 0, rows.num_units)
     training = [i for i, h in enumerate(hashes.tolist()) if h >= int(0.1 * 2**64)]
@@ -115,3 +130,21 @@ def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, text, tmp_path):
         np.testing.assert_allclose(np.asarray(leaf), value, atol=3e-6)
         moved = max(moved, float(np.abs(value - before).max()))
     assert moved > 1e-3, "the tolerance is small beside what three steps move"
+
+    # What is printed is the loss of the units that were held out, and nothing else was measured.
+    held_out = sorted(set(range(rows.num_units)) - set(training))
+    bits, size = 0.0, 0
+    for number in held_out:
+        row = {name: column[number] for name, column in rows.columns.items()}
+        bits += float(loss(stored, {}, row)) * row["scored"].sum() / np.log(2)
+        size += len(tokenizer.ByteTokenizer().decode(row["tokens"][row["scored"]]))
+    assert held_out and float(done.stdout.split()[1]) == pytest.approx(bits / size, abs=2e-4)
+
+    # A checkpoint holds the parameters, Adam's two moments of each, and one counter: nothing of a batch.
+    (state,) = (path for path in (workdir / "checkpoints").iterdir() if path.name == str(STEPS))
+    leaves = json.loads((state / "state/_METADATA").read_text())["tree_metadata"].items()
+    paths = {ast.literal_eval(name) for name, leaf in leaves if leaf["value_metadata"]["value_type"] == "jax.Array"}
+    ours = {tuple(key.key for key in path) for path, _ in jax.tree.flatten_with_path(stored)[0]}
+    moments = {("optimizer_state", "0", moment, *path) for moment in ("mu", "nu") for path in ours}
+    counters = {path for path in paths if path[0] == "optimizer_state" and path[-1] == "count"}
+    assert paths == {("parameters", *path) for path in ours} | moments | counters and len(counters) <= 2

@@ -1,11 +1,14 @@
 """Whole runs through the command line, in processes of their own: resumption, crashes, signals, damage, secrets."""
 
+import base64
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import stat
@@ -18,6 +21,7 @@ import pytest
 
 from accounting import rounding
 from accounting.accountant import Accountant
+from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
 from accounting.mechanism import dp_sgd
 from dpgemma.commands import process
@@ -25,7 +29,7 @@ from dpgemma.privacy.keys import Keys
 from dpgemma.training import environment
 from dpgemma.training.observers import Silent
 from dpgemma.training.prepare import prepare, prepare_with_public_keys
-from dpgemma.training.run import RunDirectory
+from dpgemma.training.run import RunDirectory, changeable
 from dpgemma.training.settings import Settings
 from tests.training.runs import COMMAND, ENVIRONMENT, SETTINGS, call, copy_of, flags, run, step_secrets, wait_for
 
@@ -109,6 +113,50 @@ def test_pitfall_15_keys_are_private_and_appear_nowhere_else(finished):
             content = path.read_bytes()
             assert not any(needle in content for needle in needles), path
     assert not any(value in done.stdout + done.stderr for value in secrets.values())
+
+
+def written_forms(key):
+    """Ways in which pieces of a key could be written: any 8 of its bytes are enough to be found."""
+    text = key.hex()
+    yield from (text[i : i + 16].encode() for i in range(0, len(text) - 15, 2))
+    yield from (text[i : i + 16].upper().encode() for i in range(0, len(text) - 15, 2))
+    yield from (key[i : i + 8] for i in range(len(key) - 7))
+    for encode in (base64.b64encode, base64.urlsafe_b64encode, base64.b32encode):
+        for skip in range(5):
+            whole = encode(key[skip:]).rstrip(b"=")
+            yield from (whole[i : i + 12] for i in range(0, len(whole) - 12, 4))
+    for order in ("big", "little"):
+        yield str(int.from_bytes(key, order))[:20].encode()
+        yield from (str(int.from_bytes(key[i : i + 8], order)).encode() for i in range(0, len(key), 8))
+    yield from (sep.join(map(str, key[:6])).encode() for sep in (",", ", ", " "))
+    yield key[::-1].hex()[:16].encode()
+
+
+def test_pitfall_15_no_piece_of_a_key_stands_in_any_public_file_in_any_form(finished):
+    workdir, done = finished
+    secrets = [bytes.fromhex(value) for value in json.loads((workdir / "private/keys.json").read_text()).values()]
+    forms = {form for key in secrets for form in written_forms(key) if len(form) >= 8}
+    for path in workdir.rglob("*"):
+        if path.is_file() and workdir / "private" not in path.parents:
+            content = path.read_bytes()
+            assert not [form for form in forms if form in content], path
+    assert not [form for form in forms if form in (done.stdout + done.stderr).encode()]
+
+
+# Everything that a run says where standard error is no terminal.
+SAID = re.compile(
+    r"tiny in \S+: \d+ units, batch 12 \(at most 48\), 6 steps, epsilon [\d.]+ at delta 0\.0001, noise multiplier 1,"
+    r" clip norm 1"
+    r"|--clipping=example_scan --microbatch_size=1 \(the run is too short for a trial to pay\)"
+    r"|(\r? *\d+%\|.{10}\| step \d/6 \[[\d:]+<[\d:?]+\](, epsilon [\d.]+/[\d.]+, \d+ units/s, \d+ tokens/s)?)+"
+    r"|ledger head [0-9a-f]{64}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"
+)
+
+
+def test_all_that_is_said_is_known_and_public(finished):
+    _, done = finished
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert lines and not [line for line in lines if not SAID.fullmatch(line)]
 
 
 def test_pitfall_24_no_raw_value_outside_private(finished):
@@ -239,6 +287,41 @@ def test_pitfall_15_keys_come_from_the_operating_system(text, tmp_path):
         ledger = json.loads((tmp_path / name / "ledger.jsonl").read_text().splitlines()[0])
         assert ledger["secret_keys"] is True and ledger["format"] == 4
     assert len({*found[0].values(), *found[1].values()}) == 10
+
+
+def test_pitfall_15_keys_are_the_operating_systems_randomness_and_nothing_else():
+    """Where the operating system gives only zeros, so are all keys: no clock and no other number has a part in them."""
+    code = (
+        "import os; os.urandom = lambda n: bytes(n)\n"
+        "from dpgemma.privacy.keys import Keys; k = Keys.generate()\n"
+        "assert {k.sampling, k.noise, k.holdout, k.fingerprint, k.ledger} == {bytes(32)}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_setting_but_the_operational_ones_makes_another_run(finished):
+    """A run that goes on computes as it began; the mesh may change where sums are whole numbers."""
+    directory = RunDirectory(finished[0])
+    config, start = directory.config(), ledger_lib.read(finished[0] / "ledger.jsonl")[0]
+    facts = {name: start[name] for name in ("num_units", "model", "seal")}
+    fingerprint = json.loads(directory.data_file.read_text())["fingerprint"]
+    directory.check_resumable(config, fingerprint, facts)
+    free = {"checkpoint_every", "keep_checkpoints", "mesh"}
+    assert {field.name for field in dataclasses.fields(Settings)} <= set(config)
+    for name in config:
+        changed = {**config, name: "another value"}
+        if name in free:
+            directory.check_resumable(changed, fingerprint, facts)
+        else:
+            with pytest.raises(InputError, match=name):
+                directory.check_resumable(changed, fingerprint, facts)
+    with pytest.raises(InputError, match="data differ"):
+        directory.check_resumable(config, "00" * 32, facts)
+    for name in facts:
+        with pytest.raises(InputError, match=name):
+            directory.check_resumable(config, fingerprint, {**facts, name: "another"})
+    assert changeable({**config, "release": "float32"}) == ("checkpoint_every", "keep_checkpoints")
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_path):

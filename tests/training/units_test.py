@@ -139,6 +139,20 @@ def test_sources_wrap_one_another():
     assert moved.fingerprint(keys[0]) != made.fingerprint(keys[0])
 
 
+def test_the_fingerprint_of_data_depends_on_every_column_and_on_what_a_unit_is():
+    columns = {"tokens": np.arange(12, dtype=np.int32).reshape(4, 3), "scored": np.ones((4, 3), bool)}
+    source = InMemory(columns, np.array([0, 1, 4]), max_rows=3)
+    found = {source.fingerprint(bytes(32)), source.fingerprint(bytes(31) + b"1")}
+    assert len(found) == 2 and source.fingerprint(bytes(32)) in found
+    for name in columns:
+        changed = {**columns, name: columns[name].copy()}
+        changed[name][2, 1] = 0
+        found.add(InMemory(changed, source.first, 3).fingerprint(bytes(32)))
+    found.add(InMemory(columns, np.array([0, 2, 4]), 3).fingerprint(bytes(32)))
+    found.add(InMemory({**columns, "tokens": columns["tokens"][:, :2]}, source.first, 3).fingerprint(bytes(32)))
+    assert len(found) == 6
+
+
 def test_padding_is_a_batch_of_one_row_too():
     rows = {"x": jnp.ones((4, 2))}
     batch = Batch.of_rows(rows, jnp.array([True, False, True, False]))
