@@ -2,10 +2,13 @@
 
 Formal guarantee: for private data, the reported epsilon is that of all executed steps of all runs together, finished or
 not; so it holds for whoever sees every checkpoint of every run, and for every choice made by looking at nothing else of
-the data. The losses that a law is fitted to are raw: they lie in private/, and a choice made by them is not covered.
-Tested by tests/experiments/sweep_test.py::test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs.
+the data. A run whose folder was deleted counts as far as it had come when the sweep last began or ended. The losses
+that a law is fitted to are raw: they lie in private/, and a choice made by them is not covered. Tested by
+tests/experiments/sweep_test.py::test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs and
+tests/experiments/spending_test.py.
 """
 
+import json
 import math
 import pathlib
 
@@ -36,7 +39,8 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
     begun = _begun(folder)
     if grid.public_data:
         return _report(grid, len(begun), PUBLIC)
-    executed = [place for place in begun if executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]
+    spent = _spent(folder, begun)
+    executed = [place for place in spent if executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]
     if not executed:
         return _report(grid, 0, _NOTHING)
     found = tuning.runs(executed)
@@ -48,13 +52,38 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
 
 
 def write(folder: SweepFolder, grid: Grid) -> None:
+    """Writes the report, and keeps the ledgers that it adds up."""
+    keep_ledgers(folder, grid)
     run_files.write(folder.report_file, run_files.dumps(summary(folder, grid)))
 
 
 def write_unfinished(folder: SweepFolder, grid: Grid) -> None:
     """Replaces the report of an earlier state before further runs are executed, so that no report says too little."""
+    keep_ledgers(folder, grid)
     statement = PUBLIC if grid.public_data else _UNFINISHED
     run_files.write(folder.report_file, run_files.dumps(_report(grid, len(_begun(folder)), statement)))
+
+
+def keep_ledgers(folder: SweepFolder, grid: Grid) -> None:
+    """Copies the ledger of every run that has begun: what was spent stays spent when the run's folder is deleted."""
+    for place in [] if grid.public_data else _begun(folder):
+        text = (place / run_files.LEDGER).read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a process that was killed may have left half a line
+        kept = folder.spent / json.loads(whole.partition(b"\n")[0])["run_id"]
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / run_files.LEDGER).write_bytes(whole)
+
+
+def _spent(folder: SweepFolder, live: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Folders of ledgers: those of the runs that are there, and copies of those that are not there any more."""
+    kept = sorted(path.parent for path in folder.spent.glob(f"*/{run_files.LEDGER}"))
+    return [*live, *(place for place in kept if not _is_covered(place, live))]
+
+
+def _is_covered(kept: pathlib.Path, live: list[pathlib.Path]) -> bool:
+    """Whether a run that is there has gone at least as far as a copy of its ledger."""
+    text = (kept / run_files.LEDGER).read_bytes()
+    return any((place / run_files.LEDGER).read_bytes().startswith(text) for place in live)
 
 
 def _begun(folder: SweepFolder) -> list[pathlib.Path]:

@@ -1,0 +1,384 @@
+"""Plants breaches of privacy in a copy of the source, one at a time, and says which test notices each.
+
+    python -m tests.mutations               all of them, in about half an hour on two cores
+    python -m tests.mutations --only=noise  those whose kind or description holds a word
+
+Every mutation is one member of a kind of breach; the tests are meant to notice the kind. A mutation names the tests
+that are expected to notice it, so that a run takes minutes and not hours; the fast suite holds all of these. Prints one
+line for each, and ends with exit code 1 if one survives or does not apply any more.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+COPIED = ("dpgemma", "accounting", "experiments", "tests", "pyproject.toml", "README.md", "docs", "examples")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One breach.
+
+    Attributes:
+      kind: of which it is a member.
+      what: one line.
+      file: that is changed.
+      old, new: text that occurs once, and what takes its place.
+      tests: arguments of pytest; at least one of these tests must fail.
+    """
+
+    kind: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+RECOMPUTED = ("tests/training/recomputed_test.py",)
+AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
+RUNS = "tests/training/run_test.py"
+TRAINER, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "step", "prepare"))
+CLIPPING, NOISE = "dpgemma/privacy/clipping.py", "dpgemma/privacy/noise.py"
+INTEGER_NOISE, KEYS = "dpgemma/privacy/integer_noise.py", "dpgemma/privacy/keys.py"
+ACCOUNTANT, TRUNCATION = "accounting/accountant.py", "accounting/loss_distribution/truncation.py"
+
+MUTATIONS = (
+    Mutation(
+        "noise of the real loop", "every step has the keys of step 0", TRAINER,
+        "noise_keys(keys.noise, t)", "noise_keys(keys.noise, 0)", RECOMPUTED,
+    ),
+    Mutation(
+        "noise of the real loop", "every other step has no noise of its own", TRAINER,
+        "noise_keys(keys.noise, t)", "noise_keys(keys.noise, t - t % 2)", RECOMPUTED,
+    ),
+    Mutation(
+        "independence of noise", "arrays of equal shape share noise", NOISE,
+        "integer_noise.add(leaf, key_data, i, bits)", "integer_noise.add(leaf, key_data, leaf.size, bits)",
+        ("tests/privacy/exact_release_test.py", "-k", "share_their_noise"),
+    ),
+    Mutation(
+        "independence of noise", "the layers of a stacked array share noise", INTEGER_NOISE,
+        "return flat.reshape(total.shape)",
+        "noised = flat.reshape(total.shape)\n"
+        "    return noised if noised.ndim < 3 else total + jnp.broadcast_to((noised - total)[:1], total.shape)",
+        ("tests/privacy/exact_release_test.py", "-k", "share_their_noise"),
+    ),
+    Mutation(
+        "independence of noise", "chunks of a large array share noise", INTEGER_NOISE,
+        "noise(i.astype(jnp.uint32), _CHUNK)", "noise(i.astype(jnp.uint32) * 0, _CHUNK)",
+        ("tests/privacy/integer_noise_test.py",),
+    ),
+    Mutation(
+        "which rows are trained on", "rows are taken by their numbers in all data", "dpgemma/data/source.py",
+        "self.source.read(self.numbers[units])", "self.source.read(units)", RECOMPUTED,
+    ),
+    Mutation(
+        "hold-out by content", "the assignment follows the rows' bytes", "dpgemma/data/holdout.py",
+        "is_held_out = held_out(secret, source.num_units, fraction)",
+        "rows = [next(iter(source.read(np.array([i]))[0].values())).tobytes() for i in range(source.num_units)]\n"
+        "    hashes = [keystream.hashlib.blake2b(row, key=secret[:32], digest_size=8) for row in rows]\n"
+        "    words = [int.from_bytes(found.digest()) for found in hashes]\n"
+        "    is_held_out = np.array(words, np.uint64) < np.uint64(int(fraction * 2**64))",
+        ("tests/data/data_test.py", "-k", "pitfall_3"),
+    ),
+    Mutation(
+        "which rows are evaluated", "the printed loss is that of training rows", PREPARE,
+        "held_out=held_out)", "held_out=training)", RECOMPUTED,
+    ),
+    Mutation(
+        "coupling between units", "the loss is weighted by the scored tokens of its device", STEP,
+        "return loss(trainable, frozen, unit)",
+        "return loss(trainable, frozen, unit) * batch.rows['scored'].sum() / (batch.rows['scored'].sum() + 100.0)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "coupling between units", "a unit's factor follows the microbatch's largest norm", CLIPPING,
+        "factors, keep = factor(lengths, norms.margin(params)),",
+        "factors, keep = factor(jnp.full_like(lengths, lengths.min()), norms.margin(params)),",
+        ("tests/privacy/clipping_test.py",),
+    ),
+    Mutation(
+        "optimizer sees what was not noised", "Adam's second moment from the clipped sum", STEP,
+        "return state.apply(optimizer, mean), clipped.stats",
+        "after = state.apply(optimizer, mean)\n"
+        "        raw = jax.tree.map(lambda x: (x / (1.0 * clipped.steps)) ** 2 * 0.05, clipped.total)\n"
+        "        adam = after.optimizer_state\n"
+        "        if isinstance(adam, tuple) and hasattr(adam[0], 'nu'):\n"
+        "            adam = (adam[0]._replace(nu=raw), *adam[1:])\n"
+        "        return dataclasses.replace(after, optimizer_state=adam), clipped.stats",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "optimizer sees what was not noised", "the update takes the clipped mean", STEP,
+        "mean = divide(noised, mechanism.expected_batch_size)",
+        "mean = divide(noised, mechanism.expected_batch_size)\n"
+        "        if clipped.steps is not None:\n"
+        "            raw = jax.tree.map(lambda x: x * (clipped.sensitivity / clipped.steps), clipped.total)\n"
+        "            mean = divide(dataclasses.replace(noised, total=raw), mechanism.expected_batch_size)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "scaling by strategy", "normalise does not divide by C", CLIPPING,
+        "return factor if self.clip.kind == CLIP else factor / self.norm * (1 - 4 * norms.UNIT_ROUNDOFF)",
+        "return factor",
+        ("tests/privacy/released_norm_test.py", "-k", "every_scaling"),
+    ),
+    Mutation(
+        "scaling by strategy", "AUTO-S gives every layer the whole norm", CLIPPING,
+        "return share * (1 - margin) / (norm + STABILISER)", "return (1 - margin) / (norm + STABILISER)",
+        ("tests/privacy/released_norm_test.py", "-k", "every_scaling"),
+    ),
+    Mutation(
+        "scaling by strategy", "AUTO-S with a stabiliser of the other sign", CLIPPING,
+        "return share * (1 - margin) / (norm + STABILISER)", "return share * (1 - margin) / (norm - 0.01 * norm)",
+        ("tests/privacy/released_norm_test.py", "-k", "every_scaling"),
+    ),
+    Mutation(
+        "origin of keys", "keys from the clock and the process number", KEYS,
+        "return cls(*(secrets.token_bytes(_BYTES) for _ in dataclasses.fields(cls)))",
+        "import random, time\n"
+        "        rng = random.Random(time.time_ns() * os.getpid())\n"
+        "        return cls(*(rng.randbytes(_BYTES) for _ in dataclasses.fields(cls)))",
+        (RUNS, "-k", "pitfall_15_keys"),
+    ),
+    Mutation(
+        "origin of keys", "all keys are equal", KEYS,
+        "return cls(*(secrets.token_bytes(_BYTES) for _ in dataclasses.fields(cls)))",
+        "return cls(*[secrets.token_bytes(_BYTES)] * len(dataclasses.fields(cls)))",
+        (RUNS, "-k", "pitfall_15_keys"),
+    ),
+    Mutation(
+        "keys in public files", "base64 in config.json", "dpgemma/training/run.py",
+        "text = run_files.dumps(config)",
+        "import base64\n        text = run_files.dumps(config | {'build': base64.b64encode(keys.noise).decode()})",
+        (RUNS, "-k", "piece_of_a_key"),
+    ),
+    Mutation(
+        "keys in public files", "the run's name is half of a key", "dpgemma/training/run.py",
+        "run_id=secrets.token_hex(16)", "run_id=keys.noise[:16].hex()", (RUNS, "-k", "piece_of_a_key"),
+    ),
+    Mutation(
+        "public numbers that carry private ones", "the last digits of the learning rate carry the loss", TRAINER,
+        "learning_rate=released.learning_rate)", "learning_rate=released.learning_rate * (1 + raw.loss * 1e-6))",
+        AUDITED,
+    ),
+    Mutation(
+        "public numbers that carry private ones", "the last digits of epsilon carry the batch", TRAINER,
+        "epsilon = run_files.encode(rounding.round_up(released.epsilon))",
+        "epsilon = run_files.encode(rounding.round_up(released.epsilon) + raw.units * 1e-9)", AUDITED,
+    ),
+    Mutation(
+        "standard error", "the size of every batch is printed", TRAINER,
+        "raw = Private(**metrics.private_summary(stats, len(units)))",
+        "raw = Private(**metrics.private_summary(stats, len(units)))\n"
+        "                self._inform(f'{len(units)} units')",
+        (RUNS, "-k", "known_and_public"),
+    ),
+    Mutation(
+        "state that holds private values", "the mean loss is a leaf of the checkpoint", STEP,
+        'optional = {"clip_norm": self.clip_norm,',
+        'optional = {"average": jax.numpy.float32(3.2), "clip_norm": self.clip_norm,',
+        RECOMPUTED,
+    ),
+    Mutation(
+        "repeated steps", "a step may be repeated elsewhere once without a charge", "accounting/ledger/history.py",
+        "return len(self.executions) - self.updates", "return max(0, len(self.executions) - self.updates - 1)",
+        (RUNS, "-k", "charged_again"),
+    ),
+    Mutation(
+        "repeated steps", "noise of a repeated step is that of the first place", "dpgemma/training/run.py",
+        '"places": [list(entry) for entry in lineage],', '"places": [list(entry) for entry in lineage[:1]],',
+        (RUNS, "-k", "keys_follow"),
+    ),
+    Mutation(
+        "repeated steps", "keys follow the last place alone", "dpgemma/training/run.py",
+        '"places": [list(entry) for entry in lineage],', '"places": [list(entry) for entry in lineage[-1:]][0][1:],',
+        (RUNS, "-k", "keys_follow"),
+    ),
+    Mutation(
+        "repeated steps", "two states of a step are saved", "dpgemma/training/checkpoint.py",
+        "if ledger.history.state_at(step) not in (None, state_sha256):", "if False:",
+        ("tests/training/checkpoint_test.py",),
+    ),
+    Mutation(
+        "identity of a run", "number formats and attention may change on resume", "dpgemma/training/settings.py",
+        'OPERATIONAL = ("checkpoint_every", "keep_checkpoints")',
+        'OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "dtype", "attention", "remat", "clipping")',
+        (RUNS, "-k", "every_setting"),
+    ),
+    Mutation(
+        "fingerprint of data", "which tokens are scored is left out", "dpgemma/data/source.py",
+        "for column in [*self.columns.values(), *([] if self.first is None else [self.first])]:",
+        "for column in [*list(self.columns.values())[:1], *([] if self.first is None else [self.first])]:",
+        ("tests/training/units_test.py", "-k", "fingerprint"),
+    ),
+    Mutation(
+        "a resumed run's report", "steps before the last resume are not counted", "accounting/ledger/executed.py",
+        'steps = [record for record in records if record["kind"] == events.STEP]',
+        'last = max((i for i, r in enumerate(records) if r["kind"] == events.RESUME), default=0)\n'
+        '        steps = [record for record in records[last:] if record["kind"] == events.STEP]',
+        ("tests/training/forks_test.py", "-k", "in_its_place"),
+    ),
+    Mutation(
+        "sweeps", "unfinished runs are left out of the sum", "experiments/sweep/privacy.py",
+        "executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]",
+        "executed_lib.of(ledger.read(place / run_files.LEDGER)).finished]",
+        ("tests/experiments/spending_test.py",),
+    ),
+    Mutation(
+        "sweeps", "a run whose folder was deleted has cost nothing", "experiments/sweep/privacy.py",
+        "return [*live, *(place for place in kept if not _is_covered(place, live))]", "return live",
+        ("tests/experiments/spending_test.py",),
+    ),
+    Mutation(
+        "composition", "runs of the same plan are counted once", ACCOUNTANT,
+        "taken[alike] = taken.get(alike, 0) + m.sampling.releases(share)", "taken[alike] = m.sampling.releases(share)",
+        ("tests/accounting/accountant_test.py", "-k", "capped_part or run_in_parts"),
+    ),
+    Mutation(
+        "composition", "truncation is charged for the last part only", ACCOUNTANT,
+        "        for m, count in phases:\n            costs = [",
+        "        for m, count in phases[-1:]:\n            costs = [",
+        ("tests/accounting/accountant_test.py", "-k", "capped_part"),
+    ),
+    Mutation(
+        "composition", "truncation is not charged in the profile of deltas", ACCOUNTANT,
+        "return np.minimum.accumulate(np.minimum(plain + extra, 1.0))",
+        "return np.minimum.accumulate(np.minimum(plain, 1.0))",
+        ("tests/accounting/accountant_test.py", "-k", "capped_part"),
+    ),
+    Mutation(
+        "tables", "owners of k units have k times epsilon", "accounting/report/tables.py",
+        "epsilon if k == 1 else Accountant(mechanisms, group_size=k).quick_upper(delta)", "k * epsilon",
+        ("tests/accounting/conversions_test.py", "-k", "tables_of"),
+    ),
+    Mutation(
+        "tables", "owners of k units have the epsilon of k - 1", "accounting/report/tables.py",
+        "group_size=k)", "group_size=k - 1)", ("tests/accounting/conversions_test.py", "-k", "tables_of"),
+    ),
+    Mutation(
+        "tightness of a bound that must not be lowered", "displacement is halved", TRUNCATION,
+        "return min(1.0, steps * overflow_probability(others,",
+        "return min(1.0, 0.5 * steps * overflow_probability(others,",
+        ("tests/accounting/accountant_test.py", "-k", "displacement"),
+    ),
+    Mutation(
+        "model card", "it shows the target epsilon", "accounting/report/card.py",
+        '| {name} | {report[name]} |" for name in rows',
+        """| {name} | {report['target_epsilon' if name == 'epsilon' else name]} |" for name in rows""", AUDITED,
+    ),
+    Mutation(
+        "release", "gradients are rounded to the nearest grid point, which lengthens some", CLIPPING,
+        "return scaled if self.steps is None else scaled.astype(jnp.int32)",
+        "return scaled if self.steps is None else jnp.round(scaled).astype(jnp.int32)",
+        ("tests/privacy/exact_sum_test.py", "-k", "coarse_grid"),
+    ),
+    Mutation(
+        "release", "sums on a grid are added as floats", CLIPPING,
+        "kind = jnp.float32 if steps is None else jnp.int32",
+        "kind = jnp.float32", ("tests/privacy/exact_sum_test.py", "-k", "adversarial_batch_moves"),
+    ),
+    Mutation(
+        "release", "noise is half of what is charged", INTEGER_NOISE,
+        "fine, coarser = draw(keys, first, count), LAW_BITS - bits",
+        "fine, coarser = draw(keys, first, count) // 2, LAW_BITS - bits",
+        ("tests/privacy/exact_release_test.py", "-k", "not_below"),
+    ),
+    Mutation(
+        "keys bound to places", "code has no part in the environment", "dpgemma/training/environment.py",
+        "; code {source_digest()[:16]}", "", (RUNS, "-k", "code_and_versions"),
+    ),
+    Mutation(
+        "audit", "a checkpoint's optimizer state is not looked at", "accounting/audit/document_checks.py",
+        'elif "state_sha256" in line.record and', "elif False and",
+        ("tests/training/tampering_test.py", "-k", "optimizer"),
+    ),
+    Mutation(
+        "audit", "links count as files", "accounting/audit/folder_checks.py",
+        "return path.is_file() and not path.is_symlink()", "return path.is_file()",
+        ("tests/training/tampering_test.py", "-k", "link"),
+    ),
+    Mutation(
+        "audit", "a public key passes for the key of HMACs", "accounting/ledger/seals.py",
+        "return PublicKey(self.public) if self.public is not None and name == SIGNED_CHAIN else None",
+        "return PublicKey(self.public) if name == SIGNED_CHAIN else with_secret(name, self.public or b'')",
+        ("tests/training/sealed_test.py", "-k", "nobodys_hmac"),
+    ),
+    Mutation(
+        "audit", "a sealed ledger may be cut", "accounting/audit/seal_checks.py",
+        "if not (0 < length <= len(lines) and lines[length - 1].hash == head):",
+        "if length <= len(lines) and lines[length - 1].hash != head:",
+        ("tests/training/sealed_test.py", "-k", "was_cut"),
+    ),
+    Mutation(
+        "forks", "a fork that comes back shares its noise's charge", "accounting/tuning.py",
+        "own = {(run.declared[\"run_id\"], *execution): record",
+        "own = {(run.declared[\"run_id\"], execution[0], execution[1][-1:]): record",
+        ("tests/accounting/tuning_test.py", "-k", "fork"),
+    ),
+    Mutation(
+        "sampler", "a probability is resolved to 2^-53 only", "dpgemma/privacy/samplers.py",
+        "logarithm = np.where(words < np.uint64(2**63), near_zero, near_one)",
+        "logarithm = np.log((words.astype(np.float64) + 0.5) * 2.0**-64)",
+        ("tests/privacy/poisson_test.py", "-k", "small_probabilities"),
+    ),
+    Mutation(
+        "replaced contents", "a content is charged like a presence", ACCOUNTANT,
+        "((1.0, q),), ((-1.0, q),), rest, rest)", "((1.0, q),), (), rest)", ("tests/accounting/replaced_test.py",),
+    ),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="a word of the kind or the description")
+    chosen = parser.parse_args().only
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        place = pathlib.Path(folder)
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, place / name)
+        for mutation in MUTATIONS:
+            if chosen in f"{mutation.kind} {mutation.what}":
+                result = tried(mutation, place)
+                survived += not result["noticed_by"]
+                print(json.dumps(result), flush=True)
+    return 1 if survived else 0
+
+
+def tried(mutation: Mutation, place: pathlib.Path) -> dict[str, object]:
+    """The mutation, planted in a copy, and the first test that fails."""
+    path = place / mutation.file
+    source = path.read_text()
+    result: dict[str, object] = {"kind": mutation.kind, "what": mutation.what, "noticed_by": None}
+    if source.count(mutation.old) != 1:
+        return result | {"error": f"the text to replace occurs {source.count(mutation.old)} times"}
+    start = time.monotonic()
+    path.write_text(source.replace(mutation.old, mutation.new))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests],
+            cwd=place, env=os.environ | {"PYTHONPATH": str(place)}, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+    finally:
+        path.write_text(source)
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if done.returncode == 1 and failed:
+        result["noticed_by"] = failed[0]
+    elif done.returncode:
+        result["error"] = done.stdout.strip().splitlines()[-1:]
+    return result | {"seconds": round(time.monotonic() - start)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
