@@ -6,11 +6,12 @@ book-keeping of Bu et al. 2023, arXiv 2210.00038): the gradient's squared norm |
 ways, and so does the sum over the examples of factor * x' g. Norm and sum are made from the very same arrays, which is
 what makes the sum's bound provable in bfloat16: in a second backward pass everything would be rounded anew.
 
-Formal guarantee: `weighted_sum` of one example, with a factor of at most C / `Norms.bound`, has L2 norm at most C. What
-a lower type rounds of the scaled operand is bounded for every input; what float32 sums of n terms lose is taken as 2
-sqrt(n) unit roundoffs (Higham and Mary 2019, doi 10.1137/18M1226312, theorem 2.4: the chance of more is negligible
-where roundings are not adversarial). Tested by
-tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm.
+Formal guarantee: `weighted_sum` of one example, with a factor of at most C / `Norms.bound`, has L2 norm at most C, for
+every input. What a lower type rounds of the scaled operand is bounded, and so is what float32 sums lose: at most n unit
+roundoffs for n terms in any order (Higham 2002, section 4.2), because whoever writes an example may choose one whose
+roundings all go one way. Tested by
+tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm and
+::test_roundings_that_all_go_one_way_are_paid_for.
 """
 
 import dataclasses
@@ -66,8 +67,8 @@ class Norms:
 
 
 def _sum_error(*terms: int) -> float:
-    """Relative error of nested float32 sums with so many terms."""
-    return 2 * _ROUNDOFF * sum(math.sqrt(n) for n in terms)
+    """Bound of the relative error of nested float32 sums of products with so many terms, added in any order."""
+    return math.expm1(_ROUNDOFF * (sum(terms) + 2))
 
 
 def _unit_roundoff(dtype: Any) -> float:
@@ -112,7 +113,7 @@ def _gram(x_TxP: jax.Array, g_KxTxQ: jax.Array) -> tuple[jax.Array, jax.Array]:
     square = (_dot("tp,sp->ts", x_TxP, x_TxP) * gram_TxT).sum(axis=-1).sum()
     terms = jnp.sum(jnp.square(_lengths(x_TxP)) * jnp.diagonal(gram_TxT))
     return square, jnp.maximum(terms, square) * _sum_error(
-        x_TxP.shape[1], g_KxTxQ.shape[0] * g_KxTxQ.shape[2], 4 * length
+        x_TxP.shape[1], g_KxTxQ.shape[0], g_KxTxQ.shape[2], 4 * length
     )
 
 
@@ -123,6 +124,7 @@ def _product_norms(x_TxP: jax.Array, g_KxTxQ: jax.Array, platform: str) -> Norms
     square, slack = {"instantiate": _instantiated, "gram": _gram}[rule](x_TxP, g_KxTxQ)
     # x is scaled and rounded once more, entry by entry; sums over positions are rounded here and in weighted_sum.
     missed = _unit_roundoff(x_TxP.dtype) + 2 * _sum_error(length)
+    missed *= 1 + _sum_error(x_TxP.shape[1], chunks, size, length)  # the lengths below are sums themselves
     x_lengths = _lengths(x_TxP)
     g_lengths = jnp.sqrt(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1).sum(axis=0))
     # Squares below the smallest float32 vanish, however large the numbers that they are multiplied with.
@@ -144,7 +146,7 @@ def _row_norms(ids_T: jax.Array, g_TxD: jax.Array) -> Norms:
     same_TxT = (ids_T[:, None] == ids_T[None, :]).astype(jnp.float32)
     rows_TxD = _dot("ts,sd->td", same_TxT, g_TxD.astype(jnp.float32))
     square = jnp.sum(jnp.square(rows_TxD).sum(axis=-1) / same_TxT.sum(axis=-1))
-    radius = 2 * _sum_error(len(ids_T)) * jnp.sum(_lengths(g_TxD))
+    radius = 2 * _sum_error(len(ids_T)) * (1 + _sum_error(*g_TxD.shape)) * jnp.sum(_lengths(g_TxD))
     return Norms(square, square * _sum_error(*g_TxD.shape), jnp.square(radius))
 
 
@@ -160,7 +162,7 @@ def _tied_norms(rows: dict[str, Any], head: dict[str, Any], platform: str) -> No
     ]  # the head's delta at every t for the word at input position s
     rows_SxD = _dot("st,td->sd", delta_SxT, h_TxD)
     cross = jnp.sum((g_TxD.astype(jnp.float32) * rows_SxD).sum(axis=-1))
-    slack = jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD)) * _sum_error(*g_TxD.shape)
+    slack = jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD)) * _sum_error(*g_TxD.shape, 2 * len(ids_T))
     # Both miss the exact gradient in the same entries, so their distances add.
     radius = jnp.sqrt(one.radius_square) + jnp.sqrt(two.radius_square)
     return Norms(one.square + two.square + 2 * cross, one.slack + two.slack + 2 * slack, jnp.square(radius))

@@ -52,6 +52,18 @@ def _additions(shape: tuple[int, ...]) -> int:
     return total
 
 
+def _ways(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes under which the squares of an array may be added: its own, or [*layers, inputs, outputs], where a use
+    takes the first axes behind those of layers together as inputs and the others as outputs.
+    """
+    merged = [
+        (*shape[:layers], math.prod(shape[layers:inputs]), math.prod(shape[inputs:]))
+        for layers in range(len(shape))
+        for inputs in range(layers + 1, len(shape))
+    ]
+    return [shape, *merged]
+
+
 def total(vectors: list[jax.Array]) -> jax.Array:
     """The sum of all numbers in a list of vectors."""
     partial = jnp.concatenate(vectors)
@@ -81,7 +93,7 @@ def margin(tree: Any) -> float:
     """
     leaves = [leaf.shape or (1,) for leaf in jax.tree.leaves(tree)]
     # Column sums may be kept layer by layer, so that what `total` adds is longer than the last axes alone.
-    longest = sum(shape[-1] * shape[0] for shape in leaves)
+    longest = sum(max(way[-1] for way in _ways(shape)) * shape[0] for shape in leaves)
     folds = math.ceil(math.log(max(longest, _RADIX), _RADIX))
-    additions = max(map(_additions, leaves), default=0) + (_RADIX - 1) * folds
+    additions = max((_additions(way) for shape in leaves for way in _ways(shape)), default=0) + (_RADIX - 1) * folds
     return (additions / 2 + 16) * UNIT_ROUNDOFF

@@ -113,6 +113,7 @@ WAYS = {
     "moved": [("laptop", 0, 60), ("server", 60, 100)],
     "moved, with a loss": [("laptop", 0, 60), ("server", 50, 90)],
     "moved and back": [("laptop", 0, 60), ("server", 60, 80), ("laptop", 80, 100)],
+    "begun elsewhere, then moved": [("laptop", 0, 0), ("desktop", 0, 60), ("server", 60, 100)],
     "resumed": [("laptop", 0, 60), ("laptop", 40, 100)],
 }
 
@@ -124,7 +125,7 @@ WAYS = {
         (["whole", "moved"], 140), (["moved", "whole"], 140), (["moved, with a loss"], 100),
         (["whole", "moved, with a loss"], 140), (["moved", "moved, with a loss"], 140),
         (["moved", "moved and back"], 120), (["whole", "moved and back"], 140),
-        (["whole", "moved", "moved and back"], 160),
+        (["whole", "moved", "moved and back"], 160), (["moved", "begun elsewhere, then moved"], 200),
     ],
 )  # fmt: skip
 def test_a_fork_costs_what_it_adds(ways, steps, tmp_path, capsys):
@@ -147,8 +148,8 @@ def write_way(folder, way):
     ledger = Ledger.open(folder / "ledger.jsonl")
     ledger.append("start", run_id="a", format=4, environment=first, grid_bits=None, seal_key=None, **START)
     group = {"sampling_probability": 0.02, "noise_multiplier": 1.0, "max_batch_size": None}
-    for place, begin, end in way:
-        if begin:
+    for number, (place, begin, end) in enumerate(way):
+        if number:
             ledger.append("resume", step=begin, environment=place)
         for step in range(begin, end):
             ledger.append_step(step, group)

@@ -48,7 +48,9 @@ def total(rows, mask, way, clip_norm, steps, devices=1):
     batch = Batch.of_rows({"x": rows}, mask)
     arguments = (lambda w, _, unit: loss(w, unit)), jnp.zeros((WIDTH, 1)), {}, batch, Clip(clip_norm), Strategy(*way)
     run = jax.jit(lambda: sharded_clipped_sum(*arguments, mesh_lib.make(f"data:{devices}"), steps=steps).total)
-    return np.asarray(run()).reshape(-1)
+    found = run()
+    assert found.dtype == (jnp.float32 if steps is None else jnp.int32)
+    return np.asarray(found).reshape(-1)
 
 
 def distance(one, other):

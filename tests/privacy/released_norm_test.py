@@ -124,6 +124,27 @@ def test_every_scaling_releases_at_most_its_sensitivity(scaling, clip_norm, stra
     assert 0.5 * sensitivity < longest <= sensitivity
 
 
+@pytest.mark.parametrize("strategy", ["example_scan", "ghost", "per_layer"])
+def test_roundings_that_all_go_one_way_are_paid_for(strategy):
+    """A unit whose first position lifts every sum to just above a power of two, behind which thousands of small terms
+    are rounded up, each by nearly half a unit in the last place: what is released stays within the norm.
+    """
+    length, width = 4096, 8
+    for small in (0.51, 0.75, 0.99):
+        x = np.full((length, width), small * 2.0**-23, np.float32)
+        x[0] = 1 + 2.0**-23
+
+        def loss(w, row):
+            return operations.linear(row, w).sum()
+
+        for clip_norm in (1e-3, 0.7):
+            got = sums.clipped_sum(
+                loss, jnp.ones((width, 4)), jnp.asarray(x)[None], jnp.ones(1, bool), clip_norm, strategy=strategy
+            )
+            released = np.linalg.norm(np.asarray(got.total, np.float64))
+            assert 0.99 * clip_norm < released <= clip_norm
+
+
 @pytest.mark.parametrize("size", [1, 8])
 @pytest.mark.parametrize("strategy", ["example_scan", "ghost", "per_layer"])
 def test_pitfall_12_numbers_whose_squares_vanish_or_overflow_are_bounded_too(strategy, size):

