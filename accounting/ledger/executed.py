@@ -11,7 +11,7 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.ledger import events
 from accounting.ledger.history import History
-from accounting.mechanism import Mechanism, dp_sgd
+from accounting.mechanism import Mechanism, dp_sgd, grid
 from accounting.mechanism.mechanism import FACTS, GROUP
 
 
@@ -101,6 +101,11 @@ class Executed:
             found.append(
                 "sums and noise are float32 numbers: the guarantee is proved for real ones, and the rounding of sums"
                 " and the low bits of noise can reveal more than it says; train with an exact release"
+            )
+        if m.noise.is_exact and self.declared["trained_parameters"] > grid.MOST_COORDINATES:
+            found.append(
+                f"{self.declared['trained_parameters']} numbers are trained: the law of the noise is certified for"
+                f" {grid.MOST_COORDINATES}"
             )
         if not self.has_secret_keys:
             found.append(

@@ -193,6 +193,33 @@ def test_page_is_self_contained_and_says_everything():
     assert "HMAC under a key" in rendered(seal=KEYED_CHAIN)[1]
 
 
+def test_more_numbers_than_the_noise_is_certified_for_are_a_deviation():
+    assert build(trained_parameters=2**36)["deviations"] == []
+    (deviation,) = build(trained_parameters=2**36 + 1)["deviations"]
+    assert "certified" in deviation
+
+
+def test_assumptions_follow_the_facts_of_a_run():
+    def assumed(**changes):
+        facts = {"format": 4, "environment": "laptop", "seal_key": None, **changes}
+        found = executed.of(records(**facts))
+        return content.build(found, spent(found, found.accountant()), "ab")
+
+    report = assumed()
+    assert report["epsilon"] < report["epsilon_replace_one"] and "or any other" in report["statement"]
+    assert f"({report['epsilon_replace_one']}, 1e-05)" in report["statement"]
+    names = [line.partition(":")[0] for line in report["assumptions"]]
+    assert names == ["Randomness", "Arithmetic", "Program and machine", "Copies", "Time", "Hold-out", "Packed text"]
+    assert "only whole numbers are added" in report["assumptions"][1]
+    others = assumed(privacy_unit="example", held_out_units=0, grid_bits=None)["assumptions"]
+    assert len(others) == 5 and "not covered" in others[1]
+    hidden = assumed(neighbouring_relation="add_or_remove", held_out_units=None)["assumptions"]
+    assert "how many units there are" in hidden[4] and len(hidden) == 7
+    # Reports of older formats say what they said; without a guarantee nothing is assumed.
+    assert "assumptions" not in build() and "with what content" in build()["statement"]
+    assert assumed(epsilon="inf")["assumptions"] == [] and assumed(epsilon="inf")["epsilon_replace_one"] == math.inf
+
+
 def test_page_of_a_baseline_promises_nothing():
     _, text = rendered(noise_multiplier=0.0)
     assert "NO PRIVACY" in text and "Nothing may be shown" in text and "ε = ∞" in text and "<svg" not in text

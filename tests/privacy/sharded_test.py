@@ -32,8 +32,10 @@ AXES = {
 }
 
 
-def compare(strategy: str) -> dict:
-    """Relative differences between sharded and whole parameters; needs two devices."""
+def compare(strategy: str, steps: float | None = None) -> dict:
+    """Differences between sharded and whole parameters, relative to the norm, or the largest one on a grid of so many
+    steps; needs two devices.
+    """
     from dpgemma.gemma import decoder
     from dpgemma.privacy.tracking import leaf_names
     from tests import objectives as loss_lib
@@ -54,7 +56,7 @@ def compare(strategy: str) -> dict:
 
     leaves, structure = jax.tree.flatten(params)
     specs = structure.unflatten([spec(leaf, shard) for leaf, shard in zip(leaves, gathered, strict=True)])
-    options = dict(strategy=strategy, microbatch_size=2)
+    options = dict(strategy=strategy, microbatch_size=2, steps=steps)
     rows = PartitionSpec(DATA_AXIS)
 
     @jax.jit
@@ -72,7 +74,7 @@ def compare(strategy: str) -> dict:
     whole = jax.jit(lambda p, b, m: sums.clipped_sum(loss, p, b, m, 0.5, **options))
 
     def flat(tree):
-        return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
+        return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]).astype(np.float64)
 
     differences = {}
     # The last mask leaves one device without a single example: it goes through the other's rounds with it.
@@ -85,25 +87,27 @@ def compare(strategy: str) -> dict:
         total, norms = sharded(params, batch, jnp.array(mask, bool))
         expected = whole(params, batch, jnp.array(mask, bool))
         np.testing.assert_allclose(norms, expected.stats.norms, rtol=1e-5)
-        differences[name] = float(
-            np.linalg.norm(flat(total) - flat(expected.total)) / np.linalg.norm(flat(expected.total))
-        )
+        away, norm = flat(total) - flat(expected.total), np.linalg.norm(flat(expected.total))
+        differences[name] = float(np.abs(away).max() if steps else np.linalg.norm(away) / norm)
     return differences
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [None, 2.0**20], ids=["floats", "grid"])
 @pytest.mark.parametrize("strategy", ["ghost", "per_layer"])
-def test_sharded_parameters_give_the_sums_of_whole_ones(strategy):
+def test_sharded_parameters_give_the_sums_of_whole_ones(strategy, steps):
     # In a process of its own, because the number of CPU devices is fixed once.
     code = (
         "import jax, json; jax.config.update('jax_num_cpu_devices', 2); from tests.privacy import sharded_test;"
-        f" print(json.dumps(sharded_test.compare('{strategy}')))"
+        f" print(json.dumps(sharded_test.compare('{strategy}', {steps})))"
     )
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
-    assert differences.keys() == {"all", "nan", "empty"} and max(differences.values()) < 1e-5
+    assert differences.keys() == {"all", "nan", "empty"}
+    # On a grid, the last bits of a unit's gradient may decide at which of two points it is cut off.
+    assert max(differences.values()) < (1e-5 if steps is None else 8 * 4)
 
 
 def test_strategies_that_hold_gradients_refuse_shards():
