@@ -119,6 +119,7 @@ class Accountant:
         self._bounds = bounds
         self._relative_width = relative_width
         self._brackets: dict[Any, tuple[float, float, float]] = {}
+        self._cross_check = functools.lru_cache(maxsize=64)(self._renyi)
         self._discrete_loss = functools.lru_cache(maxsize=64)(self._discretise)
 
     @property
@@ -377,7 +378,7 @@ class Accountant:
         (needed,) = self._composition(delta, phases, interval, remove).deltas([epsilon])
         return needed + self._extra_delta(phases, epsilon) <= delta
 
-    def _cross_check(self, delta: float, phases: Any) -> float:
+    def _renyi(self, delta: float, phases: Any) -> float:
         moments = [
             m.sampling.inclusion_probability**2 * math.expm1(min(m.noise_multiplier**-2, 700)) for m, _ in phases
         ]

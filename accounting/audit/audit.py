@@ -72,7 +72,7 @@ class _Audit:
         self.workdir, self.head, self.required = workdir, head, required
         self.findings: list[Finding] = []
         self.notices: list[str] = []
-        self._accountant = functools.lru_cache(maxsize=4)(accountant)
+        self._accountant = functools.lru_cache(maxsize=16)(accountant)
 
     def run(self, checkpoints: Sequence[dict[str, Any]], exports: Sequence[pathlib.Path]) -> AuditResult:
         lines, executed = self._ledger()
@@ -132,7 +132,7 @@ class _Audit:
     def _derive(self, executed: Executed) -> Spent:
         as_planned = executed.is_as_planned and not executed.repeated_steps
         mechanisms = executed.planned if as_planned else executed.mechanisms
-        return spent(executed, self._accountant(mechanisms, claimed=executed.claims_privacy))
+        return spent(executed, self._accountant(mechanisms, claimed=executed.claims_privacy), self._accountant)
 
     def _ledger(self) -> tuple[list[ledger_lib.Line], Executed | None]:
         if not (self.workdir / run_files.LEDGER).is_file():

@@ -49,7 +49,8 @@ def recomputed(
             return
         known = repeats(number)
         for repeated in known:
-            stairs.setdefault(repeated, _stairs(executed, repeated, accountant))
+            if repeated not in stairs:
+                stairs[repeated] = _stairs(executed, repeated, accountant)
         epsilons = [stairs[repeated](number + 1 + repeated) for repeated in known]
         reported = run_files.decode(stored)["epsilon"]
         if not (isinstance(reported, float) and any(same_rounded(reported, value) for value in epsilons)):

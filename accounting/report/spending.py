@@ -1,6 +1,7 @@
 """What a run has spent, in the numbers that its report states."""
 
 import dataclasses
+from collections.abc import Callable
 
 from accounting.accountant import Accountant, EpsilonBracket
 from accounting.ledger import events
@@ -21,14 +22,15 @@ class Spent:
     replaced: float | None = None
 
 
-def spent(executed: Executed, accountant: Accountant) -> Spent:
+def spent(executed: Executed, accountant: Accountant, make: Callable[..., Accountant] = Accountant) -> Spent:
     """What the executed steps have spent.
 
     Args:
       accountant: of the executed mechanisms, or of the planned one.
+      make: what makes another accountant.
     """
     bracket = accountant.epsilon(executed.delta, executed.steps)
     if executed.version < events.PLACES:
         return Spent(bracket)
-    contents = Accountant(accountant.mechanisms, replaced=True, claimed=accountant.claimed)
+    contents = make(accountant.mechanisms, replaced=True, claimed=accountant.claimed)
     return Spent(bracket, contents.quick_upper(executed.delta, executed.steps))

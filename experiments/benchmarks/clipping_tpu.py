@@ -1,7 +1,8 @@
 """Cycles and memory of per-example clipping on a TPU v6e, by its compiler, with no TPU at hand.
 
 Every program accumulates the gradients of 64 sequences per chip: ours, the ordinary gradient and jax_privacy's
-clipped_grad, each at several microbatch sizes, for bfloat16 parameters and a float32 accumulator. Cycles are the
+clipped_grad, each at several microbatch sizes, for bfloat16 parameters and a float32 accumulator, or for an exact
+release one of whole numbers. Cycles are the
 compiler's own static estimates (see tpu_cycles: plausible to some 20 % between programs with a similar mix of
 operations; absolute times must not be derived from them). Prints a table to standard error and one JSON object.
 """
@@ -44,7 +45,9 @@ REPLICATED = (
     "non_private:4",
     "non_private:8",
     "example_scan:1",
+    "example_scan_exact:1",
     "example_scan:2",
+    "example_scan_exact:2",
     "ghost:1",
     "ghost:2",
 )
@@ -113,7 +116,8 @@ class Compiler:
 
             return jax.lax.scan(add, total, batch)
 
-        lowered = jax.jit(step, donate_argnums=1).lower(tree(jnp.bfloat16), tree(jnp.float32), batch)
+        kind = jnp.int32 if name.endswith("_exact") else jnp.float32
+        lowered = jax.jit(step, donate_argnums=1).lower(tree(jnp.bfloat16), tree(kind), batch)
         return lowered.compile(), rounds
 
     def non_private(self, params, rows, gathered):
@@ -125,7 +129,7 @@ class Compiler:
         value, gradient = jax.value_and_grad(total)(params)
         return gradient, value
 
-    def _clipped(self, params, rows, gathered, strategy):
+    def _clipped(self, params, rows, gathered, strategy, steps=None):
         size = len(rows["tokens"])
         units, shards = Batch.of_rows(rows, jnp.ones(size, bool)), gathered if any(gathered) else None
         # The rules choose by the platform that a program is compiled for, which is not the one that it is compiled on.
@@ -134,11 +138,14 @@ class Compiler:
         def of_unit(params, unit):
             return self.objective.loss(params, {}, unit)
 
-        clipped = clipping.clipped_sum(of_unit, params, units, Clip(1.0), how, shards=shards)
+        clipped = clipping.clipped_sum(of_unit, params, units, Clip(1.0), how, shards=shards, steps=steps)
         return clipped.total, clipped.stats.norms.sum()
 
     def example_scan(self, *inputs):
         return self._clipped(*inputs, "example_scan")
+
+    def example_scan_exact(self, *inputs):
+        return self._clipped(*inputs, "example_scan", steps=2.0**20)
 
     def ghost(self, *inputs):
         return self._clipped(*inputs, "ghost")

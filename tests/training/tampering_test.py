@@ -1,5 +1,6 @@
 """Every planted tampering with a finished run's files is found by `dpgemma audit`, and named."""
 
+import functools
 import json
 import math
 import os
@@ -13,7 +14,8 @@ import pytest
 from scipy import optimize
 
 from accounting import conversions, run_files
-from accounting.audit.audit import audit
+from accounting.accountant import Accountant
+from accounting.audit import audit as audit_lib
 from tests.training.forgery import (
     audited,
     change_later_steps,
@@ -22,6 +24,9 @@ from tests.training.forgery import (
     rewrite_report,
     step_lines,
 )
+
+# Many audits of nearly the same run: what one has computed the others need not.
+audit = functools.partial(audit_lib.audit, accountant=functools.lru_cache(maxsize=None)(Accountant))
 
 
 def lines_of(workdir, change):
