@@ -18,6 +18,7 @@ probabilities, and ::test_the_sampler_follows_the_law.
 """
 
 import functools
+from collections.abc import Callable
 from decimal import Context, Decimal
 from typing import Any
 
@@ -27,6 +28,9 @@ import numpy as np
 from jax.extend.random import threefry_2x32
 
 from accounting.mechanism.grid import LAW_BITS
+
+# in_parts(compute, rows, shared): compute(rows, number of the first of them, shared) of every part of the rows, joined.
+InParts = Callable[[Callable[..., jax.Array], jax.Array, Any], jax.Array]
 
 DRAWS = 4  # each under a key of its own; a fifth key is for the fillings
 
@@ -112,7 +116,7 @@ def _draw(a: jax.Array, b: jax.Array, filling: jax.Array) -> jax.Array:
     return (outcome << FILLING_BITS) + (filling | (b & 15) << 16).astype(jnp.int32)
 
 
-def add(total: jax.Array, key_data: Any, index: int, bits: int) -> jax.Array:
+def add(total: jax.Array, key_data: Any, index: int, bits: int, in_parts: InParts | None = None) -> jax.Array:
     """An int32 array plus noise, modulo 2^32, whose standard deviation is 2^bits (bits <= LAW_BITS).
 
     Coarser noise than the finest is the finest, rounded to the coarser grid.
@@ -120,26 +124,35 @@ def add(total: jax.Array, key_data: Any, index: int, bits: int) -> jax.Array:
     Args:
       key_data: uint32 [DRAWS + 1, 2], of noise.noise_keys.
       index: of the array among those that share the keys.
+      in_parts: divides the chunks of a large array among devices; the bits do not depend on it.
     """
     keys = jax.vmap(lambda data: _fold(data, index))(jnp.asarray(key_data))
 
-    def noise(first: Any, count: int) -> jax.Array:
+    def noise(keys: Any, first: Any, count: int) -> jax.Array:
         fine, coarser = draw(keys, first, count), LAW_BITS - bits
         return fine if coarser == 0 else (fine + (1 << (coarser - 1))) >> coarser
 
+    def add_to_chunks(chunks: jax.Array, first: Any, keys: Any) -> jax.Array:
+        def add_to_one(i: Any, chunks: jax.Array) -> jax.Array:
+            number = (i + first).astype(jnp.uint32)
+            return chunks.at[i].add(noise(keys, number, _CHUNK))
+
+        return jax.lax.fori_loop(0, len(chunks), add_to_one, chunks)
+
     flat = jnp.asarray(total).reshape(-1)
     whole = flat.size // _CHUNK
-
-    def add_chunk(i: Any, flat: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(flat, i * _CHUNK, _CHUNK)
-        return jax.lax.dynamic_update_slice_in_dim(flat, part + noise(i.astype(jnp.uint32), _CHUNK), i * _CHUNK, 0)
-
-    rest = flat.size - whole * _CHUNK
+    parts = []
     if whole:
-        flat = jax.lax.fori_loop(0, whole, add_chunk, flat)
-    if rest:
-        flat = flat.at[whole * _CHUNK :].add(noise(jnp.uint32(whole), rest))
-    return flat.reshape(total.shape)
+        chunks = flat[: whole * _CHUNK].reshape(whole, _CHUNK)
+        parts.append((in_parts or _in_one)(add_to_chunks, chunks, keys).reshape(-1))
+    if rest := flat.size - whole * _CHUNK:
+        parts.append(flat[whole * _CHUNK :] + noise(keys, jnp.uint32(whole), rest))
+    return (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).reshape(total.shape)
+
+
+def _in_one(compute: Any, rows: jax.Array, shared: Any) -> jax.Array:
+    noised: jax.Array = compute(rows, jnp.int32(0), shared)
+    return noised
 
 
 def _fold(data: Any, index: int) -> Any:

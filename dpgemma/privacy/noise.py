@@ -29,7 +29,7 @@ from accounting.mechanism import grid
 from accounting.mechanism.clip import COUNT_SENSITIVITY
 from dpgemma.privacy import integer_noise
 from dpgemma.privacy.clipping import ClippedSum
-from dpgemma.privacy.integer_noise import DRAWS
+from dpgemma.privacy.integer_noise import DRAWS, InParts
 
 # Fineness of the noise on a count: 2^25 steps leave room for a million units.
 _COUNT_BITS = 25
@@ -85,7 +85,13 @@ def standard_normal(key_data: Any, leaf_index: int, shape: tuple[int, ...]) -> A
     return jax.lax.scan(add_draw, jnp.zeros(shape), jnp.asarray(key_data)[:DRAWS])[0] * DRAWS**-0.5
 
 
-def release_on_grid(clipped: ClippedSum, bits: int, key_data: Any, count_noise: float | None = None) -> NoisedSum:
+def release_on_grid(
+    clipped: ClippedSum,
+    bits: int,
+    key_data: Any,
+    count_noise: float | None = None,
+    in_parts: InParts | None = None,
+) -> NoisedSum:
     """The noised sum of an exact one, in float32.
 
     >>> from dpgemma.privacy.clipping import PrivateStats
@@ -99,6 +105,7 @@ def release_on_grid(clipped: ClippedSum, bits: int, key_data: Any, count_noise: 
     Args:
       bits: of the grid; clipped.steps is grid.sensitivity_steps(bits, noise multiplier).
       count_noise: standard deviation of the noise on a sum's count, in units; must be given for a sum that has one.
+      in_parts: divides the work among devices; the bits do not depend on it.
 
     Raises:
       TypeError: the argument is no ClippedSum on a grid.
@@ -109,7 +116,9 @@ def release_on_grid(clipped: ClippedSum, bits: int, key_data: Any, count_noise: 
     _check_count(clipped, count_noise)
     leaves, structure = jax.tree.flatten(clipped.total)
     step = clipped.sensitivity / clipped.steps
-    noised = [integer_noise.add(leaf, key_data, i, bits).astype(jnp.float32) * step for i, leaf in enumerate(leaves)]
+    noised = [
+        integer_noise.add(leaf, key_data, i, bits, in_parts).astype(jnp.float32) * step for i, leaf in enumerate(leaves)
+    ]
     count = None
     if clipped.count is not None:
         assert count_noise is not None

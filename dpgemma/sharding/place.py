@@ -83,6 +83,27 @@ def over_units(mesh: Mesh) -> NamedSharding:
 SHARED, SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
 
 
+def in_parts(mesh: Mesh, compute: Callable[..., jax.Array], rows: jax.Array, shared: Any) -> jax.Array:
+    """compute(rows, number of the first of them, shared) -> rows, where each device computes some of them for all.
+
+    Rows that do not divide among the devices are computed by every one of them.
+    """
+    each = len(rows) // mesh.size
+    if each == 0 or mesh.size == 1:
+        return compute(rows, jax.numpy.int32(0), shared)
+
+    def on_one_device(rows: jax.Array, shared: Any) -> jax.Array:
+        first = jax.lax.axis_index(DATA_AXIS) * each
+        mine = jax.lax.dynamic_slice_in_dim(rows, first, each)
+        return jax.lax.all_gather(compute(mine, first, shared), DATA_AXIS, tiled=True)
+
+    divided = each * mesh.size
+    found = on_each_device(mesh, on_one_device, (SHARED, SHARED), SHARED)(rows[:divided], shared)
+    if divided == len(rows):
+        return found
+    return jax.numpy.concatenate([found, compute(rows[divided:], jax.numpy.int32(divided), shared)])
+
+
 def on_each_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """The function, run by every device on its own part of the SPREAD arguments and on all of the SHARED ones."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -9,6 +9,7 @@ PrivateStats. Tested by tests/training/step_test.py::test_update_is_clip_sum_noi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -140,14 +141,14 @@ def make_train_step(
     Raises:
       InputError: the count of clipped units leaves no noise for the gradients.
     """
-    clip, noiser = mechanism.clip, noiser_of(mechanism)
+    clip, noiser, in_parts = mechanism.clip, noiser_of(mechanism), functools.partial(place.in_parts, mesh)
 
     def dp_train_step(
         state: TrainState, frozen: Any, batch: Batch, noise_keys: Any, noise_multiplier: Any
     ) -> tuple[TrainState, PrivateStats]:
         steps = noiser.steps(noise_multiplier)
         clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps)
-        noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier)
+        noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier, in_parts)
         mean = divide(noised, mechanism.expected_batch_size)
         if clip.adapts and clip.scaling == CLIP:
             mean = scale(mean, state.clip_norm)  # the gradients were divided by it: their sensitivity is constant

@@ -15,6 +15,8 @@ from scipy import special, stats
 from accounting.mechanism import grid
 from dpgemma.privacy import integer_noise
 from dpgemma.privacy.noise import noise_keys
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.place import in_parts
 
 CELL = 2**integer_noise.FILLING_BITS
 CELLS = integer_noise.DRAWS**0.5 * integer_noise.TABLE_DEVIATION  # standard deviation, but for that of the fillings
@@ -208,3 +210,13 @@ def test_the_fitting_grid():
         rounding = math.sqrt(parameters) / 2 / steps
         assert grid.largest_mean(bits, noise, cap) >= 1 or rounding > 0.0025, "coarser would still be fine enough"
         assert rounding < 0.0051 or bits == grid.LAW_BITS
+
+
+@pytest.mark.parametrize("chunks, rest", [(1, 0), (2, 0), (5, 77), (4, 1)])
+def test_the_bits_do_not_depend_on_which_device_makes_them(chunks, rest):
+    size = chunks * 2**16 + rest
+    total = jnp.asarray(np.random.default_rng(0).integers(-(2**20), 2**20, size), jnp.int32)
+    alone = jax.jit(lambda x: integer_noise.add(x, KEYS, 2, 20))(total)
+    divided = functools.partial(in_parts, mesh_lib.make("data:2"))
+    together = jax.jit(lambda x: integer_noise.add(x, KEYS, 2, 20, divided))(total)
+    np.testing.assert_array_equal(alone, together)
