@@ -101,10 +101,11 @@ def test_what_goes_on_elsewhere_has_other_noise(place, original, text, tmp_path)
     assert result["consistent"] and any("from step 4 on the run was executed elsewhere" in n for n in result["notices"])
 
 
-def test_a_backup_that_goes_on_in_its_place_releases_the_same_bits(original, text, tmp_path):
+@pytest.mark.parametrize("meshes", [("data:1",), pytest.param(("data:2", "data:1"), marks=pytest.mark.slow)])
+def test_a_backup_that_goes_on_in_its_place_releases_the_same_bits(meshes, original, text, tmp_path):
     """Also on another number of devices, because whole numbers are added; so both together cost what one costs."""
     whole, backup = original
-    for mesh in ("data:2", "data:1"):
+    for mesh in meshes:
         copy = pathlib.Path(shutil.copytree(backup, tmp_path / mesh))
         done = run(*flags(text, copy, steps=6, **SETTINGS, mesh=mesh))
         assert done.returncode == 0, done.stderr

@@ -177,7 +177,7 @@ def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
     assert (workdir / "ledger.jsonl").read_text() == (finished[0] / "ledger.jsonl").read_text()
 
 
-@pytest.mark.parametrize("kills, steps", [(2, 16), pytest.param(20, 120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, steps", [(1, 9), pytest.param(20, 120, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, tmp_path):
     """Start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
     rng = random.Random(7)
