@@ -151,6 +151,11 @@ def _check_delta(settings: Settings) -> None:
     if settings.release != EXACT or not math.isfinite(settings.epsilon):
         return
     least = 10 * grid.tail_delta(settings.steps, settings.epsilon)
+    if least >= 1:
+        raise InputError(
+            f"`epsilon`={settings.epsilon:g} is more than any delta can be stated at: lower it, or give `epsilon`=inf,"
+            " which claims nothing"
+        )
     if settings.delta < least:
         raise InputError(
             f"`delta`={settings.delta:g} is smaller than what the noise can hide in {settings.steps} steps at epsilon"

@@ -86,6 +86,7 @@ BAD_TRAINING = {
     "no steps": (["--steps=0"], "at least 1"),
     "delta": (["--delta=0"], "--delta"),
     "delta below the noise": (["--delta=1e-25"], "smaller than what the noise can hide in"),
+    "epsilon beyond the noise": (["--epsilon=80"], "more than any delta can be stated at"),
     "negative epsilon": (["--epsilon=-1"], "--epsilon"),
     "tiny clip norm": (["--clip_norm=1e-9"], "at least 1e-06"),
     "zero clip norm": (["--clip_norm=0"], "clip"),
