@@ -38,6 +38,7 @@ from accounting.loss_distribution.composition import Composition
 from accounting.loss_distribution.privacy_loss import DiscreteLoss, GaussianMixturePair
 from accounting.mechanism import Mechanism
 from accounting.mechanism import bounds as proofs
+from accounting.mechanism.noise import SMALLEST_NOISE
 
 RELATIVE_WIDTH = 1e-3
 _ABSOLUTE_WIDTH = 1e-6
@@ -395,10 +396,13 @@ class Accountant:
 
 
 def _composed(phases: Any) -> tuple[tuple[Mechanism, int], ...]:
-    """The releases, those without sampling composed: T Gaussian mechanisms are one, of noise sigma / sqrt(T)."""
+    """The releases, those without sampling composed: T Gaussian mechanisms are one, of noise sigma / sqrt(T).
+
+    Where that would be too little noise for a mechanism, they stay apart.
+    """
     return tuple(
         (m.replace(noise_multiplier=m.noise_multiplier / math.sqrt(count)), 1)
-        if m.sampling.inclusion_probability == 1
+        if m.sampling.inclusion_probability == 1 and m.noise_multiplier / math.sqrt(count) >= SMALLEST_NOISE
         else (m, count)
         for m, count in phases
     )

@@ -236,7 +236,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sweeps", "a run whose folder was deleted has cost nothing", "experiments/sweep/privacy.py",
-        "return [*live, *(place for place in kept if not _is_covered(place, live))]", "return live",
+        "return sorted(path.parent for path in folder.spent.glob(f\"*/{run_files.LEDGER}\"))", "return _begun(folder)",
         ("tests/experiments/spending_test.py",),
     ),
     Mutation(

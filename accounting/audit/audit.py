@@ -176,9 +176,11 @@ class _Audit:
             self.findings += found
         if not executed.finished:
             self.notices.append(
-                f"the run is unfinished: {executed.updates} of {executed.planned.steps} steps are recorded"
+                f"the run is unfinished: {executed.updates} of {executed.planned.steps} steps are recorded, and its"
+                " report is as old as its last checkpoint"
             )
-        self.notices += ledger_checks.places(executed)
+        if not self.findings:
+            self.notices += ledger_checks.places(executed)
 
     def _checkpoints(
         self, lines: list[ledger_lib.Line], executed: Executed, checkpoints: Sequence[dict[str, Any]]
@@ -204,7 +206,8 @@ class _Audit:
     def _exports_inside(self) -> list[pathlib.Path]:
         """Folders inside the run's with files of weights."""
         files = folder_checks.other_files(self.workdir)
-        return sorted({path.parent for path in files if path.suffix == run_files.WEIGHTS_SUFFIX})
+        places = {path.parent for path in files if path.suffix == run_files.WEIGHTS_SUFFIX}
+        return sorted(places - {self.workdir})  # a model beside the run's own files is a stranger among them
 
     def _files(self, lines: list[ledger_lib.Line], executed: Executed | None) -> None:
         others = folder_checks.other_files(self.workdir)

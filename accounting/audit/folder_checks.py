@@ -16,7 +16,7 @@ from accounting.ledger.executed import Executed
 
 # The names that Orbax gives to the files of a checkpoint.
 _LAYOUT = re.compile(
-    r"_CHECKPOINT_METADATA|commit_success\.txt|(meta|state)/commit_success\.txt|meta/metadata"
+    r"_CHECKPOINT_METADATA(\.tmp)?|commit_success\.txt|(meta|state)/commit_success\.txt|meta/metadata"
     r"|state/(_METADATA|_sharding|manifest\.ocdbt|d/[0-9a-f]{32}|array_metadatas/process_\d+)"
     r"|state/ocdbt\.process_\d+/(manifest\.ocdbt|d/[0-9a-f]{32})"
 )

@@ -38,10 +38,12 @@ def recomputed(
     """
     stairs: dict[int, Callable[[int], float]] = {}
     repeats = _repeats(lines)
-    for number, row in enumerate(content.split(b"\n")):
-        if not row.endswith(b"}"):
-            return  # a line that a crash cut off is written again
+    for number, row in enumerate(content.split(b"\n")[:-1]):  # what a crash left of a last line is written again
         stored = json.loads(row)
+        if row != json.dumps(stored).encode():
+            message = "it is not spelt as the program writes it"
+            yield Finding("metrics_edited", f"{run_files.METRICS} line {number + 1}", message)
+            return
         rate = learning_rate(settings, number)
         if stored["step"] != number or stored["learning_rate"] not in (_rounded(rate * f) for f in _LAST_BITS):
             message = f"step {stored['step']} with learning rate {stored['learning_rate']}; the settings give {rate}"
@@ -98,16 +100,17 @@ def _stairs(executed: Executed, repeated: int, accountant: Callable[..., Account
 
 
 def _repeats(lines: Sequence[Line]) -> Callable[[int], list[int]]:
-    """How many executions had been lost when the line of a step was written last; two numbers are possible where a
-    process may have ended before it wrote any.
+    """How many executions had been lost when the line of a step was written last; several numbers are possible where
+    processes may have ended before they wrote any.
     """
     history = History()
     starts: list[tuple[int, int]] = [(0, 0)]
-    at_work = True
+    settled = 1  # starts whose process is known to have come to its first step
     for line in lines:
         history.add(line.record)
         if line.record["kind"] == events.RESUME:
             starts.append((line.record["step"], history.repeated))
-        at_work = line.record["kind"] != events.RESUME
-    possible = [starts] if at_work else [starts[:-1], starts]
+        elif line.record["kind"] == events.STEP:
+            settled = len(starts)
+    possible = [starts[:count] for count in range(settled, len(starts) + 1)]
     return lambda step: [[repeated for first, repeated in known if first <= step][-1] for known in possible]

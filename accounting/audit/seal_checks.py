@@ -25,24 +25,27 @@ def sealed(
     declared = str(executed.declared["seal"])
     own, facts = _own_key(workdir), _private_facts(workdir)
     findings = _remembered(facts, own, declared, executed.version)
-    verifier, notices = _verifier(executed, required or own)
+    verifier, notices = _verifier(executed, required or own, given=required is not None)
     if required is not None and verifier is None:
         message = f"a seal under the given key was required, and this ledger claims to have a {declared}"
+        message += "; an HMAC is checked with the run's keys.json alone" if declared == seals.KEYED_CHAIN else ""
         return [*findings, Finding("seal_missing", run_files.LEDGER, message)], []
     if verifier is None:
         return findings, notices
     if wrong := chain.unsealed(lines, verifier):
-        message = f"{len(wrong)} lines have no seal of the run's key, the first is line {wrong[0]}"
+        whose = "the run's key" if required is None else "the key that --require_seal gives"
+        message = f"{len(wrong)} lines have no seal of {whose}, the first is line {wrong[0]}"
         findings.append(Finding("seal_invalid", f"{run_files.LEDGER} line {wrong[0]}", message))
     elif executed.version >= events.PLACES:
         findings += _closing(workdir / run_files.SEAL, verifier, lines)
     return findings, notices
 
 
-def _verifier(executed: Executed, key: AuditKey | None) -> tuple[Verifier | None, list[str]]:
+def _verifier(executed: Executed, key: AuditKey | None, *, given: bool) -> tuple[Verifier | None, list[str]]:
     declared, public = str(executed.declared["seal"]), executed.declared.get("seal_key")
     if key is not None and (verifier := key.verifier(declared)) is not None:
-        return verifier, []
+        own = "the seal was checked with the key in private/, which comes with the folder: --require_seal=KEY takes one"
+        return verifier, [] if given else [f"{own} from elsewhere"]
     if declared == seals.CHAIN:
         return None, [
             "the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"
@@ -65,7 +68,8 @@ def _remembered(facts: dict[str, Any] | None, own: AuditKey | None, declared: st
     found = []
     if version >= events.PLACES and own is not None and own.secret is not None:
         known = {name: value for name, value in facts.items() if name != "mac"}
-        if not hmac.compare_digest(str(facts.get("mac")), run_files.private_mac(own.secret, known)):
+        given, wanted = str(facts.get("mac")), run_files.private_mac(own.secret, known)
+        if not hmac.compare_digest(given.encode(errors="replace"), wanted.encode()):
             message = "it was not written with this run's keys: what it says of data and seal was changed"
             found.append(Finding("seal_invalid", run_files.DATA, message))
     if facts.get("seal") not in (None, declared):
@@ -93,13 +97,15 @@ def _closing(path: pathlib.Path, verifier: Verifier, lines: Sequence[Line]) -> l
 
 def _own_key(workdir: pathlib.Path) -> AuditKey | None:
     try:
-        return AuditKey(secret=bytes.fromhex(json.loads((workdir / run_files.KEYS).read_text())["ledger"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        key = bytes.fromhex(json.loads((workdir / run_files.KEYS).read_text())["ledger"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return AuditKey(secret=key) if len(key) == seals.KEY_BYTES else None
 
 
 def _private_facts(workdir: pathlib.Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads((workdir / run_files.DATA).read_text()))
-    except (OSError, ValueError, TypeError):
+        facts = json.loads((workdir / run_files.DATA).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return facts if isinstance(facts, dict) else None

@@ -9,6 +9,7 @@ from collections.abc import Container, Iterator
 from accounting import run_files
 from accounting.audit.findings import Finding
 
+_SHORTEST_KEY = 32  # hexadecimal digits; shorter texts occur by chance
 _READ_AT_MOST = 64 * 2**20
 _RAW = re.compile(
     rb"\b(?:(?:train|training|private|held_out)[_ ]?)?(?:loss(?:es)?|grad(?:ient)?[_"
@@ -67,8 +68,7 @@ def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[
 def _keys(path: pathlib.Path) -> list[bytes]:
     try:
         stored = json.loads(path.read_text())
-        return [
-            form for value in stored.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))
-        ]
-    except (OSError, ValueError, AttributeError):
+        keys = [value for value in stored.values() if len(value) >= _SHORTEST_KEY]
+        return [form for key in keys for form in (key.encode(), key.upper().encode(), bytes.fromhex(key))]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return []

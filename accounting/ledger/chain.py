@@ -93,7 +93,8 @@ def _parse(row: str) -> Line | None:
     try:
         record = json.loads(row)
         sealed, seals = record.pop("hash"), {name: record.pop(name) for name in FIELDS if name in record}
-        whole = isinstance(record["n"], int) and isinstance(record["kind"], str) and isinstance(sealed, str)
+        whole = isinstance(record["n"], int) and isinstance(record["kind"], str)
+        whole &= all(isinstance(text, str) and text.isascii() for text in (sealed, *seals.values()))
         _canonical(record)  # refuses numbers that are none
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None

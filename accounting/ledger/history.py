@@ -80,6 +80,10 @@ class History:
         """SHA-256 of the state that the first checkpoint after `step` steps of the present lineage recorded, if any."""
         return self._states.get((step, _before(step, self.lineage)))
 
+    def way_to(self, step: int) -> Lineage:
+        """The lineage of the steps before a step."""
+        return _before(step, self.lineage)
+
     def executed(self, step: int) -> dict[str, Any] | None:
         """The record of a step under the present lineage, or None."""
         return self.executions.get((step, self.lineage))

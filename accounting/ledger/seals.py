@@ -55,7 +55,7 @@ class Hmac:
         return hmac.new(self.key, text.encode(), hashlib.sha256).hexdigest()
 
     def holds(self, text: str, seal: str) -> bool:
-        return hmac.compare_digest(seal.encode(), self.of(text).encode())
+        return hmac.compare_digest(seal.encode(errors="replace"), self.of(text).encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +137,14 @@ def read_key(text: str) -> AuditKey:
     Raises:
       InputError: neither of them.
     """
-    if (public := _hexadecimal(text)) is not None:
+    if (public := _hexadecimal(text.lower())) is not None:
         return AuditKey(public=public)
     try:
         content = pathlib.Path(text).read_text()
     except (OSError, ValueError):
-        raise InputError(f"{text} is neither a public key (64 hexadecimal digits) nor a file with a key") from None
+        raise InputError(
+            f"`require_seal`={text} is neither a public key (64 hexadecimal digits) nor a file with a key"
+        ) from None
     if (public := _hexadecimal(content.strip())) is not None:
         return AuditKey(public=public)
     try:
@@ -150,7 +152,9 @@ def read_key(text: str) -> AuditKey:
     except (ValueError, KeyError, TypeError):
         secret = None
     if secret is None:
-        raise InputError(f"{text} holds neither a public key (64 hexadecimal digits) nor the keys of a run")
+        raise InputError(
+            f"`require_seal`={text} holds neither a public key (64 hexadecimal digits) nor the keys of a run"
+        )
     return AuditKey(secret=secret)
 
 

@@ -120,7 +120,9 @@ class GaussianMixturePair:
         low, high = table_x[cell - 1], table_x[cell]
         x = (low + high) / 2
         for _ in range(6):  # Newton, kept inside the cell; what is left is measured by `pessimistic` and charged
-            x = np.clip(x - (self.loss(x) - losses) / self._slope(x), low, high)
+            slope = self._slope(x)
+            step = np.divide(self.loss(x) - losses, slope, out=np.zeros_like(x), where=slope > 0)
+            x = np.clip(x - step, low, high)
         return np.where(losses <= table[0], -np.inf, np.where(losses >= table[-1], np.inf, x))
 
     def interval_masses(self, edges: Any) -> "_Masses":

@@ -109,7 +109,12 @@ def _number(value: Any) -> str:
 
 def _status(executed: Executed) -> str:
     state = "Finished" if executed.finished else "Unfinished: this is what has been spent so far"
-    return f"{state}; {executed.steps:,} of {executed.planned.steps:,} planned steps were executed."
+    repeated = (
+        f" {executed.repeated_steps:,} more were lost, were executed once more elsewhere, and are charged too."
+        if executed.repeated_steps
+        else ""
+    )
+    return f"{state}; {executed.updates:,} of {executed.planned.steps:,} planned steps were executed.{repeated}"
 
 
 def _audience(private: bool) -> list[tuple[str, str]]:

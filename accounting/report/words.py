@@ -183,6 +183,11 @@ def statement(executed: Executed, spent: Spent) -> str:
         f"The trained parameters are ({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private with"
         f" respect to one unit, which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers"
         f" the final parameters and every checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
+        + (
+            f" {executed.repeated_steps} of these steps were lost and executed once more elsewhere, with other noise."
+            if executed.repeated_steps
+            else ""
+        )
         + clipping_text(declared)
         + contents_text(spent, executed.delta)
         + " It does not hide facts that many units share: a person who appears in k units is"

@@ -4,9 +4,11 @@ A checkpoint names the ledger's length and head hash at its own event, which is 
 of its parameters and of its whole state; so each fixes the other. A second event names the SHA-256 of its files.
 
 Formal guarantee: parameters that are not those with which a run's ledger was written are neither trained further, nor
-sampled from, nor exported under its report, and no step is saved with two states. Tested by
+sampled from, nor exported under its report; no step is saved with two states; and a run goes on only from a state that
+the lineage of its keys leads to. Tested by
 tests/training/audit_test.py::test_parameters_of_another_run_are_not_taken_for_this_ones and
-tests/training/checkpoint_test.py::test_a_step_is_not_saved_with_another_state.
+tests/training/checkpoint_test.py::test_a_step_is_not_saved_with_another_state and
+::test_a_run_does_not_go_on_from_a_state_that_it_has_left.
 """
 
 import hashlib
@@ -25,6 +27,7 @@ from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger import events
 from accounting.ledger.chain import Ledger
+from accounting.ledger.history import History
 from dpgemma.training import optimizer
 from dpgemma.training.step import TrainState
 
@@ -143,6 +146,14 @@ class Checkpoints:
                 warn(
                     f"checkpoint {step} holds another state than the ledger recorded; it is set aside and the one"
                     " before it is used"
+                )
+                self._set_aside(step)
+                continue
+            then = History.of(ledger.records[: meta["ledger_lines"]])
+            if then.way_to(step) != ledger.history.way_to(step):
+                warn(
+                    f"checkpoint {step} was made before the run went on without it, elsewhere; it is set aside and the"
+                    " one before it is used"
                 )
                 self._set_aside(step)
                 continue

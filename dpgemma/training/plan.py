@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from accounting import calibration
+from accounting import calibration, rounding
 from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.loss_distribution import truncation
@@ -113,10 +113,11 @@ def resolve(
         grid_bits=grid.LAW_BITS if settings.release == EXACT else None,  # until noise is known, any grid costs as much
     )
     if given_noise is None:
-        mechanism = calibration.noise_multiplier(mechanism, target, settings.delta)
+        solved = calibration.noise_multiplier(mechanism, target, settings.delta)
+        mechanism = mechanism.replace(noise_multiplier=_as_begun(solved.noise_multiplier, begun, "noise_multiplier"))
     elif math.isfinite(target):  # an infinite target sets no limit: noise and steps stay as given
         if not epsilon_given:
-            target = Accountant(mechanism).upper(settings.delta)
+            target = _as_begun(Accountant(mechanism).upper(settings.delta), begun, "epsilon")
         else:
             mechanism = calibration.steps(mechanism, target, settings.delta, largest=settings.steps)
             if mechanism.steps == 0:
@@ -144,6 +145,12 @@ def resolve(
         settings.checkpoint_every,
         settings.keep_checkpoints,
     )
+
+
+def _as_begun(value: float, begun: dict[str, Any] | None, name: str) -> float:
+    """The value with which a run began, where this machine finds the same but for its last bits."""
+    before = begun[name] if begun else None
+    return before if isinstance(before, float) and math.isclose(value, before, rel_tol=1e-9) else value
 
 
 def _check_delta(settings: Settings) -> None:
@@ -244,8 +251,8 @@ def summary(plan: Plan, name: str, place: Any) -> str:
     """
     m = plan.mechanism
     privacy = (
-        f"epsilon {plan.epsilon:.4g} at delta {plan.delta:g}, noise multiplier {m.noise_multiplier:.4g}, clip norm"
-        f" {m.clip_norm:g}"
+        f"epsilon {rounding.upper(plan.epsilon, 4)} at delta {plan.delta:g}, noise multiplier {m.noise_multiplier:.4g},"
+        f" clip norm {m.clip_norm:g}"
     )
     narrow = ""
     if m.noise.is_exact and m.max_batch_size and m.noise.grid_bits:

@@ -33,6 +33,9 @@ from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.step import TrainState, TrainStep, make_train_step
 
+# In which another machine may find another epsilon for the same facts.
+_LAST_BITS = 1e-9
+
 
 class Trainer:
     """One run. Its plan's mechanism is all that sampler, step, ledger and report see of it.
@@ -82,7 +85,7 @@ class Trainer:
         self.observers, self.held_out = tuple(observers), held_out
         self.mechanism = plan.mechanism
         self.accountant = self._accountant(repeated=0)
-        if self.accountant.upper(plan.delta) > plan.epsilon:
+        if self.accountant.upper(plan.delta) > plan.epsilon * (1 + _LAST_BITS):
             raise InputError(
                 f"{self.mechanism.steps} steps would exceed epsilon {plan.epsilon:g}: take fewer steps or start another"
                 " run"
@@ -172,7 +175,7 @@ class Trainer:
             return
         self.accountant = self._accountant(history.repeated)
         spent = self.accountant.upper(self.plan.delta)
-        if spent > self.plan.epsilon:
+        if spent > self.plan.epsilon * (1 + _LAST_BITS):
             raise InputError(
                 f"{history.repeated} steps from step {step} on were executed before, in another environment, and were"
                 " lost: executing them once more gives other bits, costs epsilon"

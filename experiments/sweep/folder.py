@@ -9,7 +9,7 @@ runs/ID/error.txt    why it could not be done when it was tried last
 cache/               compiled programs that runs share
 results.csv          the table of all finished runs (in private/ where the data are not public)
 report.json          what the sweep cost in privacy, or that it ran on public data
-spent/RUN_ID/        a copy of the ledger of every run that has begun, so that deleting a run does not hide its cost
+spent/RUN_ID.N/      a copy of the ledger of every run that has begun, so that deleting a run does not hide its cost
 """
 
 import contextlib

@@ -39,8 +39,8 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
     begun = _begun(folder)
     if grid.public_data:
         return _report(grid, len(begun), PUBLIC)
-    spent = _spent(folder, begun)
-    executed = [place for place in spent if executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]
+    keep_ledgers(folder, grid)
+    executed = [place for place in _spent(folder) if executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]
     if not executed:
         return _report(grid, 0, _NOTHING)
     found = tuning.runs(executed)
@@ -48,12 +48,12 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
     accountant = Accountant([mechanism for mechanisms in tuning.released(found).values() for mechanism in mechanisms])
     epsilon = accountant.upper(delta)
     statement = tuning.statement(found, epsilon, delta) + (_RAW if math.isfinite(epsilon) else "")
-    return _report(grid, len(found), statement, rounding.round_up(epsilon), delta)
+    runs = len({run.declared["run_id"] for run in found.values()})
+    return _report(grid, runs, statement, rounding.round_up(epsilon), delta)
 
 
 def write(folder: SweepFolder, grid: Grid) -> None:
     """Writes the report, and keeps the ledgers that it adds up."""
-    keep_ledgers(folder, grid)
     run_files.write(folder.report_file, run_files.dumps(summary(folder, grid)))
 
 
@@ -65,25 +65,30 @@ def write_unfinished(folder: SweepFolder, grid: Grid) -> None:
 
 
 def keep_ledgers(folder: SweepFolder, grid: Grid) -> None:
-    """Copies the ledger of every run that has begun: what was spent stays spent when the run's folder is deleted."""
+    """Copies the ledger of every run that has begun: what was spent stays spent when the run's folder is deleted.
+
+    A copy is replaced by a longer one that begins as it does, and by nothing else: a run that was put back to an
+    earlier state and went on otherwise has two.
+    """
     for place in [] if grid.public_data else _begun(folder):
         text = (place / run_files.LEDGER).read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # a process that was killed may have left half a line
-        kept = folder.spent / json.loads(whole.partition(b"\n")[0])["run_id"]
-        kept.mkdir(parents=True, exist_ok=True)
-        (kept / run_files.LEDGER).write_bytes(whole)
+        run_id = json.loads(whole.partition(b"\n")[0])["run_id"]
+        number = 0
+        while (kept := folder.spent / f"{run_id}.{number}" / run_files.LEDGER).is_file():
+            known = kept.read_bytes()
+            if known.startswith(whole) or whole.startswith(known):
+                break
+            number += 1
+        if kept.is_file() and len(kept.read_bytes()) >= len(whole):
+            continue
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        run_files.write(kept, whole.decode())
 
 
-def _spent(folder: SweepFolder, live: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Folders of ledgers: those of the runs that are there, and copies of those that are not there any more."""
-    kept = sorted(path.parent for path in folder.spent.glob(f"*/{run_files.LEDGER}"))
-    return [*live, *(place for place in kept if not _is_covered(place, live))]
-
-
-def _is_covered(kept: pathlib.Path, live: list[pathlib.Path]) -> bool:
-    """Whether a run that is there has gone at least as far as a copy of its ledger."""
-    text = (kept / run_files.LEDGER).read_bytes()
-    return any((place / run_files.LEDGER).read_bytes().startswith(text) for place in live)
+def _spent(folder: SweepFolder) -> list[pathlib.Path]:
+    """Folders with the ledgers of all runs that have begun, whether or not they are still there."""
+    return sorted(path.parent for path in folder.spent.glob(f"*/{run_files.LEDGER}"))
 
 
 def _begun(folder: SweepFolder) -> list[pathlib.Path]:

@@ -52,6 +52,26 @@ def test_a_deleted_run_has_been_executed_all_the_same(first, folder):
     assert epsilon(140) <= said(folder)["epsilon"] <= epsilon(140) + 1e-4 and said(folder)["runs"] == 2
 
 
+def test_a_run_that_was_put_back_and_went_on_otherwise_counts_with_both_ends(folder):
+    """100 steps, then its own beginning of 50 again and one step elsewhere: 101 releases, whatever is deleted then."""
+    shutil.rmtree(folder.path / "runs/b")
+    for way in ([("laptop", 0, 100)], [("laptop", 0, 50), ("server", 50, 51)]):
+        shutil.rmtree(folder.path / "runs/a/run")
+        tuning_test.write_way(folder.path / "runs/a/run", way)
+        privacy.write(folder, Private())
+    assert epsilon(101) <= said(folder)["epsilon"] <= epsilon(101) + 1e-4 and said(folder)["runs"] == 1
+    shutil.rmtree(folder.path / "runs/a")
+    privacy.write(folder, Private())
+    assert epsilon(101) <= said(folder)["epsilon"] <= epsilon(101) + 1e-4
+
+
+def test_half_a_line_of_a_killed_process_spoils_no_report(folder):
+    with open(folder.path / "runs/b/run/ledger.jsonl", "a") as file:
+        file.write('{"kind":"st')
+    privacy.write(folder, Private())
+    assert epsilon(140) <= said(folder)["epsilon"] <= epsilon(140) + 1e-4
+
+
 def test_a_run_that_went_on_counts_once_and_whole(folder):
     privacy.write(folder, Private())
     shutil.rmtree(folder.path / "runs/b/run")

@@ -44,11 +44,27 @@ def test_a_step_is_not_saved_with_another_state(other, ledger, tmp_path):
     with pytest.raises(InputError, match="saved before with another state"):
         save(tmp_path / "b", ledger, other)
     assert ledger.length == length
-    save(tmp_path / "b", ledger, state_of(1.0))
+    save(tmp_path / "again", ledger, state_of(1.0))
     # Elsewhere the step has noise of its own, and so another state.
     ledger.append("resume", step=1, environment="server")
     ledger.append_step(1, GROUP)
     save(tmp_path / "c", ledger, other)
+
+
+def test_a_run_does_not_go_on_from_a_state_that_it_has_left(ledger, tmp_path):
+    """The first place saved step 2; a second began before it again, so its noise at step 2 is for another state."""
+    save(tmp_path / "a", ledger, state_of(1.0))
+    ledger.append("resume", step=0, environment="server")
+    warnings = []
+    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+        assert checkpoints.restore(state_of(0.0), ledger, warnings.append) is None
+    assert "went on without it" in warnings[0] and (tmp_path / "damaged" / "2").is_dir()
+    for step in range(2):
+        ledger.append_step(step, GROUP)
+    save(tmp_path / "a", ledger, state_of(2.0))
+    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+        step, state = checkpoints.restore(state_of(0.0), ledger, pytest.fail)
+    assert step == 2 and float(state.parameters["w"][0]) == 2.0
 
 
 def test_a_checkpoint_does_not_say_when_it_was_written(ledger, tmp_path):

@@ -1,11 +1,14 @@
 """The public metrics: what they say is what the public facts give, to the last digit."""
 
+import dataclasses
 import json
 
 import pytest
 
 from accounting import run_files
+from accounting.accountant import Accountant
 from accounting.audit import metrics_checks
+from accounting.ledger import chain, executed
 from dpgemma.training import optimizer
 from tests.training.forgery import audited, rewrite_chain
 
@@ -47,6 +50,40 @@ def hide(number):
         rewrite_chain(workdir, rewrite)
 
     return change
+
+
+def test_a_row_is_spelt_as_the_program_writes_it(workdir):
+    """Rows behind the last checkpoint have no digest in the ledger, so their bytes are what counts."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    settings, known = json.loads((workdir / "config.json").read_text()), records_of(workdir)
+
+    def found(content):
+        return list(metrics_checks.recomputed(content.encode(), settings, *known, Accountant))
+
+    assert not found("".join(lines)) and not found("".join(lines) + '{"step": 6, "eps')
+    row = lines[2]
+    for other in (row.replace("{", '{"epsilon": 3.25, '), row.replace("}", "} "), row.replace(": ", ":", 1)):
+        assert found("".join([*lines[:2], other, *lines[3:]])), other
+
+
+def records_of(workdir):
+    lines, _ = chain.inspect((workdir / "ledger.jsonl").read_text())
+    return lines, executed.of([line.record for line in lines])
+
+
+def test_processes_that_ended_before_their_first_step_change_no_row(workdir):
+    """Two starts elsewhere after step 4, each stopped at once: the rows of the first place are still there."""
+    lines, _ = records_of(workdir)
+    start, steps = lines[0].record, [line.record for line in lines if line.record["kind"] == "step"]
+    moved = [{"kind": "resume", "step": 4, "environment": "server"}] * 2
+    records = [start, *steps, *moved, {"kind": "export", "step": 4, "files": {}}]
+    fake = [dataclasses.replace(lines[0], record=record) for record in records]
+    settings, content = json.loads((workdir / "config.json").read_text()), (workdir / "metrics.jsonl").read_bytes()
+    assert not list(metrics_checks.recomputed(content, settings, fake, executed.of(records), Accountant))
+    # Once a step was taken there, its row is another one.
+    records = [*records, {**steps[4]}]
+    fake = [dataclasses.replace(lines[0], record=record) for record in records]
+    assert list(metrics_checks.recomputed(content, settings, fake, executed.of(records), Accountant))
 
 
 CHANGES = {
