@@ -205,6 +205,15 @@ MUTATIONS = (
         (RUNS, "-k", "keys_follow"),
     ),
     Mutation(
+        "repeated steps", "a run goes on from a state that another way led to", "dpgemma/training/checkpoint.py",
+        "if then.way_to(step) != ledger.history.way_to(step):", "if False:", ("tests/training/checkpoint_test.py",),
+    ),
+    Mutation(
+        "public numbers that carry private ones", "what the audit recomputes may be spelt in any way",
+        "accounting/audit/metrics_checks.py", "if row != json.dumps(stored).encode():", "if False:",
+        ("tests/training/metrics_test.py",),
+    ),
+    Mutation(
         "repeated steps", "two states of a step are saved", "dpgemma/training/checkpoint.py",
         "if ledger.history.state_at(step) not in (None, state_sha256):", "if False:",
         ("tests/training/checkpoint_test.py",),

@@ -25,6 +25,8 @@ def sealed(
     declared = str(executed.declared["seal"])
     own, facts = _own_key(workdir), _private_facts(workdir)
     findings = _remembered(facts, own, declared, executed.version)
+    if facts is None and own is not None:
+        findings.append(Finding("unparsable", run_files.DATA, "it is missing, or no JSON object"))
     verifier, notices = _verifier(executed, required or own, given=required is not None)
     if required is not None and verifier is None:
         message = f"a seal under the given key was required, and this ledger claims to have a {declared}"

@@ -134,6 +134,16 @@ def test_many_releases(noise, probability, steps, delta, excess):
     assert found.cross_check >= exact
 
 
+def test_so_little_noise_that_no_single_release_could_have_it():
+    """A million releases at sigma 0.5 are one at sigma 0.0005, which is no mechanism that could be trained with.
+
+    The loss is normal with mean mu^2 / 2 and deviation mu = 2000, and beyond epsilon with a probability of 1e-6.
+    """
+    exact = 2000**2 / 2 + 4.753 * 2000
+    found = bracket(0.5, 1, 10**6, 1e-6)
+    assert found.lower <= exact <= found.upper <= 1.001 * exact
+
+
 def test_the_contour_integral_knows_closed_forms():
     assert composed_epsilon(5.0, 1, 100, 1e-6) == pytest.approx(gaussian_epsilon(2.0, 1e-6), rel=1e-9)
     assert one_release_epsilon(1.0, 1, 1e-5) == pytest.approx(gaussian_epsilon(1.0, 1e-5), rel=1e-12)

@@ -27,6 +27,7 @@ from accounting.mechanism import dp_sgd
 from dpgemma.commands import process
 from dpgemma.privacy.keys import Keys
 from dpgemma.training import environment
+from dpgemma.training import plan as plan_lib
 from dpgemma.training.observers import Silent
 from dpgemma.training.prepare import prepare, prepare_with_public_keys
 from dpgemma.training.run import RunDirectory, changeable
@@ -322,6 +323,14 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
         with pytest.raises(InputError, match=name):
             directory.check_resumable(config, fingerprint, {**facts, name: "another"})
     assert changeable({**config, "release": "float32"}) == ("checkpoint_every", "keep_checkpoints")
+
+
+def test_what_a_run_began_with_stays_where_another_machine_finds_it_but_for_its_last_bits():
+    """Solved noise depends in its last bit on the processor's way of multiplying; a setting that was changed shows."""
+    begun = {"noise_multiplier": 0.5226877415236247, "epsilon": 8.0}
+    assert plan_lib._as_begun(0.5226877415236246, begun, "noise_multiplier") == begun["noise_multiplier"]
+    assert plan_lib._as_begun(0.52268775, begun, "noise_multiplier") == 0.52268775
+    assert plan_lib._as_begun(4.0, begun, "epsilon") == 4.0 and plan_lib._as_begun(4.0, None, "epsilon") == 4.0
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_path):

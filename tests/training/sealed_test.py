@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -144,6 +145,42 @@ def test_a_public_key_is_nobodys_hmac_key(workdir, key, capsys):
 def test_a_report_that_was_written_again_fits_no_sealed_line(workdir, capsys):
     rewrite_report(workdir, lambda content: content.update(num_units=10**6))
     assert "seal_invalid" in kinds(audited(capsys, workdir)[1])
+
+
+NESTED = "[" * 200_000
+SPOILT = {
+    "data: no object": ("private/data.json", lambda text: "[[1, 2], [3, 4]]"),
+    "data: nested without end": ("private/data.json", lambda text: NESTED),
+    "data: a mac that is no text": ("private/data.json", lambda text: json.dumps({**json.loads(text), "mac": 7})),
+    "data: a mac beyond ASCII": ("private/data.json", lambda text: json.dumps({**json.loads(text), "mac": "\ud800"})),
+    "keys: nested without end": ("private/keys.json", lambda text: NESTED),
+    "keys: too long": ("private/keys.json", lambda text: json.dumps({**json.loads(text), "ledger": "ab" * 90})),
+    "keys: too short": ("private/keys.json", lambda text: json.dumps({**json.loads(text), "ledger": "ab"})),
+    "keys: empty": ("private/keys.json", lambda text: json.dumps({**json.loads(text), "ledger": ""})),
+    "keys: a number": ("private/keys.json", lambda text: json.dumps({**json.loads(text), "noise": 5})),
+    "seal.json: nested without end": ("seal.json", lambda text: NESTED),
+    "seal.json: a surrogate": ("seal.json", lambda text: json.dumps({**json.loads(text), "head": "\ud800"})),
+    "seal.json: huge": ("seal.json", lambda text: json.dumps({**json.loads(text), "lines": 10**400})),
+    "ledger: hash is a surrogate": (
+        "ledger.jsonl", lambda text: re.sub('"hash":"[^"]*"', '"hash":"\\\\ud800"', text, count=1),
+    ),
+    "ledger: seal is a surrogate": (
+        "ledger.jsonl", lambda text: re.sub('"(mac|signature)":"[^"]*"', r'"\1":"\\\\ud800"', text, count=1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_no_file_crashes_the_audit(case, workdir, key, capsys):
+    name, spoil = SPOILT[case]
+    path = workdir / name
+    path.write_text(spoil(path.read_text()))
+    for arguments in ([], [f"--require_seal={key}"]):
+        code, result = audited(capsys, workdir, *arguments)
+        assert code in (0, 1)
+        # Keys that are no keys check nothing; everything else is noticed.
+        assert code == 1 or name == "private/keys.json", result
+        assert not [f for f in result["findings"] if f["kind"] == "key_readable"]
 
 
 def test_what_is_no_key_is_refused_in_one_sentence(sealed, tmp_path, capsys):
