@@ -5,6 +5,7 @@ before a command runs, so that --help answers at once.
 """
 
 import importlib
+import os
 import sys
 
 from absl import flags
@@ -75,6 +76,9 @@ def _run(name: str, rest: list[str]) -> int:
         return command.run(fv)
     except (InputError, flags.Error) as error:
         return _fail(error)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 141  # as shells say of a closed pipe
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""
         return _fail(f"the disk refused{place}: {error.strerror or error}; nothing that was saved before is lost")

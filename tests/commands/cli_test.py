@@ -280,3 +280,15 @@ def test_account_prints_a_table_without_json(capsys):
     )
     out = capsys.readouterr().out
     assert "noise_multiplier         0   (solved)" in out and "epsilon                  inf" in out
+
+
+def test_a_reader_that_has_seen_enough_is_no_disk_that_refuses():
+    """As `dpgemma account ... | head -1`, whose reader is gone before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-u", "-m", "dpgemma", "account", "--num_units=1000", "--batch_size=10", "--steps=9"]
+    with os.fdopen(write, "wb") as gone:
+        done = subprocess.run(
+            [*command, "--noise_multiplier=1"], stdout=gone, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 141 and done.stderr == ""
