@@ -192,6 +192,10 @@ class _Audit:
         # While a run goes on, its last checkpoint may have been lost in a crash; the one before is kept until the next
         # is whole. There may be none before.
         lost = not executed.finished and len(set(known)) == 1
+        if known and not executed.finished and known[-1] not in present:
+            self.notices.append(
+                f"checkpoint {known[-1]} is not here: the run goes on from an earlier one, and executes steps again"
+            )
         if known and not lost and not present & set(known[-1:] if executed.finished else known):
             self.findings.append(
                 Finding("missing_file", f"{run_files.CHECKPOINTS}/{known[-1]}", "the ledger recorded it last")
