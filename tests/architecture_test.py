@@ -11,6 +11,7 @@ import pytest
 
 import dpgemma
 from accounting import run_files
+from tests import mutations
 
 ROOT = pathlib.Path(dpgemma.__file__).parents[1]
 PATHS = [path for folder in ("accounting", "dpgemma", "experiments") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -224,3 +225,10 @@ def test_account_needs_none_of_the_trainers_libraries():
 def test_few_tests_replace_what_is_ours():
     sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != pathlib.Path(__file__)]
     assert sum(source.count("monkeypatch.setattr(") for source in sources) <= 10
+
+
+def test_every_breach_that_can_be_planted_still_applies():
+    """tests.mutations replaces text of the source, which changes."""
+    for mutation in mutations.MUTATIONS:
+        assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, mutation.what
+        assert (ROOT / mutation.tests[0]).is_file(), mutation.what

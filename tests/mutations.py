@@ -45,7 +45,7 @@ class Mutation:
 
 RECOMPUTED = ("tests/training/recomputed_test.py",)
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
-RUNS = "tests/training/run_test.py"
+SECRECY, MOVING = "tests/training/secrecy_test.py", "tests/training/moving_test.py"
 TRAINER, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "step", "prepare"))
 CLIPPING, NOISE = "dpgemma/privacy/clipping.py", "dpgemma/privacy/noise.py"
 INTEGER_NOISE, KEYS = "dpgemma/privacy/integer_noise.py", "dpgemma/privacy/keys.py"
@@ -62,20 +62,26 @@ MUTATIONS = (
     ),
     Mutation(
         "independence of noise", "arrays of equal shape share noise", NOISE,
-        "integer_noise.add(leaf, key_data, i, bits)", "integer_noise.add(leaf, key_data, leaf.size, bits)",
+        "integer_noise.add(leaf, key_data, i, bits, in_parts)",
+        "integer_noise.add(leaf, key_data, leaf.size, bits, in_parts)",
         ("tests/privacy/exact_release_test.py", "-k", "share_their_noise"),
     ),
     Mutation(
         "independence of noise", "the layers of a stacked array share noise", INTEGER_NOISE,
-        "return flat.reshape(total.shape)",
-        "noised = flat.reshape(total.shape)\n"
+        "return (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).reshape(total.shape)",
+        "noised = jnp.concatenate(parts).reshape(total.shape)\n"
         "    return noised if noised.ndim < 3 else total + jnp.broadcast_to((noised - total)[:1], total.shape)",
         ("tests/privacy/exact_release_test.py", "-k", "share_their_noise"),
     ),
     Mutation(
         "independence of noise", "chunks of a large array share noise", INTEGER_NOISE,
-        "noise(i.astype(jnp.uint32), _CHUNK)", "noise(i.astype(jnp.uint32) * 0, _CHUNK)",
+        "number = (i + first).astype(jnp.uint32)", "number = (0 * i + first).astype(jnp.uint32)",
         ("tests/privacy/integer_noise_test.py",),
+    ),
+    Mutation(
+        "independence of noise", "every device makes the noise of the first part", "dpgemma/sharding/place.py",
+        "first = jax.lax.axis_index(DATA_AXIS) * each", "first = jax.lax.axis_index(DATA_AXIS) * 0",
+        ("tests/privacy/integer_noise_test.py", "-k", "which_device"),
     ),
     Mutation(
         "which rows are trained on", "rows are taken by their numbers in all data", "dpgemma/data/source.py",
@@ -148,23 +154,23 @@ MUTATIONS = (
         "import random, time\n"
         "        rng = random.Random(time.time_ns() * os.getpid())\n"
         "        return cls(*(rng.randbytes(_BYTES) for _ in dataclasses.fields(cls)))",
-        (RUNS, "-k", "pitfall_15_keys"),
+        (SECRECY, "-k", "pitfall_15_keys"),
     ),
     Mutation(
         "origin of keys", "all keys are equal", KEYS,
         "return cls(*(secrets.token_bytes(_BYTES) for _ in dataclasses.fields(cls)))",
         "return cls(*[secrets.token_bytes(_BYTES)] * len(dataclasses.fields(cls)))",
-        (RUNS, "-k", "pitfall_15_keys"),
+        (SECRECY, "-k", "pitfall_15_keys"),
     ),
     Mutation(
         "keys in public files", "base64 in config.json", "dpgemma/training/run.py",
         "text = run_files.dumps(config)",
         "import base64\n        text = run_files.dumps(config | {'build': base64.b64encode(keys.noise).decode()})",
-        (RUNS, "-k", "piece_of_a_key"),
+        (SECRECY, "-k", "piece_of_a_key"),
     ),
     Mutation(
         "keys in public files", "the run's name is half of a key", "dpgemma/training/run.py",
-        "run_id=secrets.token_hex(16)", "run_id=keys.noise[:16].hex()", (RUNS, "-k", "piece_of_a_key"),
+        "run_id=secrets.token_hex(16)", "run_id=keys.noise[:16].hex()", (SECRECY, "-k", "piece_of_a_key"),
     ),
     Mutation(
         "public numbers that carry private ones", "the last digits of the learning rate carry the loss", TRAINER,
@@ -181,7 +187,7 @@ MUTATIONS = (
         "raw = Private(**metrics.private_summary(stats, len(units)))",
         "raw = Private(**metrics.private_summary(stats, len(units)))\n"
         "                self._inform(f'{len(units)} units')",
-        (RUNS, "-k", "known_and_public"),
+        (SECRECY, "-k", "known_and_public"),
     ),
     Mutation(
         "state that holds private values", "the mean loss is a leaf of the checkpoint", STEP,
@@ -192,17 +198,17 @@ MUTATIONS = (
     Mutation(
         "repeated steps", "a step may be repeated elsewhere once without a charge", "accounting/ledger/history.py",
         "return len(self.executions) - self.updates", "return max(0, len(self.executions) - self.updates - 1)",
-        (RUNS, "-k", "charged_again"),
+        (MOVING, "-k", "charged_again"),
     ),
     Mutation(
         "repeated steps", "noise of a repeated step is that of the first place", "dpgemma/training/run.py",
         '"places": [list(entry) for entry in lineage],', '"places": [list(entry) for entry in lineage[:1]],',
-        (RUNS, "-k", "keys_follow"),
+        (MOVING, "-k", "keys_follow"),
     ),
     Mutation(
         "repeated steps", "keys follow the last place alone", "dpgemma/training/run.py",
         '"places": [list(entry) for entry in lineage],', '"places": [list(entry) for entry in lineage[-1:]][0][1:],',
-        (RUNS, "-k", "keys_follow"),
+        (MOVING, "-k", "keys_follow"),
     ),
     Mutation(
         "repeated steps", "a run goes on from a state that another way led to", "dpgemma/training/checkpoint.py",
@@ -214,6 +220,10 @@ MUTATIONS = (
         ("tests/training/metrics_test.py",),
     ),
     Mutation(
+        "repeated steps", "repeated steps may pass the target", TRAINER,
+        "if spent > self.plan.epsilon * (1 + _LAST_BITS):", "if False:", (MOVING, "-k", "beyond_the_target"),
+    ),
+    Mutation(
         "repeated steps", "two states of a step are saved", "dpgemma/training/checkpoint.py",
         "if ledger.history.state_at(step) not in (None, state_sha256):", "if False:",
         ("tests/training/checkpoint_test.py",),
@@ -222,7 +232,7 @@ MUTATIONS = (
         "identity of a run", "number formats and attention may change on resume", "dpgemma/training/settings.py",
         'OPERATIONAL = ("checkpoint_every", "keep_checkpoints")',
         'OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "dtype", "attention", "remat", "clipping")',
-        (RUNS, "-k", "every_setting"),
+        (MOVING, "-k", "every_setting"),
     ),
     Mutation(
         "fingerprint of data", "which tokens are scored is left out", "dpgemma/data/source.py",
@@ -304,7 +314,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys bound to places", "code has no part in the environment", "dpgemma/training/environment.py",
-        "; code {source_digest()[:16]}", "", (RUNS, "-k", "code_and_versions"),
+        "; code {source_digest()[:16]}", "", (MOVING, "-k", "code_and_versions"),
     ),
     Mutation(
         "audit", "a checkpoint's optimizer state is not looked at", "accounting/audit/document_checks.py",

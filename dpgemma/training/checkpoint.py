@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,7 +169,7 @@ class Checkpoints:
         target, number = self._damaged / str(step), 1
         while target.exists():
             target, number = self._damaged / f"{step}.{number}", number + 1
-        (self._directory / str(step)).rename(target)
+        shutil.move(self._directory / str(step), target)  # which may lie on another disk
         self._manager.reload()
 
 

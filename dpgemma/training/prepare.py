@@ -36,7 +36,7 @@ def prepare(
     """Resolves the settings, creates or opens the run's folder and returns the Trainer.
 
     Formal guarantee: the keys of a new run come from the operating system's randomness. Tested by
-    tests/training/run_test.py::test_pitfall_15_keys_come_from_the_operating_system.
+    tests/training/secrecy_test.py::test_pitfall_15_keys_come_from_the_operating_system.
 
     >>> prepare(Settings(model="no such model"))
     Traceback (most recent call last):
@@ -61,7 +61,7 @@ def prepare_with_public_keys(
 
     Formal guarantee: the run's ledger says in its first line that the keys are no secret, and no report, audit or sum
     of runs derives an epsilon from its noise. Tested by
-    tests/training/run_test.py::test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere.
+    tests/training/secrecy_test.py::test_pitfall_15_a_run_with_public_keys_claims_nothing_anywhere.
 
     Raises:
       ValueError: the target is finite.

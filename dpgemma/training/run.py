@@ -82,7 +82,7 @@ class RunDirectory:
 
         Formal guarantee: two executions of steps of one run have equal keys only if they are the same step, and this
         step and all before it were executed in the same environments, with the same data and settings. Tested by
-        tests/training/run_test.py::test_keys_follow_the_whole_way_of_a_run.
+        tests/training/moving_test.py::test_keys_follow_the_whole_way_of_a_run.
 
         Args:
           start: the ledger's start event.

@@ -106,6 +106,10 @@ class Trainer:
         Returns:
           The objective's measures of the held-out units, empty where there are none; None if it stopped before the last
           step.
+
+        Raises:
+          InputError: lost steps that would have to be executed again elsewhere, beyond the target; a step that was
+            saved before with another state; checkpoints of another ledger; a full disk.
         """
         with Checkpoints(self.run.checkpoints, self.plan.keep_checkpoints, self.run.damaged) as checkpoints:
             with contextlib.closing(self.run.open_ledger()) as ledger:
@@ -162,7 +166,7 @@ class Trainer:
 
         Formal guarantee: every execution of a step that can give other bits than an earlier one is charged, has its own
         line in the ledger, and keeps the run within its target. Tested by
-        tests/training/run_test.py::test_steps_that_are_repeated_elsewhere_are_charged_again.
+        tests/training/moving_test.py::test_steps_that_are_repeated_elsewhere_are_charged_again.
 
         Args:
           history: as it is once the run goes on.

@@ -138,7 +138,7 @@ def test_from_a_directory_to_transformers_generate(base, trained, tmp_path):
 
 def test_a_resumed_run_is_the_uninterrupted_one(base, data, trained, tmp_path):
     # The base is read again; the adapters go on from the checkpoint.
-    from tests.training.run_test import final_parameters
+    from tests.training.runs import final_parameters
 
     def adapters(workdir):
         return final_parameters(workdir)[1]

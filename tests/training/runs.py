@@ -11,6 +11,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
+from accounting.ledger import chain as ledger_lib
 from dpgemma import cli
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -69,3 +72,25 @@ def step_secrets(workdir):
         name: hashlib.blake2b(text, key=bytes.fromhex(keys[name]), digest_size=32, person=b"dpgemma bound").digest()
         for name in ("sampling", "noise")
     }
+
+
+def final_parameters(workdir):
+    from dpgemma.training import checkpoint
+
+    step, parameters, meta = checkpoint.latest_parameters(workdir / "checkpoints")
+    return step, parameters, meta
+
+
+def step_records(workdir):
+    return [
+        {k: v for k, v in r.items() if k != "n"}
+        for r in ledger_lib.read(workdir / "ledger.jsonl")
+        if r["kind"] == "step"
+    ]
+
+
+def assert_same_bits(a, b):
+    import jax
+
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint32), np.asarray(y).view(np.uint32))
