@@ -153,9 +153,11 @@ class _Factor:
 
 
 def _held(gradient_of_unit: Any) -> Any:
-    """Returns a function that sums one microbatch by forming the gradient of every unit, with its norm."""
+    """Returns a function that adds one microbatch to a total by forming the gradient of every unit, with its norm."""
 
-    def microbatch(loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor) -> tuple[Any, Any, Any]:
+    def add_microbatch(
+        total: Any, loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor
+    ) -> tuple[Any, Any, Any]:
         def of_unit(unit: Any) -> Any:
             return gradient_of_unit(loss, params, unit)
 
@@ -179,26 +181,34 @@ def _held(gradient_of_unit: Any) -> Any:
                 else jax.vmap(term)(jnp.arange(len(leaf))).sum(axis=0)
             )
 
-        return jax.tree.map(weighted, gradients), lengths, losses
+        return jax.tree.map(jnp.add, total, jax.tree.map(weighted, gradients)), lengths, losses
 
-    return microbatch
+    return add_microbatch
 
 
 def _ghost(
-    loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor, shards: Any, platform: str
+    total: Any, loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor, shards: Any, platform: str
 ) -> tuple[Any, Any, Any]:
-    """One microbatch from the operands of one backward pass."""
+    """Adds one microbatch from the operands of one backward pass."""
     kept = book_keeping.backward(loss, params, units, shards, platform)
     lengths = kept.norms()
     factors = factor(lengths.bound, norms.margin(params))
-    total = _sum_of_kept(kept, factors, keep & jnp.isfinite(lengths.bound), factor)
+    total = _add_kept(total, kept, factors, keep & jnp.isfinite(lengths.bound), factor)
     return total, lengths.norm, kept.losses
 
 
 def _per_layer(
-    loss: Any, params: Any, units: Any, keep: jax.Array, factor: _Factor, thresholds: Any, shards: Any, platform: str
+    total: Any,
+    loss: Any,
+    params: Any,
+    units: Any,
+    keep: jax.Array,
+    factor: _Factor,
+    thresholds: Any,
+    shards: Any,
+    platform: str,
 ) -> tuple[Any, Any, Any]:
-    """One microbatch from the operands of one backward pass, with a bound of its own for every group."""
+    """Adds one microbatch from the operands of one backward pass, with a bound of its own for every group."""
     kept = book_keeping.backward(loss, params, units, shards, platform)
     shares = kept.shares(thresholds)
     groups = kept.group_norms()
@@ -208,24 +218,23 @@ def _per_layer(
         {rule: factor(n.bound, norms.margin(params), share[rule][:, None]) for rule, n in rules.items()}
         for rules, share in zip(groups, shares, strict=True)
     ]
-    total = _sum_of_kept(kept, factors, functools.reduce(operator.and_, finite, keep), factor)
+    total = _add_kept(total, kept, factors, functools.reduce(operator.and_, finite, keep), factor)
     return total, kept.norms().norm, kept.losses
 
 
-def _sum_of_kept(kept: book_keeping.Kept, factors: Any, keep: jax.Array, factor: _Factor) -> Any:
-    """The weighted sum over the units of a microbatch; on a grid unit by unit, because each is rounded by itself."""
+def _add_kept(total: Any, kept: book_keeping.Kept, factors: Any, keep: jax.Array, factor: _Factor) -> Any:
+    """Adds the weighted gradients of a microbatch: on a grid unit by unit, because each is rounded by itself."""
     if factor.steps is None or len(keep) == 1:
-        return kept.weighted_sums(factors, keep, factor.placed)
-
-    def one(i: Any, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=x.ndim - 1)
+        return jax.tree.map(jnp.add, total, kept.weighted_sums(factors, keep, factor.placed))
 
     def add_unit(i: Any, total: Any) -> Any:
-        mine = kept.unit(i).weighted_sums(jax.tree.map(functools.partial(one, i), factors), one(i, keep), factor.placed)
+        def one(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=x.ndim - 1)
+
+        mine = kept.unit(i).weighted_sums(jax.tree.map(one, factors), one(keep), factor.placed)
         return jax.tree.map(jnp.add, total, mine)
 
-    first = kept.unit(0).weighted_sums(jax.tree.map(lambda x: one(0, x), factors), one(0, keep), factor.placed)
-    return jax.lax.fori_loop(1, len(keep), add_unit, first)
+    return jax.lax.fori_loop(0, len(keep), add_unit, total)
 
 
 def clipped_sum(
@@ -297,12 +306,12 @@ def clipped_sum(
             return jax.lax.dynamic_slice_in_dim(x, i * size, size)
 
         keep = window(mask)
-        one, length, value = method(loss, params, jax.tree.map(window, batch.units), keep, factor)
+        total, length, value = method(total, loss, params, jax.tree.map(window, batch.units), keep, factor)
 
         def write(xs: Any, x: Any) -> Any:
             return jax.lax.dynamic_update_slice_in_dim(xs, jnp.where(keep, x.astype(jnp.float32), 0.0), i * size, 0)
 
-        return jax.tree.map(jnp.add, total, one), write(lengths, length), write(losses, value)
+        return total, write(lengths, length), write(losses, value)
 
     kind = jnp.float32 if steps is None else jnp.int32
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, kind), params)

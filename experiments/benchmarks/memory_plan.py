@@ -21,13 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
-from accounting.mechanism import dp_sgd
+from accounting.mechanism import dp_sgd, grid
+from dpgemma.choices import EXACT
 from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder, lora
+from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy.clipping import Strategy
+from dpgemma.privacy.noise import noise_keys
+from dpgemma.sharding import place
 from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training import optimizer
 from dpgemma.training.optimizer import Optimization
@@ -40,6 +44,39 @@ DEVICE_BYTES = 80e9
 PLANS = ("vaultgemma_1b", "gemma2_2b", "gemma3_4b:16")
 
 
+def lower(config: GemmaConfig, mesh: Mesh, length: int, rows: int, at_once: int, release: str = EXACT):
+    """The lowered step of a batch of `rows` rows on a mesh whose devices each hold the whole model."""
+    everywhere, spread = place.replicated(mesh), place.over_units(mesh)
+
+    def array(leaf, dtype, sharding=everywhere):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    trainable, frozen = lora.split(config, decoder.parameter_shapes(config))
+    trainable = jax.tree.map(lambda leaf: array(leaf, jnp.float32), trainable)
+    frozen = jax.tree.map(lambda leaf: array(leaf, jnp.bfloat16), frozen)
+    update = optimizer.make(Optimization("adamw", 1e-3, 10, "cosine", 0.0, 100))
+    moments = jax.tree.map(lambda leaf: array(leaf, leaf.dtype), jax.eval_shape(update.init, trainable))
+    row = jax.ShapeDtypeStruct((rows, 1, length), bool)
+    columns = {"tokens": array(row, jnp.int32, spread), "scored": array(row, jnp.bool_, spread)}
+    batch = Batch(columns, array(jax.ShapeDtypeStruct((rows, 1), bool), jnp.bool_, spread))
+    bits = grid.fitting_bits(1.0, rows, decoder.count(trainable)) if release == EXACT else None
+    mechanism = dp_sgd(10**6, rows, rows, 1.0, 1.0, 100, "zero_out", grid_bits=bits)
+    loss = causal(config, length, jnp.bfloat16, "block").loss
+    step = make_train_step(loss, update, mechanism, mesh, Strategy("example_scan", at_once))
+    keys = jax.tree.map(lambda leaf: array(leaf, leaf.dtype), jax.eval_shape(lambda: noise_keys(bytes(32), 0)))
+    return step.lower(TrainState(trainable, moments), frozen, batch, keys)
+
+
+def held(memory) -> int:
+    """Bytes that a compiled program takes in all, from its memory analysis."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
 def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> dict:
     """Bytes of one step of a preset, fully trained or by adapters of a rank."""
     config = PRESETS[name]
@@ -47,39 +84,18 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
         config = dataclasses.replace(config, lora=lora.adapters(config, rank, float(rank), "all"))
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[:1]
     one = Mesh(np.array(device), (DATA_AXIS,), axis_types=(AxisType.Auto,))
-
-    def place(leaf, dtype):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(one, PartitionSpec()))
-
-    trainable, frozen = lora.split(config, decoder.parameter_shapes(config))
-    trainable = jax.tree.map(lambda leaf: place(leaf, jnp.float32), trainable)
-    frozen = jax.tree.map(lambda leaf: place(leaf, jnp.bfloat16), frozen)
-    update = optimizer.make(Optimization("adamw", 1e-3, 10, "cosine", 0.0, 100))
-    moments = jax.tree.map(lambda leaf: place(leaf, leaf.dtype), jax.eval_shape(update.init, trainable))
-    row = jax.ShapeDtypeStruct((rows, 1, length), bool)
-    columns = {"tokens": place(row, jnp.int32), "scored": place(row, jnp.bool_)}
-    batch = Batch(columns, place(jax.ShapeDtypeStruct((rows, 1), bool), jnp.bool_))
-    mechanism = dp_sgd(10**6, rows, rows, 1.0, 1.0, 100, "zero_out")
-    loss = causal(config, length, jnp.bfloat16, "block").loss
-    step = make_train_step(loss, update, mechanism, one, Strategy("example_scan", at_once))
-    keys = place(jax.ShapeDtypeStruct((4, 2), bool), jnp.uint32)
     start = time.perf_counter()
-    memory = step.lower(TrainState(trainable, moments), frozen, batch, keys).compile().memory_analysis()
-    held = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    memory = lower(config, one, length, rows, at_once).compile().memory_analysis()
+    trained, frozen = (decoder.count(part) for part in lora.split(config, decoder.parameter_shapes(config)))
     return {
         "model": name,
         "lora_rank": rank,
-        "parameters": decoder.count(trainable) + decoder.count(frozen),
-        "trained_parameters": decoder.count(trainable),
+        "parameters": trained + frozen,
+        "trained_parameters": trained,
         "state_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "bytes": held,
-        "fits_80_gb": held <= DEVICE_BYTES,
+        "bytes": held(memory),
+        "fits_80_gb": held(memory) <= DEVICE_BYTES,
         "compile_seconds": time.perf_counter() - start,
     }
 

@@ -1,0 +1,88 @@
+"""Cycles and memory of a whole training step on TPU v6e, by its compiler, with no TPU at hand: an exact release against
+float32 sums and noise.
+
+The step is the trainer's own: gradients clipped by example_scan, sums over chips, noise, AdamW; float32 parameters,
+bfloat16 compute, activations recomputed block by block. Every chip holds the whole model. Cycles of a chip are the
+compiler's own static estimates (see tpu_cycles), without the time of transfers between chips. Prints a line a program
+to standard error and one JSON object.
+
+    python -m experiments.benchmarks.step_tpu --model=vaultgemma_1b --sequences=253
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import time
+
+# The compiler needs no TPU; without these it asks the network and a lock file for one.
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
+
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from dpgemma.choices import EXACT, FLOAT32
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.sharding.rules import DATA_AXIS
+from experiments.benchmarks import memory_plan, tpu_cycles
+from experiments.benchmarks.clipping_tpu import CHIP, CHIPS, check_for_libtpu
+
+
+def measure(model: str, length: int, sequences: int, at_once: int, chips: int, release: str) -> dict:
+    """Figures of one step in which every chip takes `sequences` rows, `at_once` of them at a time."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIP if chips == 1 else CHIPS).devices
+    mesh = Mesh(np.array(devices[:chips]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    rounds = -(-sequences // at_once)
+    start = time.perf_counter()
+    compiled = memory_plan.lower(PRESETS[model], mesh, length, rounds * at_once * chips, at_once, release).compile()
+    memory, cycles = compiled.memory_analysis(), tpu_cycles.of(compiled.as_text(), rounds)
+    return {
+        "release": release,
+        "chips": chips,
+        "cycles": cycles.corrected,
+        "cycles_raw": cycles.raw,
+        "bytes": memory_plan.held(memory),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vaultgemma_1b", choices=sorted(PRESETS))
+    parser.add_argument("--sequence_length", type=int, default=1024)
+    parser.add_argument(
+        "--sequences", type=int, default=253, help="of a chip; VaultGemma's batch on 2048 chips has 253"
+    )
+    parser.add_argument("--microbatch_size", type=int, default=2)
+    parser.add_argument("--chips", type=int, nargs="*", default=[1, 16])
+    arguments = parser.parse_args()
+    check_for_libtpu("step_tpu")
+    rows = []
+    for chips in arguments.chips:
+        for release in (EXACT, FLOAT32):
+            size = arguments.sequence_length, arguments.sequences, arguments.microbatch_size
+            rows.append(row := measure(arguments.model, *size, chips, release))
+            figures = f"{row['cycles'] / 1e6:.0f} Mcycles, {row['bytes'] / 2**30:.2f} GiB"
+            print(f"{chips} chips, {release}: {figures}, compiled in {row['compile_seconds']:.0f} s", file=sys.stderr)
+    exact, float32 = rows[::2], rows[1::2]
+    content = {
+        "model": arguments.model,
+        "sequence_length": arguments.sequence_length,
+        "sequences_a_chip": arguments.sequences,
+        "microbatch_size": arguments.microbatch_size,
+        "rows": rows,
+        "exact_against_float32": {
+            row["chips"]: {"cycles": row["cycles"] / other["cycles"], "bytes": row["bytes"] / other["bytes"]}
+            for row, other in zip(exact, float32, strict=True)
+        },
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "hardware": "TPU v6e, compiler estimates on a host without one",
+    }
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
