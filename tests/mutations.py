@@ -62,25 +62,23 @@ MUTATIONS = (
     ),
     Mutation(
         "independence of noise", "arrays of equal shape share noise", NOISE,
-        "integer_noise.add(leaf, key_data, i, bits, in_parts)",
-        "integer_noise.add(leaf, key_data, leaf.size, bits, in_parts)",
+        "integer_noise.add(leaf, key_data, i, bits, in_shards)",
+        "integer_noise.add(leaf, key_data, leaf.size, bits, in_shards)",
         ("tests/privacy/exact_release_test.py", "-k", "share_their_noise"),
     ),
     Mutation(
         "independence of noise", "the layers of a stacked array share noise", INTEGER_NOISE,
-        "return (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).reshape(total.shape)",
-        "noised = jnp.concatenate(parts).reshape(total.shape)\n"
-        "    return noised if noised.ndim < 3 else total + jnp.broadcast_to((noised - total)[:1], total.shape)",
+        "* jnp.uint32(stride)", "* jnp.uint32(stride == 1)",
         ("tests/privacy/exact_release_test.py", "-k", "share_their_noise"),
     ),
     Mutation(
         "independence of noise", "chunks of a large array share noise", INTEGER_NOISE,
-        "number = (i + first).astype(jnp.uint32)", "number = (0 * i + first).astype(jnp.uint32)",
+        "noise(jnp.asarray(first_row, jnp.uint32), at_once)", "noise(jnp.uint32(0), at_once)",
         ("tests/privacy/integer_noise_test.py",),
     ),
     Mutation(
-        "independence of noise", "every device makes the noise of the first part", "dpgemma/sharding/place.py",
-        "first = jax.lax.axis_index(DATA_AXIS) * each", "first = jax.lax.axis_index(DATA_AXIS) * 0",
+        "independence of noise", "every device makes the noise of the first shard", "dpgemma/sharding/place.py",
+        "first[axis] = jax.lax.axis_index(names) * shard.shape[axis]", "first[axis] = 0",
         ("tests/privacy/integer_noise_test.py", "-k", "which_device"),
     ),
     Mutation(
@@ -308,8 +306,8 @@ MUTATIONS = (
     ),
     Mutation(
         "release", "noise is half of what is charged", INTEGER_NOISE,
-        "fine, coarser = draw(keys, first, count), LAW_BITS - bits",
-        "fine, coarser = draw(keys, first, count) // 2, LAW_BITS - bits",
+        "fine, coarser = draw(keys, *both), LAW_BITS - bits",
+        "fine, coarser = draw(keys, *both) // 2, LAW_BITS - bits",
         ("tests/privacy/exact_release_test.py", "-k", "not_below"),
     ),
     Mutation(

@@ -335,17 +335,27 @@ def _count(mask: jax.Array, lengths: jax.Array, clip_norm: Any, half: Any) -> ja
     return jnp.where(mask & (lengths > 0) & jnp.isfinite(lengths), halves, jnp.zeros_like(halves)).sum()
 
 
-def sum_over_devices(clipped: ClippedSum, axis_name: str, shards: Any = None) -> ClippedSum:
+def sum_over_devices(clipped: ClippedSum, axis_name: str, shards: Any = None, scattered: Any = None) -> ClippedSum:
     """Adds the sums of devices that hold disjoint units (inside shard_map).
 
     One unit lies on one device, so the sensitivity stays what it is.
 
     Args:
       shards: as clipped_sum was given it; what is a shard of such a sum already stays as it is.
+      scattered: for every leaf of the total the number of the axis along which each device keeps a part of the sum, or
+        None where each keeps all of it.
     """
     leaves, structure = jax.tree.flatten(clipped.total)
-    summed = [shard is not None and shard.axis_name == axis_name for shard in shards or [None] * len(leaves)]
-    sums = [leaf if done else jax.lax.psum(leaf, axis_name) for leaf, done in zip(leaves, summed, strict=True)]
+    none = [None] * len(leaves)
+
+    def of_leaf(leaf: jax.Array, shard: Any, axis: int | None) -> jax.Array:
+        if shard is not None and shard.axis_name == axis_name:
+            return leaf
+        if axis is None:
+            return jax.lax.psum(leaf, axis_name)
+        return jax.lax.psum_scatter(leaf, axis_name, scatter_dimension=axis, tiled=True)
+
+    sums = [of_leaf(*each) for each in zip(leaves, shards or none, scattered or none, strict=True)]
     return dataclasses.replace(
         clipped, total=jax.tree.unflatten(structure, sums), count=jax.lax.psum(clipped.count, axis_name)
     )

@@ -18,7 +18,8 @@ probabilities, and ::test_the_sampler_follows_the_law.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 from typing import Any
 
@@ -29,8 +30,9 @@ from jax.extend.random import threefry_2x32
 
 from accounting.mechanism.grid import LAW_BITS
 
-# in_parts(compute, rows, shared): compute(rows, number of the first of them, shared) of every part of the rows, joined.
-InParts = Callable[[Callable[..., jax.Array], jax.Array, Any], jax.Array]
+# in_shards(compute, array, number of the array, shared): the array, of which compute(shard, index of the shard's first
+# coordinate along each axis, shared) has replaced every shard.
+InShards = Callable[[Callable[..., jax.Array], jax.Array, int, Any], jax.Array]
 
 DRAWS = 4  # each under a key of its own; a fifth key is for the fillings
 
@@ -41,8 +43,9 @@ FILLING_BITS = 20
 
 _CENTRE = COLUMNS // 2
 _LOW_BITS = 27  # of a threshold below 2^49; the upper 22 stand beside the other outcome in one word
-# Coordinates whose words are held at once.
+# Coordinates whose words are held at once, or one row of an array if it is longer.
 _CHUNK = 2**16
+_WORD = 2**32
 
 
 @functools.cache
@@ -82,14 +85,14 @@ def table() -> tuple[np.ndarray, np.ndarray]:
     return high << np.uint32(10) | np.array(other, np.uint32), low
 
 
-def draw(key_data: Any, first: Any, count: int) -> jax.Array:
-    """int32 [count]: the noise of the coordinates (first, 0) ... (first, count - 1) of one array.
+def draw(key_data: Any, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """int32 [N]: the noise of N coordinates of one array.
 
     Args:
       key_data: uint32 [DRAWS + 1, 2].
-      first: uint32; with the place it makes the 64-bit counter of a coordinate.
+      rows, columns: uint32 [N]; together the 64-bit counter of a coordinate.
     """
-    counter = jnp.concatenate([jnp.full(count, first, jnp.uint32), jax.lax.iota(jnp.uint32, count)])
+    counter, count = jnp.concatenate([rows, columns]), len(rows)
 
     def words(key: Any) -> tuple[jax.Array, jax.Array]:
         both = threefry_2x32((key[0], key[1]), counter)
@@ -116,42 +119,74 @@ def _draw(a: jax.Array, b: jax.Array, filling: jax.Array) -> jax.Array:
     return (outcome << FILLING_BITS) + (filling | (b & 15) << 16).astype(jnp.int32)
 
 
-def add(total: jax.Array, key_data: Any, index: int, bits: int, in_parts: InParts | None = None) -> jax.Array:
+def add(total: jax.Array, key_data: Any, index: int, bits: int, in_shards: InShards | None = None) -> jax.Array:
     """An int32 array plus noise, modulo 2^32, whose standard deviation is 2^bits (bits <= LAW_BITS).
 
-    Coarser noise than the finest is the finest, rounded to the coarser grid.
+    The noise of a coordinate is a function of the keys, the array's number and the coordinate's place in the whole
+    array: its column is its place along the last axis, its row that along all others. Coarser noise than the finest is
+    the finest, rounded to the coarser grid.
 
     Args:
       key_data: uint32 [DRAWS + 1, 2], of noise.noise_keys.
       index: of the array among those that share the keys.
-      in_parts: divides the chunks of a large array among devices; the bits do not depend on it.
+      in_shards: how the array is spread over devices, each of which makes the noise of its own shard; the bits do not
+        depend on it.
+
+    Raises:
+      ValueError: an array with more rows, or longer ones, than a counter can tell apart.
     """
+    shape = total.shape
+    if math.prod(shape[:-1]) > _WORD or math.prod(shape[-1:]) > _WORD:
+        raise ValueError(f"an array of shape {shape} has more rows or columns than noise can be drawn for (2^32)")
     keys = jax.vmap(lambda data: _fold(data, index))(jnp.asarray(key_data))
 
-    def noise(keys: Any, first: Any, count: int) -> jax.Array:
-        fine, coarser = draw(keys, first, count), LAW_BITS - bits
-        return fine if coarser == 0 else (fine + (1 << (coarser - 1))) >> coarser
+    def add_to_shard(shard: jax.Array, first: Sequence[Any], keys: Any) -> jax.Array:
+        table = shard.reshape(math.prod(shard.shape[:-1]), math.prod(shard.shape[-1:]))
+        first_column = jnp.asarray(first[-1] if first else 0, jnp.uint32)
 
-    def add_to_chunks(chunks: jax.Array, first: Any, keys: Any) -> jax.Array:
-        def add_to_one(i: Any, chunks: jax.Array) -> jax.Array:
-            number = (i + first).astype(jnp.uint32)
-            return chunks.at[i].add(noise(keys, number, _CHUNK))
+        def noise(first_row: Any, count: int) -> jax.Array:
+            local = first_row + jax.lax.iota(jnp.uint32, count)
+            rows = _rows_of_whole(local, shard.shape[:-1], shape[:-1], first[:-1])
+            columns = first_column + jax.lax.iota(jnp.uint32, table.shape[1])
+            both = (jnp.broadcast_to(x, (count, len(columns))).reshape(-1) for x in (rows[:, None], columns))
+            fine, coarser = draw(keys, *both), LAW_BITS - bits
+            rounded = fine if coarser == 0 else (fine + (1 << (coarser - 1))) >> coarser
+            return rounded.reshape(count, len(columns))
 
-        return jax.lax.fori_loop(0, len(chunks), add_to_one, chunks)
+        at_once = max(1, _CHUNK // max(1, table.shape[1]))
+        whole = len(table) // at_once
 
-    flat = jnp.asarray(total).reshape(-1)
-    whole = flat.size // _CHUNK
-    parts = []
-    if whole:
-        chunks = flat[: whole * _CHUNK].reshape(whole, _CHUNK)
-        parts.append((in_parts or _in_one)(add_to_chunks, chunks, keys).reshape(-1))
-    if rest := flat.size - whole * _CHUNK:
-        parts.append(flat[whole * _CHUNK :] + noise(keys, jnp.uint32(whole), rest))
-    return (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).reshape(total.shape)
+        def add_to_rows(i: Any, table: jax.Array) -> jax.Array:
+            first_row = i * at_once
+            some = jax.lax.dynamic_slice_in_dim(table, first_row, at_once)
+            noised = some + noise(jnp.asarray(first_row, jnp.uint32), at_once)
+            return jax.lax.dynamic_update_slice_in_dim(table, noised, first_row, 0)
+
+        if whole:
+            table = jax.lax.fori_loop(0, whole, add_to_rows, table)
+        if rest := len(table) - whole * at_once:
+            table = table.at[-rest:].add(noise(jnp.uint32(whole * at_once), rest))
+        return table.reshape(shard.shape)
+
+    return (in_shards or _in_one)(add_to_shard, jnp.asarray(total), index, keys)
 
 
-def _in_one(compute: Any, rows: jax.Array, shared: Any) -> jax.Array:
-    noised: jax.Array = compute(rows, jnp.int32(0), shared)
+def _rows_of_whole(rows: jax.Array, shard: Sequence[int], whole: Sequence[int], first: Sequence[Any]) -> jax.Array:
+    """uint32: which rows of the whole array these rows of a shard are.
+
+    Args:
+      shard, whole: shapes without the last axis.
+      first: index of the shard's first coordinate along each of these axes.
+    """
+    found, stride = jnp.zeros_like(rows), 1
+    for size, of_whole, start in zip(reversed(shard), reversed(whole), reversed(first), strict=True):
+        found += (rows % size + jnp.asarray(start, jnp.uint32)) * jnp.uint32(stride)
+        rows, stride = rows // size, stride * of_whole
+    return found
+
+
+def _in_one(compute: Any, array: jax.Array, number: int, shared: Any) -> jax.Array:
+    noised: jax.Array = compute(array, [0] * array.ndim, shared)
     return noised
 
 

@@ -29,7 +29,7 @@ from accounting.mechanism import grid
 from accounting.mechanism.clip import COUNT_SENSITIVITY
 from dpgemma.privacy import integer_noise
 from dpgemma.privacy.clipping import ClippedSum
-from dpgemma.privacy.integer_noise import DRAWS, InParts
+from dpgemma.privacy.integer_noise import DRAWS, InShards
 
 # Fineness of the noise on a count: 2^25 steps leave room for a million units.
 _COUNT_BITS = 25
@@ -90,7 +90,7 @@ def release_on_grid(
     bits: int,
     key_data: Any,
     count_noise: float | None = None,
-    in_parts: InParts | None = None,
+    in_shards: InShards | None = None,
 ) -> NoisedSum:
     """The noised sum of an exact one, in float32.
 
@@ -105,7 +105,7 @@ def release_on_grid(
     Args:
       bits: of the grid; clipped.steps is grid.sensitivity_steps(bits, noise multiplier).
       count_noise: standard deviation of the noise on a sum's count, in units; must be given for a sum that has one.
-      in_parts: divides the work among devices; the bits do not depend on it.
+      in_shards: how the sum is spread over devices; the bits do not depend on it.
 
     Raises:
       TypeError: the argument is no ClippedSum on a grid.
@@ -116,9 +116,8 @@ def release_on_grid(
     _check_count(clipped, count_noise)
     leaves, structure = jax.tree.flatten(clipped.total)
     step = clipped.sensitivity / clipped.steps
-    noised = [
-        integer_noise.add(leaf, key_data, i, bits, in_parts).astype(jnp.float32) * step for i, leaf in enumerate(leaves)
-    ]
+    sums = [integer_noise.add(leaf, key_data, i, bits, in_shards) for i, leaf in enumerate(leaves)]
+    noised = [leaf.astype(jnp.float32) * step for leaf in sums]
     count = None
     if clipped.count is not None:
         assert count_noise is not None

@@ -10,7 +10,7 @@ import jax
 
 from accounting.mechanism import Gaussian, Mechanism, grid
 from dpgemma.privacy.clipping import ClippedSum
-from dpgemma.privacy.integer_noise import InParts
+from dpgemma.privacy.integer_noise import InShards
 from dpgemma.privacy.noise import NoisedSum, add_gaussian_noise, release_on_grid
 
 State = Any
@@ -35,14 +35,14 @@ class Noiser(Protocol):
         ...
 
     def add(
-        self, clipped: ClippedSum, state: State, key_data: Any, multiplier: Any, in_parts: InParts | None = None
+        self, clipped: ClippedSum, state: State, key_data: Any, multiplier: Any, in_shards: InShards | None = None
     ) -> tuple[NoisedSum, State]:
         """The noised sum of one step and the next state.
 
         Args:
           key_data: of noise.noise_keys, for this step.
           multiplier: that of this noiser; traced, so that runs which differ in noise alone share one program.
-          in_parts: divides the work among devices; the result does not depend on it.
+          in_shards: how the sum is spread over devices; the result does not depend on it.
         """
         ...
 
@@ -68,7 +68,7 @@ class GaussianNoiser:
         return ()
 
     def add(
-        self, clipped: ClippedSum, state: State, key_data: Any, multiplier: Any, in_parts: InParts | None = None
+        self, clipped: ClippedSum, state: State, key_data: Any, multiplier: Any, in_shards: InShards | None = None
     ) -> tuple[NoisedSum, State]:
         if self.grid_bits is not None:
             steps = self.steps(multiplier)
@@ -78,7 +78,7 @@ class GaussianNoiser:
                     f"the sum has {clipped.steps} steps to its sensitivity and the noise is made for {steps}: give"
                     " clipped_sum the `steps` of this noiser"
                 )
-            return release_on_grid(clipped, self.grid_bits, key_data, self.count_noise, in_parts), state
+            return release_on_grid(clipped, self.grid_bits, key_data, self.count_noise, in_shards), state
         noise_multiplier = multiplier if self.multiplier > 0 else 0.0
         return add_gaussian_noise(clipped, noise_multiplier, key_data, self.count_noise), state
 

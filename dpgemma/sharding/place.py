@@ -1,27 +1,34 @@
 """Arrays on the devices of a mesh: parameters by the rules of a layout, units dealt out over the data axis."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpgemma.sharding.rules import DATA_AXIS, REPLICATED, RULES
+from dpgemma.sharding.rules import AT_REST, DATA_AXIS, REPLICATED, RULES
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One table of rules.
+    """Where parameters lie, by one table of rules: while they are used, and at rest.
 
-    >>> tuple(Layout().spec(("layers", "model", "heads")))  # every device holds all of it
-    (None, None, None)
+    At rest are the parameters that are trained, the moments of the optimizer and the noised sum: these are spread over
+    the data axis as well, so that no device holds or updates all of them (Rajbhandari et al. 2020, arXiv 1910.02054).
+
+    >>> from jax.sharding import AbstractMesh
+    >>> mesh = AbstractMesh((2,), ("data",))
+    >>> Layout().in_use(("layers", "model", "feed_forward"))  # every device holds all of it
+    PartitionSpec(None, None, None)
+    >>> Layout().at_rest(mesh, ("layers", "model", "feed_forward"), (26, 64, 256))
+    PartitionSpec(None, None, 'data')
     """
 
     name: str = REPLICATED
 
-    def spec(self, axes: tuple[str, ...]) -> PartitionSpec:
-        """How an array with these logical axes is spread.
+    def in_use(self, axes: tuple[str, ...]) -> PartitionSpec:
+        """How an array with these logical axes is spread while the loss uses it.
 
         Raises:
           ValueError: an axis that the layout has no rule for.
@@ -32,21 +39,43 @@ class Layout:
             raise ValueError(f"layout {self.name} has no rule for the axis {', '.join(unknown)}")
         return PartitionSpec(*(rules[axis] for axis in axes))
 
-    def shardings(self, mesh: Mesh, axes: Any) -> Any:
+    def at_rest(self, mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """How it is spread otherwise: over the data axis too, along the first axis of AT_REST that divides among its
+        devices. An array without one is held whole.
+
+        Raises:
+          ValueError: an axis that the layout has no rule for.
+        """
+        spec, devices = list(self.in_use(axes)), mesh.shape[DATA_AXIS]
+        for axis in AT_REST:
+            place = axes.index(axis) if axis in axes else None
+            if place is not None and spec[place] is None and shape[place] % devices == 0:
+                spec[place] = DATA_AXIS
+                break
+        return PartitionSpec(*spec)
+
+    def shardings_in_use(self, mesh: Mesh, axes: Any) -> Any:
         """For a tree of tuples of logical axes, the tree of shardings.
 
         Raises:
           ValueError: a parameter, by its name, that has an axis without a rule.
         """
+        return _by_name(lambda axes: NamedSharding(mesh, self.in_use(axes)), axes)
 
-        def of_leaf(path: Any, leaf_axes: tuple[str, ...]) -> NamedSharding:
-            try:
-                return NamedSharding(mesh, self.spec(leaf_axes))
-            except ValueError as error:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(f"parameter {name}: {error}") from None
+    def shardings_at_rest(self, mesh: Mesh, axes: Any, shapes: Any) -> Any:
+        """As shardings_in_use; `shapes` is the tree of the arrays' shapes and types."""
+        return _by_name(lambda axes, leaf: NamedSharding(mesh, self.at_rest(mesh, axes, leaf.shape)), axes, shapes)
 
-        return jax.tree_util.tree_map_with_path(of_leaf, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+def _by_name(of_leaf: Callable[..., Any], axes: Any, *trees: Any) -> Any:
+    def named(path: Any, *leaves: Any) -> Any:
+        try:
+            return of_leaf(*leaves)
+        except ValueError as error:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"parameter {name}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(named, axes, *trees, is_leaf=lambda x: isinstance(x, tuple))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,25 +112,30 @@ def over_units(mesh: Mesh) -> NamedSharding:
 SHARED, SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
 
 
-def in_parts(mesh: Mesh, compute: Callable[..., jax.Array], rows: jax.Array, shared: Any) -> jax.Array:
-    """compute(rows, number of the first of them, shared) -> rows, where each device computes some of them for all.
+def axis_over_units(spec: PartitionSpec) -> int | None:
+    """The number of the axis that is spread over the devices that hold different units; None where there is none."""
+    return next((number for number, names in enumerate(spec) if names == DATA_AXIS), None)
 
-    Rows that do not divide among the devices are computed by every one of them.
+
+def in_shards(
+    mesh: Mesh, specs: Sequence[PartitionSpec], compute: Callable[..., jax.Array], array: Any, number: int, shared: Any
+) -> jax.Array:
+    """The array, of which compute(shard, index of the shard's first coordinate along each axis, shared) has replaced
+    every shard.
+
+    Args:
+      specs: of all arrays; this one has this number.
     """
-    each = len(rows) // mesh.size
-    if each == 0 or mesh.size == 1:
-        return compute(rows, jax.numpy.int32(0), shared)
+    spec = specs[number]
 
-    def on_one_device(rows: jax.Array, shared: Any) -> jax.Array:
-        first = jax.lax.axis_index(DATA_AXIS) * each
-        mine = jax.lax.dynamic_slice_in_dim(rows, first, each)
-        return jax.lax.all_gather(compute(mine, first, shared), DATA_AXIS, tiled=True)
+    def on_one_device(shard: jax.Array, shared: Any) -> jax.Array:
+        first: list[Any] = [0] * shard.ndim
+        for axis, names in enumerate(spec):
+            if names is not None:
+                first[axis] = jax.lax.axis_index(names) * shard.shape[axis]
+        return compute(shard, first, shared)
 
-    divided = each * mesh.size
-    found = on_each_device(mesh, on_one_device, (SHARED, SHARED), SHARED)(rows[:divided], shared)
-    if divided == len(rows):
-        return found
-    return jax.numpy.concatenate([found, compute(rows[divided:], jax.numpy.int32(divided), shared)])
+    return on_each_device(mesh, on_one_device, (spec, SHARED), spec)(array, shared)
 
 
 def on_each_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -22,6 +22,10 @@ RULES: dict[str, dict[str, str | None]] = {
     REPLICATED: dict.fromkeys(LOGICAL_AXES),  # every device holds all of every parameter
 }
 
+# Logical axes in the order in which the data axis takes one of them where parameters are at rest. Layer axes are not
+# among them: a layer is used at a time.
+AT_REST = (VOCABULARY, FEED_FORWARD, RECURRENT, MODEL, HEAD, HEADS, RANK)
+
 SYNTAX = "auto, or data:N with N devices"
 
 _MOST_DEVICES = 10**6  # what jax can be asked for at all

@@ -73,6 +73,7 @@ def sharded_clipped_sum(
     mesh: Mesh,
     norm: Any = None,
     steps: Any = None,
+    at_rest: Any = None,
 ) -> ClippedSum:
     """clipped_sum over a batch whose slots are spread over the devices, each unit on exactly one of them.
 
@@ -82,12 +83,15 @@ def sharded_clipped_sum(
       loss: loss(trainable, frozen, unit) -> scalar, of one unit alone.
       norm: the current clip norm where it adapts.
       steps: of a grid, as clipped_sum takes them.
+      at_rest: tree of the shardings that the sum shall have; None where every device keeps all of it.
     """
     shared: Any = place.SHARED
     spread: Any = place.SPREAD
     count = shared if clip.adapts else None
     on_grid = None if steps is None else shared
-    out_specs = ClippedSum(shared, PrivateStats(spread, spread), clip.sensitivity, count=count, steps=on_grid)
+    sums = shared if at_rest is None else jax.tree.map(lambda sharding: sharding.spec, at_rest)
+    scattered = None if at_rest is None else [place.axis_over_units(s.spec) for s in jax.tree.leaves(at_rest)]
+    out_specs = ClippedSum(sums, PrivateStats(spread, spread), clip.sensitivity, count=count, steps=on_grid)
     # A clip norm that adapts is an array like the others; a constant one stays a number, because the sensitivity is
     # made of it.
     current = {name: x for name, x in (("norm", norm), ("steps", steps)) if x is not None}
@@ -98,7 +102,7 @@ def sharded_clipped_sum(
             return loss(trainable, frozen, unit)
 
         local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, **current)
-        return clipping.sum_over_devices(local, DATA_AXIS)
+        return clipping.sum_over_devices(local, DATA_AXIS, scattered=scattered)
 
     return place.on_each_device(mesh, on_one_device, in_specs, out_specs)(trainable, frozen, batch, current)
 
@@ -127,8 +131,30 @@ class TrainStep:
         return self.program.lower(state, frozen, batch, noise_keys, self.noise_multiplier)
 
 
+def state_shardings(optimizer: optax.GradientTransformation, at_rest: Any, mesh: Mesh) -> TrainState:
+    """Where the arrays of a state lie whose parameters have the shardings `at_rest`: moments where their parameters
+    do, all else on every device.
+    """
+    whole = place.replicated(mesh)
+    structure = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), at_rest)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, structure),
+        at_rest,
+        transform_non_params=lambda _: whole,
+    )
+    rest: Any = whole
+    return TrainState(at_rest, moments, clip_norm=rest, noise_state=rest)
+
+
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, mechanism: Mechanism, mesh: Mesh, how: Strategy = Strategy()
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    mechanism: Mechanism,
+    mesh: Mesh,
+    how: Strategy = Strategy(),
+    at_rest: Any = None,
 ) -> TrainStep:
     """The step of one mechanism, compiled when it is first called.
 
@@ -137,18 +163,26 @@ def make_train_step(
         are.
       mechanism: clip norm, noise and the public divisor come from here and from nowhere else.
       how: the way in which the clipped sum is computed.
+      at_rest: tree of the shardings of the trained parameters between their uses, which sums, noise and moments have
+        too: the parameters are gathered once in a step, and their sum is scattered once. None: every device holds all.
 
     Raises:
       InputError: the count of clipped units leaves no noise for the gradients.
     """
-    clip, noiser, in_parts = mechanism.clip, noiser_of(mechanism), functools.partial(place.in_parts, mesh)
+    clip, noiser = mechanism.clip, noiser_of(mechanism)
+    in_shards = None
+    if at_rest is not None:
+        specs = [sharding.spec for sharding in jax.tree.leaves(at_rest)]
+        in_shards = functools.partial(place.in_shards, mesh, specs)
 
     def dp_train_step(
         state: TrainState, frozen: Any, batch: Batch, noise_keys: Any, noise_multiplier: Any
     ) -> tuple[TrainState, PrivateStats]:
         steps = noiser.steps(noise_multiplier)
-        clipped = sharded_clipped_sum(loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps)
-        noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier, in_parts)
+        clipped = sharded_clipped_sum(
+            loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps, at_rest
+        )
+        noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier, in_shards)
         mean = divide(noised, mechanism.expected_batch_size)
         if clip.adapts and clip.scaling == CLIP:
             mean = scale(mean, state.clip_norm)  # the gradients were divided by it: their sensitivity is constant
@@ -160,10 +194,11 @@ def make_train_step(
         return state.apply(optimizer, mean), clipped.stats
 
     replicated, spread = place.replicated(mesh), place.over_units(mesh)
+    state: Any = replicated if at_rest is None else state_shardings(optimizer, at_rest, mesh)
     program = jax.jit(
         dp_train_step,
         donate_argnums=0,
-        in_shardings=(replicated, replicated, spread, replicated, replicated),
-        out_shardings=(replicated, replicated),
+        in_shardings=(state, replicated, spread, replicated, replicated),
+        out_shardings=(state, replicated),
     )
     return TrainStep(program, np.float32(noiser.multiplier), noiser)

@@ -31,7 +31,7 @@ from dpgemma.training.checkpoint import Checkpoints
 from dpgemma.training.observers import Observer, Private, Released
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
-from dpgemma.training.step import TrainState, TrainStep, make_train_step
+from dpgemma.training.step import TrainState, TrainStep, make_train_step, state_shardings
 
 # In which another machine may find another epsilon for the same facts.
 _LAST_BITS = 1e-9
@@ -92,8 +92,10 @@ class Trainer:
             )
         self.mesh = mesh_lib.make(plan.mesh)
         self.optimizer = optimizer_lib.make(plan.optimization)
+        (trainable, _), (axes, _) = objective.shapes(), objective.axes()
+        self.at_rest = plan.layout.shardings_at_rest(self.mesh, axes, trainable)
         self.dp_step: TrainStep = make_train_step(
-            objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy
+            objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy, self.at_rest
         )
         self.first_step = 0
 
@@ -139,12 +141,13 @@ class Trainer:
 
     def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState, Any]:
         replicated = place.replicated(self.mesh)
-        of_trainable, of_frozen = (self.plan.layout.shardings(self.mesh, axes) for axes in self.objective.axes())
-        trainable, frozen = self.objective.init(self.plan.seed, (of_trainable, of_frozen))
+        in_use = self.plan.layout.shardings_in_use(self.mesh, self.objective.axes()[1])
+        trainable, frozen = self.objective.init(self.plan.seed, (self.at_rest, in_use))
+        shardings = state_shardings(self.optimizer, self.at_rest, self.mesh)
         norm = clip_norm.start(self.mechanism.clip)
         state = TrainState(
             trainable,
-            jax.jit(self.optimizer.init, out_shardings=replicated)(trainable),
+            jax.jit(self.optimizer.init, out_shardings=shardings.optimizer_state)(trainable),
             None if norm is None else jax.device_put(norm, replicated),
             self.dp_step.noiser.init(trainable),
         )
@@ -246,7 +249,10 @@ class Trainer:
                 observer.end()
 
     def _finish(self, trainable: Any, frozen: Any, ledger: Ledger) -> dict[str, float]:
-        measured = {} if self.held_out is None else evaluation.measure(self.objective, trainable, frozen, self.held_out)
+        measured = {}
+        if self.held_out is not None:
+            whole = jax.device_put(trainable, place.replicated(self.mesh))
+            measured = evaluation.measure(self.objective, whole, frozen, self.held_out)
         with open(self.run.held_out_file, "a") as file:
             file.write(json.dumps({"step": self.mechanism.steps, **measured}) + "\n")
         if not ledger.finished:

@@ -10,13 +10,14 @@ import mpmath
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
+from jax.sharding import PartitionSpec
 from scipy import special, stats
 
 from accounting.mechanism import grid
 from dpgemma.privacy import integer_noise
 from dpgemma.privacy.noise import noise_keys
 from dpgemma.sharding import mesh as mesh_lib
-from dpgemma.sharding.place import in_parts
+from dpgemma.sharding.place import in_shards
 
 CELL = 2**integer_noise.FILLING_BITS
 CELLS = integer_noise.DRAWS**0.5 * integer_noise.TABLE_DEVIATION  # standard deviation, but for that of the fillings
@@ -134,13 +135,13 @@ def test_the_formulas_of_the_law_count_every_filling():
         assert filling_points(s, 3) == sums.count(s) and filling_tail(s, 3) == sum(x >= s for x in sums)
 
 
-def by_hand(index, count):
-    """The noise of the first coordinates of an array, with whole numbers of Python."""
+def by_hand(index, count, row=0):
+    """The noise of the first coordinates of one row of an array, with whole numbers of Python."""
     table_words, low = (part.tolist() for part in integer_noise.table())
     words = []
     for data in KEYS:
         key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), index))
-        counter = jnp.concatenate([jnp.zeros(count, jnp.uint32), jnp.arange(count, dtype=jnp.uint32)])
+        counter = jnp.concatenate([jnp.full(count, row, jnp.uint32), jnp.arange(count, dtype=jnp.uint32)])
         both = np.asarray(threefry_2x32((key[0], key[1]), counter)).tolist()
         words.append((both[:count], both[count:]))
     found = []
@@ -212,11 +213,24 @@ def test_the_fitting_grid():
         assert rounding < 0.0051 or bits == grid.LAW_BITS
 
 
-@pytest.mark.parametrize("chunks, rest", [(1, 0), (2, 0), (5, 77), (4, 1)])
-def test_the_bits_do_not_depend_on_which_device_makes_them(chunks, rest):
-    size = chunks * 2**16 + rest
-    total = jnp.asarray(np.random.default_rng(0).integers(-(2**20), 2**20, size), jnp.int32)
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (4, 6, 5), (2, 3, 4, 8), (3, 70_000)])
+def test_the_noise_of_a_coordinate_is_that_of_its_row_and_column(shape):
+    noise = np.asarray(integer_noise.add(jnp.zeros(shape, jnp.int32), KEYS, 3, 26))
+    table = noise.reshape(-1, shape[-1] if shape else 1)
+    for row in range(len(table)):
+        assert table[row, :40].tolist() == by_hand(3, min(40, table.shape[1]), row)
+
+
+@pytest.mark.parametrize("shape, axis", [((64,), 0), ((6, 2**17), 1), ((2**14 + 2, 9), 0), ((3, 8, 5, 6), 1)])
+def test_the_bits_do_not_depend_on_which_device_makes_them(shape, axis):
+    total = jnp.asarray(np.random.default_rng(0).integers(-(2**20), 2**20, shape), jnp.int32)
     alone = jax.jit(lambda x: integer_noise.add(x, KEYS, 2, 20))(total)
-    divided = functools.partial(in_parts, mesh_lib.make("data:2"))
-    together = jax.jit(lambda x: integer_noise.add(x, KEYS, 2, 20, divided))(total)
+    spec = PartitionSpec(*["data" if i == axis else None for i in range(len(shape))])
+    shards = functools.partial(in_shards, mesh_lib.make("data:2"), [PartitionSpec(), PartitionSpec(), spec])
+    together = jax.jit(lambda x: integer_noise.add(x, KEYS, 2, 20, shards))(total)
     np.testing.assert_array_equal(alone, together)
+
+
+def test_an_array_with_more_coordinates_than_counters_is_refused():
+    with pytest.raises(ValueError, match="2\\^32"):
+        jax.eval_shape(lambda: integer_noise.add(jnp.zeros((2**17, 2**16, 1), jnp.int32), KEYS, 0, 20))

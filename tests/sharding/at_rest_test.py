@@ -1,0 +1,63 @@
+"""Parameters at rest are spread over the devices: with the same bits, and moved once in a step each way."""
+
+import itertools
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from dpgemma.gemma import decoder
+from dpgemma.gemma.files import weights
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.sharding.place import Layout
+from tests.sharding import eight
+from tests.training import step_test
+
+
+def test_the_bits_of_a_step_do_not_depend_on_where_its_state_lies():
+    digests = eight.result_of(
+        "[Step(n, spread=spread).run(3).digest() for n, spread in [(1, False), (1, True), (2, True), (8, True)]]"
+    )
+    assert len(set(digests)) == 1
+
+
+def test_weights_are_gathered_once_and_sums_scattered_once():
+    text, share = eight.result_of("(lambda step: [step.text(), step.run(1).largest_share()])(Step(8))")
+    assert share == 1 / 8
+    leaves = jax.tree.leaves(decoder.parameter_shapes(step_test.MODEL))
+    found = eight.collectives(text)
+    assert not [each for each in found if each[1]], "nothing moves inside the loop over microbatches"
+    large = [(name, size) for name, _, size in found if size > 64]  # others carry norms and losses of units
+    weights_gathered = sorted(size for name, size in large if name == "all-gather")
+    assert weights_gathered == sorted(leaf.size for leaf in leaves if leaf.size > 64)
+    sums = sorted(8 * size for name, _, size in found if name == "reduce-scatter")
+    assert sums == sorted(leaf.size for leaf in leaves)
+    assert {name for name, _ in large} <= {"all-gather", "reduce-scatter"}
+
+
+LARGE = ["vaultgemma_1b", "gemma3_1b", "gemma3_27b", "recurrentgemma_2b"]
+
+
+@pytest.mark.parametrize("name, devices", [("tiny", 2), ("tiny", 8), *itertools.product(LARGE, [2, 8, 256])])
+def test_what_is_held_whole_at_rest_is_little(name, devices):
+    config = PRESETS[name]
+    shapes, axes, mesh = decoder.parameter_shapes(config), weights.axes(config), AbstractMesh((devices,), ("data",))
+    specs = jax.tree.map(
+        lambda axes, leaf: Layout().at_rest(mesh, axes, leaf.shape),
+        axes,
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True))
+    whole = sum(leaf.size for leaf, spec in pairs if "data" not in spec)
+    assert all(leaf.shape[spec.index("data")] % devices == 0 for leaf, spec in pairs if "data" in spec)
+    if config.d_model % devices == 0 or config.d_ff % devices == 0:
+        assert whole < 0.08 * decoder.count(shapes), [leaf.shape for leaf, spec in pairs if "data" not in spec]
+
+
+def test_an_axis_without_a_rule_is_refused_by_the_parameters_name():
+    with pytest.raises(ValueError, match=r"parameter a/b: layout replicated has no rule for the axis pages"):
+        Layout().shardings_at_rest(
+            AbstractMesh((2,), ("data",)), {"a": {"b": ("pages",)}}, {"a": {"b": jax.numpy.ones(2)}}
+        )
+    assert Layout().at_rest(AbstractMesh((2,), ("data",)), ("model",), (3,)) == PartitionSpec(None)
