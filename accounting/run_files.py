@@ -3,6 +3,7 @@
 Names are relative to the folder of the run. Trainer, exporter, sweep and audit take them from here.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -30,6 +31,18 @@ FOLDERS = (PRIVATE, CHECKPOINTS)
 
 CARD = "README.md"  # the model card of an export
 WEIGHTS_SUFFIX = ".safetensors"
+
+
+def is_locked(workdir: pathlib.Path) -> bool:
+    """Whether a process is training in the folder of a run, on this machine."""
+    try:
+        with open(workdir / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no such file here, or none that may be locked
+        return False
+    return False
 
 
 def encode(value: Any) -> Any:

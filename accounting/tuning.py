@@ -34,7 +34,7 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
     found: dict[pathlib.Path, Executed] = {}
     for folder in folders:
         if folder.resolve() in {other.resolve() for other in found}:
-            raise InputError(f"{folder} is given twice: it counts once")
+            raise InputError(f"{folder} is given twice: give every folder once")
         path = folder / run_files.LEDGER
         if not path.is_file():
             raise InputError(f"{folder} is no run directory: it has no {run_files.LEDGER}")
@@ -115,8 +115,8 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
     who = "This run is" if len(found) == 1 else f"All {len(found)} runs together are"
     copies = len(found) - len({run.declared["run_id"] for run in found.values()})
     shared = (
-        f" {copies} of them are copies of others: steps that they executed in the same places count once, all others"
-        " for themselves."
+        f" {copies} of them {'is a copy' if copies == 1 else 'are copies'} of another: steps that both executed in the"
+        " same environments count once, all others for themselves."
         if copies
         else ""
     )
@@ -126,6 +126,7 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
         " covers every checkpoint of every run, and every choice between them that looks at nothing else of the data."
         + shared
         + words.origin_text([run.declared for run in found.values()])
+        + "".join(f" In {folder}, {line}." for folder, run in found.items() for line in run.deviations)
     )
 
 

@@ -58,6 +58,8 @@ def audit(
     names = [*run_files.PUBLIC_FILES[:3], run_files.CHECKPOINTS]
     if not workdir.is_dir() or not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
+    if not (workdir / run_files.LEDGER).exists() and export_checks.weight_files(workdir):
+        raise InputError(f"{workdir} is an exported model: give the run that it comes from, and `export`={workdir}")
     return _Audit(workdir, accountant, head, required).run(checkpoints, exports)
 
 
@@ -142,6 +144,7 @@ class _Audit:
         self.findings += ledger_checks.chain(problems)
         if self.head is not None:
             self.findings += ledger_checks.deposited(self.head, lines)
+            self.notices += ledger_checks.confirmed(self.head, lines)
         lines, findings = ledger_checks.well_formed(lines)
         self.findings += findings if not problems else ()
         try:
@@ -154,7 +157,8 @@ class _Audit:
         self.findings += ledger_checks.mechanism(executed, lines)
         findings, notices = seal_checks.sealed(self.workdir, executed, lines, self.required)
         self.findings += findings
-        self.notices += notices
+        # With a head that was deposited elsewhere, nobody has to be told to deposit one.
+        self.notices += [notice for notice in notices if self.head is None or notice != seal_checks.NO_KEY]
         return lines, executed
 
     def _documents(self, lines: list[ledger_lib.Line], executed: Executed) -> None:
@@ -176,8 +180,8 @@ class _Audit:
             self.findings += found
         if not executed.finished:
             self.notices.append(
-                f"the run is unfinished: {executed.updates} of {executed.planned.steps} steps are recorded, and its"
-                " report is as old as its last checkpoint"
+                f"the run is unfinished: {executed.updates} of {executed.planned.steps} steps are recorded"
+                + (", and its report is as old as its last checkpoint" if events.CHECKPOINT in kinds else "")
             )
         if not self.findings:
             self.notices += ledger_checks.places(executed)

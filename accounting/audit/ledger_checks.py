@@ -67,6 +67,13 @@ def chain(problems: Sequence[ledger_lib.Problem]) -> Iterator[Finding]:
         yield Finding(problem.kind, f"{WHERE} line {problem.line}", problem.message)
 
 
+def confirmed(head: str, lines: Sequence[Line]) -> Iterator[str]:
+    """A sentence about a head that lies on the chain."""
+    for number, line in enumerate(lines, start=1):
+        if line.hash == head:
+            yield f"the given head is that of line {number} of {len(lines)}: no line up to it was rewritten"
+
+
 def deposited(head: str, lines: Sequence[Line]) -> Iterator[Finding]:
     """Whether a head that was written down elsewhere lies on the chain: lines may follow it, and none was replaced."""
     if head not in {line.hash for line in lines}:
@@ -134,7 +141,7 @@ def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
 def places(executed: Executed) -> Iterator[str]:
     """What is worth knowing about where the run was executed."""
     for step, place in executed.history.lineage[1:]:
-        yield f"from step {step} on the run was executed elsewhere ({place})"
+        yield f"from step {step} on the run was executed in another environment ({place})"
     if executed.repeated_steps:
         yield (
             f"{executed.repeated_steps} executed steps were lost, and were executed once more with other noise: they"

@@ -13,6 +13,8 @@ from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
 from accounting.ledger.seals import AuditKey, PublicKey, Verifier
 
+NO_KEY = "the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"
+
 
 def sealed(
     workdir: pathlib.Path, executed: Executed, lines: Sequence[Line], required: AuditKey | None
@@ -49,9 +51,7 @@ def _verifier(executed: Executed, key: AuditKey | None, *, given: bool) -> tuple
         own = "the seal was checked with the key in private/, which comes with the folder: --require_seal=KEY takes one"
         return verifier, [] if given else [f"{own} from elsewhere"]
     if declared == seals.CHAIN:
-        return None, [
-            "the ledger's chain has no key: only a head hash deposited elsewhere rules out a rewritten ledger"
-        ]
+        return None, [NO_KEY]
     if declared == seals.SIGNED_CHAIN and isinstance(public, str) and key is None:
         try:
             return PublicKey(bytes.fromhex(public)), [

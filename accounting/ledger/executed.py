@@ -80,6 +80,12 @@ class Executed:
         may know."""
         return self.declared["secret_keys"]
 
+    @property
+    def has_float_release(self) -> bool:
+        """Whether a guarantee is claimed for sums and noise of float32 numbers, by a run that could have had others."""
+        m = self.planned
+        return m.is_private and self.claims_privacy and "grid_bits" in self.declared and not m.noise.is_exact
+
     def accountant(self) -> Accountant:
         """Returns the accountant of the executed mechanisms, or of the planned one if no step was executed."""
         return Accountant(self.mechanisms or (self.planned,), claimed=self.claims_privacy)
@@ -97,7 +103,7 @@ class Executed:
                 f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish"
                 " some unit in the clear and still satisfy the definition; choose a delta well below 1/N"
             )
-        if m.is_private and self.claims_privacy and "grid_bits" in self.declared and not m.noise.is_exact:
+        if self.has_float_release:
             found.append(
                 "sums and noise are float32 numbers: the guarantee is proved for real ones, and the rounding of sums"
                 " and the low bits of noise can reveal more than it says; train with an exact release"

@@ -110,7 +110,8 @@ def _number(value: Any) -> str:
 def _status(executed: Executed) -> str:
     state = "Finished" if executed.finished else "Unfinished: this is what has been spent so far"
     repeated = (
-        f" {executed.repeated_steps:,} more were lost, were executed once more elsewhere, and are charged too."
+        f" {executed.repeated_steps:,} more were lost, were executed once more in another environment, and are charged"
+        " too."
         if executed.repeated_steps
         else ""
     )

@@ -44,11 +44,15 @@ def mechanism_text(mechanism: Mechanism) -> str:
     """One run of equal steps, in words."""
     m = mechanism
     cap = "" if m.max_batch_size is None else f", at most {m.max_batch_size} of them"
-    exact = f" (both exact, in whole numbers of 2^-{m.noise.grid_bits} of that noise)" if m.noise.is_exact else ""
+    noise = f"Gaussian noise of {m.noise_multiplier:.6g} times that norm on their sum"
+    if m.noise.is_exact:
+        noise = (
+            f"{noise}, both in whole numbers of 2^-{m.noise.grid_bits} of that noise, whose law hides a unit at least"
+            " as well as a Gaussian does but for 2^-99 for each number and step, which delta includes"
+        )
     return (
-        f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, Gaussian noise of"
-        f" {m.noise_multiplier:.6g} times that norm on their sum{exact}, batches drawn by Poisson sampling with"
-        f" probability {m.sampling_probability:.6g} from {m.num_units} units{cap})"
+        f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, {noise}, batches drawn by"
+        f" Poisson sampling with probability {m.sampling_probability:.6g} from {m.num_units} units{cap})"
     )
 
 
@@ -126,8 +130,9 @@ def assumptions(executed: Executed) -> list[str]:
         ),
         "Program and machine: this program, its libraries and the processor compute what they are written to compute,"
         " and repeat the bits of a step in the same environment.",
-        "Copies: no copy or backup of this run's folder was trained further elsewhere. One that was costs its steps"
-        " once more: dpgemma account --compose adds them up.",
+        "Copies: no copy or backup of this run's folder was trained further in another environment (versions, source"
+        " code, flags, processor and its cores). One that was had other noise and costs its steps once more: dpgemma"
+        " account --compose adds them up. In the same environment a copy repeats this run's own bits.",
         "Time: how long steps took, when files were written and how much memory was used is not covered"
         + (
             ", and shows how many units there are, which this relation would hide."
@@ -179,12 +184,19 @@ def statement(executed: Executed, spent: Spent) -> str:
         else ""
     )
     origin = origin_text([declared])
+    rounding = (
+        ", by a proof for real numbers that does not cover the float32 numbers which were added,"
+        if executed.has_float_release
+        else ""
+    )
+    spent_text = f"({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private"
     return (
-        f"The trained parameters are ({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private with"
-        f" respect to one unit, which is {unit_text(declared)}. Neighbouring data sets: {relation_text(m)}. This covers"
-        f" the final parameters and every checkpoint together, after {', then '.join(map(mechanism_text, mechanisms))}."
+        f"The trained parameters are {spent_text}{rounding} with respect to one unit, which is {unit_text(declared)}."
+        f" Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every checkpoint together,"
+        f" after {', then '.join(map(mechanism_text, mechanisms))}."
         + (
-            f" {executed.repeated_steps} of these steps were lost and executed once more elsewhere, with other noise."
+            f" {executed.repeated_steps} of these steps were lost and executed once more in another environment, with"
+            " other noise."
             if executed.repeated_steps
             else ""
         )

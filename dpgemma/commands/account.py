@@ -186,14 +186,15 @@ def _compose(fv: flags.FlagValues) -> int:
             "workdir": str(folder),
             "run_id": run.declared["run_id"],
             "steps": run.steps,
-            "steps_counted_elsewhere": run.steps - sum(mechanism.steps for mechanism in released[folder]),
+            "steps_of_runs_before": run.steps - sum(mechanism.steps for mechanism in released[folder]),
             "noise_multiplier": run.planned.noise_multiplier,
             "sampling_probability": run.planned.sampling_probability,
             "epsilon": float(Accountant(run.mechanisms).epsilon(delta).upper) if run.mechanisms else 0.0,
+            "deviations": run.deviations,
         }
         for folder, run in runs.items()
     ]
-    _print(fv, result, accountant, None, solved="epsilon")
+    _print(fv, result, accountant, None)
     return 0
 
 
@@ -208,7 +209,7 @@ def _bracket(accountant: "Accountant", delta: float) -> dict[str, Any]:
 
 
 def _print(
-    fv: flags.FlagValues, result: dict[str, Any], accountant: "Accountant", target: float | None, solved: str
+    fv: flags.FlagValues, result: dict[str, Any], accountant: "Accountant", target: float | None, solved: str = ""
 ) -> None:
     """The result as a table or as JSON, with the tables and the plot that were asked for."""
     from accounting import run_files
@@ -237,6 +238,8 @@ def _print(
 def _shown(name: str, value: Any) -> str:
     from accounting import rounding
 
+    if isinstance(value, list):
+        return "; ".join(value) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(key, part)}" for key, part in value.items())
     if name.startswith("epsilon") and not name.endswith("numeric"):

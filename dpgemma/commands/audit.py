@@ -41,6 +41,8 @@ def run(fv: flags.FlagValues) -> int:
 
     workdir = pathlib.Path(fv.workdir)
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
+    if run_files.is_locked(workdir):
+        raise InputError(f"a process is training in {workdir}: wait for it or stop it, and audit the run then")
     checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
     if fv.head is not None and not (len(fv.head) == 64 and set(fv.head) <= set("0123456789abcdef")):
         raise InputError(f"--head={fv.head} is no ledger head: give the 64 hexadecimal digits that train printed")

@@ -129,7 +129,7 @@ def _prepare(
         observer.inform(plan_lib.summary(plan, start.name, path))
         if choice:
             observer.inform(choice)
-        if seal_key and not begun:
+        if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     return Trainer(plan, objective, training, run, observers, held_out=held_out)
 

@@ -180,9 +180,10 @@ class RunDirectory:
 def changeable(config: dict[str, Any]) -> tuple[str, ...]:
     """The settings with which a run may go on as with others: they do not change what is computed.
 
-    Whole numbers have the same sum on any number of devices, so an exact release may also change its mesh.
+    The data may have moved: they are known by their fingerprint. Whole numbers have the same sum on any number of
+    devices, so an exact release may also change its mesh.
     """
-    return (*OPERATIONAL, "mesh") if config["release"] == EXACT else OPERATIONAL
+    return (*OPERATIONAL, "data", *(["mesh"] if config["release"] == EXACT else []))
 
 
 def open_existing(path: pathlib.Path) -> RunDirectory | None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,6 +123,7 @@ class Trainer:
                 if step < self.mechanism.steps:
                     self._inform(
                         f"stopped at step {step} of {self.mechanism.steps}; the same command goes on from here"
+                        f" (ledger head {ledger.head})"
                     )
                     return None
                 return self._finish(state.parameters, frozen, ledger)
@@ -160,8 +162,13 @@ class Trainer:
         if step < self.mechanism.steps:
             facts = {"environment": here} | ({} if same_bits else {"continuation": secrets.token_hex(16)})
             self._charge_repeats(ledger.history.with_resume({"kind": events.RESUME, "step": step, **facts}), step)
+            before = ledger.history.lineage[-1][1]
             ledger.append(events.RESUME, step=step, **facts)
+            after = ledger.history.lineage[-1][1]
             self._inform(f"resuming at step {step} of {self.mechanism.steps}")
+            if before != after:
+                found = _differing(before, after)
+                self._inform(f"this is another environment, so noise differs from here on ({found})")
         return step, state, frozen
 
     def _charge_repeats(self, history: History, step: int) -> None:
@@ -267,6 +274,14 @@ class Trainer:
 
 
 def _places(history: History) -> str:
-    """Where the steps were executed that are no part of the present lineage."""
-    lost = {lineage[-1][1] for _, lineage in history.executions if lineage[-1][1] != history.lineage[-1][1]}
-    return " or ".join(sorted(lost))
+    """Where the steps were executed that are no part of the present lineage: in which parts it differs from here."""
+    here = history.lineage[-1][1]
+    lost = {lineage[-1][1] for _, lineage in history.executions if lineage[-1][1] != here}
+    return " or ".join(_differing(place, here) for place in sorted(lost))
+
+
+def _differing(there: str, here: str) -> str:
+    """The parts in which two descriptions of environments differ."""
+    parts = [set(re.split("[,;] ", place)) for place in (there, here)]
+    only = [", ".join(sorted(parts[i] - parts[1 - i])) or "nothing further" for i in (0, 1)]
+    return f"there {only[0]}; here {only[1]}"

@@ -137,9 +137,23 @@ def test_a_fork_costs_what_it_adds(ways, steps, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == steps
     assert result["epsilon"] == Accountant(dp_sgd(10_000, 200, None, 1.0, 1.0, steps, ZERO_OUT)).epsilon(1e-6).upper
-    counted = [run["steps"] - run["steps_counted_elsewhere"] for run in result["runs"]]
+    counted = [run["steps"] - run["steps_of_runs_before"] for run in result["runs"]]
     assert sum(counted) == steps and counted[0] == result["runs"][0]["steps"]
-    assert ("copies of others" in result["statement"]) == (len(ways) > 1)
+    assert ("of another: steps" in result["statement"]) == (len(ways) > 1)
+
+
+def test_what_a_run_deviates_in_stands_beside_the_sum(tmp_path, capsys):
+    """The ledger of these runs says that their sums were floats, which no guarantee covers."""
+    from dpgemma import cli
+
+    folders = [write_way(tmp_path / str(i), WAYS["whole"]) for i in range(2)]
+    assert cli.main(["account", f"--compose={','.join(map(str, folders))}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [["float32" in line for line in run["deviations"]] for run in result["runs"]] == [[True], [True]]
+    assert all(f"In {folder}, sums and noise are float32 numbers" in result["statement"] for folder in folders)
+    assert cli.main(["account", f"--compose={','.join(map(str, folders))}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("deviations sums and noise are float32 numbers") == 2 and "(solved)" not in shown
 
 
 def write_way(folder, way):

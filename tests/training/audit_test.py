@@ -11,6 +11,7 @@ from accounting.ledger import chain as ledger_lib
 from accounting.mechanism import dp_sgd
 from dpgemma import cli
 from dpgemma.training import checkpoint
+from dpgemma.training.run import RunDirectory
 from tests.training.forgery import audited, change_later_steps, edit, rewrite_chain
 from tests.training.runs import COMMAND, ENVIRONMENT, call, flags, run, wait_for
 
@@ -36,6 +37,31 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     for arguments in ([], [tmp_path], [tmp_path / "nowhere"], [tmp_path, tmp_path]):
         assert cli.main(["audit", *map(str, arguments)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_that_goes_on_is_not_audited(workdir, capsys):
+    """Its files are written one after the other, so they would not agree."""
+    trainer = RunDirectory(workdir)
+    trainer.lock()
+    assert cli.main(["audit", str(workdir)]) == 2
+    assert "a process is training in" in capsys.readouterr().err
+    trainer.unlock()
+    assert cli.main(["audit", str(workdir)]) == 0
+
+
+def test_an_export_is_not_taken_for_a_run(workdir, capsys):
+    assert cli.main(["audit", str(workdir / "export")]) == 2
+    assert "is an exported model" in capsys.readouterr().err
+
+
+def test_a_deposited_head_is_confirmed(workdir, capsys):
+    lines = (workdir / "ledger.jsonl").read_text().splitlines()
+    head = ledger_lib.inspect("\n".join(lines[:3]) + "\n")[0][-1].hash
+    assert cli.main(["audit", str(workdir), f"--head={head}"]) == 0
+    out = capsys.readouterr().out
+    assert f"the given head is that of line 3 of {len(lines)}" in out and "deposited elsewhere" not in out
+    assert cli.main(["audit", str(workdir), f"--head={'0' * 64}"]) == 1
+    assert "is that of line" not in capsys.readouterr().out
 
 
 def test_interrupted_runs_are_consistent_and_marked_unfinished(text, tmp_path, capsys):

@@ -92,13 +92,16 @@ def test_what_goes_on_elsewhere_has_other_noise(place, original, text, tmp_path)
         [*COMMAND, *map(str, arguments)], env=variables, capture_output=True, text=True, timeout=500, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+    assert "resuming at step 4 of 6\nthis is another environment, so noise differs from here on (there " in done.stderr
     for step in (4, 5):
         assert abs(correlation(released(whole, step), released(copy, step))) < 0.1
     assert correlation(released(whole, 3), released(copy, 3)) == 1
     composed = json.loads(call("account", f"--compose={whole},{copy}", "--json").stdout)
-    assert composed["steps"] == 8 and "1 of them are copies" in composed["statement"]
+    assert composed["steps"] == 8 and "1 of them is a copy of another" in composed["statement"]
     result = json.loads(call("audit", copy, "--json").stdout)
-    assert result["consistent"] and any("from step 4 on the run was executed elsewhere" in n for n in result["notices"])
+    assert result["consistent"] and any(
+        "from step 4 on the run was executed in another environment" in n for n in result["notices"]
+    )
 
 
 @pytest.mark.parametrize("meshes", [("data:1",), pytest.param(("data:2", "data:1"), marks=pytest.mark.slow)])

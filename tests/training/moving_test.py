@@ -41,7 +41,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     facts = {name: start[name] for name in ("num_units", "model", "seal")}
     fingerprint = json.loads(directory.data_file.read_text())["fingerprint"]
     directory.check_resumable(config, fingerprint, facts)
-    free = {"checkpoint_every", "keep_checkpoints", "mesh"}
+    free = {"checkpoint_every", "keep_checkpoints", "data", "mesh"}
     assert {field.name for field in dataclasses.fields(Settings)} <= set(config)
     for name in config:
         changed = {**config, name: "another value"}
@@ -55,7 +55,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     for name in facts:
         with pytest.raises(InputError, match=name):
             directory.check_resumable(config, fingerprint, {**facts, name: "another"})
-    assert changeable({**config, "release": "float32"}) == ("checkpoint_every", "keep_checkpoints")
+    assert changeable({**config, "release": "float32"}) == ("checkpoint_every", "keep_checkpoints", "data")
 
 
 def test_what_a_run_began_with_stays_where_another_machine_finds_it_but_for_its_last_bits():
@@ -64,6 +64,22 @@ def test_what_a_run_began_with_stays_where_another_machine_finds_it_but_for_its_
     assert plan_lib._as_begun(0.5226877415236246, begun, "noise_multiplier") == begun["noise_multiplier"]
     assert plan_lib._as_begun(0.52268775, begun, "noise_multiplier") == 0.52268775
     assert plan_lib._as_begun(4.0, begun, "epsilon") == 4.0 and plan_lib._as_begun(4.0, None, "epsilon") == 4.0
+
+
+def test_a_run_follows_its_data_to_another_place(finished, text, tmp_path):
+    """Data are known by their fingerprint, so batches and noise stay; other data in the old place are refused."""
+    workdir = copy_of(finished, tmp_path)
+    before = final_parameters(workdir)[1]
+    shutil.rmtree(workdir / "checkpoints/6")
+    moved = shutil.copy(text, tmp_path / "moved.txt")
+    done = call(*flags(moved, workdir))
+    assert done.returncode == 0 and "resuming at step 4 of 6" in done.stderr, done.stderr
+    assert "another environment" not in done.stderr
+    assert_same_bits(before, final_parameters(workdir)[1])
+    assert len(step_records(workdir)) == 6 and call("audit", workdir).returncode == 0
+    pathlib.Path(moved).write_text(text.read_text().replace("fever", "fewer", 1))
+    done = call(*flags(moved, workdir))
+    assert done.returncode == 2 and "the data differ" in done.stderr
 
 
 def run_elsewhere(arguments, **variables):

@@ -155,6 +155,7 @@ def test_signals_save_and_exit_cleanly(number, text, tmp_path):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out == "" and "the same command goes on" in err and "Traceback" not in err
+    assert json.loads((workdir / "ledger.jsonl").read_text().splitlines()[-1])["hash"] in err
     step, _, meta = final_parameters(workdir)
     report = json.loads((workdir / "report.json").read_text())
     assert step == meta["optimizer_count"] == report["steps"] == len(step_records(workdir)) > 2

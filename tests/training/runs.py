@@ -61,10 +61,11 @@ def step_secrets(workdir):
     config, keys, data = (
         json.loads((workdir / name).read_text()) for name in ("config.json", "private/keys.json", "private/data.json")
     )
+    free = ("checkpoint_every", "keep_checkpoints", "data", "mesh")
     circumstances = {
         "data": data["fingerprint"],
         "places": [[0, records[0]["environment"]]],  # of a run that never left its first one
-        "settings": {k: v for k, v in config.items() if k not in ("checkpoint_every", "keep_checkpoints", "mesh")},
+        "settings": {k: v for k, v in config.items() if k not in free},
         "start": {k: v for k, v in records[0].items() if k not in ("n", "hash", "environment")},
     }
     text = json.dumps(circumstances, sort_keys=True, separators=(",", ":")).encode()
