@@ -14,7 +14,7 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.mechanism import Mechanism
 
-LARGEST_NOISE = 1e4
+SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e4
 LARGEST_COUNT = 10**15
 _COARSE = 4e-3
 
@@ -27,7 +27,7 @@ def noise_multiplier(mechanism: Mechanism, epsilon: float, delta: float, *, tole
     """The mechanism with the smallest noise, to a relative `tolerance`, that meets (epsilon, delta).
 
     Raises:
-      InputError: no noise multiplier up to LARGEST_NOISE does.
+      InputError: no noise multiplier up to LARGEST_NOISE does, or one below SMALLEST_NOISE does.
     """
 
     def at(sigma: float) -> Any:
@@ -50,6 +50,11 @@ def noise_multiplier(mechanism: Mechanism, epsilon: float, delta: float, *, tole
                 " maximum batch: raise epsilon or delta, or take fewer steps"
             )
     while coarse(low):
+        if low < SMALLEST_NOISE:
+            raise InputError(
+                f"almost no noise reaches epsilon {epsilon:g} at delta {delta:g}, which protect nobody: lower epsilon"
+                " or delta, or give the noise multiplier"
+            )
         low, high = low / 2, low
     low, high = _shrink(coarse, low, high, 1e-2)
     # The interval that suffices at the coarse answer serves for all that follow.

@@ -173,7 +173,7 @@ class _Audit:
             self._content(run_files.PAGE, required=False), lines, self._reported("statement")
         )
         if (content := self._content(run_files.METRICS, required=events.CHECKPOINT in kinds)) is not None:
-            found = list(document_checks.metrics(content, lines, executed.steps))
+            found = list(document_checks.metrics(content, lines, executed.updates, finished=executed.finished))
             known = settings is not None and run_files.digest(settings) == executed.declared["config_sha256"]
             if settings is not None and known and not found and executed.version >= events.PLACES:
                 found += metrics_checks.recomputed(content, json.loads(settings), lines, executed, self._accountant)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ def page(content: bytes | None, lines: Sequence[Line], statement: str | None) ->
         yield Finding("report_disagrees", run_files.PAGE, "its statement is not that of report.json")
 
 
-def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Finding]:
+def metrics(content: bytes, lines: Sequence[Line], updates: int, *, finished: bool) -> Iterator[Finding]:
     """Yields findings if metrics.jsonl has other than public keys, or lines other than those the ledger recorded."""
     where = run_files.METRICS
     rows = [row + b"\n" for row in content.split(b"\n")]
@@ -158,8 +159,8 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
         try:
             keys = set(json.loads(row))
         except (ValueError, TypeError, RecursionError):  # no JSON, or no object
-            if number == len(rows) and not row.endswith(b"\n"):
-                continue  # a crash cut it off; its step is executed again
+            if number == len(rows) and not finished and _is_cut_off(row):
+                continue  # by a crash; its step is executed again
             yield Finding("unparsable", f"{where} line {number}", "it is no JSON object")
             return
         if keys != _METRICS:
@@ -171,8 +172,8 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
                 f"it holds {', '.join(sorted(keys))}; only {', '.join(sorted(_METRICS))} are public",
             )
             return
-    if len(rows) > steps:
-        yield Finding("steps_beyond_ledger", where, f"it has {len(rows)} steps, the ledger {steps}")
+    if len(rows) > updates:
+        yield Finding("steps_beyond_ledger", where, f"it has {len(rows)} steps, the ledger {updates}")
     for step, digest, is_lost in _known_metrics(lines):
         if is_lost and len(rows) < step:
             continue  # this checkpoint was lost, and the run has not come so far again
@@ -183,6 +184,13 @@ def metrics(content: bytes, lines: Sequence[Line], steps: int) -> Iterator[Findi
                 f"its first {step} lines are not those that the ledger recorded at step {step}",
             )
             return
+
+
+def _is_cut_off(row: bytes) -> bool:
+    """Whether it is the beginning of a row as the program writes it."""
+    shape = re.sub(rb"[-+.\de]*\d[-+.\de]*", b"#", row)
+    whole = [b'{"step": #, "epsilon": %s, "learning_rate": #}' % epsilon for epsilon in (b"#", b'"inf"')]
+    return any(text.startswith(shape) for text in whole)
 
 
 def _known_metrics(lines: Sequence[Line]) -> list[tuple[int, str, bool]]:

@@ -59,7 +59,8 @@ def accounted(
 
 
 def _unknown(workdir: pathlib.Path, path: pathlib.Path) -> Finding:
-    what = "it is a link" if path.is_symlink() else "the run did not write it" if path.is_file() else "it is no file"
+    what = "the run did not write it" if path.is_file() or path.is_dir() else "it is no file"
+    what = "it is a link" if path.is_symlink() else what
     return Finding("file_unknown", path.relative_to(workdir).as_posix(), f"{what}; nothing says what it holds")
 
 
@@ -72,6 +73,8 @@ def _outside(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
             folders[:] = [name for name in folders if name != run_files.PRIVATE]
         links = [name for name in folders if (here / name).is_symlink()]
         folders[:] = [name for name in folders if here / name not in checkpoints]
+        if not folders and not files and here != workdir and here != workdir / run_files.CHECKPOINTS:
+            yield here  # an empty folder, whose name nothing explains
         for name in sorted([*links, *files]):
             own = here == workdir and name in (*run_files.PUBLIC_FILES, *run_files.FOLDERS)
             if not own and here / name not in checkpoints:
@@ -105,6 +108,9 @@ def _checkpoint(
     old = executed.version < events.PLACES
     of_checkpoints = (events.CHECKPOINT, events.STORED)
     places = [line.record for line in lines if line.record["kind"] in of_checkpoints]
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and not any(path.iterdir()):
+            yield _unknown(workdir, path)
     stored = [record for record in places if record["kind"] == events.STORED and str(record["step"]) == folder.name]
     if stored:
         if run_files.folder_digest(folder) != stored[-1]["files_sha256"]:

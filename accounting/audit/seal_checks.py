@@ -3,7 +3,7 @@
 import hmac
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accounting import run_files
@@ -25,8 +25,9 @@ def sealed(
       required: a key from elsewhere under which the ledger must be sealed; without one, the keys in private/ are used.
     """
     declared = str(executed.declared["seal"])
+    surplus = list(_surplus(workdir, declared, lines))
     own, facts = _own_key(workdir), _private_facts(workdir)
-    findings = _remembered(facts, own, declared, executed.version)
+    findings = surplus + _remembered(facts, own, declared, executed.version)
     if facts is None and own is not None:
         findings.append(Finding("unparsable", run_files.DATA, "it is missing, or no JSON object"))
     verifier, notices = _verifier(executed, required or own, given=required is not None)
@@ -43,6 +44,18 @@ def sealed(
     elif executed.version >= events.PLACES:
         findings += _closing(workdir / run_files.SEAL, verifier, lines)
     return findings, notices
+
+
+def _surplus(workdir: pathlib.Path, declared: str, lines: Sequence[Line]) -> Iterator[Finding]:
+    """Seals of another kind than the ledger claims to have: they lie outside its chain, and nobody checks them."""
+    field = {seals.KEYED_CHAIN: "mac", seals.SIGNED_CHAIN: "signature"}.get(declared)
+    for number, line in enumerate(lines, start=1):
+        if other := sorted(set(line.seals) - {field}):
+            where = f"{run_files.LEDGER} line {number}"
+            yield Finding("seal_invalid", where, f"it has a {other[0]}, which a {declared} does not have")
+            break
+    if declared == seals.CHAIN and (workdir / run_files.SEAL).exists():
+        yield Finding("file_unknown", run_files.SEAL, "the ledger has no seal; nothing says what it holds")
 
 
 def _verifier(executed: Executed, key: AuditKey | None, *, given: bool) -> tuple[Verifier | None, list[str]]:

@@ -71,10 +71,11 @@ class PublicKey:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
         try:
-            Ed25519PublicKey.from_public_bytes(self.public).verify(bytes.fromhex(seal), text.encode())
+            signature = bytes.fromhex(seal)
+            Ed25519PublicKey.from_public_bytes(self.public).verify(signature, text.encode())
         except (InvalidSignature, ValueError):
             return False
-        return True
+        return signature.hex() == seal  # in no other spelling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,7 @@ def closed_at(verifier: Verifier, content: bytes) -> tuple[int, str] | None:
         record = json.loads(content)
         lines, head, sealed = record["lines"], record["head"], record[verifier.field]
         holds = set(record) == {"lines", "head", verifier.field} and verifier.holds(_closed(lines, head), sealed)
+        holds = holds and content == f"{json.dumps(record, sort_keys=True)}\n".encode()  # in no other spelling
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return (lines, head) if holds and isinstance(lines, int) else None

@@ -202,7 +202,8 @@ def _bracket(accountant: "Accountant", delta: float) -> dict[str, Any]:
     bracket = accountant.epsilon(delta)
     return {
         "epsilon": float(bracket.upper),
-        "epsilon_lower_numeric": float(bracket.lower),
+        # A large epsilon may have no useful lower end.
+        "epsilon_lower_numeric": float(bracket.lower) if bracket.lower > 0 or bracket.upper < 0.01 else None,
         "delta": delta,
         "cross_check": float(bracket.cross_check),
     }
@@ -238,6 +239,8 @@ def _print(
 def _shown(name: str, value: Any) -> str:
     from accounting import rounding
 
+    if value is None:
+        return "none"
     if isinstance(value, list):
         return "; ".join(value) or "none"
     if isinstance(value, dict):

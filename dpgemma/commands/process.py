@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from accounting.errors import InputError
 from dpgemma.sharding.rules import wanted
 from dpgemma.training.environment import DETERMINISTIC_SUMS
 
@@ -82,8 +83,13 @@ def set_deterministic_sums() -> Callable[[], None]:
 
     Returns:
       What restores the environment.
+
+    Raises:
+      InputError: XLA_FLAGS names a file.
     """
     before = os.environ.get("XLA_FLAGS")
+    if before and before.strip() and not before.strip().startswith("-"):
+        raise InputError("XLA_FLAGS names a file: set it to the flags themselves, which the ledger records")
     if "xla_gpu_deterministic_ops" not in (before or ""):
         os.environ["XLA_FLAGS"] = f"{before or ''} {DETERMINISTIC_SUMS}".strip()
 
@@ -117,8 +123,9 @@ def split_cpu(mesh: str) -> None:
     import jax
 
     cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES) if hasattr(os, "sched_getaffinity") else 1
+    shape = wanted(mesh)
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", wanted(mesh) or cores)
+        jax.config.update("jax_num_cpu_devices", shape.devices if shape else cores)
 
 
 @contextlib.contextmanager

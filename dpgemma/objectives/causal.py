@@ -25,7 +25,15 @@ from dpgemma.objectives.protocol import Params
 BITS_PER_BYTE = "bits_per_byte"
 
 
-def token_losses(config: GemmaConfig, parameters: Params, row: Mapping[str, Any], *, bos: int, **options: Any) -> Any:
+def token_losses(
+    config: GemmaConfig,
+    parameters: Params,
+    row: Mapping[str, Any],
+    *,
+    bos: int,
+    vocabulary_is_spread: bool = False,
+    **options: Any,
+) -> Any:
     """Negative log-likelihoods [..., S] of a row's tokens, each given bos and the tokens before it.
 
     Where a token is not scored, its loss is zero.
@@ -33,13 +41,15 @@ def token_losses(config: GemmaConfig, parameters: Params, row: Mapping[str, Any]
     Args:
       row: tokens and scored, each [..., S], as in data.text.rows.
       bos: number of the token that rows begin after.
+      vocabulary_is_spread: over devices, as cross_entropy takes it.
       options: of decoder.hidden_states.
     """
     tokens = row[TOKENS]
     bos_column = jnp.full((*tokens.shape[:-1], 1), bos, tokens.dtype)
     inputs = jnp.concatenate([bos_column, tokens[..., :-1]], axis=-1)
     hidden = decoder.hidden_states(config, parameters, inputs, **options)
-    losses = cross_entropy(hidden, parameters["embedder"]["embedding"], tokens, final_cap=config.final_cap)
+    words = parameters["embedder"]["embedding"]
+    losses = cross_entropy(hidden, words, tokens, final_cap=config.final_cap, is_spread=vocabulary_is_spread)
     return jnp.where(row[SCORED], losses, 0.0)
 
 
@@ -52,6 +62,7 @@ class CausalLM:
       tokenizer: of the rows; knows bos, and how many bytes a token stands for.
       length: S, tokens of a row.
       dtype, remat, attention: as decoder.hidden_states takes them; dtype by its name.
+      vocabulary_is_spread: whether devices along a model axis share the words among them.
     """
 
     start: StartingPoint
@@ -60,6 +71,7 @@ class CausalLM:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    vocabulary_is_spread: bool = False
 
     name = "causal"
 
@@ -82,7 +94,7 @@ class CausalLM:
 
     @property
     def identity(self) -> dict[str, Any]:
-        settings = [self.length, self.dtype, self.remat, self.attention]
+        settings = [self.length, self.dtype, self.remat, self.attention, self.vocabulary_is_spread]
         return {"model": dataclasses.asdict(self.model), "settings": settings}
 
     @property
@@ -101,6 +113,7 @@ class CausalLM:
             "dtype": jnp.dtype(self.dtype),
             "remat": self.remat,
             "attention": self.attention,
+            "vocabulary_is_spread": self.vocabulary_is_spread,
         }
 
     def init(self, seed: int, shardings: tuple[Any, Any] | None = None) -> tuple[Params, Params]:

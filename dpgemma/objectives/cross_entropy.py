@@ -32,17 +32,20 @@ def cross_entropy(
     *,
     final_cap: float | None = None,
     chunk: int | None = None,
+    is_spread: bool = False,
 ) -> Any:
     """Negative log-likelihood [..., T] in nats of targets [..., T] given hidden states [..., T, D].
 
     Args:
       chunk: words of the vocabulary whose logits exist at a time, in the forward and in the backward pass; by default
         all of them where they are few.
+      is_spread: whether the vocabulary is spread over devices, so that each has its part of all logits.
     """
     vocab_size = embedding_VxD.shape[0]
     if chunk is None:
-        chunk = vocab_size if targets.size * vocab_size <= MOST_LOGITS else CHUNK
-    core = CrossEntropy(final_cap, _chunk_size(vocab_size, chunk))
+        # A chunk of a vocabulary that is spread would lie on one device, and would have to go to all others.
+        chunk = vocab_size if is_spread or targets.size * vocab_size <= MOST_LOGITS else CHUNK
+    core = CrossEntropy(final_cap, _chunk_size(vocab_size, chunk), is_spread)
     # One axis of rows: XLA's CPU backend is faster with matrices.
     losses = operations.head(core, hidden.reshape(-1, hidden.shape[-1]), embedding_VxD, targets.reshape(-1))
     return losses.reshape(targets.shape)
@@ -54,6 +57,7 @@ class CrossEntropy:
 
     final_cap: float | None
     chunk: int
+    is_spread: bool = False
 
     def _chunks(self, embedding_VxD: jax.Array) -> tuple[Any, Any]:
         """The words as [K, C, D], zeros behind the last, and the number [K] of each chunk's first word."""
@@ -75,7 +79,11 @@ class CrossEntropy:
         if self.chunk == vocab_size:
             z = self._logits(hidden_NxD, embedding_VxD)
             log_total = jax.nn.logsumexp(z, axis=-1)
-            losses = log_total - jnp.take_along_axis(z, targets_N[:, None], axis=-1)[:, 0]
+            if self.is_spread:  # a sum, which every device takes over its own words
+                of_target = jnp.where(targets_N[:, None] == jnp.arange(vocab_size), z, 0.0).sum(axis=-1)
+            else:
+                of_target = jnp.take_along_axis(z, targets_N[:, None], axis=-1)[:, 0]
+            losses = log_total - of_target
             return losses, (hidden_NxD, embedding_VxD, targets_N, log_total, z)
 
         def accumulate(carry: Any, xs: Any) -> tuple[Any, Any]:

@@ -247,6 +247,7 @@ def clipped_sum(
     norm: Any = None,
     steps: Any = None,
     shards: Any = None,
+    together: str | None = None,
 ) -> ClippedSum:
     """Sum over the units of the batch of factor * grad(loss)(params, unit), in float32 or on a grid.
 
@@ -272,6 +273,8 @@ def clipped_sum(
       shards: inside shard_map, for every leaf of params the sharding.place.Gathered axis of which this device holds a
         shard, or None; "ghost" and "per_layer" only. The sums of such leaves are shards of the sum over all devices;
         those of the others, of this one.
+      together: a mesh axis whose devices go through the loop over microbatches equally often, each with padding where
+        others have units: where the compiler divides the work on a unit, what it sends may wait for all of them.
 
     Returns:
       ClippedSum, with per-unit losses and norms for private use.
@@ -320,7 +323,7 @@ def clipped_sum(
         total, lengths, losses = add_microbatch(0, start)
     else:
         used = jnp.max(jnp.where(mask, jnp.arange(slots) // size + 1, 0), initial=0)
-        for axis_name in {shard.axis_name for shard in shards or [] if shard}:
+        for axis_name in {shard.axis_name for shard in shards or [] if shard} | ({together} - {None}):
             used = jax.lax.pmax(used, axis_name)  # devices that gather from each other go through the loop together
         total, lengths, losses = jax.lax.fori_loop(0, used, add_microbatch, start)
     half: Any = 0.5 if steps is None else 1
@@ -335,27 +338,17 @@ def _count(mask: jax.Array, lengths: jax.Array, clip_norm: Any, half: Any) -> ja
     return jnp.where(mask & (lengths > 0) & jnp.isfinite(lengths), halves, jnp.zeros_like(halves)).sum()
 
 
-def sum_over_devices(clipped: ClippedSum, axis_name: str, shards: Any = None, scattered: Any = None) -> ClippedSum:
+def sum_over_devices(clipped: ClippedSum, axis_name: str, shards: Any = None) -> ClippedSum:
     """Adds the sums of devices that hold disjoint units (inside shard_map).
 
     One unit lies on one device, so the sensitivity stays what it is.
 
     Args:
       shards: as clipped_sum was given it; what is a shard of such a sum already stays as it is.
-      scattered: for every leaf of the total the number of the axis along which each device keeps a part of the sum, or
-        None where each keeps all of it.
     """
     leaves, structure = jax.tree.flatten(clipped.total)
-    none = [None] * len(leaves)
-
-    def of_leaf(leaf: jax.Array, shard: Any, axis: int | None) -> jax.Array:
-        if shard is not None and shard.axis_name == axis_name:
-            return leaf
-        if axis is None:
-            return jax.lax.psum(leaf, axis_name)
-        return jax.lax.psum_scatter(leaf, axis_name, scatter_dimension=axis, tiled=True)
-
-    sums = [of_leaf(*each) for each in zip(leaves, shards or none, scattered or none, strict=True)]
+    summed = [shard is not None and shard.axis_name == axis_name for shard in shards or [None] * len(leaves)]
+    sums = [leaf if done else jax.lax.psum(leaf, axis_name) for leaf, done in zip(leaves, summed, strict=True)]
     return dataclasses.replace(
         clipped, total=jax.tree.unflatten(structure, sums), count=jax.lax.psum(clipped.count, axis_name)
     )

@@ -1,52 +1,73 @@
 """Arrays on the devices of a mesh: parameters by the rules of a layout, units dealt out over the data axis."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpgemma.sharding.rules import AT_REST, DATA_AXIS, REPLICATED, RULES
+from accounting.errors import InputError
+from dpgemma.sharding.rules import AT_REST, DATA_AXIS, MAY_STAY_WHOLE, MODEL_AXIS, REPLICATED, RULES, TENSOR
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where parameters lie, by one table of rules: while they are used, and at rest.
+    """Where parameters lie on a mesh, by one table of rules: while they are used, and at rest.
 
     At rest are the parameters that are trained, the moments of the optimizer and the noised sum: these are spread over
     the data axis as well, so that no device holds or updates all of them (Rajbhandari et al. 2020, arXiv 1910.02054).
 
     >>> from jax.sharding import AbstractMesh
-    >>> mesh = AbstractMesh((2,), ("data",))
-    >>> Layout().in_use(("layers", "model", "feed_forward"))  # every device holds all of it
-    PartitionSpec(None, None, None)
-    >>> Layout().at_rest(mesh, ("layers", "model", "feed_forward"), (26, 64, 256))
-    PartitionSpec(None, None, 'data')
+    >>> layout = Layout(AbstractMesh((2,), ("data",)))
+    >>> tuple(layout.in_use(("layers", "model", "feed_forward"), (26, 64, 256)))  # every device holds all of it
+    (None, None, None)
+    >>> tuple(layout.at_rest(("layers", "model", "feed_forward"), (26, 64, 256)))
+    (None, None, 'data')
+
+    Attributes:
+      mesh: with the data axis, and the model axis where it has more than one device.
     """
 
-    name: str = REPLICATED
+    mesh: Any
 
-    def in_use(self, axes: tuple[str, ...]) -> PartitionSpec:
+    @property
+    def name(self) -> str:
+        return TENSOR if MODEL_AXIS in self.mesh.shape else REPLICATED
+
+    def in_use(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """How an array with these logical axes is spread while the loss uses it.
 
         Raises:
           ValueError: an axis that the layout has no rule for.
+          InputError: an axis that does not divide among the devices.
         """
         rules = RULES[self.name]
         unknown = [axis for axis in axes if axis not in rules]
         if unknown:
             raise ValueError(f"layout {self.name} has no rule for the axis {', '.join(unknown)}")
-        return PartitionSpec(*(rules[axis] for axis in axes))
+        return PartitionSpec(*(self._along(rules[axis], axis, size) for axis, size in zip(axes, shape, strict=True)))
 
-    def at_rest(self, mesh: Any, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    def _along(self, mesh_axis: str | None, axis: str, size: int) -> str | None:
+        if mesh_axis is None or size % self.mesh.shape[mesh_axis] == 0:
+            return mesh_axis
+        if axis in MAY_STAY_WHOLE:
+            return None
+        devices = self.mesh.shape[mesh_axis]
+        raise InputError(
+            f"`mesh` spreads {axis} over {devices} devices, and {size} does not divide among them: use a {mesh_axis}"
+            f" axis of {math.gcd(size, devices)}"
+        )
+
+    def at_rest(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """How it is spread otherwise: over the data axis too, along the first axis of AT_REST that divides among its
-        devices. An array without one is held whole.
+        devices. An array without one is held as in use.
 
         Raises:
-          ValueError: an axis that the layout has no rule for.
+          ValueError, InputError: as in_use.
         """
-        spec, devices = list(self.in_use(axes)), mesh.shape[DATA_AXIS]
+        spec, devices = list(self.in_use(axes, shape)), self.mesh.shape[DATA_AXIS]
         for axis in AT_REST:
             place = axes.index(axis) if axis in axes else None
             if place is not None and spec[place] is None and shape[place] % devices == 0:
@@ -54,28 +75,48 @@ class Layout:
                 break
         return PartitionSpec(*spec)
 
-    def shardings_in_use(self, mesh: Mesh, axes: Any) -> Any:
-        """For a tree of tuples of logical axes, the tree of shardings.
+    def places(self, axes: tuple[Any, Any], shapes: tuple[Any, Any]) -> "Places":
+        """Of all parameters of an objective, from its axes() and shapes().
 
         Raises:
-          ValueError: a parameter, by its name, that has an axis without a rule.
+          ValueError, InputError: as in_use; the first names the parameter.
         """
-        return _by_name(lambda axes: NamedSharding(mesh, self.in_use(axes)), axes)
 
-    def shardings_at_rest(self, mesh: Mesh, axes: Any, shapes: Any) -> Any:
-        """As shardings_in_use; `shapes` is the tree of the arrays' shapes and types."""
-        return _by_name(lambda axes, leaf: NamedSharding(mesh, self.at_rest(mesh, axes, leaf.shape)), axes, shapes)
+        def of(rule: Any, part: int) -> Any:
+            def of_leaf(axes: tuple[str, ...], leaf: Any) -> NamedSharding:
+                return NamedSharding(self.mesh, rule(axes, leaf.shape))
+
+            return _by_name(of_leaf, axes[part], shapes[part])
+
+        return Places(of(self.in_use, 0), of(self.at_rest, 0), of(self.in_use, 1))
 
 
-def _by_name(of_leaf: Callable[..., Any], axes: Any, *trees: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Trees of shardings.
+
+    Attributes:
+      in_use: of the trained parameters while the loss uses them.
+      at_rest: of the trained parameters otherwise, of their noised sum and of the optimizer's moments.
+      frozen: of the others.
+    """
+
+    in_use: Any
+    at_rest: Any
+    frozen: Any
+
+
+def _by_name(of_leaf: Callable[..., Any], axes: Any, shapes: Any) -> Any:
     def named(path: Any, *leaves: Any) -> Any:
         try:
             return of_leaf(*leaves)
+        except InputError:
+            raise
         except ValueError as error:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"parameter {name}: {error}") from None
 
-    return jax.tree_util.tree_map_with_path(named, axes, *trees, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree_util.tree_map_with_path(named, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +153,34 @@ def over_units(mesh: Mesh) -> NamedSharding:
 SHARED, SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
 
 
-def axis_over_units(spec: PartitionSpec) -> int | None:
-    """The number of the axis that is spread over the devices that hold different units; None where there is none."""
-    return next((number for number, names in enumerate(spec) if names == DATA_AXIS), None)
+def specs(shardings: Any) -> Any:
+    """The tree of the specs of a tree of shardings."""
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+
+def is_one_row(mesh: Mesh) -> bool:
+    """Whether all units lie on one row of devices along the model axis, so that nothing is added up over rows."""
+    return MODEL_AXIS in mesh.shape and mesh.shape[DATA_AXIS] == 1
+
+
+def sum_over_rows(mesh: Mesh, stacked: Any, in_use: Any, at_rest: Any) -> Any:
+    """The tree of sums over the rows of devices, each device with its part of them alone.
+
+    Args:
+      stacked: tree of [rows, ...], each row's sums on its own devices.
+      in_use, at_rest: specs of the sums of one row, and of the result.
+    """
+
+    def of_leaf(one: jax.Array, spec: PartitionSpec) -> jax.Array:
+        axis = next((number for number, names in enumerate(spec) if names == DATA_AXIS), None)
+        if axis is None:
+            return jax.lax.psum(one[0], DATA_AXIS)
+        return jax.lax.psum_scatter(one[0], DATA_AXIS, scatter_dimension=axis, tiled=True)
+
+    side_by_side = jax.tree.map(lambda spec: PartitionSpec(DATA_AXIS, *spec), in_use)
+    return on_each_device(mesh, lambda stacked: jax.tree.map(of_leaf, stacked, at_rest), (side_by_side,), at_rest)(
+        stacked
+    )
 
 
 def in_shards(
@@ -141,3 +207,18 @@ def in_shards(
 def on_each_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """The function, run by every device on its own part of the SPREAD arguments and on all of the SHARED ones."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def on_each_row(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """As on_each_device, but by every row of devices along the model axis, where there is one: within a row, arrays are
+    spread as they were before, and the compiler divides the work.
+
+    The specs name the data axis alone.
+    """
+    if MODEL_AXIS not in mesh.shape:
+        return on_each_device(mesh, function, in_specs, out_specs)
+    if is_one_row(mesh):  # of which the compiler cannot make a function of rows
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={DATA_AXIS}, check_vma=False
+    )

@@ -4,6 +4,7 @@ No data are looked at: the trial knows the model, the shapes and the devices, so
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -27,7 +28,8 @@ from dpgemma.data.batch import Batch
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
-from dpgemma.sharding import place
+from dpgemma.sharding.place import Layout
+from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training.observers import Observer
 from dpgemma.training.settings import Settings
 from dpgemma.training.step import sharded_clipped_sum
@@ -95,17 +97,22 @@ def measure(objective: Objective, mesh: str, ways: Sequence[Way], limit: float |
       limit: bytes of memory of one device; by default what it says itself.
     """
     devices = mesh_lib.make(mesh)
+    places = Layout(devices).places(objective.axes(), objective.shapes())
     # Trained parameters are float32; frozen ones are as their file has them, most often bfloat16.
     trainable, frozen = (
-        jax.tree.map(
-            lambda leaf, dtype=dtype: jnp.full(leaf.shape, 0.01, dtype, device=place.replicated(devices)), tree
+        jax.tree.map(functools.partial(_filled, dtype=dtype), tree, shardings)
+        for tree, dtype, shardings in zip(
+            objective.shapes(), (jnp.float32, jnp.bfloat16), (places.at_rest, places.frozen), strict=True
         )
-        for tree, dtype in zip(objective.shapes(), (jnp.float32, jnp.bfloat16), strict=True)
     )
-    units = max(size for _, size in ways) * devices.size
+    units = max(size for _, size in ways) * devices.shape[DATA_AXIS]
     batch = Batch.of_rows(objective.noise_rows(units), np.ones(units, bool))
     limit = memory_limit(devices) if limit is None else limit
     return [_trial(way, objective, trainable, frozen, batch, devices, limit) for way in ways]
+
+
+def _filled(leaf: Any, sharding: Any, dtype: Any) -> jax.Array:
+    return jnp.full(leaf.shape, 0.01, dtype, device=sharding)
 
 
 def _trial(
@@ -120,17 +127,17 @@ def _trial(
 def _timed(
     way: Way, objective: Objective, trainable: Any, frozen: Any, batch: Batch, mesh: Mesh, limit: float | None
 ) -> Trial:
-    how = Strategy(*way)
+    how, places = Strategy(*way), Layout(mesh).places(objective.axes(), objective.shapes())
     run = jax.jit(
         lambda trainable, frozen, batch: sharded_clipped_sum(
-            objective.loss, trainable, frozen, batch, Clip(1.0), how, mesh, steps=_STEPS
+            objective.loss, trainable, frozen, batch, Clip(1.0), how, mesh, steps=_STEPS, places=places
         )
     )
     compiled = run.lower(trainable, frozen, batch).compile()
     memory: Any = compiled.memory_analysis()
     # Beside what the program holds, there are the sum, its noised copy and the optimizer's two numbers for each trained
     # parameter.
-    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
+    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)) / mesh.size
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + 4 * 4 * trained
     if limit is not None and needed > _MEMORY_SHARE * limit:
         refused = f"needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}"
@@ -139,7 +146,7 @@ def _timed(
     for _ in range(_REPETITIONS + 1):
         start = time.perf_counter()
         jax.block_until_ready(compiled(trainable, frozen, batch))
-        seconds.append((time.perf_counter() - start) / (batch.slots / mesh.size))
+        seconds.append((time.perf_counter() - start) / (batch.slots / mesh.shape[DATA_AXIS]))
     return Trial(*way, seconds=min(seconds[1:]), temporary_bytes=memory.temp_size_in_bytes)
 
 

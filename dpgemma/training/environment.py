@@ -11,9 +11,11 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+from typing import Any
 
 import accounting
 import dpgemma
+from dpgemma.sharding.rules import MeshShape
 
 # With this flag in XLA_FLAGS a GPU adds up in a fixed order.
 DETERMINISTIC_SUMS = "--xla_gpu_deterministic_ops=true"
@@ -23,24 +25,71 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "ml_dtypes")
 # Libraries of accelerators: whatever of these is installed.
 _ACCELERATORS = ("libtpu", "jax-cuda", "nvidia-", "jax-rocm")
 
+# Variables that compilers and libraries of products read: whatever begins so.
+_VARIABLES = (
+    "JAX_", "XLA_", "PJRT_", "NPROC", "DNNL_", "ONEDNN_", "OMP_", "MKL_", "OPENBLAS_", "EIGEN_", "TF_", "LIBTPU_",
+    "CUBLAS_", "CUDNN_", "NVIDIA_TF32",
+)  # fmt: skip
+# Of variables and of jax's own settings, those that name places, say what is written down, or are stated otherwise.
+_OTHERWISE = (
+    "XLA_FLAGS", "JAX_PLATFORM", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE",
+    "JAX_ENABLE_COMPILATION_CACHE", "JAX_RAISE_PERSISTENT_CACHE", "JAX_LOG", "JAX_DUMP", "JAX_EXPLAIN", "JAX_TRACEBACK",
+    "JAX_PPRINT", "TF_CPP",
+)  # fmt: skip
 
-def description() -> str:
-    """The environment of this process, for the ledger."""
+
+def description(mesh: MeshShape) -> str:
+    """The environment of this process, for the ledger.
+
+    The number of devices is part of it: XLA's CPU backend divides large products by the number of its threads, which
+    follows it, and any compiler may make another program of a step on another mesh.
+
+    Args:
+      mesh: of the run.
+    """
     import jax
 
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = f"{_cpu()}, {cores} cores" if device.platform == "cpu" else device.device_kind
-    options = [name for name in _OPTIONS if jax.config.values[name]]
-    options.append(f"matmul precision {jax.config.values['jax_default_matmul_precision'] or 'default'}")
-    # In the order given, because the last of two equal flags holds. Left out: the number of devices, which the settings
-    # state, and dump flags, which change no result.
+    if device.platform == "cpu":
+        kind += f", {jax.local_device_count()} devices"
+    settings = jax.config.values
+    options = [name for name in _OPTIONS if settings[name]]
+    options.append(f"matmul precision {settings['jax_default_matmul_precision'] or 'default'}")
+    options.append(f"settings {_digest(sorted((k, str(v)) for k, v in settings.items() if _matters(k.upper())))}")
+    options += [f"{name} {_digest(os.environ[name])}" for name in sorted(os.environ) if _is_read_by_compilers(name)]
+    # In the order given, because the last of two equal flags holds. Left out: the number of devices, which is stated
+    # above, and dump flags, which change no result.
     options += [
-        flag
-        for flag in os.environ.get("XLA_FLAGS", "").split()
-        if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump"))
+        flag for flag in xla_flags() if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump"))
     ]
-    return f"{', '.join(_versions())}; {kind}; {', '.join(options)}; code {source_digest()[:16]}"
+    place = f"{kind}; mesh {mesh.data} by {mesh.model}"
+    return f"{', '.join(_versions())}; {place}; {', '.join(options)}; code {source_digest()[:16]}"
+
+
+def xla_flags() -> list[str]:
+    """The flags of XLA_FLAGS, in order; those of the file that it names, where it names one."""
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    if given and not given.startswith("-"):
+        try:
+            given = pathlib.Path(given).read_text()
+        except OSError:  # XLA complains
+            return [given]
+    return given.split()
+
+
+def _matters(name: str) -> bool:
+    return not name.startswith(_OTHERWISE) and not name.endswith("_VISIBLE_DEVICES")
+
+
+def _is_read_by_compilers(name: str) -> bool:
+    return name.startswith(_VARIABLES) and _matters(name)
+
+
+def _digest(value: Any) -> str:
+    """Of a value that may name what the public ledger should not."""
+    return hashlib.sha256(str(value).encode()).hexdigest()[:8]
 
 
 def _versions() -> list[str]:

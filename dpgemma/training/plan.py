@@ -12,7 +12,6 @@ from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd, grid
 from dpgemma.choices import EXACT
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM, Strategy
 from dpgemma.sharding import mesh as mesh_lib
-from dpgemma.sharding.place import Layout
 from dpgemma.training.optimizer import Optimization
 from dpgemma.training.settings import Settings
 
@@ -27,11 +26,10 @@ class Plan:
       delta: at which epsilon is stated.
       strategy: how clipped sums are computed.
       optimization: how parameters follow the noised gradients.
-      mesh: "data:N".
+      mesh: "data:N" or "data:A,model:B".
       seed: public seed of the initial parameters.
       checkpoint_every: updates between checkpoints.
       keep_checkpoints: checkpoints kept.
-      layout: where parameters lie.
     """
 
     mechanism: Mechanism
@@ -43,14 +41,13 @@ class Plan:
     seed: int
     checkpoint_every: int
     keep_checkpoints: int
-    layout: Layout = Layout()
 
     @property
     def slots(self) -> int:
         """Slots of a batch: its cap, filled up so that each device has whole microbatches."""
         cap = self.mechanism.max_batch_size
         assert cap is not None, "a run has a cap, which fixes the shapes"
-        multiple = mesh_lib.num_devices(self.mesh) * self.strategy.microbatch_size
+        multiple = mesh_lib.shape(self.mesh).data * self.strategy.microbatch_size
         return -(-cap // multiple) * multiple
 
     @property
@@ -186,7 +183,7 @@ def _on_fitting_grid(mechanism: Mechanism, trained: int) -> Mechanism:
 
 def _cap(settings: Settings, num_units: int, target: float, mesh: str, strategy: Strategy) -> int:
     """The truncation cap: the one given, or the smallest that costs little."""
-    devices, size = mesh_lib.num_devices(mesh), strategy.microbatch_size
+    devices, size = mesh_lib.shape(mesh).data, strategy.microbatch_size
     multiple, cap = devices * size, settings.max_batch_size
     if cap is None:
         return truncation.plan_max_batch_size(

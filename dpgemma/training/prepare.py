@@ -21,6 +21,7 @@ from dpgemma.objectives.causal import CausalLM
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.rules import wanted
 from dpgemma.training import clipping_choice, environment
 from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
@@ -120,7 +121,8 @@ def _prepare(
     if run:
         run.check_resumable(config, fingerprint, facts)
     else:
-        run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": environment.description()})
+        here = environment.description(mesh_lib.shape(plan.mesh))
+        run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": here})
     remarks = _remarks(source)
     run.remark(remarks)
     for observer in observers:
@@ -136,10 +138,12 @@ def _prepare(
 
 def _remarks(source: InMemory) -> list[str]:
     """What is worth knowing about single records: for the operator alone, because one record decides it."""
-    if not units.some_have_nothing_to_learn(source):
+    which = units.with_nothing_to_learn(source)
+    if which is None:
         return []
     return [
-        "some records have nothing to learn within `sequence_length`: their prompts fill it; raise it or shorten them"
+        f"{which} records have nothing to learn within `sequence_length`: their prompts fill it; raise it or shorten"
+        " them"
     ]
 
 
@@ -151,7 +155,16 @@ def objective_of(settings: Settings) -> CausalLM:
     """
     start, tokenizer = start_of(settings), tokenizer_lib.load(tokenizer_of(settings))
     tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
-    return CausalLM(start, tokenizer, settings.sequence_length, settings.dtype, settings.remat, settings.attention)
+    shape = wanted(settings.mesh)
+    return CausalLM(
+        start,
+        tokenizer,
+        settings.sequence_length,
+        settings.dtype,
+        settings.remat,
+        settings.attention,
+        vocabulary_is_spread=shape is not None and shape.model > 1,
+    )
 
 
 def tokenizer_of(settings: Settings) -> str:

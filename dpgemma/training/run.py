@@ -180,8 +180,8 @@ class RunDirectory:
 def changeable(config: dict[str, Any]) -> tuple[str, ...]:
     """The settings with which a run may go on as with others: they do not change what is computed.
 
-    The data may have moved: they are known by their fingerprint. Whole numbers have the same sum on any number of
-    devices, so an exact release may also change its mesh.
+    The data may have moved: they are known by their fingerprint. Whole numbers have the same sum in any order, so an
+    exact release may also go on with another mesh, which is another environment.
     """
     return (*OPERATIONAL, "data", *(["mesh"] if config["release"] == EXACT else []))
 

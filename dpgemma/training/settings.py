@@ -17,6 +17,9 @@ from dpgemma import choices
 from dpgemma.choices import AUTO
 from dpgemma.sharding.rules import SYNTAX
 
+# So that float32 numbers hold what is multiplied with it.
+_LARGEST = 1e30
+
 # Settings that change neither the mechanism nor the result, so a run may be resumed with others.
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
 
@@ -184,6 +187,9 @@ class Settings:
             raise InputError(f"`epsilon` must not be negative, got {self.epsilon:g}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise InputError(f"`learning_rate` must be positive and finite, got {self.learning_rate:g}")
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            if _LARGEST < getattr(self, name) < math.inf or (name == "weight_decay" and math.isinf(self.weight_decay)):
+                raise InputError(f"`{name}` must be at most {_LARGEST:g}, got {getattr(self, name):g}")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise InputError("`warmup_steps` and `weight_decay` must not be negative")
         if self.clip_thresholds != "uniform" and self.clipping != "per_layer":

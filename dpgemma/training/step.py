@@ -26,7 +26,8 @@ from dpgemma.privacy.clipping import ClippedSum, PrivateStats, Strategy
 from dpgemma.privacy.noise import NoisedMean, divide, scale
 from dpgemma.privacy.noisers import Noiser, noiser_of
 from dpgemma.sharding import place
-from dpgemma.sharding.rules import DATA_AXIS
+from dpgemma.sharding.place import Places
+from dpgemma.sharding.rules import DATA_AXIS, MODEL_AXIS
 
 Loss = Callable[[Any, Any, Unit], jax.Array]
 
@@ -73,38 +74,46 @@ def sharded_clipped_sum(
     mesh: Mesh,
     norm: Any = None,
     steps: Any = None,
-    at_rest: Any = None,
+    places: Places | None = None,
 ) -> ClippedSum:
-    """clipped_sum over a batch whose slots are spread over the devices, each unit on exactly one of them.
+    """clipped_sum over a batch whose slots are spread over the devices, each unit on exactly one row of them.
 
-    Gradients are taken, and therefore clipped, with respect to `trainable` alone.
+    Gradients are taken, and therefore clipped, with respect to `trainable` alone. Rows of devices have disjoint units,
+    so the sensitivity of the sum over the rows is that of one row's sum.
 
     Args:
       loss: loss(trainable, frozen, unit) -> scalar, of one unit alone.
       norm: the current clip norm where it adapts.
       steps: of a grid, as clipped_sum takes them.
-      at_rest: tree of the shardings that the sum shall have; None where every device keeps all of it.
+      places: where the parameters lie, in use and at rest, and the sum as at rest; None where every device keeps all.
     """
     shared: Any = place.SHARED
     spread: Any = place.SPREAD
+    whole = jax.tree.map(lambda _: place.SHARED, trainable)
+    in_use, at_rest = (whole, whole) if places is None else (place.specs(places.in_use), place.specs(places.at_rest))
+    if places is not None:
+        trainable = jax.lax.with_sharding_constraint(trainable, places.in_use)
     count = shared if clip.adapts else None
     on_grid = None if steps is None else shared
-    sums = shared if at_rest is None else jax.tree.map(lambda sharding: sharding.spec, at_rest)
-    scattered = None if at_rest is None else [place.axis_over_units(s.spec) for s in jax.tree.leaves(at_rest)]
-    out_specs = ClippedSum(sums, PrivateStats(spread, spread), clip.sensitivity, count=count, steps=on_grid)
+    out_specs = ClippedSum(spread, PrivateStats(spread, spread), clip.sensitivity, count=count, steps=on_grid)
     # A clip norm that adapts is an array like the others; a constant one stays a number, because the sensitivity is
     # made of it.
     current = {name: x for name, x in (("norm", norm), ("steps", steps)) if x is not None}
     in_specs = (place.SHARED, place.SHARED, place.SPREAD, place.SHARED)
+    together = DATA_AXIS if MODEL_AXIS in mesh.shape and not place.is_one_row(mesh) else None
 
-    def on_one_device(trainable: Any, frozen: Any, batch: Batch, current: dict[str, Any]) -> ClippedSum:
+    def on_one_row(trainable: Any, frozen: Any, batch: Batch, current: dict[str, Any]) -> ClippedSum:
         def of_unit(trainable: Any, unit: Unit) -> jax.Array:
             return loss(trainable, frozen, unit)
 
-        local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, **current)
-        return clipping.sum_over_devices(local, DATA_AXIS, scattered=scattered)
+        local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, together=together, **current)
+        # Sums of rows side by side: they are added where no compiler decides how they are spread.
+        stacked = jax.tree.map(lambda leaf: leaf[None], local.total)
+        added = local.count if place.is_one_row(mesh) else jax.lax.psum(local.count, DATA_AXIS)
+        return dataclasses.replace(local, total=stacked, count=added)
 
-    return place.on_each_device(mesh, on_one_device, in_specs, out_specs)(trainable, frozen, batch, current)
+    clipped = place.on_each_row(mesh, on_one_row, in_specs, out_specs)(trainable, frozen, batch, current)
+    return dataclasses.replace(clipped, total=place.sum_over_rows(mesh, clipped.total, in_use, at_rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +163,7 @@ def make_train_step(
     mechanism: Mechanism,
     mesh: Mesh,
     how: Strategy = Strategy(),
-    at_rest: Any = None,
+    places: Places | None = None,
 ) -> TrainStep:
     """The step of one mechanism, compiled when it is first called.
 
@@ -163,16 +172,16 @@ def make_train_step(
         are.
       mechanism: clip norm, noise and the public divisor come from here and from nowhere else.
       how: the way in which the clipped sum is computed.
-      at_rest: tree of the shardings of the trained parameters between their uses, which sums, noise and moments have
-        too: the parameters are gathered once in a step, and their sum is scattered once. None: every device holds all.
+      places: where parameters lie. Sums, noise and moments lie as the trained parameters at rest: these are gathered
+        once in a step, and their sum is scattered once. None: every device holds all.
 
     Raises:
       InputError: the count of clipped units leaves no noise for the gradients.
     """
     clip, noiser = mechanism.clip, noiser_of(mechanism)
     in_shards = None
-    if at_rest is not None:
-        specs = [sharding.spec for sharding in jax.tree.leaves(at_rest)]
+    if places is not None:
+        specs = [sharding.spec for sharding in jax.tree.leaves(places.at_rest)]
         in_shards = functools.partial(place.in_shards, mesh, specs)
 
     def dp_train_step(
@@ -180,7 +189,7 @@ def make_train_step(
     ) -> tuple[TrainState, PrivateStats]:
         steps = noiser.steps(noise_multiplier)
         clipped = sharded_clipped_sum(
-            loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps, at_rest
+            loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps, places
         )
         noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier, in_shards)
         mean = divide(noised, mechanism.expected_batch_size)
@@ -194,11 +203,12 @@ def make_train_step(
         return state.apply(optimizer, mean), clipped.stats
 
     replicated, spread = place.replicated(mesh), place.over_units(mesh)
-    state: Any = replicated if at_rest is None else state_shardings(optimizer, at_rest, mesh)
+    state: Any = replicated if places is None else state_shardings(optimizer, places.at_rest, mesh)
+    of_frozen = replicated if places is None else places.frozen
     program = jax.jit(
         dp_train_step,
         donate_argnums=0,
-        in_shardings=(state, replicated, spread, replicated, replicated),
+        in_shardings=(state, of_frozen, spread, replicated, replicated),
         out_shardings=(state, replicated),
     )
     return TrainStep(program, np.float32(noiser.multiplier), noiser)

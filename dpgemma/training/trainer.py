@@ -26,6 +26,8 @@ from dpgemma.privacy.noise import noise_keys
 from dpgemma.privacy.samplers import sampler_of
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
+from dpgemma.sharding.place import Layout
+from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training import environment, evaluation, metrics, report_files
 from dpgemma.training import optimizer as optimizer_lib
 from dpgemma.training.checkpoint import Checkpoints
@@ -93,10 +95,9 @@ class Trainer:
             )
         self.mesh = mesh_lib.make(plan.mesh)
         self.optimizer = optimizer_lib.make(plan.optimization)
-        (trainable, _), (axes, _) = objective.shapes(), objective.axes()
-        self.at_rest = plan.layout.shardings_at_rest(self.mesh, axes, trainable)
+        self.places = Layout(self.mesh).places(objective.axes(), objective.shapes())
         self.dp_step: TrainStep = make_train_step(
-            objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy, self.at_rest
+            objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy, self.places
         )
         self.first_step = 0
 
@@ -143,9 +144,9 @@ class Trainer:
 
     def _start_or_resume(self, checkpoints: Checkpoints, ledger: Ledger) -> tuple[int, TrainState, Any]:
         replicated = place.replicated(self.mesh)
-        in_use = self.plan.layout.shardings_in_use(self.mesh, self.objective.axes()[1])
-        trainable, frozen = self.objective.init(self.plan.seed, (self.at_rest, in_use))
-        shardings = state_shardings(self.optimizer, self.at_rest, self.mesh)
+        places = self.places
+        trainable, frozen = self.objective.init(self.plan.seed, (places.at_rest, places.frozen))
+        shardings = state_shardings(self.optimizer, places.at_rest, self.mesh)
         norm = clip_norm.start(self.mechanism.clip)
         state = TrainState(
             trainable,
@@ -153,7 +154,7 @@ class Trainer:
             None if norm is None else jax.device_put(norm, replicated),
             self.dp_step.noiser.init(trainable),
         )
-        here, platform = environment.description(), jax.devices()[0].platform
+        here, platform = environment.description(mesh_lib.shape(self.plan.mesh)), jax.devices()[0].platform
         same_bits = environment.is_deterministic(here, platform)
         untouched = len(ledger.records) == 1  # the start event alone
         if untouched and same_bits and ledger.records[0]["environment"] == here:
@@ -224,7 +225,7 @@ class Trainer:
         ):
             for t in range(first, mechanism.steps):
                 units = sampler.draw(keys.sampling, t)
-                batch = collate(self.source, units, plan.slots).dealt(self.mesh.size)
+                batch = collate(self.source, units, plan.slots).dealt(self.mesh.shape[DATA_AXIS])
                 ledger.append_step(t, mechanism.group)
                 state, stats = jax.block_until_ready(self.dp_step(state, frozen, batch, noise_keys(keys.noise, t)))
 
@@ -258,10 +259,11 @@ class Trainer:
     def _finish(self, trainable: Any, frozen: Any, ledger: Ledger) -> dict[str, float]:
         measured = {}
         if self.held_out is not None:
-            whole = jax.device_put(trainable, place.replicated(self.mesh))
-            measured = evaluation.measure(self.objective, whole, frozen, self.held_out)
+            gathered = jax.device_put(trainable, self.places.in_use)
+            measured = evaluation.measure(self.objective, gathered, frozen, self.held_out)
         with open(self.run.held_out_file, "a") as file:
-            file.write(json.dumps({"step": self.mechanism.steps, **measured}) + "\n")
+            known = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+            file.write(json.dumps({"step": self.mechanism.steps, **known}) + "\n")
         if not ledger.finished:
             ledger.append(events.EVALUATION, step=self.mechanism.steps, units="held_out")
             ledger.append(events.FINISH, step=self.mechanism.steps)

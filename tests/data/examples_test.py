@@ -63,9 +63,10 @@ def test_a_record_without_its_fields_is_named(record):
         to_rows([])
 
 
-def test_rows_with_nothing_to_learn_are_refused_together():
-    with pytest.raises(InputError, match="nothing to learn: raise `sequence_length`"):
-        to_rows([RECORDS[2], RECORDS[2]])
+def test_rows_with_nothing_to_learn_are_noticed_and_not_refused():
+    """Whether the last record that has something to learn is there must not show in whether training begins."""
+    found = [units.with_nothing_to_learn(to_rows([RECORDS[i] for i in numbers])) for numbers in ((2, 2), (0, 2), (0,))]
+    assert found == ["all", "some", None]
 
 
 def test_halves_of_surrogate_pairs_are_no_crash():

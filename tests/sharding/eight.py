@@ -1,5 +1,7 @@
 """What tests of meshes run in a process with eight devices, because their number is fixed once in a process."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,13 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from accounting.mechanism import dp_sgd
+from accounting.mechanism import Clip, dp_sgd
 from dpgemma.data.batch import Batch
+from dpgemma.gemma import decoder
 from dpgemma.gemma.files import weights
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.privacy.clipping import ClippedSum, PrivateStats, Strategy
 from dpgemma.privacy.noise import noise_keys
+from dpgemma.privacy.noisers import noiser_of
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding import place
 from dpgemma.sharding.place import Layout
-from dpgemma.training.step import TrainState, make_train_step, state_shardings
+from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum, state_shardings
 from tests import objectives
 from tests.training import step_test
 
@@ -35,23 +42,42 @@ def result_of(call: str) -> object:
     return json.loads(done.stdout)
 
 
-class Step:
-    """A step of AdamW on a small decoder, its state spread over so many devices, or held whole by each."""
+def small(family):
+    """A model of a family whose every spread axis divides among eight devices, but for the heads of keys and values."""
+    sizes = dict(d_model=16, d_ff=32, num_heads=8, num_kv_heads=2, head_dim=8, vocab_size=256)
+    config = dataclasses.replace(PRESETS[family], **sizes)
+    kinds = sorted(set(config.layer_types))
+    recurrent = dict(lru_width=64) if "recurrent" in kinds else {}
+    return dataclasses.replace(config, layer_types=tuple(kinds), window=5, **recurrent)
 
-    def __init__(self, devices, *, spread=True, grid_bits=20, dtype="float32"):
-        self.params, rows = step_test.problem()
-        self.mesh, optimizer = mesh_lib.make(f"data:{devices}"), optax.adamw(1e-2)
-        axes = weights.axes(step_test.MODEL)
-        at_rest = Layout().shardings_at_rest(self.mesh, axes, self.params) if spread else None
+
+def places_of(model, mesh):
+    """Where the parameters of a model lie, all of them trained."""
+    return Layout(mesh).places((weights.axes(model), {}), (decoder.parameter_shapes(model), {}))
+
+
+def batch(mesh):
+    """Sixteen slots, the last three of them padding."""
+    _, rows = step_test.problem()
+    twice = {name: np.concatenate([column, column]) for name, column in rows.items()}
+    return Batch.of_rows(twice, np.arange(16) < 13).dealt(mesh_lib.shape(mesh).data)
+
+
+class Step:
+    """A step of AdamW on a small decoder, its state spread over the mesh, or held whole by each device."""
+
+    def __init__(self, mesh, *, model=step_test.MODEL, spread=True, grid_bits=20, dtype="float32"):
+        self.mesh, optimizer = mesh_lib.make(mesh), optax.adamw(1e-2)
+        self.params = decoder.init_parameters(model, jax.random.key(0))
+        places = places_of(model, self.mesh) if spread else None
         mechanism = dp_sgd(100, 12, 16, 0.8, 0.5, 10, grid_bits=grid_bits)
-        loss = objectives.causal(step_test.MODEL, bos=2, dtype=dtype).loss
-        self.step = make_train_step(loss, optimizer, mechanism, self.mesh, at_rest=at_rest)
+        objective = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread="model" in mesh)
+        self.step = make_train_step(objective.loss, optimizer, mechanism, self.mesh, places=places)
         self.state = TrainState(jax.tree.map(jnp.array, self.params), optimizer.init(self.params))
         if spread:
-            places = state_shardings(optimizer, at_rest, self.mesh)
-            self.state = jax.device_put(self.state, TrainState(places.parameters, places.optimizer_state))
-        twice = {name: np.concatenate([column, column]) for name, column in rows.items()}
-        self.batch = Batch.of_rows(twice, np.arange(16) < 13).dealt(devices)
+            of_state = state_shardings(optimizer, places.at_rest, self.mesh)
+            self.state = jax.device_put(self.state, TrainState(of_state.parameters, of_state.optimizer_state))
+        self.batch = batch(mesh)
 
     def text(self):
         return self.step.lower(self.state, {}, self.batch, noise_keys(bytes(32), 0)).compile().as_text()
@@ -69,6 +95,63 @@ class Step:
         """The largest part of an array with more than one axis, parameter or moment, that one device holds."""
         leaves = [leaf for leaf in jax.tree.leaves(self.state) if leaf.ndim > 1]
         return max(leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves)
+
+
+def sums(meshes, family, dtype="float32"):
+    """Of the first mesh's clipped sum without noise: its norm, and how far those of all meshes are from it; the largest
+    difference of a unit's norm; and the largest norm that one unit contributes, in clip norms, on any of them.
+    """
+    model = small(family)
+    params = decoder.init_parameters(model, jax.random.key(0))
+    found = []
+    for mesh in meshes:
+        devices = mesh_lib.make(mesh)
+        places, spread = places_of(model, devices), "model" in mesh
+        loss = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread=spread).loss
+
+        @jax.jit
+        def run(params, batch, loss=loss, devices=devices, places=places):
+            clip = Clip(0.05)  # so small that every unit is clipped
+            return sharded_clipped_sum(loss, params, {}, batch, clip, Strategy(), devices, places=places)
+
+        whole = batch(mesh)
+        clipped = run(jax.device_put(params, places.at_rest), whole)
+        norms, mask = np.asarray(clipped.stats.norms), np.asarray(whole.mask)
+        alone = []
+        for slot in np.flatnonzero(mask)[:3]:
+            one = dataclasses.replace(whole, real=whole.real & (np.arange(16) == slot)[:, None])
+            alone.append(np.linalg.norm(flat(run(jax.device_put(params, places.at_rest), one).total)) / 0.05)
+        found.append((flat(clipped.total), np.sort(norms[mask]), max(alone)))
+    first, first_norms, _ = found[0]
+    away = [float(np.linalg.norm(total - first)) for total, _, _ in found]
+    norms_away = [float(np.abs(norms / first_norms - 1).max()) for _, norms, _ in found]
+    return float(np.linalg.norm(first)), away, norms_away, float(max(alone for _, _, alone in found))
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def noises(meshes, family):
+    """SHA-256 of what a step adds to a sum of zeros, by mesh."""
+    model, found = small(family), []
+    for mesh in meshes:
+        devices = mesh_lib.make(mesh)
+        places = places_of(model, devices)
+        in_shards = functools.partial(place.in_shards, devices, jax.tree.leaves(place.specs(places.at_rest)))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), decoder.parameter_shapes(model))
+        nobody = PrivateStats(jnp.zeros(1), jnp.zeros(1))
+        noiser = noiser_of(dp_sgd(100, 12, 16, 0.8, 0.5, 10, grid_bits=20))
+
+        @jax.jit
+        def run(zeros, noiser=noiser, in_shards=in_shards, nobody=nobody):
+            clipped = ClippedSum(zeros, nobody, sensitivity=0.5, steps=noiser.steps(0.8))
+            return noiser.add(clipped, (), noise_keys(bytes(32), 0), 0.8, in_shards)[0].total
+
+        noise = flat(run(jax.device_put(zeros, places.at_rest)))
+        assert len(np.unique(noise)) > 0.9 * noise.size
+        found.append(hashlib.sha256(noise.tobytes()).hexdigest())
+    return found
 
 
 def collectives(text):

@@ -216,7 +216,6 @@ REFUSALS = {
     "targets of nothing": (["--init_from={base}", "--lora_targets=q_proj"], "--lora_rank"),
     "seed": (["--seed=4294967296"], "below 2^32"),
     "seed beyond every count": (["--seed=100000000000000000000"], "at most 1e+18"),
-    "nothing to learn": (["--init_from={base}", "--sequence_length=3"], "nothing to learn"),
     "other unit": (["--init_from={base}", "--privacy_unit=sequence"], "--privacy_unit=example"),
 }
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from accounting import rounding
@@ -15,6 +16,8 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
 from accounting.mechanism import dp_sgd
+from dpgemma.commands import process
+from dpgemma.sharding.rules import MeshShape
 from dpgemma.training import environment
 from dpgemma.training import plan as plan_lib
 from dpgemma.training.run import RunDirectory, changeable
@@ -157,7 +160,7 @@ def test_where_sums_have_no_fixed_order_every_continuation_has_its_own_noise():
 def test_flags_of_the_compiler_are_part_of_the_environment(monkeypatch):
     def described(flags):
         monkeypatch.setenv("XLA_FLAGS", flags)
-        return environment.description()
+        return environment.description(MeshShape(2))
 
     plain, _, code = described("").rpartition("; code ")
     assert described("--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=4") == f"{plain}; code {code}"
@@ -169,11 +172,44 @@ def test_flags_of_the_compiler_are_part_of_the_environment(monkeypatch):
     assert not environment.is_deterministic(described(f"{on} {off}"), "gpu")
 
 
+def test_a_file_of_flags_is_known_by_what_it_holds(monkeypatch, tmp_path):
+    file = tmp_path / "flags.txt"
+    monkeypatch.setenv("XLA_FLAGS", str(file))
+    found = []
+    for content in ("--xla_cpu_max_isa=AVX", "--xla_cpu_max_isa=SSE4_2", "--xla_cpu_max_isa=AVX\n"):
+        file.write_text(content)
+        found.append(environment.description(MeshShape(1)))
+    assert found[0] == found[2] != found[1] and "--xla_cpu_max_isa=SSE4_2" in found[1]
+    with pytest.raises(InputError, match="XLA_FLAGS names a file"):
+        process.set_deterministic_sums()
+
+
+def test_meshes_variables_and_settings_that_change_roundings_are_part_of_the_environment(monkeypatch):
+    """Each was seen to change the bits of a step, but the last, of which none may."""
+    plain = environment.description(MeshShape(2))
+    assert "2 devices" in plain and len({environment.description(MeshShape(*n)) for n in [(1,), (2,), (1, 2)]}) == 3
+    names = "NPROC", "PJRT_NPROC", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "JAX_REMAT3", "LIBTPU_INIT_ARGS"
+    for name in names:
+        monkeypatch.setenv(name, "1")
+        assert environment.description(MeshShape(2)) != plain and name in environment.description(MeshShape(2))
+        monkeypatch.delenv(name)
+    settings = {"jax_softmax_custom_jvp": True, "jax_default_matmul_precision": "highest", "jax_remat3": True}
+    for name, value in settings.items():
+        before = jax.config.values[name]
+        jax.config.update(name, value)
+        assert environment.description(MeshShape(2)) != plain
+        jax.config.update(name, before)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES", "TF_CPP_MIN_LOG_LEVEL", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+    assert environment.description(MeshShape(2)) == plain
+
+
 def test_code_and_versions_are_part_of_the_environment(tmp_path):
     """An edited module, or compilation switched off, is another environment; it is asked in processes of their own."""
 
     def described(place, **variables):
-        code = "from dpgemma.training import environment; print(environment.description())"
+        code = "from dpgemma.sharding.rules import MeshShape; from dpgemma.training import environment"
+        code += "; print(environment.description(MeshShape(1)))"
         variables = {**ENVIRONMENT, "PYTHONPATH": str(place), "JAX_PLATFORMS": "cpu", **variables}
         done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=place)
         assert done.returncode == 0, done.stderr

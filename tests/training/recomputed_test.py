@@ -7,6 +7,7 @@ else; hold-out, keys, clipping, grid, noise, divisor and optimizer are written o
 import ast
 import hashlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,19 +39,19 @@ def threefry(key, counter):
     return x0, x1
 
 
-def noise_of(secret, step, index, size, bits):
-    """The whole numbers that are added to array `index` of one step."""
+def noise_of(secret, step, index, shape, bits):
+    """The whole numbers that are added to array `index` of one step, by row (all axes but the last) and column."""
     keys = b"".join(
         hashlib.blake2b(step.to_bytes(8, "little"), key=secret, digest_size=n, person=person).digest()
         for n, person in ((32, b"dpgemma noise"), (8, b"dpgemma fill"))
     )
-    place = np.arange(size, dtype=np.uint32)
-    chunk, place = place // 2**16, place % 2**16
+    size = math.prod(shape)
+    rows, columns = (x.astype(np.uint32) for x in np.divmod(np.arange(size), shape[-1]))
     words = []
     for key in np.frombuffer(keys, "<u4").reshape(5, 2):
         zero = np.zeros(1, np.uint32)
         of_array = [int(x[0]) for x in threefry(key, (zero, zero + np.uint32(index)))]
-        words.append(threefry(of_array, (chunk, place)))
+        words.append(threefry(of_array, (rows, columns)))
     entries, low = (part.astype(np.int64) for part in integer_noise.table())
     a, b = (w.astype(np.int64) for w in words[4])
     fillings = (a % 2**16, a // 2**16, b % 2**16, b // 2**16)
@@ -61,7 +62,7 @@ def noise_of(secret, step, index, size, bits):
         threshold = entries[column] // 2**10 * 2**27 + low[column]
         j = np.where(random < threshold, column, entries[column] % 2**10) - 512
         total += j * 2**20 + second % 2**4 * 2**16 + filling
-    return np.floor(total / 2.0 ** (26 - bits) + 0.5).astype(np.int64)
+    return np.floor(total / 2.0 ** (26 - bits) + 0.5).astype(np.int64).reshape(shape)
 
 
 def unevenly_scored(tmp_path):
@@ -116,7 +117,7 @@ def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, unit, text, tmp_pa
             sums = [s + np.trunc(g * factor).astype(np.int64) for s, g in zip(sums, whole, strict=True)]
         rate = PEAK / (WARM_UP + 1) * (1 + t)
         for i, total in enumerate(sums):
-            noised = total + noise_of(secrets["noise"], t, i, total.size, bits).reshape(total.shape)
+            noised = total + noise_of(secrets["noise"], t, i, total.shape, bits)
             mean = noised * clip_norm / grid_steps / 12
             first[i] = 0.9 * first[i] + 0.1 * mean
             second[i] = 0.95 * second[i] + 0.05 * mean**2

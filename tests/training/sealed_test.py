@@ -108,6 +108,22 @@ def as_if_never_sealed(records):
     return [{**records[0], "seal": seals.CHAIN, "seal_key": None, "noise_multiplier": 9.0}, *records[1:]]
 
 
+def test_seals_have_one_spelling(workdir, key, capsys):
+    """What else a file could hold beside a seal that is good, nobody checks."""
+    content = (workdir / "seal.json").read_text()
+    (workdir / "seal.json").write_text('{"head": "raw loss 3.14159", ' + content[1:])
+    _, result = audited(capsys, workdir, f"--require_seal={key}")
+    assert [finding["kind"] for finding in result["findings"]] == ["seal_invalid"]
+    (workdir / "seal.json").write_text(content)
+    field = "mac" if "mac" in json.loads(content) else "signature"
+    lines = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
+    lines[2][field] = lines[2][field][:2].upper() + " " + lines[2][field][2:]
+    text = "".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)
+    (workdir / "ledger.jsonl").write_text(text)
+    _, result = audited(capsys, workdir, f"--require_seal={key}")
+    assert "seal_invalid" in [finding["kind"] for finding in result["findings"]]
+
+
 def test_a_downgraded_seal_is_found(workdir, key, capsys):
     rewrite_chain(workdir, as_if_never_sealed)
     (workdir / "seal.json").unlink()

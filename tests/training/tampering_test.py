@@ -65,6 +65,18 @@ def add_loss_to_metrics(workdir):
     path.write_text("".join(json.dumps({**row, "loss": 5.5}) + "\n" for row in rows))
 
 
+def text_behind_the_metrics(workdir):
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 3.14159, "units": [1, 5')
+
+
+def words_for_seals(workdir):
+    def change(lines):
+        return [json.dumps({**json.loads(line), "mac": "unit 17 was drawn"}, sort_keys=True) + "\n" for line in lines]
+
+    lines_of(workdir, change)
+
+
 def unknown_export(workdir):
     shutil.copytree(workdir / "export", workdir / "release")
     path = workdir / "release/model.safetensors"
@@ -194,6 +206,7 @@ TAMPERINGS = {
     "metrics: number": (lambda w: edit(w / "metrics.jsonl", 'rate": 0.00', 'rate": 0.01'), "metrics_edited", "metrics"),
     "metrics: loss": (add_loss_to_metrics, "raw_values_public", "metrics.jsonl"),
     "metrics: truncated": (lambda w: truncate(w / "metrics.jsonl"), "metrics_edited", "metrics.jsonl"),
+    "metrics: text behind the last line": (text_behind_the_metrics, "unparsable", "metrics.jsonl line 7"),
     "metrics: missing": (lambda w: (w / "metrics.jsonl").unlink(), "missing_file", "metrics.jsonl"),
     "checkpoint: count": (
         lambda w: edit(w / "checkpoints/6/meta/metadata", '"optimizer_count": 6', '"optimizer_count": 7'),
@@ -269,6 +282,18 @@ TAMPERINGS = {
         "release",
     ),
     "files: link in a public file's place": (linked_report, "file_unknown", "report.json"),
+    "files: a seal of a ledger without one": (
+        lambda w: (w / "seal.json").write_text("train loss: 3.14159"),
+        "file_unknown",
+        "seal.json",
+    ),
+    "files: an empty folder": (lambda w: (w / "loss=3.14").mkdir(), "file_unknown", "loss=3.14"),
+    "checkpoint: an empty folder in it": (
+        lambda w: (w / "checkpoints/4/loss=3.14").mkdir(),
+        "file_unknown",
+        "checkpoints/4/loss=3.14",
+    ),
+    "ledger: seals outside its chain": (words_for_seals, "seal_invalid", "ledger.jsonl line 1"),
     "files: pipe": (lambda w: os.mkfifo(w / "pipe"), "file_unknown", "pipe"),
     "files: half a file of a run that is finished": (
         lambda w: (w / "metrics.jsonl.tmp").write_text("private"),

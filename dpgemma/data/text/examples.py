@@ -31,7 +31,7 @@ def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer, length: int
     the model's turns, one with text on all of it.
 
     Raises:
-      InputError: no records, none with anything to learn, or one without the fields; names it by its number.
+      InputError: no records, or one without the fields; names it by its number.
     """
     tokens, scored = [], []
     for number, record in enumerate(records, start=1):
@@ -45,12 +45,7 @@ def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer, length: int
         scored.append(np.pad(is_scored, padding))
     if not tokens:
         raise InputError("the data are empty: there is no record to train on")
-    is_scored = np.stack(scored)
-    if not is_scored.any():
-        raise InputError(
-            f"every prompt fills the {length} tokens of a row, so there is nothing to learn: raise `sequence_length`"
-        )
-    return units_of_one_row(np.stack(tokens), is_scored)
+    return units_of_one_row(np.stack(tokens), np.stack(scored))
 
 
 def _example(record: dict[str, Any], tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ def read(
     return privacy_unit, made
 
 
-def some_have_nothing_to_learn(units: InMemory) -> bool:
-    """Whether a row has no scored token. This is a fact about private data."""
-    return not bool(units.columns[SCORED].any(axis=1).all())
+def with_nothing_to_learn(units: InMemory) -> str | None:
+    """Whether "some" or "all" rows have no scored token; None where each has one. This is a fact about private data."""
+    learn = units.columns[SCORED].any(axis=1)
+    return None if learn.all() else "some" if learn.any() else "all"

@@ -1,0 +1,68 @@
+"""Layers that are spread over devices: the same sums and norms, nothing of a unit's gradient travels, none leaves C."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from accounting.errors import InputError
+from dpgemma.gemma import decoder
+from dpgemma.sharding.place import Layout
+from dpgemma.sharding.rules import MeshShape, wanted
+from tests.sharding import eight
+
+MESHES = ["data:1", "data:8", "data:2,model:4", "data:4,model:2", "data:1,model:8"]
+FAMILIES = ["vaultgemma_1b", "gemma2_2b", "gemma3_1b", "recurrentgemma_2b"]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("family", ["vaultgemma_1b", *(pytest.param(name, marks=slow) for name in FAMILIES[1:])])
+def test_a_sum_does_not_depend_on_the_mesh(family):
+    norm, away, norms_away, alone = eight.result_of(f"sums({MESHES!r}, {family!r})")
+    assert 0.05 < norm < 13 * 0.05 and max(away) < 1e-5 * norm and max(norms_away) < 1e-5
+    assert 0.99 < alone <= 1
+
+
+@slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_unit_contributes_more_than_the_clip_norm_in_bfloat16(family):
+    norm, away, _, alone = eight.result_of(f"sums({MESHES!r}, {family!r}, 'bfloat16')")
+    assert max(away) < 0.1 * norm and 0.9 < alone <= 1
+
+
+@pytest.mark.parametrize("family", ["gemma3_1b", pytest.param("recurrentgemma_2b", marks=slow)])
+def test_noise_does_not_depend_on_the_mesh(family):
+    assert len(set(eight.result_of(f"noises({MESHES!r}, {family!r})"))) == 1
+
+
+@pytest.mark.parametrize("mesh", ["data:2,model:4", pytest.param("data:1,model:8", marks=slow)])
+def test_no_gradient_travels_inside_the_loop(mesh):
+    """What does are activations of one unit and parts of norms: vectors of the numbers of one row or one column."""
+    text = eight.result_of(f"Step({mesh!r}, model=small('vaultgemma_1b')).text()")
+    found, model = eight.collectives(text), eight.small("vaultgemma_1b")
+    shape = wanted(mesh)
+    tokens, widest = 10, max(model.d_model, model.head_dim * model.num_kv_heads)
+    inside = [size for _, in_loop, size in found if in_loop]
+    assert inside and max(inside) <= tokens * widest
+    leaves = [leaf for leaf in jax.tree.leaves(decoder.parameter_shapes(model)) if leaf.ndim > 2]
+    assert min(leaf.size for leaf in leaves) > max(inside), "no array of weights could be meant"
+    # Outside of it the weights are gathered along the data axis alone, each device its own part of the layers.
+    outside = [size for name, in_loop, size in found if not in_loop and name == "all-gather"]
+    assert max(outside) <= max(leaf.size for leaf in jax.tree.leaves(decoder.parameter_shapes(model))) / shape.model
+
+
+def test_what_does_not_divide_is_refused_with_what_would():
+    layout = Layout(AbstractMesh((1, 4), ("data", "model")))
+    assert layout.in_use(("model", "heads", "head"), (64, 8, 16)) == PartitionSpec(None, "model", None)
+    assert layout.in_use(("model", "kv_heads", "head"), (64, 2, 16)) == PartitionSpec(None, None, None)
+    assert layout.at_rest(("layers", "model", "feed_forward"), (2, 64, 256)) == PartitionSpec(None, "data", "model")
+    with pytest.raises(InputError, match=r"`mesh` spreads heads over 4 devices, and 10 .* use a model axis of 2"):
+        layout.in_use(("model", "heads", "head"), (64, 10, 16))
+
+
+def test_meshes_have_one_form():
+    assert wanted("auto") is None and wanted("data:3") == MeshShape(3) and wanted("data:2,model:4") == MeshShape(2, 4)
+    for wrong in ("model:2", "data:2,model:0", "data:2,model", "data:2,data:2", "data:2,model:2,model:2", "data:²", ""):
+        with pytest.raises(InputError, match="`mesh` must be auto, data:N or data:A,model:B"):
+            wanted(wrong)
+    assert np.prod([MeshShape(2, 4).data, MeshShape(2, 4).model]) == MeshShape(2, 4).devices == 8
