@@ -62,12 +62,12 @@ def _run(name: str, rest: list[str]) -> int:
     command = importlib.import_module(COMMANDS[name][0])
     fv = flags.FlagValues()
     command.define_flags(fv)
-    if any(argument in _HELP[:3] for argument in rest):
-        from dpgemma.commands import command_flags
-
-        print(command_flags.help_text(name, command.DESCRIPTION, fv))
-        return 0
     try:
+        if any(argument in _HELP[:3] for argument in rest):
+            from dpgemma.commands import command_flags
+
+            print(command_flags.help_text(name, command.DESCRIPTION, fv), flush=True)
+            return 0
         positional = fv([name, *rest])[1:]
         if len(positional) == 1 and hasattr(command, "POSITIONAL") and fv[command.POSITIONAL].value is None:
             fv[command.POSITIONAL].value = positional.pop()

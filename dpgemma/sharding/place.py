@@ -1,7 +1,6 @@
 """Arrays on the devices of a mesh: parameters by the rules of a layout, units dealt out over the data axis."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,8 +56,12 @@ class Layout:
         devices = self.mesh.shape[mesh_axis]
         raise InputError(
             f"`mesh` spreads {axis} over {devices} devices, and {size} does not divide among them: use a {mesh_axis}"
-            f" axis of {math.gcd(size, devices)}"
+            f" axis of {self._largest_divisor(size, devices)}"
         )
+
+    @staticmethod
+    def _largest_divisor(size: int, most: int) -> int:
+        return max(count for count in range(1, most) if size % count == 0)
 
     def at_rest(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """How it is spread otherwise: over the data axis too, along the first axis of AT_REST that divides among its

@@ -21,6 +21,7 @@ from dpgemma.objectives.causal import CausalLM
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.place import Layout
 from dpgemma.sharding.rules import wanted
 from dpgemma.training import clipping_choice, environment
 from dpgemma.training import plan as plan_lib
@@ -86,6 +87,7 @@ def _prepare(
     named = dataclasses.replace(
         settings, model=start.name, tokenizer=tokenizer_of(settings), mesh=mesh_lib.resolve(settings.mesh)
     )
+    Layout(mesh_lib.make(named.mesh)).places(objective.axes(), objective.shapes())  # refuses what does not divide
     path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
     run = run_lib.open_existing(path)
     if run:
