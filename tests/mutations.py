@@ -315,6 +315,24 @@ MUTATIONS = (
         "; code {source_digest()[:16]}", "", (MOVING, "-k", "code_and_versions"),
     ),
     Mutation(
+        "keys bound to places", "the mesh has no part in the environment", "dpgemma/training/environment.py",
+        "; mesh {mesh.data} by {mesh.model}", "", (MOVING, "-k", "meshes_variables"),
+    ),
+    Mutation(
+        "keys bound to places", "variables of compilers have no part in the environment",
+        "dpgemma/training/environment.py", "return name.startswith(_VARIABLES) and _matters(name)", "return False",
+        (MOVING, "-k", "meshes_variables"),
+    ),
+    Mutation(
+        "sums over devices", "what is held whole at rest is not added up", "dpgemma/sharding/place.py",
+        "return jax.lax.psum(one[0], DATA_AXIS)", "return one[0]", ("tests/sharding/at_rest_test.py", "-k", "bits_of_a_step or added"),
+    ),
+    Mutation(
+        "audit", "seals outside the chain are not looked at", "accounting/audit/seal_checks.py",
+        "findings = surplus + _remembered", "findings = _remembered",
+        ("tests/training/tampering_test.py", "-k", "seal"),
+    ),
+    Mutation(
         "audit", "a checkpoint's optimizer state is not looked at", "accounting/audit/document_checks.py",
         'elif "state_sha256" in line.record and', "elif False and",
         ("tests/training/tampering_test.py", "-k", "optimizer"),

@@ -81,9 +81,9 @@ def devices(run: Run) -> int:
       InputError: its mesh does not say how many. What mesh = "auto" stands for would depend on where a run is executed.
     """
     try:
-        count = wanted(run.config.mesh)
+        shape = wanted(run.config.mesh)
     except InputError:
-        count = None
-    if count is None:
-        raise InputError(f'mesh must be "data:N" with N devices for each run of a sweep, got {run.config.mesh!r}')
-    return count
+        shape = None
+    if shape is None:
+        raise InputError(f'mesh must be "data:N" or "data:A,model:B" for each run of a sweep, got {run.config.mesh!r}')
+    return shape.devices
