@@ -128,6 +128,10 @@ class CausalLM:
     def join(self, trainable: Params, frozen: Params) -> Params:
         return lora.join(trainable, frozen)
 
+    def cast(self, trainable: Params) -> Params:
+        is_matrix, _ = lora.split(self.model, weights.matrices(self.model))
+        return jax.tree.map(lambda x, cast: x.astype(self.dtype) if cast else x, trainable, is_matrix)
+
     def loss(self, trainable: Params, frozen: Params, unit: Unit) -> jax.Array:
         """The mean over the unit's rows of the mean loss of a row's scored tokens; zero for a row without any.
 

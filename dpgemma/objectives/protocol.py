@@ -65,6 +65,10 @@ class Objective(Protocol):
         """The whole model, for evaluation and export."""
         ...
 
+    def cast(self, trainable: Params) -> Params:
+        """The parameters in the types in which the loss multiplies them: one cast a step in place of one a use."""
+        ...
+
     def loss(self, trainable: Params, frozen: Params, unit: Unit) -> jax.Array:
         """The scalar loss of ONE unit: the mean over its rows.
 

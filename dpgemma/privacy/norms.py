@@ -2,7 +2,8 @@
 
 The order of additions is fixed: an ordinary reduction may add a million numbers in sequence, and its float32 result can
 then be too small by more than any constant margin. Sums run over leading axes, in runs of whole tiles, so that no
-number has to change its place.
+number has to change its place. Where an axis is spread over devices, each adds its own part and then all parts are
+added, so that no term passes through more additions than on one device; the order is that of the mesh.
 """
 
 import math

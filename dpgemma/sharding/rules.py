@@ -59,11 +59,6 @@ class MeshShape:
     def devices(self) -> int:
         return self.data * self.model
 
-    @property
-    def layout(self) -> str:
-        """The name of the table of rules."""
-        return TENSOR if self.model > 1 else REPLICATED
-
 
 def wanted(mesh: str) -> MeshShape | None:
     """The shape that a setting names; None for "auto".

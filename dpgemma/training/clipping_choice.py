@@ -130,7 +130,7 @@ def _timed(
     how, places = Strategy(*way), Layout(mesh).places(objective.axes(), objective.shapes())
     run = jax.jit(
         lambda trainable, frozen, batch: sharded_clipped_sum(
-            objective.loss, trainable, frozen, batch, Clip(1.0), how, mesh, steps=_STEPS, places=places
+            objective.loss, objective.cast(trainable), frozen, batch, Clip(1.0), how, mesh, steps=_STEPS, places=places
         )
     )
     compiled = run.lower(trainable, frozen, batch).compile()

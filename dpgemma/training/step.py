@@ -164,6 +164,7 @@ def make_train_step(
     mesh: Mesh,
     how: Strategy = Strategy(),
     places: Places | None = None,
+    cast: Callable[[Any], Any] = lambda trainable: trainable,
 ) -> TrainStep:
     """The step of one mechanism, compiled when it is first called.
 
@@ -174,6 +175,7 @@ def make_train_step(
       how: the way in which the clipped sum is computed.
       places: where parameters lie. Sums, noise and moments lie as the trained parameters at rest: these are gathered
         once in a step, and their sum is scattered once. None: every device holds all.
+      cast: from the parameters at rest to those that the loss takes, in other types; gradients are those by its result.
 
     Raises:
       InputError: the count of clipped units leaves no noise for the gradients.
@@ -189,7 +191,7 @@ def make_train_step(
     ) -> tuple[TrainState, PrivateStats]:
         steps = noiser.steps(noise_multiplier)
         clipped = sharded_clipped_sum(
-            loss, state.parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps, places
+            loss, cast(state.parameters), frozen, batch, clip, how, mesh, state.clip_norm, steps, places
         )
         noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier, in_shards)
         mean = divide(noised, mechanism.expected_batch_size)

@@ -97,7 +97,7 @@ class Trainer:
         self.optimizer = optimizer_lib.make(plan.optimization)
         self.places = Layout(self.mesh).places(objective.axes(), objective.shapes())
         self.dp_step: TrainStep = make_train_step(
-            objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy, self.places
+            objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy, self.places, objective.cast
         )
         self.first_step = 0
 

@@ -61,8 +61,9 @@ def lower(config: GemmaConfig, mesh: Mesh, length: int, rows: int, at_once: int,
     batch = Batch(columns, array(jax.ShapeDtypeStruct((rows, 1), bool), jnp.bool_, spread))
     bits = grid.fitting_bits(1.0, rows, decoder.count(trainable)) if release == EXACT else None
     mechanism = dp_sgd(10**6, rows, rows, 1.0, 1.0, 100, "zero_out", grid_bits=bits)
-    loss = causal(config, length, jnp.bfloat16, "block").loss
-    step = make_train_step(loss, update, mechanism, mesh, Strategy("example_scan", at_once))
+    objective = causal(config, length, jnp.bfloat16, "block")
+    how = Strategy("example_scan", at_once)
+    step = make_train_step(objective.loss, update, mechanism, mesh, how, cast=objective.cast)
     keys = jax.tree.map(lambda leaf: array(leaf, leaf.dtype), jax.eval_shape(lambda: noise_keys(bytes(32), 0)))
     return step.lower(TrainState(trainable, moments), frozen, batch, keys)
 

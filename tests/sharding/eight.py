@@ -72,7 +72,7 @@ class Step:
         places = places_of(model, self.mesh) if spread else None
         mechanism = dp_sgd(100, 12, 16, 0.8, 0.5, 10, grid_bits=grid_bits)
         objective = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread="model" in mesh)
-        self.step = make_train_step(objective.loss, optimizer, mechanism, self.mesh, places=places)
+        self.step = make_train_step(objective.loss, optimizer, mechanism, self.mesh, places=places, cast=objective.cast)
         self.state = TrainState(jax.tree.map(jnp.array, self.params), optimizer.init(self.params))
         if spread:
             of_state = state_shardings(optimizer, places.at_rest, self.mesh)
@@ -107,12 +107,12 @@ def sums(meshes, family, dtype="float32"):
     for mesh in meshes:
         devices = mesh_lib.make(mesh)
         places, spread = places_of(model, devices), "model" in mesh
-        loss = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread=spread).loss
+        objective = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread=spread)
 
         @jax.jit
-        def run(params, batch, loss=loss, devices=devices, places=places):
-            clip = Clip(0.05)  # so small that every unit is clipped
-            return sharded_clipped_sum(loss, params, {}, batch, clip, Strategy(), devices, places=places)
+        def run(params, batch, objective=objective, devices=devices, places=places):
+            clip, cast = Clip(0.05), objective.cast(params)  # so small that every unit is clipped
+            return sharded_clipped_sum(objective.loss, cast, {}, batch, clip, Strategy(), devices, places=places)
 
         whole = batch(mesh)
         clipped = run(jax.device_put(params, places.at_rest), whole)

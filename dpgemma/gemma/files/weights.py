@@ -60,6 +60,19 @@ def axes(config: GemmaConfig) -> dict[str, Any]:
     return tree_of({path: found[path] for path in leaves(decoder.parameter_shapes(config))})
 
 
+def matrices(config: GemmaConfig) -> dict[str, Any]:
+    """The tree of parameters, adapters included, with True for those that are multiplied or looked up as matrices, in
+    the compute type, and False for those that are used in float32.
+    """
+    linear = {weight.path[:-1] for weight in table(config) if weight.layout == LINEAR}
+    embedding = {weight.path for weight in table(config) if weight.name == EMBEDDING}
+
+    def is_matrix(path: Path) -> bool:
+        return path in embedding or (path[:-1] in linear and path[-1] in ("w", "lora_a", "lora_b"))
+
+    return tree_of({path: is_matrix(path) for path in leaves(decoder.parameter_shapes(config))})
+
+
 def layers_of(config: GemmaConfig, weight: Weight) -> tuple[int, ...]:
     """Numbers of the layers that a stacked parameter holds; none for the parameters outside of layers."""
     return {ATTENTION_BLOCKS: config.attention_layers, RECURRENT_BLOCKS: config.recurrent_layers}.get(
