@@ -12,9 +12,10 @@ from dpgemma.gemma.start import StartingPoint
 from dpgemma.objectives.causal import CausalLM
 
 
-def causal(config: GemmaConfig, length: int, dtype: Any, remat: str) -> CausalLM:
+def causal(config: GemmaConfig, length: int, dtype: Any, remat: str, **options: Any) -> CausalLM:
     """Next-token prediction by a model with random weights."""
-    return CausalLM(StartingPoint("benchmark", config), ByteTokenizer(), length, jnp.dtype(dtype).name, remat)
+    start = StartingPoint("benchmark", config)
+    return CausalLM(start, ByteTokenizer(), length, jnp.dtype(dtype).name, remat, **options)
 
 
 def of_row(objective: CausalLM) -> Callable[[Any, Mapping[str, Any]], Any]:

@@ -2,9 +2,9 @@
 float32 sums and noise.
 
 The step is the trainer's own: gradients clipped by example_scan, sums over chips, noise, AdamW; float32 parameters,
-bfloat16 compute, activations recomputed block by block. Every chip holds the whole model. Cycles of a chip are the
-compiler's own static estimates (see tpu_cycles), without the time of transfers between chips. Prints a line a program
-to standard error and one JSON object.
+bfloat16 compute, activations recomputed block by block; on several chips, parameters at rest, moments and noise are
+spread over them. Cycles of a chip are the compiler's own static estimates (see tpu_cycles), without the time of
+transfers between chips. Prints a line a program to standard error and one JSON object.
 
     python -m experiments.benchmarks.step_tpu --model=vaultgemma_1b --sequences=253
 """
