@@ -34,7 +34,7 @@ WEIGHTS_SUFFIX = ".safetensors"
 
 
 def is_locked(workdir: pathlib.Path) -> bool:
-    """Whether a process is training in the folder of a run, on this machine."""
+    """Whether a process of this machine holds a run, to train it or because it has just done so."""
     try:
         with open(workdir / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -68,7 +68,7 @@ def chain(problems: Sequence[ledger_lib.Problem]) -> Iterator[Finding]:
 
 
 def confirmed(head: str, lines: Sequence[Line]) -> Iterator[str]:
-    """A sentence about a head that lies on the chain."""
+    """A sentence about a head that lies on a chain without problems."""
     for number, line in enumerate(lines, start=1):
         if line.hash == head:
             yield f"the given head is that of line {number} of {len(lines)}: no line up to it was rewritten"

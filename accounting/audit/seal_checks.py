@@ -48,7 +48,7 @@ def sealed(
 
 def _surplus(workdir: pathlib.Path, declared: str, lines: Sequence[Line]) -> Iterator[Finding]:
     """Seals of another kind than the ledger claims to have: they lie outside its chain, and nobody checks them."""
-    field = {seals.KEYED_CHAIN: "mac", seals.SIGNED_CHAIN: "signature"}.get(declared)
+    field = {seal.name: seal.field for seal in (seals.Hmac, seals.Signature)}.get(declared)
     for number, line in enumerate(lines, start=1):
         if other := sorted(set(line.seals) - {field}):
             where = f"{run_files.LEDGER} line {number}"

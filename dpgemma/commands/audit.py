@@ -41,13 +41,14 @@ def run(fv: flags.FlagValues) -> int:
 
     workdir = pathlib.Path(fv.workdir)
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
-    if run_files.is_locked(workdir):
-        raise InputError(f"a process is training in {workdir}: wait for it or stop it, and audit the run then")
+    locked = run_files.is_locked(workdir)
     checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
     if fv.head is not None and not (len(fv.head) == 64 and set(fv.head) <= set("0123456789abcdef")):
         raise InputError(f"--head={fv.head} is no ledger head: give the 64 hexadecimal digits that train printed")
     required = None if fv.require_seal is None else seals.read_key(fv.require_seal)
     result = audit(workdir, checkpoints, exports, head=fv.head, required=required)
+    if locked and not result.finished:  # its files are written one after the other; those of a finished run stay
+        raise InputError(f"a process is training in {workdir}: wait for it or stop it, and audit the run then")
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
 

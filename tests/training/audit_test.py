@@ -40,13 +40,18 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 
 
 def test_a_run_that_goes_on_is_not_audited(workdir, capsys):
-    """Its files are written one after the other, so they would not agree."""
+    """Its files are written one after the other, so they would not agree; those of a finished run do, though the
+    process that trained it may still be there.
+    """
     trainer = RunDirectory(workdir)
     trainer.lock()
+    assert cli.main(["audit", str(workdir)]) == 0
+    rewrite_chain(workdir, lambda records: [r for r in records if r["kind"] != "finish"])
+    capsys.readouterr()
     assert cli.main(["audit", str(workdir)]) == 2
     assert "a process is training in" in capsys.readouterr().err
     trainer.unlock()
-    assert cli.main(["audit", str(workdir)]) == 0
+    assert cli.main(["audit", str(workdir)]) == 1
 
 
 def test_an_export_is_not_taken_for_a_run(workdir, capsys):
@@ -61,6 +66,10 @@ def test_a_deposited_head_is_confirmed(workdir, capsys):
     out = capsys.readouterr().out
     assert f"the given head is that of line 3 of {len(lines)}" in out and "deposited elsewhere" not in out
     assert cli.main(["audit", str(workdir), f"--head={'0' * 64}"]) == 1
+    assert "is that of line" not in capsys.readouterr().out
+    # A line before it that was rewritten, under its old hash: the head is there, and proves nothing.
+    edit(workdir / "ledger.jsonl", '"step":0', '"step":9')
+    assert cli.main(["audit", str(workdir), f"--head={head}"]) == 1
     assert "is that of line" not in capsys.readouterr().out
 
 
