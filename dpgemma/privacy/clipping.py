@@ -336,19 +336,3 @@ def _count(mask: jax.Array, lengths: jax.Array, clip_norm: Any, half: Any) -> ja
     # An empty unit counts 0, as an absent one does. If it counted 1/2, replacing it by a unit above the clip norm would
     # move the count by 1, and only 1/2 is charged.
     return jnp.where(mask & (lengths > 0) & jnp.isfinite(lengths), halves, jnp.zeros_like(halves)).sum()
-
-
-def sum_over_devices(clipped: ClippedSum, axis_name: str, shards: Any = None) -> ClippedSum:
-    """Adds the sums of devices that hold disjoint units (inside shard_map).
-
-    One unit lies on one device, so the sensitivity stays what it is.
-
-    Args:
-      shards: as clipped_sum was given it; what is a shard of such a sum already stays as it is.
-    """
-    leaves, structure = jax.tree.flatten(clipped.total)
-    summed = [shard is not None and shard.axis_name == axis_name for shard in shards or [None] * len(leaves)]
-    sums = [leaf if done else jax.lax.psum(leaf, axis_name) for leaf, done in zip(leaves, summed, strict=True)]
-    return dataclasses.replace(
-        clipped, total=jax.tree.unflatten(structure, sums), count=jax.lax.psum(clipped.count, axis_name)
-    )

@@ -126,6 +126,11 @@ def add(total: jax.Array, key_data: Any, index: int, bits: int, in_shards: InSha
     array: its column is its place along the last axis, its row that along all others. Coarser noise than the finest is
     the finest, rounded to the coarser grid.
 
+    Formal guarantee: every coordinate of the whole array is noised once, under a counter that no other coordinate of it
+    has, on any mesh. Tested by tests/privacy/integer_noise_test.py::
+    test_the_noise_of_a_coordinate_is_that_of_its_row_and_column and tests/sharding/tensor_test.py::
+    test_noise_does_not_depend_on_the_mesh.
+
     Args:
       key_data: uint32 [DRAWS + 1, 2], of noise.noise_keys.
       index: of the array among those that share the keys.

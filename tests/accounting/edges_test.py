@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+from accounting import calibration
 from accounting.accountant import Accountant
+from accounting.errors import InputError
 from accounting.mechanism import dp_sgd
 
 UNITS = 10**15
@@ -153,3 +155,10 @@ def test_renyi_is_never_reported_where_its_sums_round_to_nothing():
     """dp-accounting says epsilon 0 there, which is no bound."""
     assert bracket(1e6, 1e-3, 10**12, 1e-9).cross_check == math.inf
     assert bracket(1e6, 1e-3, 10**12, 1e-9).upper > 4.3e-3
+
+
+@pytest.mark.parametrize("delta", [0.5, 0.9999999])
+def test_a_budget_that_almost_no_noise_exceeds_is_refused(delta):
+    """A unit is drawn with a probability below delta, so any noise would do, and none would protect."""
+    with pytest.raises(InputError, match="almost no noise reaches epsilon 8"):
+        calibration.noise_multiplier(dp_sgd(357, 16, None, 1.0, 1.0, 1), 8.0, delta)

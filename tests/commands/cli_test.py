@@ -292,3 +292,20 @@ def test_a_reader_that_has_seen_enough_is_no_disk_that_refuses():
             [*command, "--noise_multiplier=1"], stdout=gone, stderr=subprocess.PIPE, text=True, timeout=60
         )
     assert done.returncode == 141 and done.stderr == ""
+
+
+def test_a_lower_end_that_says_nothing_is_not_printed(capsys):
+    flags = ["--num_units=1000", "--batch_size=1000", "--steps=1000000", "--noise_multiplier=20"]
+    assert cli.main(["account", *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["epsilon"] > 1462 and result["epsilon_lower_numeric"] is None
+    assert cli.main(["account", *flags]) == 0
+    assert "epsilon_lower_numeric    none" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_of_the_help_is_no_crash():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "dpgemma", "train", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 141 and b"Traceback" not in done.stderr

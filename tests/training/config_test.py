@@ -4,7 +4,10 @@ import ast
 import dataclasses
 import pathlib
 
+import pytest
+
 from accounting import mechanism
+from accounting.errors import InputError
 from accounting.mechanism import clip
 from dpgemma import choices
 from dpgemma.training.settings import Settings
@@ -36,3 +39,13 @@ def test_no_other_module_spells_them_out():
                     values = [item.value for item in node.elts if isinstance(item, ast.Constant)]
                     if len(values) == len(node.elts) and all(isinstance(value, str) for value in values):
                         assert tuple(sorted(values)) not in spelt, (path, values)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("learning_rate", 1e300), ("weight_decay", float("inf")), ("weight_decay", 1e300), ("clip_norm", 1e39)],
+)
+def test_numbers_that_float32_does_not_hold_are_refused(name, value):
+    with pytest.raises(InputError, match=f"`{name}` must be at most 1e\\+30"):
+        Settings(**{name: value})
+    assert Settings(clip_norm=float("inf"), epsilon=float("inf")).clip_norm == float("inf")

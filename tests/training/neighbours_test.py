@@ -49,3 +49,19 @@ def test_nothing_but_chance_and_noise_differs_outside_private(tmp_path, capsys):
         seen.append((files, texts, _CHANCE.sub("*", printed.err), printed.out))
         assert ("nothing to learn" in (place / "private/remarks.txt").read_text()) == (name == "b")
     assert seen[0] == seen[1] == seen[2] and "record" not in seen[0][2]
+
+
+def test_the_last_record_with_something_to_learn_does_not_decide_whether_training_begins(tmp_path, capsys):
+    """And where nothing that was held out can be measured, its file says null, which is JSON."""
+    records = [{"prompt": f"a prompt that fills the row, {i} " * 2, "response": "rest"} for i in range(60)]
+    seen = []
+    for name, prompt in (("a", "x"), ("b", records[7]["prompt"])):
+        records[7] = {**records[7], "prompt": prompt}
+        capsys.readouterr()
+        files, texts, place = trained(tmp_path, name, records)
+        seen.append((files, texts, _CHANCE.sub("*", capsys.readouterr().err)))
+        remark = (place / "private/remarks.txt").read_text()
+        assert remark.startswith({"a": "some records", "b": "all records"}[name])
+    assert seen[0] == seen[1] and "records" not in seen[0][2]
+    assert "NaN" not in (place / "private/held_out.jsonl").read_text()
+    assert json.loads((place / "private/held_out.jsonl").read_text()) == {"step": 3, "bits_per_byte": None}
