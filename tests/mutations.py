@@ -306,8 +306,8 @@ MUTATIONS = (
     ),
     Mutation(
         "release", "noise is half of what is charged", INTEGER_NOISE,
-        "fine, coarser = draw(keys, *both), LAW_BITS - bits",
-        "fine, coarser = draw(keys, *both) // 2, LAW_BITS - bits",
+        "return total - DRAWS * (2**FILLING_BITS - 1) // 2",
+        "return (total - DRAWS * (2**FILLING_BITS - 1) // 2) // 2",
         ("tests/privacy/exact_release_test.py", "-k", "not_below"),
     ),
     Mutation(

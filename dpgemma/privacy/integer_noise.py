@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry_2x32
+from jax.extend.random import threefry2x32_p
 
 from accounting.mechanism.grid import LAW_BITS
 
@@ -44,7 +44,8 @@ FILLING_BITS = 20
 _CENTRE = COLUMNS // 2
 _LOW_BITS = 27  # of a threshold below 2^49; the upper 22 stand beside the other outcome in one word
 # Coordinates whose words are held at once, or one row of an array if it is longer.
-_CHUNK = 2**16
+_CHUNK = 2**17
+_TILE = 8  # rows that a TPU keeps together
 _WORD = 2**32
 
 
@@ -86,17 +87,16 @@ def table() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(key_data: Any, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """int32 [N]: the noise of N coordinates of one array.
+    """int32 [...]: the noise of coordinates of one array.
 
     Args:
       key_data: uint32 [DRAWS + 1, 2].
-      rows, columns: uint32 [N]; together the 64-bit counter of a coordinate.
+      rows, columns: uint32 [...], of one shape; together the 64-bit counter of a coordinate.
     """
-    counter, count = jnp.concatenate([rows, columns]), len(rows)
 
     def words(key: Any) -> tuple[jax.Array, jax.Array]:
-        both = threefry_2x32((key[0], key[1]), counter)
-        return both[:count], both[count:]
+        a, b = threefry2x32_p.bind(key[0], key[1], rows, columns)
+        return a, b
 
     def one(total: jax.Array, source: Any) -> tuple[jax.Array, None]:
         key, filling = source
@@ -104,7 +104,7 @@ def draw(key_data: Any, rows: jax.Array, columns: jax.Array) -> jax.Array:
 
     a, b = words(key_data[DRAWS])
     fillings = jnp.stack([a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16])
-    total, _ = jax.lax.scan(one, jnp.zeros(count, jnp.int32), (key_data[:DRAWS], fillings))
+    total, _ = jax.lax.scan(one, jnp.zeros(rows.shape, jnp.int32), (key_data[:DRAWS], fillings))
     return total - DRAWS * (2**FILLING_BITS - 1) // 2
 
 
@@ -153,12 +153,11 @@ def add(total: jax.Array, key_data: Any, index: int, bits: int, in_shards: InSha
             local = first_row + jax.lax.iota(jnp.uint32, count)
             rows = _rows_of_whole(local, shard.shape[:-1], shape[:-1], first[:-1])
             columns = first_column + jax.lax.iota(jnp.uint32, table.shape[1])
-            both = (jnp.broadcast_to(x, (count, len(columns))).reshape(-1) for x in (rows[:, None], columns))
-            fine, coarser = draw(keys, *both), LAW_BITS - bits
-            rounded = fine if coarser == 0 else (fine + (1 << (coarser - 1))) >> coarser
-            return rounded.reshape(count, len(columns))
+            fine = draw(keys, *(jnp.broadcast_to(x, (count, len(columns))) for x in (rows[:, None], columns)))
+            coarser = LAW_BITS - bits
+            return fine if coarser == 0 else (fine + (1 << (coarser - 1))) >> coarser
 
-        at_once = max(1, _CHUNK // max(1, table.shape[1]))
+        at_once = max(1, _CHUNK // max(1, table.shape[1]) // _TILE * _TILE)
         whole = len(table) // at_once
 
         def add_to_rows(i: Any, table: jax.Array) -> jax.Array:

@@ -31,6 +31,11 @@ from dpgemma.sharding.rules import DATA_AXIS, MODEL_AXIS
 
 Loss = Callable[[Any, Any, Unit], jax.Array]
 
+# By platform. The TPU compiler orders a whole program by the one of three rules that needs least memory. Which one that
+# is hangs on a few bytes, and the orders differ by 5 % in cycles: depth first is the best of them for VaultGemma 1B
+# (experiments.benchmarks.step_tpu prints all).
+COMPILER_OPTIONS = {"tpu": {"xla_memory_scheduler": "dfs"}}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -212,5 +217,6 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(state, of_frozen, spread, replicated, replicated),
         out_shardings=(state, replicated),
+        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
     return TrainStep(program, np.float32(noiser.multiplier), noiser)

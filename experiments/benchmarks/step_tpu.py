@@ -4,13 +4,15 @@ float32 sums and noise.
 The step is the trainer's own: gradients clipped by example_scan, sums over chips, noise, AdamW; float32 parameters,
 bfloat16 compute, activations recomputed block by block; on several chips, parameters at rest, moments and noise are
 spread over them. Cycles of a chip are the compiler's own static estimates (see tpu_cycles), without the time of
-transfers between chips. Prints a line a program to standard error and one JSON object.
+transfers between chips. The compiler has several rules for the order of a program's instructions; training uses the
+first of --orders. Prints a line a program to standard error and one JSON object.
 
     python -m experiments.benchmarks.step_tpu --model=vaultgemma_1b --sequences=253
 """
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -26,21 +28,27 @@ from jax.sharding import AxisType, Mesh
 from dpgemma.choices import EXACT, FLOAT32
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.sharding.rules import DATA_AXIS
+from dpgemma.training.step import COMPILER_OPTIONS
 from experiments.benchmarks import memory_plan, tpu_cycles
 from experiments.benchmarks.clipping_tpu import CHIP, CHIPS, check_for_libtpu
 
+_ORDER = "xla_memory_scheduler"
+ORDERS = (COMPILER_OPTIONS["tpu"][_ORDER], "post_order", "list")
 
-def measure(model: str, length: int, sequences: int, at_once: int, chips: int, release: str) -> dict:
+
+def measure(model: str, length: int, sequences: int, at_once: int, chips: int, release: str, order: str) -> dict:
     """Figures of one step in which every chip takes `sequences` rows, `at_once` of them at a time."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIP if chips == 1 else CHIPS).devices
     mesh = Mesh(np.array(devices[:chips]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
     rounds = -(-sequences // at_once)
     start = time.perf_counter()
-    compiled = memory_plan.lower(PRESETS[model], mesh, length, rounds * at_once * chips, at_once, release).compile()
+    lowered = memory_plan.lower(PRESETS[model], mesh, length, rounds * at_once * chips, at_once, release)
+    compiled = lowered.compile({_ORDER: order})
     memory, cycles = compiled.memory_analysis(), tpu_cycles.of(compiled.as_text(), rounds)
     return {
         "release": release,
         "chips": chips,
+        "order": order,
         "cycles": cycles.corrected,
         "cycles_raw": cycles.raw,
         "bytes": memory_plan.held(memory),
@@ -58,15 +66,17 @@ def main() -> None:
     )
     parser.add_argument("--microbatch_size", type=int, default=2)
     parser.add_argument("--chips", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--orders", nargs="*", default=ORDERS, help="rules of the compiler")
     arguments = parser.parse_args()
     check_for_libtpu("step_tpu")
     rows = []
-    for chips in arguments.chips:
+    for chips, order in itertools.product(arguments.chips, arguments.orders):
         for release in (EXACT, FLOAT32):
             size = arguments.sequence_length, arguments.sequences, arguments.microbatch_size
-            rows.append(row := measure(arguments.model, *size, chips, release))
-            figures = f"{row['cycles'] / 1e6:.0f} Mcycles, {row['bytes'] / 2**30:.2f} GiB"
-            print(f"{chips} chips, {release}: {figures}, compiled in {row['compile_seconds']:.0f} s", file=sys.stderr)
+            rows.append(row := measure(arguments.model, *size, chips, release, order))
+            figures = f"{row['cycles'] / 1e6:.0f} Mcycles, {row['bytes'] / 2**30:.3f} GiB"
+            seconds = f"compiled in {row['compile_seconds']:.0f} s"
+            print(f"{chips} chips, {order}, {release}: {figures}, {seconds}", file=sys.stderr)
     exact, float32 = rows[::2], rows[1::2]
     content = {
         "model": arguments.model,
@@ -74,10 +84,15 @@ def main() -> None:
         "sequences_a_chip": arguments.sequences,
         "microbatch_size": arguments.microbatch_size,
         "rows": rows,
-        "exact_against_float32": {
-            row["chips"]: {"cycles": row["cycles"] / other["cycles"], "bytes": row["bytes"] / other["bytes"]}
+        "exact_against_float32": [
+            {
+                "chips": row["chips"],
+                "order": row["order"],
+                "cycles": row["cycles"] / other["cycles"],
+                "bytes": row["bytes"] / other["bytes"],
+            }
             for row, other in zip(exact, float32, strict=True)
-        },
+        ],
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "hardware": "TPU v6e, compiler estimates on a host without one",
     }
