@@ -316,7 +316,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys bound to places", "the mesh has no part in the environment", "dpgemma/training/environment.py",
-        "; mesh {mesh.data} by {mesh.model}", "", (MOVING, "-k", "meshes_variables"),
+        "; mesh {mesh}", "", (MOVING, "-k", "meshes_variables"),
     ),
     Mutation(
         "keys bound to places", "variables of compilers have no part in the environment",
@@ -325,8 +325,13 @@ MUTATIONS = (
     ),
     Mutation(
         "sums over devices", "what is held whole at rest is not added up", "dpgemma/sharding/place.py",
-        "return jax.lax.psum(one[0], DATA_AXIS)", "return one[0]",
+        "return jax.lax.psum(one[0], over)", "return one[0]",
         ("tests/privacy/exact_sum_test.py", "-k", "depend_on_devices"),
+    ),
+    Mutation(
+        "sums over devices", "sums of slices are not added up", "dpgemma/sharding/place.py",
+        "return jax.lax.psum(part, SLICE_AXIS) if SLICE_AXIS in over else part", "return part",
+        ("tests/sharding/tensor_test.py", "-k", "depend_on_the_mesh and vaultgemma"),
     ),
     Mutation(
         "audit", "seals outside the chain are not looked at", "accounting/audit/seal_checks.py",

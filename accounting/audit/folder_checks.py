@@ -20,6 +20,7 @@ _LAYOUT = re.compile(
     r"|state/(_METADATA|_sharding|manifest\.ocdbt|d/[0-9a-f]{32}|array_metadatas/process_\d+)"
     r"|state/ocdbt\.process_\d+/(manifest\.ocdbt|d/[0-9a-f]{32})"
 )
+_FOLDERS = re.compile(r"meta|state(/(d|array_metadatas|ocdbt\.process_\d+(/d)?))?")
 _HALF_WRITTEN = re.compile(r"\d+\.orbax-checkpoint-tmp(-\d+)?")
 _SET_ASIDE = re.compile(r"damaged-\d+(\.\d+)?")  # as versions before the fourth format named them
 
@@ -108,26 +109,27 @@ def _checkpoint(
     old = executed.version < events.PLACES
     of_checkpoints = (events.CHECKPOINT, events.STORED)
     places = [line.record for line in lines if line.record["kind"] in of_checkpoints]
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() and not any(path.iterdir()):
-            yield _unknown(workdir, path)
     stored = [record for record in places if record["kind"] == events.STORED and str(record["step"]) == folder.name]
+    cut_off = not executed.finished and (
+        bool(_HALF_WRITTEN.fullmatch(folder.name))
+        or (bool(places) and places[-1]["kind"] == events.CHECKPOINT and str(places[-1]["step"]) == folder.name)
+    )
+    for path in sorted(folder.rglob("*")):
+        empty = path.is_dir() and not any(path.iterdir())
+        if empty and not (cut_off and _FOLDERS.fullmatch(_inside(folder, path))):
+            yield _unknown(workdir, path)
     if stored:
         if run_files.folder_digest(folder) != stored[-1]["files_sha256"]:
             yield Finding("checkpoint_disagrees", name, "its files are not those whose SHA-256 the ledger recorded")
         return
-    half_written = bool(_HALF_WRITTEN.fullmatch(folder.name)) or (
-        bool(places) and places[-1]["kind"] == events.CHECKPOINT and str(places[-1]["step"]) == folder.name
-    )
-    if not old and not (half_written and not executed.finished):
+    if not old and not cut_off:
         yield Finding("file_unknown", name, "the ledger did not record its files")
         return
     for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder).as_posix()
-        if path.is_symlink() or (not path.is_dir() and not _LAYOUT.fullmatch(_without_suffixes(inside))):
+        if path.is_symlink() or (not path.is_dir() and not _LAYOUT.fullmatch(_inside(folder, path))):
             yield _unknown(workdir, path)
 
 
-def _without_suffixes(name: str) -> str:
+def _inside(folder: pathlib.Path, path: pathlib.Path) -> str:
     """The name of a file as it will be called when its checkpoint is whole."""
-    return re.sub(r"\.orbax-checkpoint-tmp(-\d+)?|\.__lock", "", name)
+    return re.sub(r"\.orbax-checkpoint-tmp(-\d+)?|\.__lock", "", path.relative_to(folder).as_posix())

@@ -247,7 +247,7 @@ def clipped_sum(
     norm: Any = None,
     steps: Any = None,
     shards: Any = None,
-    together: str | None = None,
+    together: tuple[str, ...] = (),
 ) -> ClippedSum:
     """Sum over the units of the batch of factor * grad(loss)(params, unit), in float32 or on a grid.
 
@@ -273,7 +273,7 @@ def clipped_sum(
       shards: inside shard_map, for every leaf of params the sharding.place.Gathered axis of which this device holds a
         shard, or None; "ghost" and "per_layer" only. The sums of such leaves are shards of the sum over all devices;
         those of the others, of this one.
-      together: a mesh axis whose devices go through the loop over microbatches equally often, each with padding where
+      together: mesh axes whose devices go through the loop over microbatches equally often, each with padding where
         others have units: where the compiler divides the work on a unit, what it sends may wait for all of them.
 
     Returns:
@@ -323,7 +323,7 @@ def clipped_sum(
         total, lengths, losses = add_microbatch(0, start)
     else:
         used = jnp.max(jnp.where(mask, jnp.arange(slots) // size + 1, 0), initial=0)
-        for axis_name in {shard.axis_name for shard in shards or [] if shard} | ({together} - {None}):
+        for axis_name in {shard.axis_name for shard in shards or [] if shard} | set(together):
             used = jax.lax.pmax(used, axis_name)  # devices that gather from each other go through the loop together
         total, lengths, losses = jax.lax.fori_loop(0, used, add_microbatch, start)
     half: Any = 0.5 if steps is None else 1

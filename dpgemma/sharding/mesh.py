@@ -1,11 +1,13 @@
 """The devices of a run."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from accounting.errors import InputError
-from dpgemma.sharding.rules import DATA_AXIS, MODEL_AXIS, MeshShape, wanted
+from dpgemma.sharding.rules import MeshShape, wanted
 
 
 def resolve(mesh: str) -> str:
@@ -34,10 +36,13 @@ def shape(mesh: str) -> MeshShape:
 
 
 def make(mesh: str) -> Mesh:
-    """The devices of a resolved mesh. Without a second axis, or with one of a single device, it has one axis."""
+    """The devices of a resolved mesh."""
     wanted_shape = shape(mesh)
-    devices = np.array(jax.devices()[: wanted_shape.devices])
-    if wanted_shape.model == 1:
-        return Mesh(devices, (DATA_AXIS,), axis_types=(AxisType.Auto,))
-    grid = devices.reshape(wanted_shape.data, wanted_shape.model)
-    return Mesh(grid, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto, AxisType.Auto))
+    return of_devices(jax.devices()[: wanted_shape.devices], wanted_shape)
+
+
+def of_devices(devices: Sequence[jax.Device], wanted_shape: MeshShape) -> Mesh:
+    """The mesh of these devices, slice by slice; of axes beside the data axis, those with more than one device."""
+    axes = wanted_shape.sizes
+    grid = np.array(devices).reshape(tuple(axes.values()))
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

@@ -1,6 +1,7 @@
 """Arrays on the devices of a mesh: parameters by the rules of a layout, units dealt out over the data axis."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from accounting.errors import InputError
-from dpgemma.sharding.rules import AT_REST, DATA_AXIS, MAY_STAY_WHOLE, MODEL_AXIS, REPLICATED, RULES, TENSOR
+from dpgemma.sharding.rules import AT_REST, DATA_AXIS, MAY_STAY_WHOLE, MODEL_AXIS, REPLICATED, RULES, SLICE_AXIS, TENSOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +151,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def over_units(mesh: Mesh) -> NamedSharding:
     """The leading axis, one entry a slot, is spread over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return NamedSharding(mesh, spread(mesh))
 
 
-SHARED, SPREAD = PartitionSpec(), PartitionSpec(DATA_AXIS)
+SHARED = PartitionSpec()
+
+
+def axes_of_rows(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of the mesh over which units are spread."""
+    return tuple(axis for axis in (SLICE_AXIS, DATA_AXIS) if axis in mesh.shape)
+
+
+def rows(mesh: Mesh) -> int:
+    """Rows of devices along the model axis, each of which has units of its own."""
+    return math.prod(mesh.shape[axis] for axis in axes_of_rows(mesh))
+
+
+def spread(mesh: Mesh) -> PartitionSpec:
+    """The spec of a leading axis that is spread over the rows of devices."""
+    return PartitionSpec(axes_of_rows(mesh))
 
 
 def specs(shardings: Any) -> Any:
@@ -163,7 +179,7 @@ def specs(shardings: Any) -> Any:
 
 def is_one_row(mesh: Mesh) -> bool:
     """Whether all units lie on one row of devices along the model axis, so that nothing is added up over rows."""
-    return MODEL_AXIS in mesh.shape and mesh.shape[DATA_AXIS] == 1
+    return MODEL_AXIS in mesh.shape and rows(mesh) == 1
 
 
 def sum_over_rows(mesh: Mesh, stacked: Any, in_use: Any, at_rest: Any) -> Any:
@@ -181,10 +197,12 @@ def sum_over_rows(mesh: Mesh, stacked: Any, in_use: Any, at_rest: Any) -> Any:
     def of_leaf(one: jax.Array, spec: PartitionSpec) -> jax.Array:
         axis = next((number for number, names in enumerate(spec) if names == DATA_AXIS), None)
         if axis is None:
-            return jax.lax.psum(one[0], DATA_AXIS)
-        return jax.lax.psum_scatter(one[0], DATA_AXIS, scatter_dimension=axis, tiled=True)
+            return jax.lax.psum(one[0], over)
+        part = jax.lax.psum_scatter(one[0], DATA_AXIS, scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(part, SLICE_AXIS) if SLICE_AXIS in over else part
 
-    side_by_side = jax.tree.map(lambda spec: PartitionSpec(DATA_AXIS, *spec), in_use)
+    over = axes_of_rows(mesh)
+    side_by_side = jax.tree.map(lambda spec: PartitionSpec(over, *spec), in_use)
     return on_each_device(mesh, lambda stacked: jax.tree.map(of_leaf, stacked, at_rest), (side_by_side,), at_rest)(
         stacked
     )
@@ -212,7 +230,7 @@ def in_shards(
 
 
 def on_each_device(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """The function, run by every device on its own part of the SPREAD arguments and on all of the SHARED ones."""
+    """The function, run by every device on its own part of the spread arguments and on all of the SHARED ones."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -220,12 +238,12 @@ def on_each_row(mesh: Mesh, function: Callable[..., Any], in_specs: Any, out_spe
     """As on_each_device, but by every row of devices along the model axis, where there is one: within a row, arrays are
     spread as they were before, and the compiler divides the work.
 
-    The specs name the data axis alone.
+    The specs name the axes of rows alone.
     """
     if MODEL_AXIS not in mesh.shape:
         return on_each_device(mesh, function, in_specs, out_specs)
     if is_one_row(mesh):  # of which the compiler cannot make a function of rows
         return function
     return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={DATA_AXIS}, check_vma=False
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes_of_rows(mesh)), check_vma=False
     )

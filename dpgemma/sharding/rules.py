@@ -8,9 +8,11 @@ import dataclasses
 from accounting.errors import InputError
 from dpgemma.choices import AUTO
 
-# The axes of a mesh. Units are spread over the first: each unit lies on exactly one of its devices, or on exactly one
-# row of devices where there is a second axis, over which every layer is spread.
-DATA_AXIS, MODEL_AXIS = "data", "model"
+# The axes of a mesh. Units are spread over the first two: each unit lies on exactly one of their devices, or on exactly
+# one row of devices where there is a model axis, over which every layer is spread. Slices are machines whose devices
+# have fast links to each other and slow ones to the rest: parameters are spread within a slice and never across.
+SLICE_AXIS, DATA_AXIS, MODEL_AXIS = "slice", "data", "model"
+AXES = (SLICE_AXIS, DATA_AXIS, MODEL_AXIS)
 
 # Logical axes of parameters, as gemma.family and gemma.files.weights use them.
 LAYERS, VOCABULARY, MODEL, HEADS, KV_HEADS, HEAD, FEED_FORWARD, RECURRENT, BLOCKS, TAPS, RANK = (
@@ -35,7 +37,7 @@ MAY_STAY_WHOLE = (KV_HEADS,)
 # among them: a layer is used at a time.
 AT_REST = (VOCABULARY, FEED_FORWARD, RECURRENT, MODEL, HEAD, HEADS, RANK)
 
-SYNTAX = "auto, data:N or data:A,model:B, with N or A times B devices"
+SYNTAX = "auto, data:N, data:A,model:B or slice:S,data:A,model:B, whose numbers multiply to the devices"
 
 _MOST_DEVICES = 10**6  # what jax can be asked for at all
 
@@ -44,20 +46,31 @@ _MOST_DEVICES = 10**6  # what jax can be asked for at all
 class MeshShape:
     """How many devices there are along each axis.
 
-    >>> str(MeshShape(4, 2)), str(MeshShape(8))
-    ('data:4,model:2', 'data:8')
+    >>> str(MeshShape(4, 2)), str(MeshShape(8)), str(MeshShape(4, slices=2))
+    ('data:4,model:2', 'data:8', 'slice:2,data:4')
     """
 
     data: int
     model: int = 1
+    slices: int = 1
 
     def __str__(self) -> str:
-        across = f",{MODEL_AXIS}:{self.model}" if self.model > 1 else ""
-        return f"{DATA_AXIS}:{self.data}{across}"
+        return ",".join(f"{axis}:{size}" for axis, size in self.sizes.items())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By axis: that of the data, and those of the others along which there is more than one device."""
+        sizes = dict(zip(AXES, (self.slices, self.data, self.model), strict=True))
+        return {axis: size for axis, size in sizes.items() if size > 1 or axis == DATA_AXIS}
+
+    @property
+    def rows(self) -> int:
+        """Rows of devices along the model axis, each of which has units of its own."""
+        return self.slices * self.data
 
     @property
     def devices(self) -> int:
-        return self.data * self.model
+        return self.rows * self.model
 
 
 def wanted(mesh: str) -> MeshShape | None:
@@ -72,10 +85,11 @@ def wanted(mesh: str) -> MeshShape | None:
     if mesh == AUTO:
         return None
     counts: dict[str, int] = {}
-    for axis, part in zip((DATA_AXIS, MODEL_AXIS), mesh.split(","), strict=False):
+    for part in mesh.split(","):
         name, _, count = part.partition(":")
-        if name == axis and count.isascii() and count.isdecimal() and 0 < int(count) < _MOST_DEVICES:
-            counts[axis] = int(count)
-    if len(counts) != mesh.count(",") + 1:
+        if name in AXES and count.isascii() and count.isdecimal() and 0 < int(count) < _MOST_DEVICES:
+            counts[name] = int(count)
+    in_order = [axis for axis in AXES if axis in counts] == list(counts)
+    if not in_order or DATA_AXIS not in counts or len(counts) != mesh.count(",") + 1:
         raise InputError(f"`mesh` must be {SYNTAX}, got {mesh!r}")
-    return MeshShape(**counts)
+    return MeshShape(counts[DATA_AXIS], counts.get(MODEL_AXIS, 1), counts.get(SLICE_AXIS, 1))

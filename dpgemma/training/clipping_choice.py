@@ -28,8 +28,8 @@ from dpgemma.data.batch import Batch
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding import place
 from dpgemma.sharding.place import Layout
-from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training.observers import Observer
 from dpgemma.training.settings import Settings
 from dpgemma.training.step import sharded_clipped_sum
@@ -105,7 +105,7 @@ def measure(objective: Objective, mesh: str, ways: Sequence[Way], limit: float |
             objective.shapes(), (jnp.float32, jnp.bfloat16), (places.at_rest, places.frozen), strict=True
         )
     )
-    units = max(size for _, size in ways) * devices.shape[DATA_AXIS]
+    units = max(size for _, size in ways) * place.rows(devices)
     batch = Batch.of_rows(objective.noise_rows(units), np.ones(units, bool))
     limit = memory_limit(devices) if limit is None else limit
     return [_trial(way, objective, trainable, frozen, batch, devices, limit) for way in ways]
@@ -146,7 +146,7 @@ def _timed(
     for _ in range(_REPETITIONS + 1):
         start = time.perf_counter()
         jax.block_until_ready(compiled(trainable, frozen, batch))
-        seconds.append((time.perf_counter() - start) / (batch.slots / mesh.shape[DATA_AXIS]))
+        seconds.append((time.perf_counter() - start) / (batch.slots / place.rows(mesh)))
     return Trial(*way, seconds=min(seconds[1:]), temporary_bytes=memory.temp_size_in_bytes)
 
 

@@ -64,7 +64,7 @@ def description(mesh: MeshShape) -> str:
     options += [
         flag for flag in xla_flags() if not flag.startswith(("--xla_force_host_platform_device_count", "--xla_dump"))
     ]
-    place = f"{kind}; mesh {mesh.data} by {mesh.model}"
+    place = f"{kind}; mesh {mesh}"
     return f"{', '.join(_versions())}; {place}; {', '.join(options)}; code {source_digest()[:16]}"
 
 

@@ -47,7 +47,7 @@ class Plan:
         """Slots of a batch: its cap, filled up so that each device has whole microbatches."""
         cap = self.mechanism.max_batch_size
         assert cap is not None, "a run has a cap, which fixes the shapes"
-        multiple = mesh_lib.shape(self.mesh).data * self.strategy.microbatch_size
+        multiple = mesh_lib.shape(self.mesh).rows * self.strategy.microbatch_size
         return -(-cap // multiple) * multiple
 
     @property
@@ -183,7 +183,7 @@ def _on_fitting_grid(mechanism: Mechanism, trained: int) -> Mechanism:
 
 def _cap(settings: Settings, num_units: int, target: float, mesh: str, strategy: Strategy) -> int:
     """The truncation cap: the one given, or the smallest that costs little."""
-    devices, size = mesh_lib.shape(mesh).data, strategy.microbatch_size
+    devices, size = mesh_lib.shape(mesh).rows, strategy.microbatch_size
     multiple, cap = devices * size, settings.max_batch_size
     if cap is None:
         return truncation.plan_max_batch_size(

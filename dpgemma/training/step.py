@@ -27,7 +27,7 @@ from dpgemma.privacy.noise import NoisedMean, divide, scale
 from dpgemma.privacy.noisers import Noiser, noiser_of
 from dpgemma.sharding import place
 from dpgemma.sharding.place import Places
-from dpgemma.sharding.rules import DATA_AXIS, MODEL_AXIS
+from dpgemma.sharding.rules import MODEL_AXIS
 
 Loss = Callable[[Any, Any, Unit], jax.Array]
 
@@ -93,7 +93,7 @@ def sharded_clipped_sum(
       places: where the parameters lie, in use and at rest, and the sum as at rest; None where every device keeps all.
     """
     shared: Any = place.SHARED
-    spread: Any = place.SPREAD
+    spread: Any = place.spread(mesh)
     whole = jax.tree.map(lambda _: place.SHARED, trainable)
     in_use, at_rest = (whole, whole) if places is None else (place.specs(places.in_use), place.specs(places.at_rest))
     if places is not None:
@@ -104,8 +104,9 @@ def sharded_clipped_sum(
     # A clip norm that adapts is an array like the others; a constant one stays a number, because the sensitivity is
     # made of it.
     current = {name: x for name, x in (("norm", norm), ("steps", steps)) if x is not None}
-    in_specs = (place.SHARED, place.SHARED, place.SPREAD, place.SHARED)
-    together = DATA_AXIS if MODEL_AXIS in mesh.shape and not place.is_one_row(mesh) else None
+    in_specs = (shared, shared, spread, shared)
+    over = place.axes_of_rows(mesh)
+    together = over if MODEL_AXIS in mesh.shape and not place.is_one_row(mesh) else ()
 
     def on_one_row(trainable: Any, frozen: Any, batch: Batch, current: dict[str, Any]) -> ClippedSum:
         def of_unit(trainable: Any, unit: Unit) -> jax.Array:
@@ -114,7 +115,7 @@ def sharded_clipped_sum(
         local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, together=together, **current)
         # Sums of rows side by side: they are added where no compiler decides how they are spread.
         stacked = jax.tree.map(lambda leaf: leaf[None], local.total)
-        added = local.count if place.is_one_row(mesh) else jax.lax.psum(local.count, DATA_AXIS)
+        added = local.count if place.is_one_row(mesh) else jax.lax.psum(local.count, over)
         return dataclasses.replace(local, total=stacked, count=added)
 
     clipped = place.on_each_row(mesh, on_one_row, in_specs, out_specs)(trainable, frozen, batch, current)

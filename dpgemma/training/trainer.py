@@ -27,7 +27,6 @@ from dpgemma.privacy.samplers import sampler_of
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
 from dpgemma.sharding.place import Layout
-from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training import environment, evaluation, metrics, report_files
 from dpgemma.training import optimizer as optimizer_lib
 from dpgemma.training.checkpoint import Checkpoints
@@ -225,7 +224,7 @@ class Trainer:
         ):
             for t in range(first, mechanism.steps):
                 units = sampler.draw(keys.sampling, t)
-                batch = collate(self.source, units, plan.slots).dealt(self.mesh.shape[DATA_AXIS])
+                batch = collate(self.source, units, plan.slots).dealt(place.rows(self.mesh))
                 ledger.append_step(t, mechanism.group)
                 state, stats = jax.block_until_ready(self.dp_step(state, frozen, batch, noise_keys(keys.noise, t)))
 

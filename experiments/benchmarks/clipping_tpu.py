@@ -3,7 +3,7 @@
 Every program accumulates the gradients of 64 sequences per chip: ours, the ordinary gradient and jax_privacy's
 clipped_grad, each at several microbatch sizes, for bfloat16 parameters and a float32 accumulator, or for an exact
 release one of whole numbers. Cycles are the
-compiler's own static estimates (see tpu_cycles: plausible to some 20 % between programs with a similar mix of
+compiler's own static estimates (see hardware.cycles: plausible to some 20 % between programs with a similar mix of
 operations; absolute times must not be derived from them). Prints a table to standard error and one JSON object.
 """
 
@@ -35,8 +35,8 @@ from dpgemma.objectives.causal import token_losses
 from dpgemma.privacy import clipping, tracking
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding.place import Gathered
-from experiments.benchmarks import tpu_cycles
 from experiments.benchmarks.objectives import causal, of_row
+from experiments.hardware import cycles as cycles_lib
 
 SEQUENCES = 64
 CHIP, CHIPS = "v6e:2x2x1", "v6e:4x4x1"
@@ -181,7 +181,7 @@ def measure(compiler: Compiler, program: str, keep: str | None) -> dict:
     if keep:
         with open(os.path.join(keep, program.replace(":", "_") + ".hlo"), "w") as file:
             file.write(text)
-    cycles = tpu_cycles.of(text, rounds)
+    cycles = cycles_lib.of(text, rounds)
     name, _, size = program.partition(":")
     held = (
         memory.argument_size_in_bytes

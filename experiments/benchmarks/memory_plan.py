@@ -17,68 +17,20 @@ import time
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from accounting.mechanism import dp_sgd, grid
-from dpgemma.choices import EXACT
-from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder, lora
-from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy.clipping import Strategy
-from dpgemma.privacy.noise import noise_keys
-from dpgemma.sharding import place
-from dpgemma.sharding.place import Layout
-from dpgemma.sharding.rules import DATA_AXIS, MODEL_AXIS
-from dpgemma.training import optimizer
-from dpgemma.training.optimizer import Optimization
-from dpgemma.training.step import TrainState, make_train_step, state_shardings
+from dpgemma.sharding.rules import DATA_AXIS
 from experiments.benchmarks.clipping_tpu import check_for_libtpu
-from experiments.benchmarks.objectives import causal
+from experiments.hardware.step_program import StepProgram, held
 
 TOPOLOGY = "v5p:2x2x1"
 DEVICE_BYTES = 80e9
 PLANS = ("vaultgemma_1b", "gemma2_2b", "gemma3_4b:16")
-
-
-def lower(config: GemmaConfig, mesh: Mesh, length: int, rows: int, at_once: int, release: str = EXACT):
-    """The lowered step of a batch of `rows` rows, its arrays where training has them on this mesh."""
-    objective = causal(config, length, jnp.bfloat16, "block", vocabulary_is_spread=MODEL_AXIS in mesh.shape)
-    places = Layout(mesh).places(objective.axes(), objective.shapes())
-    everywhere, spread = place.replicated(mesh), place.over_units(mesh)
-
-    def array(leaf, dtype, sharding=everywhere):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
-
-    trainable, frozen = objective.shapes()
-    trainable = jax.tree.map(lambda leaf, sharding: array(leaf, jnp.float32, sharding), trainable, places.at_rest)
-    frozen = jax.tree.map(lambda leaf, sharding: array(leaf, jnp.bfloat16, sharding), frozen, places.frozen)
-    update = optimizer.make(Optimization("adamw", 1e-3, 10, "cosine", 0.0, 100))
-    shapes, shardings = jax.eval_shape(update.init, trainable), state_shardings(update, places.at_rest, mesh)
-    moments = jax.tree.map(lambda leaf, sharding: array(leaf, leaf.dtype, sharding), shapes, shardings.optimizer_state)
-    row = jax.ShapeDtypeStruct((rows, 1, length), bool)
-    columns = {"tokens": array(row, jnp.int32, spread), "scored": array(row, jnp.bool_, spread)}
-    batch = Batch(columns, array(jax.ShapeDtypeStruct((rows, 1), bool), jnp.bool_, spread))
-    bits = grid.fitting_bits(1.0, rows, decoder.count(trainable)) if release == EXACT else None
-    mechanism = dp_sgd(10**6, rows, rows, 1.0, 1.0, 100, "zero_out", grid_bits=bits)
-    how = Strategy("example_scan", at_once)
-    step = make_train_step(objective.loss, update, mechanism, mesh, how, places, objective.cast)
-    keys = jax.tree.map(lambda leaf: array(leaf, leaf.dtype), jax.eval_shape(lambda: noise_keys(bytes(32), 0)))
-    return step.lower(TrainState(trainable, moments), frozen, batch, keys)
-
-
-def held(memory) -> int:
-    """Bytes that a compiled program takes in all, from its memory analysis."""
-    return (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
 
 
 def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> dict:
@@ -89,7 +41,8 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[:1]
     one = Mesh(np.array(device), (DATA_AXIS,), axis_types=(AxisType.Auto,))
     start = time.perf_counter()
-    memory = lower(config, one, length, rows, at_once).compile().memory_analysis()
+    program = StepProgram(config, one, length, rows, Strategy("example_scan", at_once))
+    memory = program.trace().lower().compile().memory_analysis()
     trained, frozen = (decoder.count(part) for part in lora.split(config, decoder.parameter_shapes(config)))
     return {
         "model": name,

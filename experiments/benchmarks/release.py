@@ -39,7 +39,7 @@ class Program:
         optimizer = optax.adamw(1e-3)
         mechanism = dp_sgd(10**6, batch.slots, batch.slots, 1.0, 1.0, 1000, grid_bits=grid_bits)
         self.step = make_train_step(objective.loss, optimizer, mechanism, mesh_lib.make(mesh), how)
-        self.batch, self.keys = batch.dealt(mesh_lib.shape(mesh).data), noise_keys(bytes(32), 0)
+        self.batch, self.keys = batch.dealt(mesh_lib.shape(mesh).rows), noise_keys(bytes(32), 0)
         self.frozen: Any = {}
         trainable, self.frozen = objective.init(0)
         self.state = TrainState(trainable, optimizer.init(trainable))

@@ -3,7 +3,7 @@ float32 sums and noise.
 
 The step is the trainer's own: gradients clipped by example_scan, sums over chips, noise, AdamW; float32 parameters,
 bfloat16 compute, activations recomputed block by block; on several chips, parameters at rest, moments and noise are
-spread over them. Cycles of a chip are the compiler's own static estimates (see tpu_cycles), without the time of
+spread over them. Cycles of a chip are the compiler's own static estimates (see hardware.cycles), without the time of
 transfers between chips. The compiler has several rules for the order of a program's instructions; training uses the
 first of --orders. Prints a line a program to standard error and one JSON object.
 
@@ -27,10 +27,12 @@ from jax.sharding import AxisType, Mesh
 
 from dpgemma.choices import EXACT, FLOAT32
 from dpgemma.gemma.presets import PRESETS
+from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training.step import COMPILER_OPTIONS
-from experiments.benchmarks import memory_plan, tpu_cycles
 from experiments.benchmarks.clipping_tpu import CHIP, CHIPS, check_for_libtpu
+from experiments.hardware import cycles as cycles_lib
+from experiments.hardware.step_program import StepProgram, held
 
 _ORDER = "xla_memory_scheduler"
 ORDERS = (COMPILER_OPTIONS["tpu"][_ORDER], "post_order", "list")
@@ -42,16 +44,17 @@ def measure(model: str, length: int, sequences: int, at_once: int, chips: int, r
     mesh = Mesh(np.array(devices[:chips]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
     rounds = -(-sequences // at_once)
     start = time.perf_counter()
-    lowered = memory_plan.lower(PRESETS[model], mesh, length, rounds * at_once * chips, at_once, release)
-    compiled = lowered.compile({_ORDER: order})
-    memory, cycles = compiled.memory_analysis(), tpu_cycles.of(compiled.as_text(), rounds)
+    how = Strategy("example_scan", at_once)
+    program = StepProgram(PRESETS[model], mesh, length, rounds * at_once * chips, how, release=release)
+    compiled = program.trace().lower().compile({_ORDER: order})
+    memory, cycles = compiled.memory_analysis(), cycles_lib.of(compiled.as_text(), rounds)
     return {
         "release": release,
         "chips": chips,
         "order": order,
         "cycles": cycles.corrected,
         "cycles_raw": cycles.raw,
-        "bytes": memory_plan.held(memory),
+        "bytes": held(memory),
         "temporary_bytes": memory.temp_size_in_bytes,
         "compile_seconds": time.perf_counter() - start,
     }

@@ -1,4 +1,6 @@
-"""dpgemma plan: the configuration to train under a compute, a privacy and a data budget, by a scaling law."""
+"""dpgemma plan: the configuration to train under a compute, a privacy and a data budget, by a scaling law; or what a
+run needs on a machine (hardware.py).
+"""
 
 import json
 import math
@@ -6,13 +8,16 @@ import pathlib
 
 from absl import flags
 
+from accounting import run_files
 from accounting.errors import InputError, as_flags
 from accounting.mechanism import RELATIONS, ZERO_OUT
 from dpgemma import user_cache
 from dpgemma.commands import command_flags
+from experiments.commands import hardware
 
 DESCRIPTION = (
-    "Find the best model, batch and number of steps for a compute, a privacy and a data budget, by a scaling law."
+    "Find the best model, batch and number of steps for a compute, a privacy and a data budget, by a scaling law; or,"
+    " with --topology, what a run needs on a machine."
 )
 
 
@@ -37,10 +42,21 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "figures", None, "Also draw the scaling figures for this law into a new folder, with a page.", fv
     )
+    hardware.define_flags(fv)
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
 def run(fv: flags.FlagValues) -> int:
+    if fv.topology:
+        for name in ("compute", "law", "any_size", "extrapolate", "figures"):
+            if fv[name].present:
+                raise InputError(f"--{name} belongs to a plan by a scaling law: drop it, or --topology")
+        result = hardware.answer(fv)
+        print(json.dumps(run_files.encode(result)) if fv.json else hardware.text(result))
+        return 0
+    for name in hardware.FLAGS:
+        if fv[name].present:
+            raise InputError(f"--{name} belongs to a plan for a machine: give --topology too, or drop it")
     for name in ("compute", "num_units", "epsilon", "delta"):
         if fv[name].value is None:
             raise InputError(f"--{name} is missing: a plan needs --compute, --num_units, --epsilon and --delta")
@@ -50,7 +66,6 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError(
             f"--epsilon must be positive and finite, got {fv.epsilon:g}: without privacy no noise has to be planned"
         )
-    from accounting import run_files
     from experiments.laws import fitting
     from experiments.planning import plan
     from experiments.planning.optimum import Budget

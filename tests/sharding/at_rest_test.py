@@ -15,8 +15,9 @@ from tests.training import step_test
 
 
 def test_the_bits_of_a_step_do_not_depend_on_where_its_state_lies():
-    spread = "Step(f'data:{n}').run(3).digest() for n in (1, 2, 8)"
-    digests = eight.result_of(f"[Step('data:1', spread=False).run(3).digest(), *({spread})]")
+    whole = "Step('data:1', spread=False).run(3).digest()"
+    spread = "Step(mesh).run(3).digest() for mesh in ('data:8', 'slice:2,data:4')"
+    digests = eight.result_of(f"[{whole}, *({spread})]")
     assert len(set(digests)) == 1
 
 

@@ -60,7 +60,7 @@ def batch(mesh):
     """Sixteen slots, the last three of them padding."""
     _, rows = step_test.problem()
     twice = {name: np.concatenate([column, column]) for name, column in rows.items()}
-    return Batch.of_rows(twice, np.arange(16) < 13).dealt(mesh_lib.shape(mesh).data)
+    return Batch.of_rows(twice, np.arange(16) < 13).dealt(mesh_lib.shape(mesh).rows)
 
 
 class Step:
@@ -152,6 +152,19 @@ def noises(meshes, family):
         assert len(np.unique(noise)) > 0.9 * noise.size
         found.append(hashlib.sha256(noise.tobytes()).hexdigest())
     return found
+
+
+def program_with_transfers():
+    """Optimised HLO of a sum inside a loop of three rounds, a gather and a scatter."""
+    spec = jax.sharding.PartitionSpec(("slice", "data"))
+
+    def of_one(x):
+        total = jax.lax.fori_loop(0, 3, lambda i, total: jax.lax.psum(total * 0.5 + i, "slice"), x)
+        whole = jax.lax.all_gather(total, "data", tiled=True)
+        return jax.lax.psum_scatter(whole * whole[0], "data", tiled=True)
+
+    run = jax.jit(place.on_each_device(mesh_lib.make("slice:2,data:4"), of_one, (spec,), spec))
+    return run.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile().as_text()
 
 
 def collectives(text):

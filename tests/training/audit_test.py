@@ -106,8 +106,13 @@ def test_what_crashes_leave_behind_is_no_finding(workdir, summaries):
         shutil.rmtree(workdir / name)
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[:2]))
+    half = workdir / "checkpoints/2.orbax-checkpoint-tmp"
+    for name in ("meta.orbax-checkpoint-tmp", "state.orbax-checkpoint-tmp", "state.orbax-checkpoint-tmp-3/d"):
+        (half / name).mkdir(parents=True)  # killed before the first file was there
     kinds = {finding.kind for finding in audit(workdir, []).findings}
-    assert "missing_file" not in kinds and "metrics_edited" not in kinds, kinds
+    assert not kinds & {"missing_file", "metrics_edited", "file_unknown"}, kinds
+    (half / "state.orbax-checkpoint-tmp/loss=3.14").mkdir()
+    assert "file_unknown" in {finding.kind for finding in audit(workdir, []).findings}
     # The second checkpoint's event stays, the run resumed at 2 and stopped there.
     rewrite_chain(workdir, lambda records: [*records, {"kind": "resume", "step": 0, "environment": "here"}])
     (workdir / "metrics.jsonl").write_text(lines[0])

@@ -32,7 +32,7 @@ def test_on_another_mesh_lost_steps_have_other_noise_and_are_charged(finished, t
     shutil.rmtree(workdir / "checkpoints/6")
     done = call(*flags(text, workdir, **{**SMALL, "mesh": "data:2"}))
     assert done.returncode == 0, done.stderr
-    assert "there mesh 1 by 2; here mesh 2 by 1" in done.stderr and "charged again" in done.stderr
+    assert "there mesh data:1,model:2; here mesh data:2" in done.stderr and "charged again" in done.stderr
     assert len(step_records(workdir)) == 8
     result = json.loads(call("audit", workdir, "--json").stdout)
     assert result["consistent"] and result["steps"] == 8

@@ -1,0 +1,272 @@
+"""Answers `dpgemma plan --topology`: memory, operations, transfers and time of one training step, chip by chip.
+
+For TPUs the trainer's own step is compiled for the real machine; for GPUs, whose compiler needs one, what follows from
+shapes and from the step as JAX traces it is all there is.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from accounting.errors import InputError
+from dpgemma.choices import EXAMPLE_SCAN
+from dpgemma.gemma import decoder
+from dpgemma.gemma.config import GemmaConfig
+from dpgemma.privacy.clipping import Strategy
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding import place
+from dpgemma.sharding.rules import MeshShape, wanted
+from experiments.hardware import collectives, cycles, operations
+from experiments.hardware.machines import Topology
+from experiments.hardware.step_program import StepProgram, bytes_on_one_device, held, placed
+
+_CYCLE_ERROR = 0.2  # of the compiler's cycles, between programs with a similar mix of operations
+_GPU_SHARE_OF_PEAK = 0.4
+_WIDEST_MODEL_AXIS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One training run on one machine.
+
+    Attributes:
+      config: of the model, its adapters included.
+      topology: the machine.
+      mesh: as `--mesh` names it; "auto" for the smallest model axis with which the step fits.
+      length: tokens of a row.
+      batch_size: expected number of rows in a batch.
+      steps: of the run.
+      how: clipping, and how many rows are computed at once.
+      dtype: of weights in use and of activations.
+      remat: what the backward pass computes again.
+    """
+
+    config: GemmaConfig
+    topology: Topology
+    mesh: str
+    length: int
+    batch_size: int
+    steps: int
+    how: Strategy
+    dtype: str
+    remat: str
+
+
+def answer(request: Request) -> dict[str, Any]:
+    """What `dpgemma plan --topology --json` prints of the machine.
+
+    Raises:
+      InputError: a machine that there is no compiler for, a mesh that does not divide it or the model, or a step that
+        does not fit.
+    """
+    topology, chip = request.topology, request.topology.chip
+    program, shape = _program(request)
+    start = time.perf_counter()
+    traced = program.trace()
+    flops = operations.of_products(traced.jaxpr.jaxpr, program.rounds) * shape.rows
+    at_peak = flops / topology.chips / chip.flops
+    memory = _known_bytes(program)
+    result = {
+        "topology": str(topology),
+        "num_slices": topology.slices,
+        "chips": topology.chips,
+        "mesh": str(shape),
+        "parameters": sum(map(decoder.count, program.objective.shapes())),
+        "trained_parameters": decoder.count(program.trainable),
+        "rows_per_chip_row": program.rounds * request.how.microbatch_size,
+        "hbm_limit_bytes": int(chip.memory),
+        "flops_per_step": flops,
+        "seconds_at_peak": at_peak,
+    }
+    if topology.is_compiled_for:
+        compiled = _compile(traced, request)
+        text = compiled.as_text()
+        total = held(compiled.memory_analysis())
+        memory["activations and buffers"] = max(0, total - sum(memory.values()))
+        sent = collectives.of(text, program.rounds, topology.chips // topology.slices if topology.slices > 1 else None)
+        estimated = cycles.of(text, program.rounds)
+        computing = estimated.corrected / chip.clock
+        within = sum(each.sent for each in sent if not each.crosses_slices) / chip.link
+        across = sum(each.sent for each in sent if each.crosses_slices) / chip.network
+        seconds = computing + within + across
+        result |= {
+            "hbm_bytes_per_chip": total,
+            "cycles_per_step": estimated.corrected,
+            "collectives": [dataclasses.asdict(each) | {"bytes_sent": each.sent} for each in sent],
+            "seconds_computing": computing,
+            "seconds_in_links": within,
+            "seconds_between_slices": across,
+            "seconds_per_step": seconds,
+            "seconds_per_step_range": [
+                max(at_peak, computing * (1 - _CYCLE_ERROR)),
+                computing * (1 + _CYCLE_ERROR) + within + across,
+            ],
+            "assumptions": [
+                f"{chip.flops:.3g} operations a second at peak, at a clock of {chip.clock / 1e9:.3g} GHz",
+                "the compiler's own static estimate of cycles, which is good to some"
+                f" {100 * _CYCLE_ERROR:.0f} % between similar programs and was checked against no chip: the range"
+                " is that, and never below the time at peak",
+                f"links of {chip.link / 1e9:.3g} GB/s a chip in one direction, in rings; nothing overlaps",
+                *([f"a network of {chip.network / 1e9:.3g} GB/s a chip between slices"] if topology.slices > 1 else []),
+                "every batch is the expected one; time for data, checkpoints and restarts is not counted",
+            ],
+        }
+    else:
+        seconds = at_peak / _GPU_SHARE_OF_PEAK
+        result |= {
+            "hbm_bytes_per_chip": sum(memory.values()),
+            "cycles_per_step": None,
+            "collectives": [],
+            "seconds_per_step": seconds,
+            "seconds_per_step_range": [at_peak, at_peak / _GPU_SHARE_OF_PEAK * 2],
+            "assumptions": [
+                "nothing was compiled, because there is no compiler for this chip without one: memory leaves"
+                " activations and buffers out, time is that of matrix products alone",
+                f"{_GPU_SHARE_OF_PEAK:.0%} of a peak of {chip.flops:.3g} operations a second; half of that at worst",
+                "transfers between chips, time for data, checkpoints and restarts are not counted",
+            ],
+        }
+    days = request.steps * seconds / 86400
+    return result | {
+        "memory": memory,
+        "fits": result["hbm_bytes_per_chip"] <= chip.memory,
+        "days": days,
+        "chip_hours": 24 * days * topology.chips,
+        "compile_seconds": time.perf_counter() - start,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", *_compilers(topology))},
+    }
+
+
+def _compilers(topology: Topology) -> tuple[str, ...]:
+    return ("libtpu",) if topology.is_compiled_for else ()
+
+
+def _program(request: Request) -> tuple[StepProgram, MeshShape]:
+    """The step on the mesh that was asked for, or on the one with the smallest model axis that fits."""
+    devices = _devices(request.topology)
+    given = wanted(request.mesh)
+    if given is not None:
+        program = _on_mesh(request, devices, _with_slices(given, request.topology))
+        least = sum(_known_bytes(program).values())
+        if least > request.topology.chip.memory:
+            fitting = next(_fitting(request, devices), None)
+            advice = f"`mesh`={fitting[1]} would leave room" if fitting else "use more chips, or adapters (`lora_rank`)"
+            raise InputError(
+                f"`mesh`={request.mesh} needs at least {least / 2**30:.1f} GiB a chip, and {request.topology.kind} has"
+                f" {request.topology.chip.memory / 2**30:.1f}: {advice}"
+            )
+        return program, _with_slices(given, request.topology)
+    found = next(_fitting(request, devices), None)
+    if found is None:
+        raise InputError(
+            f"the model does not fit on {request.topology} on any mesh: use more chips, or adapters (`lora_rank`)"
+        )
+    return found
+
+
+def _fitting(request: Request, devices: list[Any]) -> Iterator[tuple[StepProgram, MeshShape]]:
+    """Meshes on which what follows from shapes fits with a fifth of the memory to spare, the least model axis first."""
+    topology, model = request.topology, 1
+    a_slice = topology.chips // topology.slices
+    while model <= min(a_slice, _WIDEST_MODEL_AXIS):
+        if a_slice % model == 0:
+            shape = MeshShape(a_slice // model, model, topology.slices)
+            try:
+                program = _on_mesh(request, devices, shape)
+            except InputError:  # an axis does not divide
+                return
+            if sum(_known_bytes(program).values()) < 0.8 * topology.chip.memory:
+                yield program, shape
+        model *= 2
+
+
+def _with_slices(shape: MeshShape, topology: Topology) -> MeshShape:
+    """A mesh over all chips, its data axis divided among the slices."""
+    if shape.slices == 1 and shape.data % topology.slices == 0:
+        shape = MeshShape(shape.data // topology.slices, shape.model, topology.slices)
+    if (shape.devices, shape.slices) != (topology.chips, topology.slices):
+        raise InputError(
+            f"`mesh`={shape} does not name all {topology.chips} chips of {topology.slices} slices: use `mesh`=auto, or"
+            f" data:A,model:B with A times B = {topology.chips}"
+        )
+    return shape
+
+
+def _on_mesh(request: Request, devices: list[Any], shape: MeshShape) -> StepProgram:
+    mesh: Mesh = mesh_lib.of_devices(devices, shape)
+    at_once = place.rows(mesh) * request.how.microbatch_size
+    rows = -(-request.batch_size // at_once) * at_once
+    program = StepProgram(request.config, mesh, request.length, rows, request.how, request.dtype, request.remat)
+    _ = program.places
+    return program
+
+
+def _devices(topology: Topology) -> list[Any]:
+    """Chips that need not exist."""
+    if not topology.is_compiled_for:  # nothing is compiled for them, so any device stands for one
+        return jax.devices()[: topology.chips]
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("compiling for a TPU needs the libtpu package: pip install 'dpgemma[tpu]'")
+    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"`topology`={topology} is none that the TPU compiler knows ({_first_sentence(error)}): use a shape that is"
+            " sold, such as v6e:2x2, v6e:2x4, v6e:4x4 or v6e:16x16"
+        ) from None
+    return list(devices)
+
+
+def _compile(traced: Any, request: Request) -> Any:
+    try:
+        return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"the step does not fit on {request.topology} ({_first_sentence(error)}): use a larger model axis of"
+            " `mesh`, a smaller `microbatch_size` or more chips"
+        ) from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split("\n")[0].split(". ")[0][:200]
+
+
+def _known_bytes(program: StepProgram) -> dict[str, int]:
+    """What one chip holds by shapes alone, in bytes."""
+    cast = jax.eval_shape(program.objective.cast, program.trainable)
+    in_use = jax.tree.map(placed, cast, program.places.in_use)
+    held_twice = jax.tree.map(_differ, in_use, program.trainable)
+    weights = sum(bytes_on_one_device(leaf) for leaf, twice in _pairs(in_use, held_twice) if twice)
+    formed = program.how.microbatch_size if program.how.name == EXAMPLE_SCAN else 0
+    return {
+        "trained parameters at rest": bytes_on_one_device(program.trainable),
+        "moments": bytes_on_one_device(program.moments),
+        "frozen parameters": bytes_on_one_device(program.frozen),
+        "weights in use": weights,
+        "sum of gradients": bytes_on_one_device(jax.tree.map(_as_sum, in_use)),
+        "gradients of the rows at once": formed * bytes_on_one_device(in_use),
+    }
+
+
+def _pairs(*trees: Any) -> Iterator[tuple[Any, ...]]:
+    return zip(*map(jax.tree.leaves, trees), strict=True)
+
+
+def _differ(leaf: Any, other: Any) -> bool:
+    """Whether a device holds an array of its own for each of two placed shapes."""
+    shards = [each.sharding.shard_shape(each.shape) for each in (leaf, other)]
+    return leaf.dtype != other.dtype or shards[0] != shards[1]
+
+
+def _as_sum(leaf: Any) -> Any:
+    return placed(leaf, leaf.sharding, jax.numpy.float32)

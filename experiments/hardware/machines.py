@@ -1,0 +1,98 @@
+"""Chips and the machines that are made of them. This module imports no jax, so that --help answers at once."""
+
+import dataclasses
+import math
+import re
+
+from accounting.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What its maker says of one chip.
+
+    Attributes:
+      memory: bytes.
+      flops: multiplications and additions of bfloat16 in a second, at most.
+      bandwidth: bytes a second between the chip and its memory.
+      link: bytes a second that a chip sends to the others of its slice or machine, in one direction.
+      network: bytes a second that a chip sends out of its slice; None where it is not known.
+      dimensions: of a slice's shape; 0 where a machine is a number of chips.
+      clock: cycles a second of the matrix units: flops / (2 x multipliers); None where no compiler counts cycles here.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float | None
+    dimensions: int = 0
+    clock: float | None = None
+
+
+# TPUs: cloud.google.com/tpu/docs/v5e, v5p and v6e; the multipliers of a chip are 4 x 128 x 128 (v5e), 2 x 4 x 128 x 128
+# (v5p) and 2 x 256 x 256 (v6e: twice that, which its peak at the clock of v5p implies). GPUs: data sheets of the SXM
+# versions.
+CHIPS = {
+    "v5e": Chip(16 * 2**30, 197e12, 0.82e12, 200e9, 3.1e9, dimensions=2, clock=197e12 / (2 * 4 * 128**2)),
+    "v5p": Chip(95 * 2**30, 459e12, 2.765e12, 600e9, 6.25e9, dimensions=3, clock=459e12 / (2 * 8 * 128**2)),
+    "v6e": Chip(32 * 2**30, 918e12, 1.6e12, 400e9, 12.5e9, dimensions=2, clock=918e12 / (2 * 4 * 256**2)),
+    "a100": Chip(80e9, 312e12, 2.04e12, 300e9, None),
+    "h100": Chip(80e9, 989e12, 3.35e12, 450e9, None),
+    "h200": Chip(141e9, 989e12, 4.8e12, 450e9, None),
+}
+SYNTAX = "v6e:16x16, v5e:8x8, v5p:4x4x4, h100:8, h200:8 or a100:8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine: slices of chips of one kind.
+
+    Attributes:
+      kind: a name of CHIPS.
+      shape: of one slice.
+      slices: that work together.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def is_compiled_for(self) -> bool:
+        """Whether a program can be compiled for it on a host without one."""
+        return self.chip.dimensions > 0
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+
+def parse(text: str, slices: int = 1) -> Topology:
+    """The machine that a flag names.
+
+    >>> parse("v6e:16x16", slices=8).chips
+    2048
+
+    Raises:
+      InputError: another form, an unknown chip, or a shape of the wrong number of dimensions.
+    """
+    match = re.fullmatch(r"([a-z0-9]+):([1-9]\d{0,3}(?:x[1-9]\d{0,3})*)", text)
+    if not match:
+        raise InputError(f"`topology` must have a form like {SYNTAX}, got {text!r}")
+    kind, shape = match[1], tuple(map(int, match[2].split("x")))
+    if kind not in CHIPS:
+        raise InputError(f"`topology`={text} names an unknown chip: use one of {', '.join(CHIPS)}, as in {SYNTAX}")
+    if slices < 1:
+        raise InputError(f"`num_slices` must be at least 1, got {slices}")
+    wanted = max(1, CHIPS[kind].dimensions)
+    if len(shape) != wanted:
+        raise InputError(f"`topology`={text} needs {wanted} numbers after {kind}: use a form like {SYNTAX}")
+    return Topology(kind, shape, slices)

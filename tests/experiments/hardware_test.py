@@ -1,0 +1,175 @@
+"""Plans for machines: operations against a count by hand, transfers against programs that are known, refusals."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from accounting.errors import InputError
+from dpgemma import cli
+from dpgemma.gemma.presets import PRESETS
+from dpgemma.privacy.clipping import Strategy
+from dpgemma.sharding import mesh as mesh_lib
+from experiments.hardware import collectives, hlo, machines, operations
+from experiments.hardware.collectives import Collective
+from experiments.hardware.step_program import StepProgram, bytes_on_one_device
+from tests.sharding import eight
+
+RUN = ["--batch_size=64", "--steps=100"]
+
+
+def by_hand(config, tokens, *, recomputed):
+    """Operations of the matrix products of one row's gradient: three times the forward pass, as each product has two
+    derivatives; logits of a large vocabulary are computed once more, and so are blocks but for their last product.
+    """
+    width, wide = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    last = 2 * tokens * config.d_ff * config.d_model
+    projections = 2 * tokens * config.d_model * (2 * width + 2 * wide) + 3 * last
+    block = projections + 2 * 2 * tokens**2 * width
+    logits = 2 * tokens * config.d_model * config.vocab_size
+    again = config.num_layers * (block - last) if recomputed else 0
+    return config.num_layers * 3 * block + again + 4 * logits
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_operations_are_those_of_a_count_by_hand(remat):
+    config, rows = PRESETS["vaultgemma_1b"], 6
+    program = StepProgram(config, mesh_lib.make("data:1"), 1024, rows, Strategy("example_scan", 2), remat=remat)
+    assert program.rounds == 3
+    found = operations.of_products(program.trace().jaxpr.jaxpr, program.rounds)
+    assert found == pytest.approx(rows * by_hand(config, 1024, recomputed=remat == "block"), rel=0.01)
+    assert bytes_on_one_device(program.moments) >= 2 * bytes_on_one_device(program.trainable) == 8 * 1_038_741_120
+
+
+def test_operations_of_loops_and_branches():
+    def program(x, count):
+        x = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
+        x = jax.lax.cond(count > 2, lambda x: x @ x @ x, lambda x: x @ x, x)
+        return jax.lax.fori_loop(0, count, lambda _, x: x @ x, x)
+
+    jaxpr = jax.make_jaxpr(program)(jax.numpy.ones((3, 3)), 4).jaxpr
+    assert operations.of_products(jaxpr, trips=7) == 54 * (5 + 2 + 7)
+    convolution = jax.make_jaxpr(lambda x: jax.lax.conv(x, x, (1, 1), "SAME"))(jax.numpy.ones((1, 1, 4, 4))).jaxpr
+    with pytest.raises(InputError, match="convolutions"):
+        operations.of_products(convolution)
+
+
+def test_transfers_are_those_of_a_program_that_is_known():
+    text = eight.result_of("program_with_transfers()")
+    found = {each.kind: each for each in collectives.of(text, chips_of_slice=4)}
+    assert found["all-reduce"] == Collective("all-reduce", 8 * 16 * 4, 3, 2, crosses_slices=True)
+    assert found["all-gather"] == Collective("all-gather", 32 * 16 * 4, 1, 4)
+    assert found["reduce-scatter"] == Collective("reduce-scatter", 32 * 16 * 4, 1, 4)
+    assert found["all-reduce"].sent == 3 * 2 * 1 / 2 * 512 and found["all-gather"].sent == 3 / 4 * 2048
+    assert len([1 for times, _, _ in hlo.instructions(text) if times == 3]) > 2
+
+
+LINES = """HloModule planned
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %a = f32[2,8]{1,0:T(8,128)} all-gather(%x), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, dimensions={0}
+  %b = s32[4,8]{1,0:T(8,128)} all-reduce(%y), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  %c = (bf16[8]{0}, bf16[16]{0:T(8,128)}) all-gather-start(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  %d = s32[3]{0} collective-permute(%z), source_target_pairs={{0,5},{5,0}}
+  %e = (s32[6,8]{1,0}, u32[], token[]) send(%t, %after), is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %f = (s32[6,8]{1,0}, u32[], token[]) send(%t, %after), is_host_transfer=true
+}
+"""
+
+
+def test_groups_are_read_in_every_form():
+    found = sorted(collectives.of(LINES, chips_of_slice=4), key=lambda each: (each.kind, each.chips, each.bytes))
+    assert found == [
+        Collective("all-gather", 32, 1, 2),
+        Collective("all-gather", 64, 1, 2),
+        Collective("all-reduce", 192, 1, 3, crosses_slices=True),
+        Collective("all-reduce", 128, 1, 4, crosses_slices=True),  # chips 0, 2, 4 and 6
+        Collective("collective-permute", 12, 1, 2, crosses_slices=True),
+    ]
+
+
+def test_machines_have_one_form():
+    pod = machines.parse("v6e:16x16", 8)
+    assert (pod.chips, pod.is_compiled_for, str(pod)) == (2048, True, "v6e:16x16")
+    assert machines.parse("h100:8").chips == 8 and not machines.parse("h100:8").is_compiled_for
+    wrong = ["v6e", "v6e:", "v6e:0x4", "v6e:16", "v6e:2x2x2", "v5p:4x4", "h100:2x4", "v9:2x2", "v6e:2x2 ", ""]
+    for text in wrong:
+        with pytest.raises(InputError, match="`topology`"):
+            machines.parse(text)
+    with pytest.raises(InputError, match="`num_slices`"):
+        machines.parse("v6e:2x2", 0)
+
+
+def planned(*arguments):
+    """What a process of its own prints, because the number of devices is fixed once in a process."""
+    command = [sys.executable, "-m", "dpgemma", "plan", *RUN, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ)
+
+
+def test_a_plan_for_gpus_follows_from_shapes():
+    privacy = ["--num_units=1e6", "--delta=1e-7", "--epsilon=4"]
+    done = planned("--model=gemma3_270m", "--topology=h100:8", "--lora_rank=8", "--json", *privacy)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chips"] == 8 and found["mesh"] == "data:8" and found["fits"] and found["epsilon"] <= 4
+    memory, trained, all_ = found["memory"], found["trained_parameters"], found["parameters"]
+    assert memory["frozen parameters"] == 2 * (all_ - trained) and memory["sum of gradients"] == 4 * trained
+    assert memory["trained parameters at rest"] < 4 * trained / 7 and trained < all_ / 20
+    assert found["days"] == pytest.approx(100 * found["seconds_per_step"] / 86400)
+    assert found["seconds_per_step"] == pytest.approx(found["flops_per_step"] / 8 / 989e12 / 0.4)
+    assert any("nothing was compiled" in each for each in found["assumptions"])
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--topology=v9:2x2", "--model=tiny"], "unknown chip: use one of v5e"),
+        (["--topology=h100:8"], "--model is missing"),
+        (["--topology=h100:8", "--model=tiny", "--steps=0"], "--steps must be at least 1"),
+        (["--topology=h100:8", "--model=tiny", "--delta=1e-7"], "give all of them, or none"),
+        (["--topology=h100:8", "--model=tiny", "--compute=1e15"], "--compute belongs to a plan by a scaling law"),
+        (["--model=tiny"], "--model belongs to a plan for a machine: give --topology too"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, said, capsys):
+    given = [each for each in RUN if each.split("=")[0] not in {a.split("=")[0] for a in arguments}]
+    assert cli.main(["plan", *given, *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--model=tiny", "--topology=h100:8", "--mesh=data:4"], "does not name all 8 chips of 1 slices"),
+        (["--model=tiny", "--topology=h100:8", "--sequence_length=300"], "exceeds the 256 tokens of tiny"),
+        (["--model=gemma3_27b", "--topology=a100:2"], "does not fit on a100:2 on any mesh"),
+        (["--model=gemma3_12b", "--topology=a100:8", "--mesh=data:8"], "--mesh=data:2,model:4 would leave room"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_refused_before_anything_is_compiled(arguments, said):
+    done = planned(*arguments)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_plan_for_tpus_is_that_of_the_compiled_step():
+    done = planned("--model=tiny", "--topology=v6e:2x2", "--num_slices=2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chips"] == 8 and found["mesh"] == "slice:2,data:4" and found["fits"]
+    within = [each for each in found["collectives"] if not each["crosses_slices"]]
+    weights = [each for each in within if each["kind"] == "all-gather"]
+    assert all(each["times"] < 10 for each in found["collectives"]), "no transfer in the loop over microbatches"
+    assert sum(each["times"] * each["bytes"] for each in weights) < 2.2 * found["parameters"], "gathered once, bfloat16"
+    assert {each["kind"] for each in found["collectives"] if each["crosses_slices"]} == {"all-reduce"}
+    assert found["hbm_bytes_per_chip"] > sum(found["memory"].values()) * 0.99 and found["cycles_per_step"] > 1e5
+    done = planned("--model=tiny", "--topology=v6e:3x5")
+    assert done.returncode == 2 and "is none that the TPU compiler knows" in done.stderr
