@@ -182,9 +182,9 @@ MUTATIONS = (
     ),
     Mutation(
         "standard error", "the size of every batch is printed", TRAINER,
-        "raw = Private(**metrics.private_summary(stats, len(units)))",
-        "raw = Private(**metrics.private_summary(stats, len(units)))\n"
-        "                self._inform(f'{len(units)} units')",
+        "raw = Private(**metrics.private_summary(stats, count))",
+        "raw = Private(**metrics.private_summary(stats, count))\n"
+        "                self._inform(f'{count} units')",
         (SECRECY, "-k", "known_and_public"),
     ),
     Mutation(

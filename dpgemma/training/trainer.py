@@ -18,7 +18,7 @@ from accounting.errors import InputError
 from accounting.ledger import events, executed
 from accounting.ledger.chain import Ledger
 from accounting.ledger.history import History
-from dpgemma.data.batch import collate
+from dpgemma.data.batch import Batch, collate
 from dpgemma.data.source import UnitSource
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy import clip_norm
@@ -215,22 +215,23 @@ class Trainer:
             return first, state
         keys = self.run.step_keys(ledger.records[0], ledger.history.lineage)
         repeated = ledger.history.repeated
-        sampler = sampler_of(mechanism.sampling)
         curve = EpsilonCurve(self.accountant, plan.delta)
         with (
             self._watched(first),
             metrics.MetricsFile(self.run.metrics_file, first) as public,
             metrics.MetricsFile(self.run.private_metrics_file, first) as private,
         ):
+            drawn = self._draw(keys.sampling, first)
             for t in range(first, mechanism.steps):
-                units = sampler.draw(keys.sampling, t)
-                batch = collate(self.source, units, plan.slots).dealt(place.rows(self.mesh))
+                done, (count, batch) = t + 1, drawn
                 ledger.append_step(t, mechanism.group)
-                state, stats = jax.block_until_ready(self.dp_step(state, frozen, batch, noise_keys(keys.noise, t)))
+                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))
+                if done < mechanism.steps:
+                    drawn = self._draw(keys.sampling, done)  # while the devices compute
+                state, stats = jax.block_until_ready(result)
 
-                done = t + 1
                 released = Released(done, curve.at(done + repeated), optimizer_lib.public_rate(plan.optimization, t))
-                raw = Private(**metrics.private_summary(stats, len(units)))
+                raw = Private(**metrics.private_summary(stats, count))
                 epsilon = run_files.encode(rounding.round_up(released.epsilon))
                 public.write(step=t, epsilon=epsilon, learning_rate=released.learning_rate)
                 private.write(step=t, **dataclasses.asdict(raw))
@@ -244,6 +245,12 @@ class Trainer:
                 if stopped:
                     return done, state
         return mechanism.steps, state
+
+    def _draw(self, key: bytes, t: int) -> tuple[int, Batch]:
+        """The number of units of batch t, and the batch on its way to the devices."""
+        units = sampler_of(self.mechanism.sampling).draw(key, t)
+        batch = collate(self.source, units, self.plan.slots).dealt(place.rows(self.mesh))
+        return len(units), jax.device_put(batch, place.over_units(self.mesh))
 
     @contextlib.contextmanager
     def _watched(self, first: int) -> Any:

@@ -9,7 +9,7 @@ _OPCODE = re.compile(r"= .*?(?:\]|\}|\)) ([a-z][\w\-]*)\(")
 _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIP = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_TRIP = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _ENTERED = ("call", "conditional", "async-start")
 
 

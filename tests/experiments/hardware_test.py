@@ -92,6 +92,29 @@ def test_groups_are_read_in_every_form():
     ]
 
 
+LOOPS = """%cond (p: (u32[], f32[8])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(8)
+}
+%body (p: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %inner = f32[8]{0} while(%t), condition=%unknown, body=%innermost
+}
+%unknown (p: f32[8]) -> pred[] {
+  %less = pred[] compare(%i, %n), direction=LT
+}
+%innermost (p: f32[8]) -> f32[8] {
+  %s = f32[8]{0} add(%x, %y)
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %loop = (u32[], f32[8]{0}) while(%t), condition=%cond, body=%body
+}
+"""
+
+
+def test_loops_are_repeated_as_their_conditions_say():
+    # The bound of the inner one is no constant.
+    assert [(times, opcode) for times, opcode, _ in hlo.instructions(LOOPS, 5)] == [(40, "add")]
+
+
 def test_machines_have_one_form():
     pod = machines.parse("v6e:16x16", 8)
     assert (pod.chips, pod.is_compiled_for, str(pod)) == (2048, True, "v6e:16x16")

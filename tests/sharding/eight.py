@@ -16,7 +16,7 @@ import optax
 
 from accounting.mechanism import Clip, dp_sgd
 from dpgemma.data.batch import Batch
-from dpgemma.gemma import decoder
+from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.files import weights
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy.clipping import ClippedSum, PrivateStats, Strategy
@@ -25,7 +25,9 @@ from dpgemma.privacy.noisers import noiser_of
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
 from dpgemma.sharding.place import Layout
+from dpgemma.sharding.rules import MeshShape, wanted
 from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum, state_shardings
+from experiments.hardware.step_program import StepProgram, held
 from tests import objectives
 from tests.training import step_test
 
@@ -152,6 +154,23 @@ def noises(meshes, family):
         assert len(np.unique(noise)) > 0.9 * noise.size
         found.append(hashlib.sha256(noise.tobytes()).hexdigest())
     return found
+
+
+def compiled_bytes(name, settings, rank):
+    """Bytes of a step of a preset with two layers at most, by the settings of a recipe, with two devices along every
+    axis of its mesh.
+    """
+    config = PRESETS[name]
+    config = dataclasses.replace(config, layer_types=tuple(sorted(set(config.layer_types))))
+    if rank:
+        config = dataclasses.replace(config, lora=lora.adapters(config, rank, float(rank), "all"))
+    shape = wanted(settings["mesh"]) or MeshShape(2)
+    small_shape = MeshShape(2, min(shape.model, 2), min(shape.slices, 2))
+    mesh = mesh_lib.of_devices(jax.devices()[: small_shape.devices], small_shape)
+    how = Strategy(settings["clipping"], settings["microbatch_size"])
+    rows = 2 * small_shape.rows * settings["microbatch_size"]
+    program = StepProgram(config, mesh, settings["sequence_length"], rows, how, settings["dtype"], settings["remat"])
+    return held(program.trace().lower().compile().memory_analysis())
 
 
 def program_with_transfers():
