@@ -33,8 +33,10 @@ Loss = Callable[[Any, Any, Unit], jax.Array]
 
 # By platform. The TPU compiler orders a whole program by the one of three rules that needs least memory. Which one that
 # is hangs on a few bytes, and the orders differ by 5 % in cycles: depth first is the best of them for VaultGemma 1B
-# (experiments.benchmarks.step_tpu prints all).
-COMPILER_OPTIONS = {"tpu": {"xla_memory_scheduler": "dfs"}}
+# (experiments.benchmarks.step_tpu prints all). Where layers are spread over chips it also cuts products into windows,
+# to hide transfers: those of single rows fall to pieces, which doubles their cycles (benchmarks.clipping_tpu), so no
+# array is large enough for it.
+COMPILER_OPTIONS = {"tpu": {"xla_memory_scheduler": "dfs", "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
 @jax.tree_util.register_dataclass

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 
@@ -34,7 +35,11 @@ from dpgemma.gemma.presets import PRESETS
 from dpgemma.objectives.causal import token_losses
 from dpgemma.privacy import clipping, tracking
 from dpgemma.privacy.clipping import Strategy
-from dpgemma.sharding.place import Gathered
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding import place as place_lib
+from dpgemma.sharding.place import Gathered, Layout
+from dpgemma.sharding.rules import DATA_AXIS, MeshShape
+from dpgemma.training.step import COMPILER_OPTIONS
 from experiments.benchmarks.objectives import causal, of_row
 from experiments.hardware import cycles as cycles_lib
 
@@ -59,6 +64,7 @@ SHARDED = (
     "ghost_sharded:1",
     "ghost_sharded:2",
 )
+_OVER_MODEL = re.compile(r"(\w+)_model(\d+)")
 
 
 def check_for_libtpu(command: str) -> None:
@@ -71,7 +77,8 @@ def check_for_libtpu(command: str) -> None:
 class Compiler:
     """Compiles gradient programs of one model for a TPU topology."""
 
-    def __init__(self, model: str, length: int):
+    def __init__(self, model: str, length: int, compiler_options: dict | None = None):
+        self.compiler_options = compiler_options
         self.config, self.length = PRESETS[model], length
         self.shapes = decoder.parameter_shapes(self.config)
         self.options = dict(bos=2, dtype=jnp.bfloat16, remat="block")
@@ -80,16 +87,38 @@ class Compiler:
     def compile(self, program: str):
         """Returns (compiled program, rounds of its loop) for "name:sequences at once per chip"."""
         name, _, size = program.partition(":")
+        if match := _OVER_MODEL.fullmatch(name):
+            return self._over_model(match[1], int(match[2]), int(size))
         sharded = name.endswith("_sharded")
         devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS if sharded else CHIP).devices
-        mesh = Mesh(np.array(devices if sharded else devices[:1]), ("chips",))
-        at_once, rounds = int(size) * mesh.size, SEQUENCES // int(size)
+        mesh = Mesh(np.array(devices if sharded else devices[:1]), (DATA_AXIS,))
         axes = [_spread_axis(leaf.shape, mesh.size) if sharded else None for leaf in jax.tree.leaves(self.shapes)]
         structure = jax.tree.structure(self.shapes)
         specs = structure.unflatten(
             [_spec(leaf, axis) for leaf, axis in zip(jax.tree.leaves(self.shapes), axes, strict=True)]
         )
-        gathered = [None if axis is None else Gathered("chips", axis) for axis in axes]
+        gathered = [None if axis is None else Gathered(DATA_AXIS, axis) for axis in axes]
+        return self._compile(name.removesuffix("_sharded"), int(size), mesh, specs, specs, gathered)
+
+    def _over_model(self, name: str, model: int, size: int):
+        """Layers spread over chips as training spreads them, on two rows of chips."""
+        shape = MeshShape(2, model)
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS).devices
+        mesh = mesh_lib.of_devices(devices[: shape.devices], shape)
+        self.options["vocabulary_is_spread"] = True
+        self.objective = causal(self.config, self.length, jnp.bfloat16, "block", vocabulary_is_spread=True)
+        places = Layout(mesh).places(self.objective.axes(), self.objective.shapes())
+        specs, manual = place_lib.specs(places.in_use), jax.tree.map(lambda _: PartitionSpec(), self.shapes)
+        return self._compile(name, size, mesh, specs, manual, [None] * len(jax.tree.leaves(specs)))
+
+    def _compile(self, name: str, size: int, mesh, specs, manual, gathered):
+        """The program on a mesh.
+
+        Args:
+          specs: of parameters and total.
+          manual: those that name only the axes along which the program itself says what a chip does.
+        """
+        at_once, rounds = size * mesh.shape[DATA_AXIS], SEQUENCES // size
 
         def place(leaf, spec, dtype):
             return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -97,16 +126,17 @@ class Compiler:
         def tree(dtype):
             return jax.tree.map(functools.partial(place, dtype=dtype), self.shapes, specs)
 
-        rows = PartitionSpec(None, "chips")
+        rows = PartitionSpec(None, DATA_AXIS)
         row = jax.ShapeDtypeStruct((rounds, at_once, self.length), bool)
         batch = {"tokens": place(row, rows, jnp.int32), "scored": place(row, rows, jnp.bool_)}
-        gradient = getattr(self, name.removesuffix("_sharded"))
+        gradient = getattr(self, name)
 
         @functools.partial(
             jax.shard_map,
             mesh=mesh,
-            in_specs=(specs, specs, rows),
-            out_specs=(specs, PartitionSpec(None)),
+            in_specs=(manual, manual, rows),
+            out_specs=(manual, PartitionSpec(None)),
+            axis_names={DATA_AXIS},
             check_vma=False,
         )
         def step(params, total, batch):
@@ -118,7 +148,7 @@ class Compiler:
 
         kind = jnp.int32 if name.endswith("_exact") else jnp.float32
         lowered = jax.jit(step, donate_argnums=1).lower(tree(jnp.bfloat16), tree(kind), batch)
-        return lowered.compile(), rounds
+        return lowered.compile(self.compiler_options), rounds
 
     def non_private(self, params, rows, gathered):
         def total(params):
@@ -170,7 +200,7 @@ def _spread_axis(shape: tuple[int, ...], chips: int) -> int | None:
 
 
 def _spec(leaf, axis: int | None) -> PartitionSpec:
-    return PartitionSpec(*("chips" if axis is not None and i == leaf.ndim + axis else None for i in range(leaf.ndim)))
+    return PartitionSpec(*(DATA_AXIS if axis is not None and i == leaf.ndim + axis else None for i in range(leaf.ndim)))
 
 
 def measure(compiler: Compiler, program: str, keep: str | None) -> dict:
@@ -202,8 +232,8 @@ def measure(compiler: Compiler, program: str, keep: str | None) -> dict:
 
 def compare(rows: list[dict]) -> None:
     """Adds ratios to the fastest non-private program with the same sharding."""
-    for sharded in (False, True):
-        group = [row for row in rows if row["name"].endswith("_sharded") == sharded]
+    for ending in {_ending(row["name"]) for row in rows}:
+        group = [row for row in rows if _ending(row["name"]) == ending]
         bases = [row for row in group if row["name"].startswith("non_private")]
         if not bases:
             continue
@@ -216,6 +246,12 @@ def compare(rows: list[dict]) -> None:
             row["memory_ratio"] = row["hbm_bytes"] / fastest["hbm_bytes"]
 
 
+def _ending(name: str) -> str:
+    """How a program's parameters are spread: nothing, _sharded, or _model and a number of chips."""
+    match = _OVER_MODEL.fullmatch(name)
+    return f"_model{match[2]}" if match else "_sharded" if name.endswith("_sharded") else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="vaultgemma_1b")
@@ -224,13 +260,17 @@ def main() -> None:
         "--programs",
         nargs="*",
         default=[*REPLICATED, *PEERS, *SHARDED],
-        help="NAME:SEQUENCES_AT_ONCE, some of the default",
+        help="NAME:SEQUENCES_AT_ONCE, some of the default; NAME_model8:2 spreads every layer over 8 chips",
+    )
+    parser.add_argument(
+        "--as_training", action="store_true", help="with the options that training gives the compiler, not its own"
     )
     parser.add_argument("--keep", help="folder for the optimised programs' texts")
     parser.add_argument("--json", action="store_true", help="JSON is printed in any case; accepted for uniformity")
     arguments = parser.parse_args()
     check_for_libtpu("clipping_tpu")
-    compiler, rows = Compiler(arguments.model, arguments.sequence_length), []
+    options = COMPILER_OPTIONS["tpu"] if arguments.as_training else None
+    compiler, rows = Compiler(arguments.model, arguments.sequence_length, options), []
     for program in arguments.programs:
         rows.append(row := measure(compiler, program, arguments.keep))
         mega, raw = row["cycles_per_sequence"] / 1e6, row["cycles_per_sequence_raw"] / 1e6
@@ -247,6 +287,7 @@ def main() -> None:
         "rows": rows,
         "baseline": "non_private at its best number of sequences at once, by cycles with zero-fills corrected; _raw"
         " without correction",
+        "compiler_options": options,
         "versions": versions,
         "hardware": "TPU v6e, compiler estimates on a host without one; sharded: parameters over 16 chips",
     }

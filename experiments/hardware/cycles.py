@@ -51,7 +51,7 @@ def of(text: str, default_trip_count: int = 1) -> Cycles:
 
 def heaviest(text: str, count: int = 20, default_trip_count: int = 1) -> list[tuple[float, int, str, str]]:
     """(cycles in all, times run, opcode, name of the JAX operation) of the instructions that cost most."""
-    rows = []
+    rows: list[tuple[float, int, str, str]] = []
     for times, cycles, opcode, line in _estimated(text, default_trip_count):
         name = _OP_NAME.search(line)
         rows.append((times * cycles, times, line.split("=")[0].strip() + " " + opcode, name.group(1) if name else ""))

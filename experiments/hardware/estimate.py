@@ -73,74 +73,81 @@ def answer(request: Request) -> dict[str, Any]:
     flops = operations.of_products(traced.jaxpr.jaxpr, program.rounds) * shape.rows
     at_peak = flops / topology.chips / chip.flops
     memory = _known_bytes(program)
-    result = {
+    if topology.is_compiled_for:
+        found = _of_program(_compile(traced, request), topology, program.rounds, at_peak)
+        memory["activations and buffers"] = max(0, found["hbm_bytes_per_chip"] - sum(memory.values()))
+    else:
+        found = _of_shapes(sum(memory.values()), topology, at_peak)
+    days = request.steps * found["seconds_per_step"] / 86400
+    return {
         "topology": str(topology),
         "num_slices": topology.slices,
         "chips": topology.chips,
         "mesh": str(shape),
         "parameters": sum(map(decoder.count, program.objective.shapes())),
         "trained_parameters": decoder.count(program.trainable),
-        "rows_per_chip_row": program.rounds * request.how.microbatch_size,
         "hbm_limit_bytes": int(chip.memory),
+        "memory": memory,
+        "fits": found["hbm_bytes_per_chip"] <= chip.memory,
         "flops_per_step": flops,
         "seconds_at_peak": at_peak,
-    }
-    if topology.is_compiled_for:
-        compiled = _compile(traced, request)
-        text = compiled.as_text()
-        total = held(compiled.memory_analysis())
-        memory["activations and buffers"] = max(0, total - sum(memory.values()))
-        sent = collectives.of(text, program.rounds, topology.chips // topology.slices if topology.slices > 1 else None)
-        estimated = cycles.of(text, program.rounds)
-        computing = estimated.corrected / chip.clock
-        within = sum(each.sent for each in sent if not each.crosses_slices) / chip.link
-        across = sum(each.sent for each in sent if each.crosses_slices) / chip.network
-        seconds = computing + within + across
-        result |= {
-            "hbm_bytes_per_chip": total,
-            "cycles_per_step": estimated.corrected,
-            "collectives": [dataclasses.asdict(each) | {"bytes_sent": each.sent} for each in sent],
-            "seconds_computing": computing,
-            "seconds_in_links": within,
-            "seconds_between_slices": across,
-            "seconds_per_step": seconds,
-            "seconds_per_step_range": [
-                max(at_peak, computing * (1 - _CYCLE_ERROR)),
-                computing * (1 + _CYCLE_ERROR) + within + across,
-            ],
-            "assumptions": [
-                f"{chip.flops:.3g} operations a second at peak, at a clock of {chip.clock / 1e9:.3g} GHz",
-                "the compiler's own static estimate of cycles, which is good to some"
-                f" {100 * _CYCLE_ERROR:.0f} % between similar programs and was checked against no chip: the range"
-                " is that, and never below the time at peak",
-                f"links of {chip.link / 1e9:.3g} GB/s a chip in one direction, in rings; nothing overlaps",
-                *([f"a network of {chip.network / 1e9:.3g} GB/s a chip between slices"] if topology.slices > 1 else []),
-                "every batch is the expected one; time for data, checkpoints and restarts is not counted",
-            ],
-        }
-    else:
-        seconds = at_peak / _GPU_SHARE_OF_PEAK
-        result |= {
-            "hbm_bytes_per_chip": sum(memory.values()),
-            "cycles_per_step": None,
-            "collectives": [],
-            "seconds_per_step": seconds,
-            "seconds_per_step_range": [at_peak, at_peak / _GPU_SHARE_OF_PEAK * 2],
-            "assumptions": [
-                "nothing was compiled, because there is no compiler for this chip without one: memory leaves"
-                " activations and buffers out, time is that of matrix products alone",
-                f"{_GPU_SHARE_OF_PEAK:.0%} of a peak of {chip.flops:.3g} operations a second; half of that at worst",
-                "transfers between chips, time for data, checkpoints and restarts are not counted",
-            ],
-        }
-    days = request.steps * seconds / 86400
-    return result | {
-        "memory": memory,
-        "fits": result["hbm_bytes_per_chip"] <= chip.memory,
+        **found,
         "days": days,
         "chip_hours": 24 * days * topology.chips,
         "compile_seconds": time.perf_counter() - start,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", *_compilers(topology))},
+    }
+
+
+def _of_program(compiled: Any, topology: Topology, rounds: int, at_peak: float) -> dict[str, Any]:
+    """What the compiler says of a step."""
+    chip, text = topology.chip, compiled.as_text()
+    assert chip.clock is not None and chip.network is not None
+    sent = collectives.of(text, rounds, topology.chips // topology.slices if topology.slices > 1 else None)
+    estimated = cycles.of(text, rounds).corrected
+    computing = estimated / chip.clock
+    within = sum(each.sent for each in sent if not each.crosses_slices) / chip.link
+    across = sum(each.sent for each in sent if each.crosses_slices) / chip.network
+    assumed = [
+        f"{chip.flops:.3g} operations a second at peak, at a clock of {chip.clock / 1e9:.3g} GHz",
+        f"the compiler's own static estimate of cycles, which is good to some {_CYCLE_ERROR:.0%} between similar"
+        " programs and was checked against no chip: the range is that, and never below the time at peak",
+        f"links of {chip.link / 1e9:.3g} GB/s a chip in one direction, in rings; nothing overlaps",
+        "every batch is the expected one; time for data, checkpoints and restarts is not counted",
+    ]
+    if topology.slices > 1:
+        assumed.append(f"a network of {chip.network / 1e9:.3g} GB/s a chip between slices")
+    return {
+        "hbm_bytes_per_chip": held(compiled.memory_analysis()),
+        "cycles_per_step": estimated,
+        "collectives": [dataclasses.asdict(each) | {"bytes_sent": each.sent} for each in sent],
+        "seconds_computing": computing,
+        "seconds_in_links": within,
+        "seconds_between_slices": across,
+        "seconds_per_step": computing + within + across,
+        "seconds_per_step_range": [
+            max(at_peak, computing * (1 - _CYCLE_ERROR)),
+            computing * (1 + _CYCLE_ERROR) + within + across,
+        ],
+        "assumptions": assumed,
+    }
+
+
+def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str, Any]:
+    """What can be said of a step that nobody compiled."""
+    seconds = at_peak / _GPU_SHARE_OF_PEAK
+    return {
+        "hbm_bytes_per_chip": known_bytes,
+        "cycles_per_step": None,
+        "collectives": [],
+        "seconds_per_step": seconds,
+        "seconds_per_step_range": [at_peak, 2 * seconds],
+        "assumptions": [
+            "nothing was compiled, because there is no compiler for this chip without one: memory leaves activations"
+            " and buffers out, time is that of matrix products alone",
+            f"{_GPU_SHARE_OF_PEAK:.0%} of a peak of {topology.chip.flops:.3g} a second; half of that at worst",
+            "transfers between chips, time for data, checkpoints and restarts are not counted",
+        ],
     }
 
 
