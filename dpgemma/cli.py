@@ -19,7 +19,7 @@ COMMANDS = {
     "account": ("dpgemma.commands.account", "solve a privacy budget for the one omitted quantity"),
     "plan": (
         "experiments.commands.plan",
-        "find the best model, batch and steps for a compute, privacy and data budget",
+        "find the best model, batch and steps for a budget, or what a run needs on a machine",
     ),
     "audit": ("dpgemma.commands.audit", "check a run's epsilon report from its ledger"),
     "sample": ("dpgemma.commands.sample", "generate text from a checkpoint"),

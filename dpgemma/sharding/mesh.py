@@ -44,5 +44,6 @@ def make(mesh: str) -> Mesh:
 def of_devices(devices: Sequence[jax.Device], wanted_shape: MeshShape) -> Mesh:
     """The mesh of these devices, slice by slice; of axes beside the data axis, those with more than one device."""
     axes = wanted_shape.sizes
-    grid = np.array(devices).reshape(tuple(axes.values()))
+    in_order = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    grid = np.array(in_order).reshape(tuple(axes.values()))
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

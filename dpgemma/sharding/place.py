@@ -27,7 +27,7 @@ class Layout:
     (None, None, 'data')
 
     Attributes:
-      mesh: with the data axis, and the model axis where it has more than one device.
+      mesh: with the data axis, and the other axes of rules.AXES that have more than one device.
     """
 
     mesh: Any

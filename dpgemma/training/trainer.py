@@ -224,9 +224,10 @@ class Trainer:
             drawn = self._draw(keys.sampling, first)
             for t in range(first, mechanism.steps):
                 done, (count, batch) = t + 1, drawn
+                due = (t + 1) % plan.checkpoint_every == 0 or t + 1 == mechanism.steps
                 ledger.append_step(t, mechanism.group)
                 result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))
-                if done < mechanism.steps:
+                if not due:
                     drawn = self._draw(keys.sampling, done)  # while the devices compute
                 state, stats = jax.block_until_ready(result)
 
@@ -238,12 +239,14 @@ class Trainer:
                 for observer in self.observers:
                     observer.step(released, raw)
                 stopped = stop()
-                if stopped or done % plan.checkpoint_every == 0 or done == mechanism.steps:
+                if stopped or due:
                     # In this order a crash leaves a report that says too much, never too little.
                     report_files.write(self.run, ledger, self.accountant, with_page=False)
                     checkpoints.save(done, state, ledger, metrics_sha256=public.digest)
                 if stopped:
                     return done, state
+                if due and done < mechanism.steps:
+                    drawn = self._draw(keys.sampling, done)  # data that cannot be read cost no step that was saved
         return mechanism.steps, state
 
     def _draw(self, key: bytes, t: int) -> tuple[int, Batch]:

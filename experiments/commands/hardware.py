@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from accounting import rounding
 from accounting.errors import InputError
 from dpgemma.choices import AUTO, CLIPPING, DTYPES, EXAMPLE_SCAN, REMAT_POLICIES
 from dpgemma.commands import command_flags
@@ -31,7 +32,11 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.choice("clipping", AUTO, CLIPPING, "How clipped gradients are computed; auto is example_scan.", fv)
     command_flags.count("microbatch_size", 1, "Rows that each row of chips computes at once.", fv)
     command_flags.string(
-        "mesh", AUTO, f"{SYNTAX}. auto takes the smallest model axis with which a step fits.".capitalize(), fv
+        "mesh",
+        AUTO,
+        f"{SYNTAX[0].upper()}{SYNTAX[1:]}. auto takes the smallest model axis, a power of two, with which what follows"
+        " from shapes fits with a fifth to spare.",
+        fv,
     )
     command_flags.count("lora_rank", None, "Train adapters of this rank instead of the whole model.", fv)
     command_flags.choice("dtype", "bfloat16", DTYPES, "Type of weights in use and of activations.", fv)
@@ -47,7 +52,7 @@ def answer(fv: flags.FlagValues) -> dict[str, Any]:
     for name in ("model", "batch_size", "steps"):
         if fv[name].value is None:
             raise InputError(f"--{name} is missing: a plan for a machine needs --model, --batch_size and --steps")
-    for name in ("batch_size", "steps", "sequence_length", "microbatch_size", "lora_rank"):
+    for name in ("batch_size", "steps", "num_units", "sequence_length", "microbatch_size", "lora_rank"):
         if fv[name].value is not None and fv[name].value < 1:
             raise InputError(f"--{name} must be at least 1, got {fv[name].value}")
     topology = machines.parse(fv.topology, fv.num_slices)
@@ -71,7 +76,7 @@ def answer(fv: flags.FlagValues) -> dict[str, Any]:
 
 
 def _privacy(fv: flags.FlagValues) -> dict[str, Any]:
-    """Epsilon of the run, or the noise that a target needs; nulls where the data are not given."""
+    """Epsilon of Poisson batches without a cap, or the noise that a target needs; nulls where no data are given."""
     given = [name for name in ("num_units", "delta") if fv[name].value is not None]
     targets = [name for name in ("noise_multiplier", "epsilon") if fv[name].value is not None]
     if not given and not targets:
@@ -114,6 +119,7 @@ def text(result: dict[str, Any]) -> str:
     """The answer for a terminal."""
     gib = 2**30
     low, high = result["seconds_per_step_range"]
+    remark = {True: "", False: ": IT DOES NOT FIT", None: ", and more"}[result["fits"]]
     lines = [
         f"{'machine':<32} {result['topology']}"
         + (f", {result['num_slices']} slices" if result["num_slices"] > 1 else "")
@@ -121,7 +127,7 @@ def text(result: dict[str, Any]) -> str:
         f"{'model':<32} {result['model']}, {result['trained_parameters']:,} of {result['parameters']:,} parameters"
         " trained",
         f"{'memory of a chip':<32} {result['hbm_bytes_per_chip'] / gib:.2f} GiB of"
-        f" {result['hbm_limit_bytes'] / gib:.1f}{'' if result['fits'] else ': IT DOES NOT FIT'}",
+        f" {result['hbm_limit_bytes'] / gib:.1f}{remark}",
         *(f"  {name:<30} {size / gib:.3f} GiB" for name, size in result["memory"].items() if size),
         f"{'matrix products of a step':<32} {result['flops_per_step']:.4g} operations",
         f"{'time of a step':<32} {result['seconds_per_step']:.3g} s ({low:.3g} to {high:.3g})",
@@ -136,8 +142,9 @@ def text(result: dict[str, Any]) -> str:
     lines.append(f"{'the whole run':<32} {result['days']:.3g} days, {result['chip_hours']:.4g} chip-hours")
     if result["epsilon"] is not None:
         lines.append(
-            f"{'privacy':<32} epsilon {result['epsilon']:.4g} at delta {result['delta']:g}, noise multiplier"
-            f" {result['noise_multiplier']:.5g}"
+            f"{'privacy':<32} epsilon {rounding.upper(rounding.round_up(result['epsilon']))} at delta"
+            f" {result['delta']:g}, noise multiplier {rounding.upper(result['noise_multiplier'])},"
+            " of batches without a cap"
         )
     if result["collectives"]:
         lines += ["", f"{'transfers of a step':<32} {'array':>12} {'times':>6} {'chips':>6}"]

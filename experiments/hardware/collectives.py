@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from accounting.errors import InputError
 from experiments.hardware import hlo
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -53,14 +54,21 @@ def of(text: str, default_trip_count: int = 1, chips_of_slice: int | None = None
       text: optimised HLO, `compiled.as_text()`.
       default_trip_count: of loops whose bound is not a constant.
       chips_of_slice: whose chips have neighbouring numbers; None where there is one slice.
+
+    Raises:
+      InputError: groups of chips in a form that is not known.
     """
     times: dict[tuple[str, int, int, bool, bool], int] = {}  # by the attributes and whether a loop repeats it
+    counts = dict(re.findall(r"(replica_count|num_partitions)=(\d+)", text.split("\n", 1)[0]))
+    chips = math.prod(map(int, counts.values()))
     for repeated, opcode, line in hlo.instructions(text, default_trip_count):
         kind = opcode.removesuffix("-start")
         if kind in _KINDS:
-            group = _first_group(line)
-            crosses = chips_of_slice is not None and len({chip // chips_of_slice for chip in group}) > 1
-            key = kind, _bytes(line, opcode, len(group)), len(group), crosses, repeated > 1
+            groups = _groups(line, chips)
+            crosses = chips_of_slice is not None and any(
+                len({chip // chips_of_slice for chip in group}) > 1 for group in groups
+            )
+            key = kind, _bytes(line, opcode, len(groups[0])), len(groups[0]), crosses, repeated > 1
         elif between := _BETWEEN_SLICES.search(line) if opcode == "send" else None:
             # The host takes an array, and the runtime passes it on to the hosts of other slices.
             slices, kind = len(_numbers(between[1])), between[2].lower().replace("_", "-")
@@ -74,32 +82,35 @@ def of(text: str, default_trip_count: int = 1, chips_of_slice: int | None = None
 
 def _bytes(line: str, opcode: str, chips: int) -> int:
     results = line.split("= ", 1)[1].split(f" {opcode}(")[0]
-    arrays = [_BYTES[kind] * math.prod(_numbers(shape)) for kind, shape in _ARRAY.findall(results)]
-    if opcode == "send":  # the array, and what keeps account of it
-        arrays = arrays[:1]
+    arrays = [_BYTES[kind] * math.prod(_numbers(shape)) for kind, shape in _ARRAY.findall(results) if shape]
+    if opcode == "send":
+        return arrays[0]
     if opcode.endswith("-start") and opcode != "all-reduce-start":
         arrays = arrays[len(arrays) // 2 :]  # the operands come first
     return sum(arrays) * (chips if opcode == "reduce-scatter" else 1)
 
 
-def _first_group(line: str) -> list[int]:
-    """Numbers of the chips of one group; [0] where the line names none."""
+def _groups(line: str, chips: int) -> list[list[int]]:
+    """Numbers of the chips of one group; of a permutation, those of every pair."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)", pairs[1])]
+    if "replica_groups={}" in line:
+        return [list(range(chips))]
     if listed := _LISTED.search(line):
-        return _numbers(listed[1])
+        return [_numbers(listed[1])]
     if counted := _COUNTED.search(line):
         shape, sizes = _numbers(counted[1]), _numbers(counted[2])
-        chips = np.arange(math.prod(sizes)).reshape(sizes)
+        numbers = np.arange(math.prod(sizes)).reshape(sizes)
         if counted[3]:
-            chips = chips.transpose(_numbers(counted[3]))
-        return [int(chip) for chip in chips.reshape(shape)[0]]
+            numbers = numbers.transpose(_numbers(counted[3]))
+        return [[int(chip) for chip in numbers.reshape(shape)[0]]]
     if named := _NAMED.search(line):
         axes = {name: int(size) for name, size in _SIZE.findall(named[1])}
         together = re.findall(r"'([^']+)'", named[2])
-        chips = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
-        where = [slice(None) if name in together else 0 for name in axes]
-        return [int(chip) for chip in chips[tuple(where)].reshape(-1)]
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
-    return [int(pairs[1]), int(pairs[2])] if pairs else [0]
+        numbers = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        where = tuple(slice(None) if name in together else 0 for name in axes)
+        return [[int(chip) for chip in numbers[where].reshape(-1)]]
+    raise InputError(f"the compiler names groups of chips in a form that is not known here: {line.strip()[:200]}")
 
 
 def _numbers(text: str) -> list[int]:

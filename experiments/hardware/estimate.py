@@ -88,7 +88,7 @@ def answer(request: Request) -> dict[str, Any]:
         "trained_parameters": decoder.count(program.trainable),
         "hbm_limit_bytes": int(chip.memory),
         "memory": memory,
-        "fits": found["hbm_bytes_per_chip"] <= chip.memory,
+        "fits": found["hbm_bytes_per_chip"] <= chip.memory if topology.is_compiled_for else None,
         "flops_per_step": flops,
         "seconds_at_peak": at_peak,
         **found,
@@ -105,14 +105,14 @@ def _of_program(compiled: Any, topology: Topology, rounds: int, at_peak: float) 
     assert chip.clock is not None and chip.network is not None
     sent = collectives.of(text, rounds, topology.chips // topology.slices if topology.slices > 1 else None)
     estimated = cycles.of(text, rounds).corrected
-    computing = estimated / chip.clock
+    computing = max(at_peak, estimated / chip.clock)
     within = sum(each.sent for each in sent if not each.crosses_slices) / chip.link
     across = sum(each.sent for each in sent if each.crosses_slices) / chip.network
     assumed = [
-        f"{chip.flops:.3g} operations a second at peak, at a clock of {chip.clock / 1e9:.3g} GHz",
+        f"{chip.flops:.3g} bfloat16 operations a second at peak, at a clock of {chip.clock / 1e9:.3g} GHz",
         f"the compiler's own static estimate of cycles, which is good to some {_CYCLE_ERROR:.0%} between similar"
-        " programs and was checked against no chip: the range is that, and never below the time at peak",
-        f"links of {chip.link / 1e9:.3g} GB/s a chip in one direction, in rings; nothing overlaps",
+        " programs and was checked against no chip: the range is that, and at its lower end transfers cost nothing",
+        f"links of {chip.link / 1e9:.3g} GB/s a chip in one direction, in rings; above the lower end nothing overlaps",
         "every batch is the expected one; time for data, checkpoints and restarts is not counted",
     ]
     if topology.slices > 1:
@@ -126,7 +126,7 @@ def _of_program(compiled: Any, topology: Topology, rounds: int, at_peak: float) 
         "seconds_between_slices": across,
         "seconds_per_step": computing + within + across,
         "seconds_per_step_range": [
-            max(at_peak, computing * (1 - _CYCLE_ERROR)),
+            max(at_peak, computing * (1 - _CYCLE_ERROR), within, across),
             computing * (1 + _CYCLE_ERROR) + within + across,
         ],
         "assumptions": assumed,
@@ -145,7 +145,7 @@ def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str
         "assumptions": [
             "nothing was compiled, because there is no compiler for this chip without one: memory leaves activations"
             " and buffers out, time is that of matrix products alone",
-            f"{_GPU_SHARE_OF_PEAK:.0%} of a peak of {topology.chip.flops:.3g} a second; half of that at worst",
+            f"{_GPU_SHARE_OF_PEAK:.0%} of a bfloat16 peak of {topology.chip.flops:.3g} a second; half of that at worst",
             "transfers between chips, time for data, checkpoints and restarts are not counted",
         ],
     }
@@ -173,7 +173,8 @@ def _program(request: Request) -> tuple[StepProgram, MeshShape]:
     found = next(_fitting(request, devices), None)
     if found is None:
         raise InputError(
-            f"the model does not fit on {request.topology} on any mesh: use more chips, or adapters (`lora_rank`)"
+            f"the model does not fit on {request.topology} with a model axis of any power of two: use more chips, or"
+            " adapters (`lora_rank`)"
         )
     return found
 
@@ -194,13 +195,14 @@ def _fitting(request: Request, devices: list[Any]) -> Iterator[tuple[StepProgram
         model *= 2
 
 
-def _with_slices(shape: MeshShape, topology: Topology) -> MeshShape:
+def _with_slices(given: MeshShape, topology: Topology) -> MeshShape:
     """A mesh over all chips, its data axis divided among the slices."""
+    shape = given
     if shape.slices == 1 and shape.data % topology.slices == 0:
         shape = MeshShape(shape.data // topology.slices, shape.model, topology.slices)
     if (shape.devices, shape.slices) != (topology.chips, topology.slices):
         raise InputError(
-            f"`mesh`={shape} does not name all {topology.chips} chips of {topology.slices} slices: use `mesh`=auto, or"
+            f"`mesh`={given} does not name all {topology.chips} chips of {topology.slices} slices: use `mesh`=auto, or"
             f" data:A,model:B with A times B = {topology.chips}"
         )
     return shape

@@ -14,7 +14,8 @@ _ENTERED = ("call", "conditional", "async-start")
 
 
 def instructions(text: str, default_trip_count: int = 1) -> Iterator[tuple[int, str, str]]:
-    """Yields (times run, opcode, HLO line) of every instruction outside of fusions; of a conditional, all branches.
+    """Yields (times run, opcode, HLO line) of every instruction outside of fusions. Of a conditional all
+    branches are yielded, though one of them runs.
 
     Args:
       text: optimised HLO, `compiled.as_text()`.
@@ -58,4 +59,4 @@ def _trip_count(condition: list[str], bodies: dict[str, list[str]], default: int
     """The bound that a loop's counter is compared with; `default` where it is not a constant."""
     lines = condition + [line for own in condition for called in _CALLED.findall(own) for line in bodies[called]]
     bounds = [int(bound) for line in lines for bound in _TRIP.findall(line)]
-    return max(bounds, default=default)
+    return max(bounds, default=0) or default

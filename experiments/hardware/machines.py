@@ -41,6 +41,7 @@ CHIPS = {
     "h100": Chip(80e9, 989e12, 3.35e12, 450e9, None),
     "h200": Chip(141e9, 989e12, 4.8e12, 450e9, None),
 }
+_MOST_CHIPS, _MOST_GPUS = 2**17, 1024  # for a GPU a device of the CPU stands in
 SYNTAX = "v6e:16x16, v5e:8x8, v5p:4x4x4, h100:8, h200:8 or a100:8"
 
 
@@ -92,7 +93,13 @@ def parse(text: str, slices: int = 1) -> Topology:
         raise InputError(f"`topology`={text} names an unknown chip: use one of {', '.join(CHIPS)}, as in {SYNTAX}")
     if slices < 1:
         raise InputError(f"`num_slices` must be at least 1, got {slices}")
+    if slices > 1 and not CHIPS[kind].dimensions:
+        raise InputError(f"`num_slices` is for TPUs: name all chips of {kind} in `topology`")
     wanted = max(1, CHIPS[kind].dimensions)
     if len(shape) != wanted:
         raise InputError(f"`topology`={text} needs {wanted} numbers after {kind}: use a form like {SYNTAX}")
-    return Topology(kind, shape, slices)
+    topology = Topology(kind, shape, slices)
+    most = _MOST_CHIPS if topology.is_compiled_for else _MOST_GPUS
+    if topology.chips > most:
+        raise InputError(f"`topology`={text} has {topology.chips} chips in all, and {most} are the most to plan for")
+    return topology

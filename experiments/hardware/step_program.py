@@ -94,7 +94,7 @@ class StepProgram:
         batch = Batch(columns, placed(jax.ShapeDtypeStruct((self.rows, 1), bool), over_units))
         parameters = decoder.count(self.trainable)
         bits = grid.fitting_bits(1.0, self.rows, parameters) if self.release == EXACT else None
-        mechanism = dp_sgd(10**6, self.rows, self.rows, 1.0, 1.0, 100, "zero_out", grid_bits=bits)
+        mechanism = dp_sgd(max(10**6, self.rows), self.rows, self.rows, 1.0, 1.0, 100, "zero_out", grid_bits=bits)
         step = make_train_step(
             self.objective.loss, self._optimizer, mechanism, self.mesh, self.how, self.places, self.objective.cast
         )
