@@ -34,7 +34,7 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "mesh",
         AUTO,
-        f"{SYNTAX[0].upper()}{SYNTAX[1:]}. auto takes the smallest model axis, a power of two, with which what follows"
+        f"The mesh: {SYNTAX}. auto takes the smallest model axis, a power of two, with which what follows"
         " from shapes fits with a fifth to spare.",
         fv,
     )
