@@ -171,6 +171,15 @@ MUTATIONS = (
         "run_id=secrets.token_hex(16)", "run_id=keys.noise[:16].hex()", (SECRECY, "-k", "piece_of_a_key"),
     ),
     Mutation(
+        "order of ledger and step", "a step is in the ledger once its result is there", TRAINER,
+        "                ledger.append_step(t, mechanism.group)\n"
+        "                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n",
+        "                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n"
+        "                jax.block_until_ready(result)\n"
+        "                ledger.append_step(t, mechanism.group)\n",
+        ("tests/training/run_test.py", "-k", "before_it_is_computed"),
+    ),
+    Mutation(
         "public numbers that carry private ones", "the last digits of the learning rate carry the loss", TRAINER,
         "learning_rate=released.learning_rate)", "learning_rate=released.learning_rate * (1 + raw.loss * 1e-6))",
         AUDITED,

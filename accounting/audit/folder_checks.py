@@ -116,7 +116,7 @@ def _checkpoint(
     )
     for path in sorted(folder.rglob("*")):
         empty = path.is_dir() and not any(path.iterdir())
-        if empty and not (cut_off and _FOLDERS.fullmatch(_inside(folder, path))):
+        if empty and not (cut_off and _FOLDERS.fullmatch(_final_name(folder, path))):
             yield _unknown(workdir, path)
     if stored:
         if run_files.folder_digest(folder) != stored[-1]["files_sha256"]:
@@ -126,10 +126,10 @@ def _checkpoint(
         yield Finding("file_unknown", name, "the ledger did not record its files")
         return
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or (not path.is_dir() and not _LAYOUT.fullmatch(_inside(folder, path))):
+        if path.is_symlink() or (not path.is_dir() and not _LAYOUT.fullmatch(_final_name(folder, path))):
             yield _unknown(workdir, path)
 
 
-def _inside(folder: pathlib.Path, path: pathlib.Path) -> str:
+def _final_name(folder: pathlib.Path, path: pathlib.Path) -> str:
     """The name of a file as it will be called when its checkpoint is whole."""
     return re.sub(r"\.orbax-checkpoint-tmp(-\d+)?|\.__lock", "", path.relative_to(folder).as_posix())

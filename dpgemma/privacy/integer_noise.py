@@ -157,7 +157,8 @@ def add(total: jax.Array, key_data: Any, index: int, bits: int, in_shards: InSha
             coarser = LAW_BITS - bits
             return fine if coarser == 0 else (fine + (1 << (coarser - 1))) >> coarser
 
-        at_once = max(1, _CHUNK // max(1, table.shape[1]) // _TILE * _TILE)
+        fitting = max(1, _CHUNK // max(1, table.shape[1]))
+        at_once = fitting // _TILE * _TILE or fitting
         whole = len(table) // at_once
 
         def add_to_rows(i: Any, table: jax.Array) -> jax.Array:

@@ -210,6 +210,12 @@ class Trainer:
         ledger: Ledger,
         stop: Callable[[], bool],
     ) -> tuple[int, TrainState]:
+        """Takes steps to the last one, or until it shall stop: (steps taken, state).
+
+        Formal guarantee: the line of every step is in the ledger's file before the devices are given that step, so no
+        result is seen, by an observer or after a crash, that the ledger does not know. Tested by
+        tests/training/run_test.py::test_a_step_is_in_the_ledger_before_it_is_computed.
+        """
         plan, mechanism = self.plan, self.mechanism
         if first == mechanism.steps or stop():
             return first, state

@@ -42,6 +42,7 @@ from dpgemma.sharding.rules import DATA_AXIS, MeshShape
 from dpgemma.training.step import COMPILER_OPTIONS
 from experiments.benchmarks.objectives import causal, of_row
 from experiments.hardware import cycles as cycles_lib
+from experiments.hardware.step_program import held
 
 SEQUENCES = 64
 CHIP, CHIPS = "v6e:2x2x1", "v6e:4x4x1"
@@ -213,18 +214,12 @@ def measure(compiler: Compiler, program: str, keep: str | None) -> dict:
             file.write(text)
     cycles = cycles_lib.of(text, rounds)
     name, _, size = program.partition(":")
-    held = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
     return {
         "name": f"jax_privacy_mb{size}" if name == "jax_privacy" else name,
         "sequences_at_once": int(size),
         "cycles_per_sequence": cycles.corrected / SEQUENCES,
         "cycles_per_sequence_raw": cycles.raw / SEQUENCES,
-        "hbm_bytes": held,
+        "hbm_bytes": held(memory),
         "temporary_bytes": memory.temp_size_in_bytes,
         "compile_seconds": seconds,
     }

@@ -17,14 +17,13 @@ import time
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
 
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy.clipping import Strategy
-from dpgemma.sharding.rules import DATA_AXIS
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.rules import MeshShape
 from experiments.benchmarks.clipping_tpu import check_for_libtpu
 from experiments.hardware.step_program import StepProgram, held
 
@@ -39,7 +38,7 @@ def plan(name: str, rank: int | None, length: int, rows: int, at_once: int) -> d
     if rank:
         config = dataclasses.replace(config, lora=lora.adapters(config, rank, float(rank), "all"))
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[:1]
-    one = Mesh(np.array(device), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    one = mesh_lib.of_devices(device, MeshShape(1))
     start = time.perf_counter()
     program = StepProgram(config, one, length, rows, Strategy("example_scan", at_once))
     memory = program.trace().lower().compile().memory_analysis()

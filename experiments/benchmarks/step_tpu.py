@@ -21,14 +21,13 @@ import time
 # The compiler needs no TPU; without these it asks the network and a lock file for one.
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
 
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from dpgemma.choices import EXACT, FLOAT32
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy.clipping import Strategy
-from dpgemma.sharding.rules import DATA_AXIS
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.rules import MeshShape
 from dpgemma.training.step import COMPILER_OPTIONS
 from experiments.benchmarks.clipping_tpu import CHIP, CHIPS, check_for_libtpu
 from experiments.hardware import cycles as cycles_lib
@@ -41,7 +40,7 @@ ORDERS = (COMPILER_OPTIONS["tpu"][_ORDER], "post_order", "list")
 def measure(model: str, length: int, sequences: int, at_once: int, chips: int, release: str, order: str) -> dict:
     """Figures of one step in which every chip takes `sequences` rows, `at_once` of them at a time."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIP if chips == 1 else CHIPS).devices
-    mesh = Mesh(np.array(devices[:chips]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    mesh = mesh_lib.of_devices(devices[:chips], MeshShape(chips))
     rounds = -(-sequences // at_once)
     start = time.perf_counter()
     how = Strategy("example_scan", at_once)

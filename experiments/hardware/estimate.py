@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from accounting.errors import InputError
-from dpgemma.choices import EXAMPLE_SCAN
+from dpgemma.choices import EXAMPLE_SCAN, VMAP
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.privacy.clipping import Strategy
@@ -39,7 +39,7 @@ class Request:
     Attributes:
       config: of the model, its adapters included.
       topology: the machine.
-      mesh: as `--mesh` names it; "auto" for the smallest model axis with which the step fits.
+      mesh: as `--mesh` names it; "auto" for the smallest model axis with which what follows from shapes fits.
       length: tokens of a row.
       batch_size: expected number of rows in a batch.
       steps: of the run.
@@ -78,6 +78,7 @@ def answer(request: Request) -> dict[str, Any]:
         memory["activations and buffers"] = max(0, found["hbm_bytes_per_chip"] - sum(memory.values()))
     else:
         found = _of_shapes(sum(memory.values()), topology, at_peak)
+    compilers = ("jax", "libtpu") if topology.is_compiled_for else ("jax",)
     days = request.steps * found["seconds_per_step"] / 86400
     return {
         "topology": str(topology),
@@ -95,7 +96,7 @@ def answer(request: Request) -> dict[str, Any]:
         "days": days,
         "chip_hours": 24 * days * topology.chips,
         "compile_seconds": time.perf_counter() - start,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", *_compilers(topology))},
+        "versions": {name: importlib.metadata.version(name) for name in compilers},
     }
 
 
@@ -151,10 +152,6 @@ def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str
     }
 
 
-def _compilers(topology: Topology) -> tuple[str, ...]:
-    return ("libtpu",) if topology.is_compiled_for else ()
-
-
 def _program(request: Request) -> tuple[StepProgram, MeshShape]:
     """The step on the mesh that was asked for, or on the one with the smallest model axis that fits."""
     devices = _devices(request.topology)
@@ -201,9 +198,10 @@ def _with_slices(given: MeshShape, topology: Topology) -> MeshShape:
     if shape.slices == 1 and shape.data % topology.slices == 0:
         shape = MeshShape(shape.data // topology.slices, shape.model, topology.slices)
     if (shape.devices, shape.slices) != (topology.chips, topology.slices):
+        slices = "1 slice" if topology.slices == 1 else f"{topology.slices} slices"
         raise InputError(
-            f"`mesh`={given} does not name all {topology.chips} chips of {topology.slices} slices: use `mesh`=auto, or"
-            f" data:A,model:B with A times B = {topology.chips}"
+            f"`mesh`={given} does not name all {topology.chips} chips of {slices}: use `mesh`=auto, or data:A,model:B"
+            f" with A times B = {topology.chips}"
         )
     return shape
 
@@ -212,7 +210,9 @@ def _on_mesh(request: Request, devices: list[Any], shape: MeshShape) -> StepProg
     mesh: Mesh = mesh_lib.of_devices(devices, shape)
     at_once = place.rows(mesh) * request.how.microbatch_size
     rows = -(-request.batch_size // at_once) * at_once
-    program = StepProgram(request.config, mesh, request.length, rows, request.how, request.dtype, request.remat)
+    # The rules of norms choose by the platform that a step is meant for, which is not this one.
+    how = dataclasses.replace(request.how, platform="tpu" if request.topology.is_compiled_for else "gpu")
+    program = StepProgram(request.config, mesh, request.length, rows, how, request.dtype, request.remat)
     _ = program.places
     return program
 
@@ -254,9 +254,9 @@ def _known_bytes(program: StepProgram) -> dict[str, int]:
     """What one chip holds by shapes alone, in bytes."""
     cast = jax.eval_shape(program.objective.cast, program.trainable)
     in_use = jax.tree.map(placed, cast, program.places.in_use)
-    held_twice = jax.tree.map(_differ, in_use, program.trainable)
-    weights = sum(bytes_on_one_device(leaf) for leaf, twice in _pairs(in_use, held_twice) if twice)
-    formed = program.how.microbatch_size if program.how.name == EXAMPLE_SCAN else 0
+    leaves = zip(jax.tree.leaves(in_use), jax.tree.leaves(program.trainable), strict=True)
+    weights = sum(bytes_on_one_device(leaf) for leaf, at_rest in leaves if _differ(leaf, at_rest))
+    formed = program.how.microbatch_size if program.how.name in (EXAMPLE_SCAN, VMAP) else 0
     return {
         "trained parameters at rest": bytes_on_one_device(program.trainable),
         "moments": bytes_on_one_device(program.moments),
@@ -265,10 +265,6 @@ def _known_bytes(program: StepProgram) -> dict[str, int]:
         "sum of gradients": bytes_on_one_device(jax.tree.map(_as_sum, in_use)),
         "gradients of the rows at once": formed * bytes_on_one_device(in_use),
     }
-
-
-def _pairs(*trees: Any) -> Iterator[tuple[Any, ...]]:
-    return zip(*map(jax.tree.leaves, trees), strict=True)
 
 
 def _differ(leaf: Any, other: Any) -> bool:

@@ -14,7 +14,6 @@ class Chip:
     Attributes:
       memory: bytes.
       flops: multiplications and additions of bfloat16 in a second, at most.
-      bandwidth: bytes a second between the chip and its memory.
       link: bytes a second that a chip sends to the others of its slice or machine, in one direction.
       network: bytes a second that a chip sends out of its slice; None where it is not known.
       dimensions: of a slice's shape; 0 where a machine is a number of chips.
@@ -23,7 +22,6 @@ class Chip:
 
     memory: float
     flops: float
-    bandwidth: float
     link: float
     network: float | None
     dimensions: int = 0
@@ -34,12 +32,12 @@ class Chip:
 # (v5p) and 2 x 256 x 256 (v6e: twice that, which its peak at the clock of v5p implies). GPUs: data sheets of the SXM
 # versions.
 CHIPS = {
-    "v5e": Chip(16 * 2**30, 197e12, 0.82e12, 200e9, 3.1e9, dimensions=2, clock=197e12 / (2 * 4 * 128**2)),
-    "v5p": Chip(95 * 2**30, 459e12, 2.765e12, 600e9, 6.25e9, dimensions=3, clock=459e12 / (2 * 8 * 128**2)),
-    "v6e": Chip(32 * 2**30, 918e12, 1.6e12, 400e9, 12.5e9, dimensions=2, clock=918e12 / (2 * 4 * 256**2)),
-    "a100": Chip(80e9, 312e12, 2.04e12, 300e9, None),
-    "h100": Chip(80e9, 989e12, 3.35e12, 450e9, None),
-    "h200": Chip(141e9, 989e12, 4.8e12, 450e9, None),
+    "v5e": Chip(16 * 2**30, 197e12, 200e9, 3.1e9, dimensions=2, clock=197e12 / (2 * 4 * 128**2)),
+    "v5p": Chip(95 * 2**30, 459e12, 600e9, 6.25e9, dimensions=3, clock=459e12 / (2 * 8 * 128**2)),
+    "v6e": Chip(32 * 2**30, 918e12, 400e9, 12.5e9, dimensions=2, clock=918e12 / (2 * 4 * 256**2)),
+    "a100": Chip(80e9, 312e12, 300e9, None),
+    "h100": Chip(80e9, 989e12, 450e9, None),
+    "h200": Chip(141e9, 989e12, 450e9, None),
 }
 _MOST_CHIPS, _MOST_GPUS = 2**17, 1024  # for a GPU a device of the CPU stands in
 SYNTAX = "v6e:16x16, v5e:8x8, v5p:4x4x4, h100:8, h200:8 or a100:8"

@@ -85,5 +85,8 @@ def devices(run: Run) -> int:
     except InputError:
         shape = None
     if shape is None:
-        raise InputError(f'mesh must be "data:N" or "data:A,model:B" for each run of a sweep, got {run.config.mesh!r}')
+        raise InputError(
+            'mesh must be "data:N", "data:A,model:B" or "slice:S,data:A,model:B" for each run of a sweep, got'
+            f" {run.config.mesh!r}"
+        )
     return shape.devices

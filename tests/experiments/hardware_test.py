@@ -178,7 +178,7 @@ def test_what_cannot_be_planned_is_refused(arguments, said, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--model=tiny", "--topology=h100:8", "--mesh=data:4"], "does not name all 8 chips of 1 slices"),
+        (["--model=tiny", "--topology=h100:8", "--mesh=data:4"], "does not name all 8 chips of 1 slice:"),
         (["--model=tiny", "--topology=h100:8", "--sequence_length=300"], "exceeds the 256 tokens of tiny"),
         (["--model=gemma3_27b", "--topology=a100:2"], "does not fit on a100:2 with a model axis"),
         (["--model=gemma3_12b", "--topology=a100:8", "--mesh=data:8"], "--mesh=data:2,model:4 would leave room"),

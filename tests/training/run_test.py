@@ -71,6 +71,22 @@ def test_pitfall_1_batches_are_the_accounted_samplers(finished):
         }
 
 
+def test_a_step_is_in_the_ledger_before_it_is_computed(text, tmp_path):
+    trainer = prepare(Settings(**SETTINGS | {"data": str(text), "steps": 3}), str(tmp_path / "run"))
+    compute, known = trainer.dp_step, []
+
+    class Watched:
+        noiser = compute.noiser
+
+        def __call__(self, *arguments):
+            known.append([record["step"] for record in step_records(tmp_path / "run")])
+            return compute(*arguments)
+
+    trainer.dp_step = Watched()
+    trainer.train()
+    assert known == [[0], [0, 1], [0, 1, 2]]
+
+
 def test_pitfall_9_one_count_of_updates(finished):
     step, _, meta = final_parameters(finished[0])
     assert step == meta["step"] == meta["optimizer_count"] == len(step_records(finished[0]))
