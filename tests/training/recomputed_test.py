@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from dpgemma.data.text import tokenizer, units
@@ -73,6 +74,22 @@ def unevenly_scored(tmp_path):
     return path
 
 
+def state_after(workdir, step):
+    """Parameters and Adam's two moments, as lists of arrays, of the checkpoint after so many steps."""
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers, options=options) as manager:
+        shapes = manager.item_metadata(step)["state"].tree
+        template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
+    adam = state["optimizer_state"][0]
+    return tuple(
+        [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+        for tree in (state["parameters"], adam["mu"], adam["nu"])
+    )
+
+
 @pytest.mark.parametrize(
     "mesh, clip_norm, unit",
     [
@@ -84,7 +101,7 @@ def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, unit, text, tmp_pa
     assert len(jax.devices()) == 2  # asked before the run does, which would take as many as it needs
     workdir, data = tmp_path / "run", unevenly_scored(tmp_path) if unit == "example" else text
     settings = dict(model=MODEL, sequence_length=LENGTH, mesh=mesh, clip_norm=clip_norm, noise_multiplier=0.7)
-    done = runs.call(*runs.flags(data, workdir, steps=STEPS, **settings))
+    done = runs.call(*runs.flags(data, workdir, steps=STEPS, **settings | {"checkpoint_every": 1}))
     assert done.returncode == 0, done.stderr
     ledger = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
     start, keys = ledger[0], json.loads((workdir / "private/keys.json").read_text())
@@ -100,13 +117,14 @@ def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, unit, text, tmp_pa
     gradient = jax.jit(jax.grad(lambda p, row: loss(p, {}, row)))
     trainable, _ = objectives.causal(PRESETS[MODEL], length=LENGTH).init(0)
     leaves, structure = jax.tree.flatten(trainable)
-    values = [np.asarray(leaf, np.float64) for leaf in leaves]
-    first, second = ([np.zeros(v.shape) for v in values] for _ in range(2))
+    states = [tuple([np.asarray(leaf, np.float64) * share for leaf in leaves] for share in (1, 0, 0))]
+    states += [state_after(workdir, step) for step in range(1, STEPS + 1)]
 
     secrets, bits = runs.step_secrets(workdir), start["grid_bits"]
     grid_steps = 2.0**bits * (1 - 2.0**-11) / 0.7
     sampler = PoissonSampler(len(training), 12 / len(training), 48)
     for t in range(STEPS):
+        (values, first, second), after = states[t], states[t + 1]
         params = jax.tree.unflatten(structure, [jnp.asarray(v, jnp.float32) for v in values])
         sums = [np.zeros(v.shape, np.int64) for v in values]
         for unit in sampler.draw(secrets["sampling"], t):
@@ -119,18 +137,19 @@ def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, unit, text, tmp_pa
         for i, total in enumerate(sums):
             noised = total + noise_of(secrets["noise"], t, i, total.shape, bits)
             mean = noised * clip_norm / grid_steps / 12
-            first[i] = 0.9 * first[i] + 0.1 * mean
-            second[i] = 0.95 * second[i] + 0.05 * mean**2
-            hat = np.sqrt(second[i] / (1 - 0.95 ** (t + 1))) + 1e-8
-            values[i] = values[i] - rate * first[i] / (1 - 0.9 ** (t + 1)) / hat
-
+            # Moments are compared first, and the update with those that were kept: Adam divides by the second one, and
+            # where that is nearly zero a rounding of the gradient would show enlarged.
+            np.testing.assert_allclose(after[1][i], 0.9 * first[i] + 0.1 * mean, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(after[2][i], 0.95 * second[i] + 0.05 * mean**2, rtol=1e-5, atol=1e-6)
+            deviation = np.sqrt(after[2][i] / (1 - 0.95 ** (t + 1))) + 1e-8
+            moved = values[i] - rate * after[1][i] / (1 - 0.9 ** (t + 1)) / deviation
+            np.testing.assert_allclose(after[0][i], moved, atol=3e-7)
     step, stored, _ = checkpoint.latest_parameters(workdir / "checkpoints")
     assert step == STEPS
-    moved = 0.0
-    for value, before, leaf in zip(values, leaves, jax.tree.leaves(stored), strict=True):
-        np.testing.assert_allclose(np.asarray(leaf), value, atol=3e-6)
-        moved = max(moved, float(np.abs(value - before).max()))
-    assert moved > 1e-3, "the tolerance is small beside what three steps move"
+    for before, kept, leaf in zip(leaves, states[-1][0], jax.tree.leaves(stored), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), kept)
+        assert np.abs(kept - np.asarray(before)).max() > 1e-3, "the tolerance is small beside what three steps move"
+    assert abs(np.concatenate([m.ravel() for m in states[-1][1]])).max() > 1e-2
 
     # What is printed is the loss of the units that were held out, and nothing else was measured.
     held_out = sorted(set(range(rows.num_units)) - set(training))
