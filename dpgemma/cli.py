@@ -1,7 +1,7 @@
 """The program `dpgemma COMMAND --flags`.
 
-Exit codes: 0 done, 1 the check found something or a run of a sweep failed, 2 bad input. Nothing heavy is imported
-before a command runs, so that --help answers at once.
+Exit codes: 0 done, 1 the check found something or a run of a sweep failed, 2 bad input, 3 another process of the run
+died. Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
 import importlib
@@ -89,4 +89,9 @@ def _run(name: str, rest: list[str]) -> int:
 def entry_point() -> None:
     """The program itself: hooks stay until the process ends, because threads of libraries report until then."""
     process.install_quiet_hooks()
-    sys.exit(main())
+    code = main()
+    if code and "jax" in sys.modules:
+        from dpgemma.commands import peers
+
+        peers.leave(code)
+    sys.exit(code)

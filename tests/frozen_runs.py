@@ -29,7 +29,7 @@ secrets.token_bytes = lambda size=32: hashlib.sha256(b"%d" % next(counter)).dige
 secrets.token_hex = lambda size=32: secrets.token_bytes(size).hex()
 from dpgemma.cli import main
 from dpgemma.training import environment
-environment.description = lambda mesh: "frozen"
+environment.description = lambda *_: "frozen"
 sys.exit(main(sys.argv[1:]))
 """
 _COMMON = dict(

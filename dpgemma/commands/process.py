@@ -112,20 +112,27 @@ def temporarily(change: Callable[[], Callable[[], None]]) -> Iterator[None]:
         restore()
 
 
-def split_cpu(mesh: str) -> None:
-    """Makes as many CPU devices as a mesh asks for; for "auto" one for each core, up to 8.
+def split_cpu(mesh: str, num_processes: int = 1) -> None:
+    """Makes as many CPU devices as this process has of a mesh; for "auto" one for each core, up to 8.
 
     It takes effect on the CPU alone, and only before jax first looks at its devices. From then on they stay.
 
+    Args:
+      num_processes: among which the devices of the mesh are divided.
+
     Raises:
-      InputError: no mesh.
+      InputError: no mesh, or one that does not divide among the processes.
     """
     import jax
 
     cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES) if hasattr(os, "sched_getaffinity") else 1
     shape = wanted(mesh)
+    if shape and num_processes > 0 and shape.devices % num_processes:
+        raise InputError(
+            f"`mesh`={mesh} has {shape.devices} devices, which do not divide among {num_processes} processes"
+        )
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", shape.devices if shape else cores)
+        jax.config.update("jax_num_cpu_devices", shape.devices // max(num_processes, 1) if shape else cores)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 from absl import flags
 
-from dpgemma.commands import command_flags, process
+from dpgemma.commands import command_flags, peers, process
 from dpgemma.training.settings import Settings
 
 DESCRIPTION = "Train a Gemma under a privacy budget. Run the same command again to resume."
@@ -14,24 +14,38 @@ DESCRIPTION = "Train a Gemma under a privacy budget. Run the same command again 
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.define_from_dataclass(Settings, fv)
     command_flags.string(
-        "workdir", None, "Folder of the run; by default runs/<first 8 digits of the settings' hash>.", fv
+        "workdir",
+        None,
+        "Folder of the run; by default runs/<first 8 digits of the settings' hash>. Several processes share it.",
+        fv,
     )
+    command_flags.string(
+        "coordinator",
+        None,
+        "Where several processes train one run: HOST:PORT, which process 0 can open, or auto on Cloud TPU, Slurm, Open"
+        " MPI and Kubernetes.",
+        fv,
+    )
+    command_flags.count("num_processes", None, "How many processes there are.", fv)
+    command_flags.count("process_id", None, "The number of this process, from 0; 0 keeps the run's record.", fv)
 
 
 def run(fv: flags.FlagValues) -> int:
     given: dict[str, Any] = {field.name: fv[field.name].value for field in dataclasses.fields(Settings)}
     settings = Settings(**given)
     with process.temporarily(process.set_deterministic_sums):
-        process.split_cpu(settings.mesh)
-        from dpgemma.commands.terminal import Terminal
-        from dpgemma.training.prepare import prepare
+        with peers.joined(fv.coordinator, fv.num_processes, fv.process_id) as num_processes:
+            process.split_cpu(settings.mesh, num_processes)
+            from dpgemma.commands.terminal import Terminal
+            from dpgemma.training.prepare import prepare
 
-        trainer = prepare(settings, fv.workdir, epsilon_given=bool(fv["epsilon"].present), observers=[Terminal()])
-        try:
-            with process.stop_on_signal() as stopped:
-                measured = trainer.train(stopped)
-        finally:
-            trainer.run.unlock()
-    for name, value in (measured or {}).items():
-        print(f"held-out {value:.4f} {name.replace('_per_', '/')}")
+            trainer = prepare(settings, fv.workdir, epsilon_given=bool(fv["epsilon"].present), observers=[Terminal()])
+            try:
+                with process.stop_on_signal() as stopped:
+                    measured = trainer.train(stopped)
+            finally:
+                trainer.run.unlock()
+            if trainer.record.is_kept_here:
+                for name, value in (measured or {}).items():
+                    print(f"held-out {value:.4f} {name.replace('_per_', '/')}")
     return 0

@@ -84,19 +84,24 @@ class Batch:
         return Batch(jax.tree.map(deal, self.rows), deal(self.real))
 
 
-def collate(source: UnitSource, units: np.ndarray, slots: int) -> Batch:
-    """The drawn units in front and zeros behind.
+def collate(source: UnitSource, units: np.ndarray, slots: int, part: tuple[int, int] = (0, 1)) -> Batch:
+    """The drawn units, or one part of them, in front and zeros behind.
 
     Where more units were declared than there are, the numbers beyond the last one stand for units without content.
 
+    Formal guarantee: each drawn unit is in exactly one of the parts 0 .. n-1, once. Tested by
+    tests/data/batch_test.py::test_parts_hold_every_drawn_unit_once.
+
     Args:
-      units: sorted numbers of the drawn units, at most `slots`.
+      units: sorted numbers of the drawn units; of each part at most `slots`.
+      part: (i, n): every n-th unit from the i-th on, as `Batch.dealt` deals them out. Only these are read.
 
     Raises:
       ValueError: a source whose rows are not in the order of their units, or more than `max_rows` of one: they would
         take the places of others.
     """
-    units = units[units < source.num_units]
+    first, parts = part
+    units = units[units < source.num_units][first::parts]
     rows, owner = source.read(units)
     if (np.diff(owner) < 0).any() or (np.bincount(owner) > source.max_rows).any():
         raise ValueError(f"a source gave rows out of order, or more than max_rows={source.max_rows} of one unit")

@@ -4,6 +4,7 @@ Nothing in it describes a real person: every value is drawn from lists below by 
 """
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import random
@@ -176,9 +177,17 @@ def cache_directory() -> pathlib.Path:
 
 
 def prepared() -> ClinicNotes:
-    """The builder, its ArrayRecord files written on first use."""
-    builder = ClinicNotes(data_dir=cache_directory(), file_format="array_record")
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):  # TFDS announces itself on standard output
-        builder.download_and_prepare()
+    """The builder, its ArrayRecord files written on first use, by one process at a time."""
+    folder = cache_directory()
+    builder = ClinicNotes(data_dir=folder, file_format="array_record")
+    if not builder.is_prepared():
+        folder.mkdir(parents=True, exist_ok=True)
+        tfds.disable_progress_bar()
+        with (
+            open(folder / "clinic_notes.lock", "w") as lock,
+            contextlib.redirect_stdout(sys.stderr),  # TFDS announces itself on standard output
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            builder = ClinicNotes(data_dir=folder, file_format="array_record")
+            builder.download_and_prepare()
     return builder

@@ -67,7 +67,20 @@ class Keys:
           FileExistsError: keys are never replaced.
         """
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump({field.name: getattr(self, field.name).hex() for field in dataclasses.fields(self)}, file)
+            json.dump(self.as_hex(), file)
+
+    def as_hex(self) -> dict[str, str]:
+        """The secrets by name, as files and other processes of a run get them."""
+        return {field.name: getattr(self, field.name).hex() for field in dataclasses.fields(self)}
+
+    @classmethod
+    def of_hex(cls, stored: Mapping[str, str]) -> "Keys":
+        """The keys whose as_hex this is.
+
+        Raises:
+          KeyError, TypeError, ValueError: it is none.
+        """
+        return cls(**{field.name: bytes.fromhex(stored[field.name]) for field in dataclasses.fields(cls)})
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Keys":
@@ -77,12 +90,11 @@ class Keys:
           InputError: the file is damaged, or was not written by this program.
         """
         try:
-            stored = json.loads(path.read_text())
-            keys = {field.name: bytes.fromhex(stored[field.name]) for field in dataclasses.fields(cls)}
+            keys = cls.of_hex(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError):
             raise InputError(
                 f"{path} is damaged: without its keys this run cannot go on; start another in a new `workdir`"
             ) from None
-        if any(len(key) != _BYTES for key in keys.values()):
+        if any(len(getattr(keys, field.name)) != _BYTES for field in dataclasses.fields(cls)):
             raise InputError(f"{path} holds keys of another length: it was not written by this program")
-        return cls(**keys)
+        return keys

@@ -7,14 +7,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from accounting.errors import InputError
+from dpgemma.sharding import processes
 from dpgemma.sharding.rules import MeshShape, wanted
 
 
 def resolve(mesh: str) -> str:
-    """ "auto" as "data:N" with every device of this process.
+    """ "auto" as "data:N" with every device of all processes.
 
     Raises:
-      InputError: not a mesh, more devices than there are, or several where nothing is compiled.
+      InputError: not a mesh, more devices than there are, several where nothing is compiled, or fewer than there are
+        where several processes would not all have one.
     """
     given, available = wanted(mesh), jax.device_count()
     if jax.config.values["jax_disable_jit"] and (given.devices if given else available) > 1:
@@ -25,6 +27,8 @@ def resolve(mesh: str) -> str:
         raise InputError(
             f"`mesh`={mesh} asks for {given.devices} devices, but there are {available}: lower it, or use `mesh`=auto"
         )
+    if processes.count() > 1 and given.devices < available:
+        raise InputError(f"`mesh`={mesh} has {given.devices} of the {available} devices of all processes: use them all")
     return str(given)
 
 

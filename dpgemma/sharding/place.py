@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from accounting.errors import InputError
@@ -152,6 +153,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_units(mesh: Mesh) -> NamedSharding:
     """The leading axis, one entry a slot, is spread over the devices."""
     return NamedSharding(mesh, spread(mesh))
+
+
+def from_rows(mesh: Mesh, of_row: Callable[[int], Any]) -> Any:
+    """The tree of arrays whose leading axis is spread over the rows of devices, from the parts of single rows.
+
+    Args:
+      of_row: of_row(number) gives a tree of arrays of one shape. It is asked for rows with devices of this process.
+    """
+    sharding, count = over_units(mesh), rows(mesh)
+
+    def row_of(index: Any, size: int) -> int:
+        return int(index[0].start or 0) // size
+
+    here = sharding.addressable_devices_indices_map((count,)).values()
+    parts = {number: of_row(number) for number in sorted({row_of(index, 1) for index in here})}
+
+    def spread_leaf(*leaves: np.ndarray) -> jax.Array:
+        by_row, size = dict(zip(parts, leaves, strict=True)), len(leaves[0])
+        shape = (count * size, *leaves[0].shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: by_row[row_of(index, size)])
+
+    return jax.tree.map(spread_leaf, *parts.values())
 
 
 SHARED = PartitionSpec()

@@ -11,6 +11,7 @@ tests/training/checkpoint_test.py::test_a_step_is_not_saved_with_another_state a
 ::test_a_run_does_not_go_on_from_a_state_that_it_has_left.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -29,11 +30,13 @@ from accounting.errors import InputError
 from accounting.ledger import events
 from accounting.ledger.chain import Ledger
 from accounting.ledger.history import History
+from dpgemma.sharding import processes
 from dpgemma.training import optimizer
 from dpgemma.training.step import TrainState
 
 # What read_only implies is said as well, because Orbax warns about each that it has to change.
 _READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+_PARAMETERS = "parameters"
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # as Orbax calls it
 _READ_AT_ONCE = 2**28  # bytes of a checkpoint that an audit holds in memory, where arrays are smaller
 
@@ -61,107 +64,126 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self._manager.close()
 
-    def save(self, step: int, state: TrainState, ledger: Ledger, **facts: Any) -> None:
+    def save(self, step: int, state: TrainState, ledger: Ledger | None, **facts: Any) -> None:
         """Saves the state after `step` updates, bound to the ledger's head at a new checkpoint event.
 
         Args:
+          ledger: None in the processes that are not the first.
           facts: what the event records besides the step and its digests.
 
         Raises:
           InputError: the ledger knows another state of this step, or the disk is full.
         """
-        if step in self._manager.all_steps():
+        if step in self._all_steps():
             return
         state_dict = state.as_dict()
-        state_sha256 = state_digest(state_dict)
-        if ledger.history.state_at(step) not in (None, state_sha256):
-            raise InputError(
-                f"step {step} has been saved before with another state, so this computer does not repeat its own"
-                " results; the checkpoints before it are kept, and this run must not go on here: it would release a"
-                " second time what is charged once"
-            )
-        ledger.append(
-            events.CHECKPOINT,
-            step=step,
-            parameters_sha256=digest(state.parameters),
-            state_sha256=state_sha256,
-            **facts,
-        )
-        ledger.sync()
+        sha256 = digests(state_dict)
         count = optimizer.update_count(state.optimizer_state)
-        meta = {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
+
+        def recorded() -> dict[str, Any]:
+            assert ledger is not None
+            if ledger.history.state_at(step) not in (None, sha256["state_sha256"]):
+                raise InputError(
+                    f"step {step} has been saved before with another state, so this computer does not repeat its own"
+                    " results; the checkpoints before it are kept, and this run must not go on here: it would release a"
+                    " second time what is charged once"
+                )
+            ledger.append(events.CHECKPOINT, step=step, **sha256, **facts)
+            ledger.sync()
+            return {"step": step, "optimizer_count": count, "ledger_lines": ledger.length, "ledger_head": ledger.head}
+
+        meta = processes.from_first(recorded)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta))
+        processes.from_all(lambda: self._write(step, items))
+        processes.from_first(lambda: self._record_files(step, ledger))
+
+    def _all_steps(self) -> list[int]:
+        """Steps of whole checkpoints: the first process looks, because others may see a shared folder later."""
+        return processes.from_first(lambda: sorted(map(int, self._manager.all_steps())))
+
+    def _write(self, step: int, items: Any) -> None:
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta))
-            )
+            self._manager.save(step, args=items)
             self._manager.wait_until_finished()
         except Exception as error:  # a full disk comes back as one of many types
             raise InputError(
                 f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the"
                 " same command again; the checkpoints before it are kept"
             ) from None
-        self._record_files(step, ledger)
 
-    def _record_files(self, step: int, ledger: Ledger) -> None:
+    def _record_files(self, step: int, ledger: Ledger | None) -> None:
         """Enters the files of a whole checkpoint into the ledger, without the times at which they were written."""
+        assert ledger is not None
         folder = self._directory / str(step)
         _strip_times(folder / _STEP_METADATA)
         ledger.append(events.STORED, step=step, files_sha256=run_files.folder_digest(folder))
         ledger.sync()
 
-    def restore(self, like: TrainState, ledger: Ledger, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
+    def restore(
+        self, like: TrainState, ledger: Ledger | None, warn: Callable[[str], None]
+    ) -> tuple[int, TrainState] | None:
         """The latest checkpoint that can be read, as (step, state); None if there is none.
 
         A damaged checkpoint is renamed, with a warning, and the one before it is taken.
 
         Args:
           like: a state of the right structure, shapes and shardings.
+          ledger: None in the processes that are not the first.
 
         Raises:
           InputError: a checkpoint that this ledger does not know.
         """
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like.as_dict())
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
-                )
-                meta, state = restored.meta, TrainState(**restored.state)
-                meta["ledger_lines"], meta["ledger_head"]  # a checkpoint without them is damaged
-                sound = meta["step"] == meta["optimizer_count"] == optimizer.update_count(state.optimizer_state) == step
-                if not sound:
-                    raise ValueError(f"its counters disagree with its number {step}")
-            except Exception as error:  # whatever the storage layers raise on damaged files
-                warn(
-                    f"checkpoint {step} cannot be read ({_reason(error)}); it is set aside and the one before it is"
-                    " used"
-                )
-                self._set_aside(step)
-                continue
-            if not ledger.begins_with(meta["ledger_lines"], meta["ledger_head"]):
-                raise InputError(
-                    f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger"
-                    " edited"
-                )
-            if not is_recorded(meta, ledger.records, state_sha256=state_digest(state.as_dict())):
-                warn(
-                    f"checkpoint {step} holds another state than the ledger recorded; it is set aside and the one"
-                    " before it is used"
-                )
-                self._set_aside(step)
-                continue
-            then = History.of(ledger.records[: meta["ledger_lines"]])
-            if then.way_to(step) != ledger.history.way_to(step):
-                warn(
-                    f"checkpoint {step} was made before the run went on without it, elsewhere; it is set aside and the"
-                    " one before it is used"
-                )
-                self._set_aside(step)
-                continue
-            written = ledger.records[meta["ledger_lines"] :]
-            if not any(record["kind"] == events.STORED and record["step"] == step for record in written):
-                self._record_files(step, ledger)  # a crash came before
-            return step, state
+        for step in reversed(self._all_steps()):
+            state, fault = self._sound_state(step, template, ledger)
+            if state is not None:
+                return step, state
+            warn(f"checkpoint {step} {fault}; it is set aside and the one before it is used")
+            processes.from_first(functools.partial(self._set_aside, step))
+            self._manager.reload()
+        return None
+
+    def _sound_state(self, step: int, template: Any, ledger: Ledger | None) -> tuple[TrainState | None, str | None]:
+        """The state of a checkpoint; None, and why, if a run must not go on from it."""
+        state, meta, fault = self._read(step, template)
+        faults = [found for found in processes.from_all(lambda: fault) if found]
+        if faults or state is None:
+            return None, f"cannot be read ({faults[0]})"
+        sha256 = digests(state.as_dict())["state_sha256"]
+        fault = processes.from_first(lambda: self._fault(step, meta, sha256, ledger))
+        return (state, None) if fault is None else (None, fault)
+
+    def _read(self, step: int, template: Any) -> tuple[TrainState | None, dict[str, Any], str | None]:
+        """The state and what is known of it; or why it cannot be read."""
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+            )
+            meta, state = restored.meta, TrainState(**restored.state)
+            meta["ledger_lines"], meta["ledger_head"]  # a checkpoint without them is damaged
+            sound = meta["step"] == meta["optimizer_count"] == optimizer.update_count(state.optimizer_state) == step
+            if not sound:
+                raise ValueError(f"its counters disagree with its number {step}")
+        except Exception as error:  # whatever the storage layers raise on damaged files
+            return None, {}, _reason(error)
+        return state, meta, None
+
+    def _fault(self, step: int, meta: dict[str, Any], state_sha256: str, ledger: Ledger | None) -> str | None:
+        """Why a run must not go on from a checkpoint; None if it may."""
+        assert ledger is not None
+        if not ledger.begins_with(meta["ledger_lines"], meta["ledger_head"]):
+            raise InputError(
+                f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger"
+                " edited"
+            )
+        if not is_recorded(meta, ledger.records, state_sha256=state_sha256):
+            return "holds another state than the ledger recorded"
+        then = History.of(ledger.records[: meta["ledger_lines"]])
+        if then.way_to(step) != ledger.history.way_to(step):
+            return "was made before the run went on without it, elsewhere"
+        written = ledger.records[meta["ledger_lines"] :]
+        if not any(record["kind"] == events.STORED and record["step"] == step for record in written):
+            self._record_files(step, ledger)  # a crash came before
         return None
 
     def _set_aside(self, step: int) -> None:
@@ -170,20 +192,26 @@ class Checkpoints:
         while target.exists():
             target, number = self._damaged / f"{step}.{number}", number + 1
         shutil.move(self._directory / str(step), target)  # which may lie on another disk
-        self._manager.reload()
+
+
+def digests(state: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the parameters and of a whole state, as a checkpoint event names them: that of a state is of its
+    arrays' own digests, in the order of their names, in whatever containers.
+
+    One array is in host memory at a time. Of several processes, each has to ask.
+    """
+    parameters, of_arrays = hashlib.sha256(), {}
+    for path, leaf in jax.tree.flatten_with_path(state)[0]:
+        array = processes.on_host(leaf)
+        of_arrays[_name(path)] = _digest_of(array)
+        if path[0].key == _PARAMETERS:
+            _add(parameters, path[1:], array)
+    return {"parameters_sha256": parameters.hexdigest(), "state_sha256": _combined(of_arrays)}
 
 
 def digest(parameters: dict[str, Any]) -> str:
     """SHA-256 of names, types, shapes and contents of a tree of arrays."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree.flatten_with_path(parameters)[0]:
-        _add(total, path, np.asarray(leaf))
-    return total.hexdigest()
-
-
-def state_digest(state: dict[str, Any]) -> str:
-    """SHA-256 of a whole state: of its arrays' own digests, in the order of their names, in whatever containers."""
-    return _combined({_name(path): _digest_of(np.asarray(leaf)) for path, leaf in jax.tree.flatten_with_path(state)[0]})
+    return digests({_PARAMETERS: parameters})["parameters_sha256"]
 
 
 def _combined(digests: dict[str, str]) -> str:
@@ -245,7 +273,7 @@ def _summary(manager: ocp.CheckpointManager, step: int, read_at_once: int) -> di
             for i in chosen:
                 path, _ = paths[i]
                 digests[_name(path)] = _digest_of(np.asarray(arrays[i]))
-                if path[0].key == "parameters":
+                if path[0].key == _PARAMETERS:
                     _add(parameters, path[1:], np.asarray(arrays[i]))
                 # Only the counters are kept.
                 leaves[i] = arrays[i] if arrays[i].shape == () else None

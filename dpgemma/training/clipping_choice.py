@@ -28,7 +28,7 @@ from dpgemma.data.batch import Batch
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
-from dpgemma.sharding import place
+from dpgemma.sharding import place, processes
 from dpgemma.sharding.place import Layout
 from dpgemma.training.observers import Observer
 from dpgemma.training.settings import Settings
@@ -185,23 +185,30 @@ def resolve(
     if len(ways) == 1:
         return _chosen(settings, ways[0], "the only way with this `microbatch_size`")
     key = _key(objective, mesh, wanted)
-    cached = _read_cache().get(key, {})
+    cached = processes.from_first(lambda: _read_cache().get(key, {}))
     if tuple(cached.get("way", ())) in ways:
         return _chosen(settings, tuple(cached["way"]), f"as in an earlier trial: {cached.get('why')}")
-    trials = measure(objective, mesh, ways)
+    told = processes.from_all(lambda: [dataclasses.asdict(trial) for trial in measure(objective, mesh, ways)])
+    trials = [_worst([Trial(**trial) for trial in of_way]) for of_way in zip(*told, strict=True)]
     possible = [trial for trial in trials if trial.refused is None]
     if not possible:
         return _chosen(settings, ways[0], "nothing seems to fit in memory: " + "; ".join(map(str, trials)))
     best = min(possible, key=lambda trial: trial.seconds)
     why = "; ".join(map(str, trials))
-    try:
-        user_cache.write(
-            cache_file(), _read_cache() | {key: {"way": [best.strategy, best.microbatch_size], "why": why}}
-        )
-    except OSError as error:  # it costs another trial, not the run
-        for observer in observers:
-            observer.warn(f"the trial's result is not kept: {error}")
+    if processes.is_first():
+        try:
+            user_cache.write(
+                cache_file(), _read_cache() | {key: {"way": [best.strategy, best.microbatch_size], "why": why}}
+            )
+        except OSError as error:  # it costs another trial, not the run
+            for observer in observers:
+                observer.warn(f"the trial's result is not kept: {error}")
     return _chosen(settings, (best.strategy, best.microbatch_size), why)
+
+
+def _worst(trials: Sequence[Trial]) -> Trial:
+    """Of one way in all processes: where it was refused, or else took longest."""
+    return max(trials, key=lambda trial: (trial.refused is not None, trial.seconds))
 
 
 def _chosen(settings: Settings, way: Way, why: str) -> tuple[Strategy, str]:

@@ -11,10 +11,12 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 from typing import Any
 
 import accounting
 import dpgemma
+from dpgemma.sharding import processes
 from dpgemma.sharding.rules import MeshShape
 
 # With this flag in XLA_FLAGS a GPU adds up in a fixed order.
@@ -34,26 +36,30 @@ _VARIABLES = (
 _OTHERWISE = (
     "XLA_FLAGS", "JAX_PLATFORM", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE",
     "JAX_ENABLE_COMPILATION_CACHE", "JAX_RAISE_PERSISTENT_CACHE", "JAX_LOG", "JAX_DUMP", "JAX_EXPLAIN", "JAX_TRACEBACK",
-    "JAX_PPRINT", "TF_CPP",
+    "JAX_PPRINT", "TF_CPP", "JAX_COORDINATOR", "JAX_LOCAL_DEVICE_IDS", "JAX_PARTITION_INDEX", "JAX_SLICE_INDEX",
+    "JAX_ENABLE_PREEMPTION",
 )  # fmt: skip
 
 
-def description(mesh: MeshShape) -> str:
-    """The environment of this process, for the ledger.
+def description(mesh: MeshShape, sums_are_exact: bool = True) -> str:
+    """The environment of a run's processes, as each of them describes it, for the ledger.
 
-    The number of devices is part of it: XLA's CPU backend divides large products by the number of its threads, which
-    follows it, and any compiler may make another program of a step on another mesh.
+    The mesh is part of it, because compilers make other programs of a step on another mesh. So is the number of a CPU's
+    threads, by which XLA divides large products: there is one for each core, and at least one for each device. How the
+    mesh is divided among processes changes the order of sums alone, which is nothing to whole numbers.
 
     Args:
       mesh: of the run.
+      sums_are_exact: whether the run adds up whole numbers.
     """
     import jax
 
     device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = f"{_cpu()}, {cores} cores" if device.platform == "cpu" else device.device_kind
-    if device.platform == "cpu":
-        kind += f", {jax.local_device_count()} devices"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(cores, jax.local_device_count())
+    kind = f"{_cpu()}, {threads} threads" if device.platform == "cpu" else device.device_kind
+    if not sums_are_exact and processes.count() > 1:
+        kind += f", {processes.count()} processes"
     settings = jax.config.values
     options = [name for name in _OPTIONS if settings[name]]
     options.append(f"matmul precision {settings['jax_default_matmul_precision'] or 'default'}")
@@ -141,3 +147,10 @@ def is_deterministic(here: str, platform: str) -> bool:
     name = DETERMINISTIC_SUMS.partition("=")[0]
     given = [flag for part in here.split("; ") for flag in part.split(", ") if flag.partition("=")[0] == name]
     return platform in ("cpu", "tpu") or given[-1:] == [DETERMINISTIC_SUMS]  # the last of equal flags holds
+
+
+def differing(there: str, here: str) -> str:
+    """The parts in which two descriptions of environments differ."""
+    parts = [set(re.split("[,;] ", place)) for place in (there, here)]
+    only = [", ".join(sorted(parts[i] - parts[1 - i])) or "nothing further" for i in (0, 1)]
+    return f"there {only[0]}; here {only[1]}"

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from dpgemma.objectives.causal import CausalLM
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding import processes
 from dpgemma.sharding.place import Layout
 from dpgemma.sharding.rules import wanted
 from dpgemma.training import clipping_choice, environment
@@ -28,8 +30,12 @@ from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
 from dpgemma.training.observers import Observer
 from dpgemma.training.plan import Plan
+from dpgemma.training.run import RunDirectory
 from dpgemma.training.settings import Settings
 from dpgemma.training.trainer import Trainer
+
+# After which a shared disk shows everybody what was written.
+_SECONDS_TO_SEE = 60
 
 
 def prepare(
@@ -82,6 +88,7 @@ def _prepare(
     epsilon_given: bool,
     observers: Sequence[Observer],
 ) -> Trainer:
+    observers = observers if processes.is_first() else ()
     objective = objective_of(settings)
     start, tokenizer = objective.start, objective.tokenizer
     named = dataclasses.replace(
@@ -89,11 +96,20 @@ def _prepare(
     )
     Layout(mesh_lib.make(named.mesh)).places(objective.axes(), objective.shapes())  # refuses what does not divide
     path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
-    run = run_lib.open_existing(path)
-    if run:
+    _check_agreement("settings", named.as_dict() | {"workdir": str(path), "epsilon_given": epsilon_given})
+    _check_agreement("environment", environment.description(mesh_lib.shape(named.mesh)))
+    run: RunDirectory | None = None
+
+    def begin() -> dict[str, Any]:
+        nonlocal run
+        run = run_lib.open_existing(path)
+        if run is None:
+            return {"keys": new_keys.as_hex(), "secret": secret_keys, "config": None}
         run.check_format()
-    keys = run.keys if run else new_keys
-    secret_keys = run.has_secret_keys() if run else secret_keys
+        return {"keys": run.keys.as_hex(), "secret": run.has_secret_keys(), "config": run.config()}
+
+    told = processes.from_first(begin)
+    keys, begun = Keys.of_hex(told["keys"]), told["config"]
 
     privacy_unit, source = units.read(
         settings.privacy_unit,
@@ -106,7 +122,6 @@ def _prepare(
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     plan_lib.check(settings, training.num_units)
     # Chosen once: a run that goes on computes as it began.
-    begun = run.config() if run else None
     if begun:
         strategy, choice = clipping_choice.as_before(settings, begun), None
     else:
@@ -119,14 +134,24 @@ def _prepare(
     fingerprint = source.fingerprint(keys.fingerprint)
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
-    facts = start_event(plan, config, objective, held_out.num_units, secret_keys=secret_keys, seal_key=seal_key)
-    if run:
-        run.check_resumable(config, fingerprint, facts)
-    else:
-        here = environment.description(mesh_lib.shape(plan.mesh))
-        run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": here})
+    facts = start_event(plan, config, objective, held_out.num_units, secret_keys=told["secret"], seal_key=seal_key)
+    _check_agreement("data", fingerprint)
+    _check_agreement("settings", config)
+
+    def create_or_check() -> None:
+        nonlocal run
+        if run is None:
+            here = environment.description(mesh_lib.shape(plan.mesh), plan.mechanism.noise.is_exact)
+            run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": here})
+        else:
+            run.check_resumable(config, fingerprint, facts)
+
+    processes.from_first(create_or_check)
+    run = run or RunDirectory(path)  # that of the first process, which has it locked
+    _check_shared(run)
     remarks = _remarks(source)
-    run.remark(remarks)
+    if processes.is_first():
+        run.remark(remarks)
     for observer in observers:
         for remark in remarks:
             observer.confide(remark)
@@ -136,6 +161,50 @@ def _prepare(
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     return Trainer(plan, objective, training, run, observers, held_out=held_out)
+
+
+def _check_agreement(subject: str, mine: Any) -> None:
+    """Refuses processes of one run that do not agree on something.
+
+    Raises:
+      InputError: names a process and what differs there.
+    """
+    of_first, *others = processes.from_all(lambda: mine)
+    for number, other in enumerate(others, 1):
+        if other == of_first:
+            continue
+        if subject == "data":  # may lie elsewhere
+            raise InputError(
+                f"process {number} reads other data than process 0: give the same content to all processes"
+            )
+        if subject == "environment":
+            found = environment.differing(other, of_first)
+            raise InputError(f"process {number} runs in another environment than process 0 ({found}): make them equal")
+        names = [name for name in of_first if name != "data" and other[name] != of_first[name]]
+        if names:
+            found = ", ".join(f"{name} ({other[name]} instead of {of_first[name]})" for name in names)
+            raise InputError(f"process {number} has other settings than process 0: {found}; give all the same flags")
+
+
+def _check_shared(run: RunDirectory) -> None:
+    """Refuses a run's folder that not all of its processes see.
+
+    Raises:
+      InputError: names a process that does not.
+    """
+    of_first = processes.from_first(run.opening)
+
+    def see() -> None:
+        last = time.monotonic() + _SECONDS_TO_SEE
+        while run.opening() != of_first:
+            if time.monotonic() > last:
+                raise InputError(
+                    f"process {processes.number()} does not see {run.path} as process 0 has written it: give a"
+                    " `workdir` on a disk that all processes share"
+                )
+            time.sleep(0.5)
+
+    processes.from_all(see)
 
 
 def _remarks(source: InMemory) -> list[str]:

@@ -56,6 +56,14 @@ class RunDirectory:
             raise InputError(f"{self.config_file} is damaged: it is no JSON") from None
         return run_files.decode(stored)
 
+    def opening(self) -> str:
+        """The first line of the ledger, which no other run has; empty where there is none."""
+        try:
+            with open(self.ledger_file) as file:
+                return file.readline()
+        except FileNotFoundError:
+            return ""
+
     def open_ledger(self) -> Ledger:
         """The ledger, ready for appending.
 

@@ -86,6 +86,6 @@ def test_the_digest_of_a_state_depends_on_every_leaf_and_not_on_its_containers()
         ],
         "parameters": {"w": jnp.full(3, 1.0)},
     }
-    assert checkpoint.state_digest(state) == checkpoint.state_digest(same)
+    assert checkpoint.digests(state)["state_sha256"] == checkpoint.digests(same)["state_sha256"]
     for changed in (state_of(1.0).as_dict(), state_of(1.5, moment=0.5).as_dict(), {**state, "clip_norm": jnp.ones(())}):
-        assert checkpoint.state_digest(changed) != checkpoint.state_digest(state)
+        assert checkpoint.digests(changed)["state_sha256"] != checkpoint.digests(state)["state_sha256"]

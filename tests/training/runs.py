@@ -6,7 +6,9 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +44,42 @@ SETTINGS = dict(sequence_length=32, batch_size=12, max_batch_size=48, noise_mult
 def flags(text, workdir, steps=6, **changes):
     settings = dict(data=text, workdir=workdir, steps=steps, checkpoint_every=2, **SETTINGS)
     return ["train", *(f"--{name}={value}" for name, value in {**settings, **changes}.items())]
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start_together(count, *arguments, command=(*COMMAND,), changes=None, **options):
+    """As many processes of one run, of the program or of another command, started and not waited for.
+
+    Args:
+      changes: by the number of a process, arguments that it alone has behind the others.
+    """
+    given, address = [str(argument) for argument in arguments], f"localhost:{free_port()}"
+    several = [f"--coordinator={address}", f"--num_processes={count}"]
+    return [
+        subprocess.Popen(
+            [*command, *given, *several, f"--process_id={i}", *(changes or {}).get(i, [])],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def ended(processes, seconds=240):
+    """(exit code, output, errors) of each of the processes; those that have not ended by then are killed."""
+    deadline = time.monotonic() + seconds
+    try:
+        outputs = [process.communicate(timeout=max(1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, re.sub(r"\[Gloo\].*\n", "", output), errors)  # what XLA's library of sums prints there
+        for process, (output, errors) in zip(processes, outputs, strict=True)
+    ]
 
 
 def copy_of(finished, tmp_path):

@@ -1,0 +1,279 @@
+"""What a run writes down while it is trained, and what follows from what it wrote before.
+
+Every process of a run holds a record. The first process alone opens files and tells observers; what decides how the
+run goes on, it tells the other processes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+
+from accounting import rounding, run_files
+from accounting.accountant import Accountant
+from accounting.curve import EpsilonCurve
+from accounting.errors import InputError
+from accounting.ledger import events, executed
+from accounting.ledger.chain import Ledger
+from accounting.ledger.history import History
+from dpgemma.privacy.clipping import PrivateStats
+from dpgemma.privacy.keys import Keys
+from dpgemma.sharding import processes
+from dpgemma.training import environment, metrics, report_files
+from dpgemma.training import optimizer as optimizer_lib
+from dpgemma.training.observers import Observer, Private, Released
+from dpgemma.training.plan import Plan
+from dpgemma.training.run import RunDirectory
+
+# In which another machine may find another epsilon for the same facts.
+_LAST_BITS = 1e-9
+
+
+class Record:
+    """Ledger, metric files and reports of one run; use `opened` around all else.
+
+    Attributes:
+      is_kept_here: whether this is the first process.
+      ledger: of the run, while it is open; None in the other processes.
+    """
+
+    def __init__(self, run: RunDirectory, plan: Plan, observers: Sequence[Observer]) -> None:
+        """Takes the run as it was opened or created.
+
+        Raises:
+          InputError: the steps of the plan would exceed its target.
+        """
+        self.run, self.plan = run, plan
+        self.is_kept_here = processes.is_first()
+        self.observers = tuple(observers) if self.is_kept_here else ()
+        self.ledger: Ledger | None = None
+        self._accountant = self._accountant_of(repeated=0)
+        if self._accountant.upper(plan.delta) > plan.epsilon * (1 + _LAST_BITS):
+            raise InputError(
+                f"{plan.mechanism.steps} steps would exceed epsilon {plan.epsilon:g}: take fewer steps or start another"
+                " run"
+            )
+
+    def _accountant_of(self, repeated: int) -> Accountant:
+        """Of all planned steps and of so many that were executed once more, elsewhere."""
+        mechanism = self.plan.mechanism
+        releases = mechanism.replace(steps=mechanism.steps + repeated)
+        return Accountant(releases, claimed=math.isfinite(self.plan.epsilon))
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Holds the ledger open, and warns of deviations that it knows.
+
+        Raises:
+          InputError: its chain does not hold.
+        """
+        if not self.is_kept_here:
+            yield
+            return
+        with contextlib.closing(self.run.open_ledger()) as self.ledger:
+            for deviation in executed.of(self._ledger.records).deviations:
+                self.warn(deviation)
+            yield
+
+    @property
+    def _ledger(self) -> Ledger:
+        assert self.ledger is not None, "the first process has it open"
+        return self.ledger
+
+    def inform(self, message: str) -> None:
+        for observer in self.observers:
+            observer.inform(message)
+
+    def warn(self, message: str) -> None:
+        for observer in self.observers:
+            observer.warn(message)
+
+    def is_untouched(self, here: str, same_bits: bool) -> bool:
+        """Whether nothing has happened since the run was created, in this environment.
+
+        Args:
+          here: the environment.
+          same_bits: whether a step that is executed again here gives the same bits.
+        """
+
+        def compare() -> bool:
+            records = self._ledger.records
+            return len(records) == 1 and same_bits and bool(records[0]["environment"] == here)
+
+        return processes.from_first(compare)
+
+    def resume(self, step: int, here: str, same_bits: bool) -> None:
+        """Writes down that the run goes on at a step.
+
+        Raises:
+          InputError: lost steps that would have to be executed again elsewhere, beyond the target.
+        """
+
+        def write() -> None:
+            ledger = self._ledger
+            facts = {"environment": here} | ({} if same_bits else {"continuation": secrets.token_hex(16)})
+            self._charge_repeats(ledger.history.with_resume({"kind": events.RESUME, "step": step, **facts}), step)
+            before = ledger.history.lineage[-1][1]
+            ledger.append(events.RESUME, step=step, **facts)
+            after = ledger.history.lineage[-1][1]
+            self.inform(f"resuming at step {step} of {self.plan.mechanism.steps}")
+            if before != after:
+                found = environment.differing(before, after)
+                self.inform(f"this is another environment, so noise differs from here on ({found})")
+
+        processes.from_first(write)
+
+    def _charge_repeats(self, history: History, step: int) -> None:
+        """Takes steps into account that were executed in another environment, are lost, and are executed once more.
+
+        Formal guarantee: every execution of a step that can give other bits than an earlier one is charged, has its own
+        line in the ledger, and keeps the run within its target. Tested by
+        tests/training/moving_test.py::test_steps_that_are_repeated_elsewhere_are_charged_again.
+
+        Args:
+          history: as it is once the run goes on.
+          step: at which the run goes on.
+
+        Raises:
+          InputError: with them the run would exceed its target.
+        """
+        if not history.repeated:
+            return
+        self._accountant = self._accountant_of(history.repeated)
+        spent = self._accountant.upper(self.plan.delta)
+        if spent > self.plan.epsilon * (1 + _LAST_BITS):
+            raise InputError(
+                f"{history.repeated} steps from step {step} on were executed before, in another environment, and were"
+                " lost: executing them once more gives other bits, costs epsilon"
+                f" {rounding.upper(rounding.round_up(spent))} in all, and the target is {self.plan.epsilon:g}; go on"
+                f" where they were executed ({_places(history)}), or start another run in a new `workdir`"
+            )
+        self.warn(
+            f"{history.repeated} steps that were executed in another environment and lost are executed once more, with"
+            " other noise: they are charged again"
+        )
+
+    def step_keys(self) -> Keys:
+        """The keys of batches and noise of the steps that follow."""
+
+        def bound() -> dict[str, str]:
+            return self.run.step_keys(self._ledger.records[0], self._ledger.history.lineage).as_hex()
+
+        return Keys.of_hex(processes.from_first(bound))
+
+    @contextlib.contextmanager
+    def of_steps(self, first: int, volume: tuple[str, int]) -> Iterator["StepRecord"]:
+        """The record of the steps from `first` on; observers are told before and after.
+
+        Args:
+          volume: of a row, as observers take it.
+        """
+        if not self.is_kept_here:
+            yield StepRecord()
+            return
+        try:
+            for observer in self.observers:
+                observer.begin(self.plan, first, volume)
+            with (
+                metrics.MetricsFile(self.run.metrics_file, first) as public,
+                metrics.MetricsFile(self.run.private_metrics_file, first) as private,
+            ):
+                curve = EpsilonCurve(self._accountant, self.plan.delta)
+                repeated = self._ledger.history.repeated
+                yield KeptStepRecord(self._ledger, self.plan, self.observers, curve, repeated, public, private)
+        finally:
+            for observer in self.observers:
+                observer.end()
+
+    def report(self, *, with_page: bool = False) -> None:
+        """Writes the report of what was executed until now, unless the files there are current."""
+        if self.ledger is not None:
+            report_files.write(self.run, self.ledger, self._accountant, with_page=with_page)
+
+    def stopped(self, step: int) -> None:
+        """Tells that the run stops at a step before its last one."""
+        if self.ledger is not None:
+            self.inform(
+                f"stopped at step {step} of {self.plan.mechanism.steps}; the same command goes on from here"
+                f" (ledger head {self.ledger.head})"
+            )
+
+    def finish(self, measured: Mapping[str, float]) -> None:
+        """Closes the run whose steps are all taken.
+
+        Args:
+          measured: the objective's measures of the held-out units.
+        """
+        if self.ledger is None:
+            return
+        ledger, steps = self.ledger, self.plan.mechanism.steps
+        with open(self.run.held_out_file, "a") as file:
+            known = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+            file.write(json.dumps({"step": steps, **known}) + "\n")
+        if not ledger.finished:
+            ledger.append(events.EVALUATION, step=steps, units="held_out")
+            ledger.append(events.FINISH, step=steps)
+            ledger.sync()
+        self.report(with_page=True)
+        self.inform(
+            f"ledger head {ledger.head}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"
+        )
+
+
+class StepRecord:
+    """Of a process that writes nothing down."""
+
+    def before(self, t: int) -> None:
+        """Writes down that step t is about to be executed."""
+
+    def after(self, t: int, stats: PrivateStats, drawn: int) -> None:
+        """Writes down what step t gave, and tells observers.
+
+        Args:
+          drawn: units of its batch.
+        """
+
+    @property
+    def metrics_sha256(self) -> str:
+        """SHA-256 of the public metrics so far."""
+        return ""
+
+
+@dataclasses.dataclass
+class KeptStepRecord(StepRecord):
+    """Of the process that keeps the record."""
+
+    ledger: Ledger
+    plan: Plan
+    observers: Sequence[Observer]
+    curve: EpsilonCurve
+    repeated: int
+    public: metrics.MetricsFile
+    private: metrics.MetricsFile
+
+    def before(self, t: int) -> None:
+        self.ledger.append_step(t, self.plan.mechanism.group)
+
+    def after(self, t: int, stats: PrivateStats, drawn: int) -> None:
+        done = t + 1
+        spent = self.curve.at(done + self.repeated)
+        released = Released(done, spent, optimizer_lib.public_rate(self.plan.optimization, t))
+        raw = Private(**metrics.private_summary(stats, drawn))
+        epsilon = run_files.encode(rounding.round_up(released.epsilon))
+        self.public.write(step=t, epsilon=epsilon, learning_rate=released.learning_rate)
+        self.private.write(step=t, **dataclasses.asdict(raw))
+        for observer in self.observers:
+            observer.step(released, raw)
+
+    @property
+    def metrics_sha256(self) -> str:
+        return self.public.digest
+
+
+def _places(history: History) -> str:
+    """Where the steps were executed that are no part of the present lineage: in which parts it differs from here."""
+    here = history.lineage[-1][1]
+    lost = {lineage[-1][1] for _, lineage in history.executions if lineage[-1][1] != here}
+    return " or ".join(environment.differing(place, here) for place in sorted(lost))
