@@ -46,7 +46,8 @@ class Mutation:
 RECOMPUTED = ("tests/training/recomputed_test.py",)
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
 SECRECY, MOVING = "tests/training/secrecy_test.py", "tests/training/moving_test.py"
-TRAINER, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "step", "prepare"))
+TRAINER, RECORD, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "record", "step", "prepare"))
+PROCESSES = "tests/training/processes_test.py"
 CLIPPING, NOISE = "dpgemma/privacy/clipping.py", "dpgemma/privacy/noise.py"
 INTEGER_NOISE, KEYS = "dpgemma/privacy/integer_noise.py", "dpgemma/privacy/keys.py"
 ACCOUNTANT, TRUNCATION = "accounting/accountant.py", "accounting/loss_distribution/truncation.py"
@@ -172,28 +173,28 @@ MUTATIONS = (
     ),
     Mutation(
         "order of ledger and step", "a step is in the ledger once its result is there", TRAINER,
-        "                ledger.append_step(t, mechanism.group)\n"
+        "                record.before(t)\n"
         "                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n",
         "                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n"
         "                jax.block_until_ready(result)\n"
-        "                ledger.append_step(t, mechanism.group)\n",
+        "                record.before(t)\n",
         ("tests/training/run_test.py", "-k", "before_it_is_computed"),
     ),
     Mutation(
-        "public numbers that carry private ones", "the last digits of the learning rate carry the loss", TRAINER,
+        "public numbers that carry private ones", "the last digits of the learning rate carry the loss", RECORD,
         "learning_rate=released.learning_rate)", "learning_rate=released.learning_rate * (1 + raw.loss * 1e-6))",
         AUDITED,
     ),
     Mutation(
-        "public numbers that carry private ones", "the last digits of epsilon carry the batch", TRAINER,
+        "public numbers that carry private ones", "the last digits of epsilon carry the batch", RECORD,
         "epsilon = run_files.encode(rounding.round_up(released.epsilon))",
         "epsilon = run_files.encode(rounding.round_up(released.epsilon) + raw.units * 1e-9)", AUDITED,
     ),
     Mutation(
-        "standard error", "the size of every batch is printed", TRAINER,
-        "raw = Private(**metrics.private_summary(stats, count))",
-        "raw = Private(**metrics.private_summary(stats, count))\n"
-        "                self._inform(f'{count} units')",
+        "standard error", "the size of every batch is printed", RECORD,
+        "raw = Private(**metrics.private_summary(stats, drawn))",
+        "raw = Private(**metrics.private_summary(stats, drawn))\n"
+        "        self.observers[0].inform(f'{drawn} units')",
         (SECRECY, "-k", "known_and_public"),
     ),
     Mutation(
@@ -227,12 +228,12 @@ MUTATIONS = (
         ("tests/training/metrics_test.py",),
     ),
     Mutation(
-        "repeated steps", "repeated steps may pass the target", TRAINER,
+        "repeated steps", "repeated steps may pass the target", RECORD,
         "if spent > self.plan.epsilon * (1 + _LAST_BITS):", "if False:", (MOVING, "-k", "beyond_the_target"),
     ),
     Mutation(
         "repeated steps", "two states of a step are saved", "dpgemma/training/checkpoint.py",
-        "if ledger.history.state_at(step) not in (None, state_sha256):", "if False:",
+        'if ledger.history.state_at(step) not in (None, sha256["state_sha256"]):', "if False:",
         ("tests/training/checkpoint_test.py",),
     ),
     Mutation(
@@ -326,6 +327,36 @@ MUTATIONS = (
     Mutation(
         "keys bound to places", "the mesh has no part in the environment", "dpgemma/training/environment.py",
         "; mesh {mesh}", "", (MOVING, "-k", "meshes_variables"),
+    ),
+    Mutation(
+        "keys bound to places", "threads have no part in the environment", "dpgemma/training/environment.py",
+        ", {threads} threads", "", (MOVING, "-k", "meshes_variables"),
+    ),
+    Mutation(
+        "units over devices", "every row of devices has the units of the first", TRAINER,
+        "collate(self.source, units, slots, (number, rows))", "collate(self.source, units, slots, (0, rows))",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "several processes", "each process draws batches of its own", RECORD,
+        "        return Keys.of_hex(processes.from_first(bound))\n",
+        "        keys = Keys.of_hex(processes.from_first(bound))\n"
+        "        mine = bytes([77]) * 32 if processes.number() else keys.sampling\n"
+        "        return dataclasses.replace(keys, sampling=mine)\n",
+        (PROCESSES, "-k", "states"),
+    ),
+    Mutation(
+        "several processes", "each process makes noise of its own", RECORD,
+        "        return Keys.of_hex(processes.from_first(bound))\n",
+        "        keys = Keys.of_hex(processes.from_first(bound))\n"
+        "        mine = bytes([77]) * 32 if processes.number() else keys.noise\n"
+        "        return dataclasses.replace(keys, noise=mine)\n",
+        (PROCESSES, "-k", "states"),
+    ),
+    Mutation(
+        "several processes", "an error shows the keys", "dpgemma/sharding/processes.py",
+        "    return cast(T, told)\n", "    print(told)\n    return cast(T, told)\n",
+        (PROCESSES, "-k", "no_key_is_shown"),
     ),
     Mutation(
         "keys bound to places", "variables of compilers have no part in the environment",

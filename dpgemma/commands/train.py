@@ -28,6 +28,9 @@ def define_flags(fv: flags.FlagValues) -> None:
     )
     command_flags.count("num_processes", None, "How many processes there are.", fv)
     command_flags.count("process_id", None, "The number of this process, from 0; 0 keeps the run's record.", fv)
+    command_flags.count(
+        "num_slices", None, "With mesh=auto: slices among which the devices are divided; TPUs say it themselves.", fv
+    )
 
 
 def run(fv: flags.FlagValues) -> int:
@@ -37,8 +40,11 @@ def run(fv: flags.FlagValues) -> int:
         with peers.joined(fv.coordinator, fv.num_processes, fv.process_id) as num_processes:
             process.split_cpu(settings.mesh, num_processes)
             from dpgemma.commands.terminal import Terminal
+            from dpgemma.sharding import mesh
             from dpgemma.training.prepare import prepare
 
+            if fv.num_slices is not None:
+                settings = dataclasses.replace(settings, mesh=mesh.resolve(settings.mesh, fv.num_slices))
             trainer = prepare(settings, fv.workdir, epsilon_given=bool(fv["epsilon"].present), observers=[Terminal()])
             try:
                 with process.stop_on_signal() as stopped:

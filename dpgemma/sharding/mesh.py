@@ -11,8 +11,11 @@ from dpgemma.sharding import processes
 from dpgemma.sharding.rules import MeshShape, wanted
 
 
-def resolve(mesh: str) -> str:
-    """ "auto" as "data:N" with every device of all processes.
+def resolve(mesh: str, num_slices: int | None = None) -> str:
+    """ "auto" as "data:N" with every device of all processes, or as "slice:S,data:N" where they are those of slices.
+
+    Args:
+      num_slices: S, where the devices do not say it themselves.
 
     Raises:
       InputError: not a mesh, more devices than there are, several where nothing is compiled, or fewer than there are
@@ -21,8 +24,14 @@ def resolve(mesh: str) -> str:
     given, available = wanted(mesh), jax.device_count()
     if jax.config.values["jax_disable_jit"] and (given.devices if given else available) > 1:
         raise InputError("several devices need compiled programs: use `mesh`=data:1, or drop JAX_DISABLE_JIT")
+    if num_slices is not None and (given is not None or num_slices < 1 or available % num_slices):
+        raise InputError(
+            f"`num_slices`={num_slices} divides the devices of `mesh`=auto, of which there are {available}: give a"
+            " number that does, or a mesh as slice:S,data:N, and not both"
+        )
     if given is None:
-        return str(MeshShape(available))
+        slices = num_slices or len({getattr(device, "slice_index", 0) for device in jax.devices()})
+        return str(MeshShape(available // slices, slices=slices))
     if given.devices > available:
         raise InputError(
             f"`mesh`={mesh} asks for {given.devices} devices, but there are {available}: lower it, or use `mesh`=auto"

@@ -30,6 +30,7 @@ from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place, processes
 from dpgemma.sharding.place import Layout
+from dpgemma.training import memory
 from dpgemma.training.observers import Observer
 from dpgemma.training.settings import Settings
 from dpgemma.training.step import sharded_clipped_sum
@@ -107,7 +108,7 @@ def measure(objective: Objective, mesh: str, ways: Sequence[Way], limit: float |
     )
     units = max(size for _, size in ways) * place.rows(devices)
     batch = Batch.of_rows(objective.noise_rows(units), np.ones(units, bool))
-    limit = memory_limit(devices) if limit is None else limit
+    limit = memory.limit(devices) if limit is None else limit
     return [_trial(way, objective, trainable, frozen, batch, devices, limit) for way in ways]
 
 
@@ -134,31 +135,20 @@ def _timed(
         )
     )
     compiled = run.lower(trainable, frozen, batch).compile()
-    memory: Any = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     # Beside what the program holds, there are the sum, its noised copy and the optimizer's two numbers for each trained
     # parameter.
     trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)) / mesh.size
-    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + 4 * 4 * trained
+    needed = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + 4 * 4 * trained
     if limit is not None and needed > _MEMORY_SHARE * limit:
         refused = f"needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}"
-        return Trial(*way, temporary_bytes=memory.temp_size_in_bytes, refused=refused)
+        return Trial(*way, temporary_bytes=analysis.temp_size_in_bytes, refused=refused)
     seconds = []
     for _ in range(_REPETITIONS + 1):
         start = time.perf_counter()
         jax.block_until_ready(compiled(trainable, frozen, batch))
         seconds.append((time.perf_counter() - start) / (batch.slots / place.rows(mesh)))
-    return Trial(*way, seconds=min(seconds[1:]), temporary_bytes=memory.temp_size_in_bytes)
-
-
-def memory_limit(mesh: Mesh) -> float | None:
-    """Bytes that one device may use; None where it does not say."""
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        if not hasattr(os, "sysconf"):
-            return None
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(mesh.size)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return None if limit is None else float(limit)
+    return Trial(*way, seconds=min(seconds[1:]), temporary_bytes=analysis.temp_size_in_bytes)
 
 
 def resolve(

@@ -6,6 +6,8 @@ from typing import Any
 
 import optax
 
+from dpgemma.training.settings import Settings
+
 FINAL_SHARE = 0.1
 
 
@@ -28,6 +30,18 @@ class Optimization:
     schedule: str
     weight_decay: float
     steps: int
+
+    @classmethod
+    def of(cls, settings: Settings, steps: int) -> "Optimization":
+        """That of settings, for so many steps."""
+        return cls(
+            settings.optimizer,
+            settings.learning_rate,
+            settings.warmup_steps,
+            settings.schedule,
+            settings.weight_decay,
+            steps,
+        )
 
 
 def learning_rate(plan: Optimization) -> optax.Schedule:

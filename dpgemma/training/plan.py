@@ -123,14 +123,7 @@ def resolve(
                 )
     mechanism = _on_fitting_grid(mechanism, trained)
     _ = mechanism.gradient_noise_multiplier  # refuses a clip norm that cannot adapt, before anything is written
-    optimization = Optimization(
-        settings.optimizer,
-        settings.learning_rate,
-        settings.warmup_steps,
-        settings.schedule,
-        settings.weight_decay,
-        mechanism.steps,
-    )
+    optimization = Optimization.of(settings, mechanism.steps)
     return Plan(
         mechanism,
         target,

@@ -23,9 +23,8 @@ from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import processes
-from dpgemma.sharding.place import Layout
-from dpgemma.sharding.rules import wanted
-from dpgemma.training import clipping_choice, environment
+from dpgemma.sharding.rules import MeshShape, wanted
+from dpgemma.training import clipping_choice, environment, memory
 from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
 from dpgemma.training.observers import Observer
@@ -92,9 +91,9 @@ def _prepare(
     objective = objective_of(settings)
     start, tokenizer = objective.start, objective.tokenizer
     named = dataclasses.replace(
-        settings, model=start.name, tokenizer=tokenizer_of(settings), mesh=mesh_lib.resolve(settings.mesh)
+        settings, model=start.name, tokenizer=tokenizer_of(settings), mesh=memory.resolve_mesh(settings, objective)
     )
-    Layout(mesh_lib.make(named.mesh)).places(objective.axes(), objective.shapes())  # refuses what does not divide
+    objective = _on(objective, mesh_lib.shape(named.mesh))
     path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
     _check_agreement("settings", named.as_dict() | {"workdir": str(path), "epsilon_given": epsilon_given})
     _check_agreement("environment", environment.description(mesh_lib.shape(named.mesh)))
@@ -226,16 +225,14 @@ def objective_of(settings: Settings) -> CausalLM:
     """
     start, tokenizer = start_of(settings), tokenizer_lib.load(tokenizer_of(settings))
     tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
+    objective = CausalLM(start, tokenizer, settings.sequence_length, settings.dtype, settings.remat, settings.attention)
     shape = wanted(settings.mesh)
-    return CausalLM(
-        start,
-        tokenizer,
-        settings.sequence_length,
-        settings.dtype,
-        settings.remat,
-        settings.attention,
-        vocabulary_is_spread=shape is not None and shape.model > 1,
-    )
+    return objective if shape is None else _on(objective, shape)
+
+
+def _on(objective: CausalLM, mesh: MeshShape) -> CausalLM:
+    """The objective as it is computed on a mesh."""
+    return dataclasses.replace(objective, vocabulary_is_spread=mesh.model > 1)
 
 
 def tokenizer_of(settings: Settings) -> str:

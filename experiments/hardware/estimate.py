@@ -8,7 +8,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,16 +15,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from accounting.errors import InputError
-from dpgemma.choices import EXAMPLE_SCAN, VMAP
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
 from dpgemma.sharding.rules import MeshShape, wanted
+from dpgemma.training import memory
 from experiments.hardware import collectives, cycles, operations
 from experiments.hardware.machines import Topology
-from experiments.hardware.step_program import StepProgram, bytes_on_one_device, held, placed
+from experiments.hardware.step_program import StepProgram, held
 
 _CYCLE_ERROR = 0.2  # of the compiler's cycles, between programs with a similar mix of operations
 _GPU_SHARE_OF_PEAK = 0.4
@@ -72,12 +71,12 @@ def answer(request: Request) -> dict[str, Any]:
     traced = program.trace()
     flops = operations.of_products(traced.jaxpr.jaxpr, program.rounds) * shape.rows
     at_peak = flops / topology.chips / chip.flops
-    memory = _known_bytes(program)
+    parts = program.known_bytes()
     if topology.is_compiled_for:
         found = _of_program(_compile(traced, request), topology, program.rounds, at_peak)
-        memory["activations and buffers"] = max(0, found["hbm_bytes_per_chip"] - sum(memory.values()))
+        parts["activations and buffers"] = max(0, found["hbm_bytes_per_chip"] - sum(parts.values()))
     else:
-        found = _of_shapes(sum(memory.values()), topology, at_peak)
+        found = _of_shapes(sum(parts.values()), topology, at_peak)
     compilers = ("jax", "libtpu") if topology.is_compiled_for else ("jax",)
     days = request.steps * found["seconds_per_step"] / 86400
     return {
@@ -86,9 +85,9 @@ def answer(request: Request) -> dict[str, Any]:
         "chips": topology.chips,
         "mesh": str(shape),
         "parameters": sum(map(decoder.count, program.objective.shapes())),
-        "trained_parameters": decoder.count(program.trainable),
+        "trained_parameters": decoder.count(program.arrays.trainable),
         "hbm_limit_bytes": int(chip.memory),
-        "memory": memory,
+        "memory": parts,
         "fits": found["hbm_bytes_per_chip"] <= chip.memory if topology.is_compiled_for else None,
         "flops_per_step": flops,
         "seconds_at_peak": at_peak,
@@ -154,42 +153,28 @@ def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str
 
 def _program(request: Request) -> tuple[StepProgram, MeshShape]:
     """The step on the mesh that was asked for, or on the one with the smallest model axis that fits."""
-    devices = _devices(request.topology)
+    devices, topology = _devices(request.topology), request.topology
+
+    def known_bytes(shape: MeshShape) -> int:
+        return sum(_on_mesh(request, devices, shape).known_bytes().values())
+
+    def fitting() -> MeshShape | None:
+        return memory.fitting(known_bytes, topology.chips, topology.slices, topology.chip.memory)
+
     given = wanted(request.mesh)
     if given is not None:
-        program = _on_mesh(request, devices, _with_slices(given, request.topology))
-        least = sum(_known_bytes(program).values())
-        if least > request.topology.chip.memory:
-            fitting = next(_fitting(request, devices), None)
-            advice = f"`mesh`={fitting[1]} would leave room" if fitting else "use more chips, or adapters (`lora_rank`)"
-            raise InputError(
-                f"`mesh`={request.mesh} needs at least {least / 2**30:.1f} GiB a chip, and {request.topology.kind} has"
-                f" {request.topology.chip.memory / 2**30:.1f}: {advice}"
-            )
-        return program, _with_slices(given, request.topology)
-    found = next(_fitting(request, devices), None)
+        shape = _with_slices(given, topology)
+        least = known_bytes(shape)
+        if least > topology.chip.memory:
+            memory.refuse(request.mesh, least, topology.chip.memory, fitting())
+        return _on_mesh(request, devices, shape), shape
+    found = fitting()
     if found is None:
         raise InputError(
-            f"the model does not fit on {request.topology} with a model axis of any power of two: use more chips, or"
-            " adapters (`lora_rank`)"
+            f"the model does not fit on {topology} with a model axis of any power of two: use more chips, or adapters"
+            " (`lora_rank`)"
         )
-    return found
-
-
-def _fitting(request: Request, devices: list[Any]) -> Iterator[tuple[StepProgram, MeshShape]]:
-    """Meshes on which what follows from shapes fits with a fifth of the memory to spare, the least model axis first."""
-    topology, model = request.topology, 1
-    a_slice = topology.chips // topology.slices
-    while model <= min(a_slice, _WIDEST_MODEL_AXIS):
-        if a_slice % model == 0:
-            shape = MeshShape(a_slice // model, model, topology.slices)
-            try:
-                program = _on_mesh(request, devices, shape)
-            except InputError:  # an axis does not divide
-                return
-            if sum(_known_bytes(program).values()) < 0.8 * topology.chip.memory:
-                yield program, shape
-        model *= 2
+    return _on_mesh(request, devices, found), found
 
 
 def _with_slices(given: MeshShape, topology: Topology) -> MeshShape:
@@ -213,7 +198,7 @@ def _on_mesh(request: Request, devices: list[Any], shape: MeshShape) -> StepProg
     # The rules of norms choose by the platform that a step is meant for, which is not this one.
     how = dataclasses.replace(request.how, platform="tpu" if request.topology.is_compiled_for else "gpu")
     program = StepProgram(request.config, mesh, request.length, rows, how, request.dtype, request.remat)
-    _ = program.places
+    _ = program.arrays  # refuses what does not divide
     return program
 
 
@@ -248,30 +233,3 @@ def _compile(traced: Any, request: Request) -> Any:
 
 def _first_sentence(error: Exception) -> str:
     return str(error).split("\n")[0].split(". ")[0][:200]
-
-
-def _known_bytes(program: StepProgram) -> dict[str, int]:
-    """What one chip holds by shapes alone, in bytes."""
-    cast = jax.eval_shape(program.objective.cast, program.trainable)
-    in_use = jax.tree.map(placed, cast, program.places.in_use)
-    leaves = zip(jax.tree.leaves(in_use), jax.tree.leaves(program.trainable), strict=True)
-    weights = sum(bytes_on_one_device(leaf) for leaf, at_rest in leaves if _differ(leaf, at_rest))
-    formed = program.how.microbatch_size if program.how.name in (EXAMPLE_SCAN, VMAP) else 0
-    return {
-        "trained parameters at rest": bytes_on_one_device(program.trainable),
-        "moments": bytes_on_one_device(program.moments),
-        "frozen parameters": bytes_on_one_device(program.frozen),
-        "weights in use": weights,
-        "sum of gradients": bytes_on_one_device(jax.tree.map(_as_sum, in_use)),
-        "gradients of the rows at once": formed * bytes_on_one_device(in_use),
-    }
-
-
-def _differ(leaf: Any, other: Any) -> bool:
-    """Whether a device holds an array of its own for each of two placed shapes."""
-    shards = [each.sharding.shard_shape(each.shape) for each in (leaf, other)]
-    return leaf.dtype != other.dtype or shards[0] != shards[1]
-
-
-def _as_sum(leaf: Any) -> Any:
-    return placed(leaf, leaf.sharding, jax.numpy.float32)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -23,8 +22,9 @@ from dpgemma.sharding import place
 from dpgemma.sharding.place import Layout, Places
 from dpgemma.sharding.rules import MODEL_AXIS
 from dpgemma.training import optimizer
+from dpgemma.training.memory import Arrays, placed
 from dpgemma.training.optimizer import Optimization
-from dpgemma.training.step import TrainState, make_train_step, state_shardings
+from dpgemma.training.step import TrainState, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +68,12 @@ class StepProgram:
         return -(-self.rows // (place.rows(self.mesh) * self.how.microbatch_size))
 
     @functools.cached_property
-    def trainable(self) -> Any:
-        return self._arrays(self.objective.shapes()[0], self.places.at_rest, jnp.float32)
+    def arrays(self) -> Arrays:
+        return Arrays.of(self.objective, self.mesh, self._optimizer, self.dtype)
 
-    @functools.cached_property
-    def frozen(self) -> Any:
-        return self._arrays(self.objective.shapes()[1], self.places.frozen, self.dtype)
-
-    @functools.cached_property
-    def moments(self) -> Any:
-        """The optimizer's state."""
-        shapes = jax.eval_shape(self._optimizer.init, self.trainable)
-        shardings = state_shardings(self._optimizer, self.places.at_rest, self.mesh).optimizer_state
-        return self._arrays(shapes, shardings)
+    def known_bytes(self) -> dict[str, int]:
+        """What one chip holds by shapes alone, in bytes."""
+        return self.arrays.known_bytes(self.how.name, self.how.microbatch_size)
 
     @functools.cached_property
     def _optimizer(self) -> Any:
@@ -92,34 +85,15 @@ class StepProgram:
         over_units = place.over_units(self.mesh)
         columns = {"tokens": placed(row, over_units, jnp.int32), "scored": placed(row, over_units)}
         batch = Batch(columns, placed(jax.ShapeDtypeStruct((self.rows, 1), bool), over_units))
-        parameters = decoder.count(self.trainable)
+        parameters = decoder.count(self.arrays.trainable)
         bits = grid.fitting_bits(1.0, self.rows, parameters) if self.release == EXACT else None
         mechanism = dp_sgd(max(10**6, self.rows), self.rows, self.rows, 1.0, 1.0, 100, "zero_out", grid_bits=bits)
         step = make_train_step(
             self.objective.loss, self._optimizer, mechanism, self.mesh, self.how, self.places, self.objective.cast
         )
-        keys = jax.eval_shape(lambda: noise_keys(bytes(32), 0))
-        state = TrainState(self.trainable, self.moments)
-        return step.program.trace(
-            state, self.frozen, batch, self._arrays(keys, place.replicated(self.mesh)), step.noise_multiplier
-        )
-
-    def _arrays(self, shapes: Any, shardings: Any, dtype: Any = None) -> Any:
-        if not isinstance(shardings, jax.sharding.Sharding):
-            return jax.tree.map(lambda leaf, sharding: placed(leaf, sharding, dtype), shapes, shardings)
-        return jax.tree.map(lambda leaf: placed(leaf, shardings, dtype), shapes)
-
-
-def placed(leaf: Any, sharding: Any, dtype: Any = None) -> Any:
-    """The shape of an array that lies somewhere, of another type if one is given."""
-    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
-
-
-def bytes_on_one_device(arrays: Any) -> int:
-    """Bytes of a tree of placed shapes that one device holds."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(arrays)
-    )
+        keys = placed(jax.eval_shape(lambda: noise_keys(bytes(32), 0)), place.replicated(self.mesh))
+        state = TrainState(self.arrays.trainable, self.arrays.moments)
+        return step.program.trace(state, self.arrays.frozen, batch, keys, step.noise_multiplier)
 
 
 def held(memory: Any) -> int:

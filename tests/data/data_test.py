@@ -10,6 +10,8 @@ from dpgemma.data.batch import collate
 from dpgemma.data.text import packing
 from dpgemma.data.text.rows import units_of_one_row
 from dpgemma.data.text.tokenizer import ByteTokenizer
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding import place
 
 TOKENIZER = ByteTokenizer()
 
@@ -70,6 +72,36 @@ def test_batches_have_constant_shapes_and_are_dealt_evenly():
         assert all((np.diff(half.astype(int)) <= 0).all() for half in halves)  # units in front on every device
         rows = [{tuple(row[0]) for row in b.rows["tokens"][b.mask]} for b in (batch, dealt)]
         assert rows[0] == rows[1] and len(rows[0]) == drawn
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_hold_every_drawn_unit_once(parts):
+    """And are what dealing out the whole batch gives, units without content left out."""
+    data, _ = holdout.split(rows_of(np.arange(400, dtype=np.int32).reshape(-1, 4)), b"k" * 32, 0.0)
+    units = np.array([0, 3, 4, 17, 58, 99, 100, 140])  # of 100 that there are
+    found = [collate(data, units, 8 // parts, (number, parts)) for number in range(parts)]
+    rows = np.concatenate([part.rows["tokens"][part.mask] for part in found])
+    np.testing.assert_array_equal(np.sort(rows[:, 0, 0]), 4 * units[:6])
+    dealt = collate(data, units, 8).dealt(parts)
+    np.testing.assert_array_equal(np.concatenate([part.rows["tokens"] for part in found]), dealt.rows["tokens"])
+    np.testing.assert_array_equal(np.concatenate([part.real for part in found]), dealt.real)
+
+
+def test_the_rows_of_devices_hold_their_own_parts():
+    mesh = mesh_lib.make("data:2")
+    data, _ = holdout.split(rows_of(np.arange(400, dtype=np.int32).reshape(-1, 4)), b"k" * 32, 0.0)
+    units = np.array([1, 5, 6, 7, 30])
+    batch = place.from_rows(mesh, lambda number: collate(data, units, 4, (number, 2)))
+    for shard, held in zip(batch.rows["tokens"].addressable_shards, (units[::2], units[1::2]), strict=True):
+        assert shard.device == mesh.devices[shard.index[0].start // 4]
+        np.testing.assert_array_equal(np.asarray(shard.data)[: len(held), 0, 0], 4 * held)
+
+
+def test_meshes_are_found_and_slices_are_told():
+    assert mesh_lib.resolve("auto") == "data:2" and mesh_lib.resolve("auto", 2) == "slice:2,data:1"
+    for mesh, slices in [("auto", 3), ("data:2", 2), ("auto", 0)]:
+        with pytest.raises(InputError, match=f"`num_slices`={slices} divides"):
+            mesh_lib.resolve(mesh, slices)
 
 
 def test_declared_units_beyond_the_data_are_empty():

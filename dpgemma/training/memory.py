@@ -1,0 +1,186 @@
+"""What a step needs of a device's memory, as far as it follows from shapes alone, and the mesh on which it fits.
+
+Nothing is compiled for it and no array is made, so that a model which cannot fit is refused at once. Activations and
+the compiler's own buffers come on top.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from accounting.errors import InputError
+from dpgemma.choices import AUTO, EXAMPLE_SCAN, VMAP
+from dpgemma.objectives.protocol import Objective
+from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.sharding.place import Layout
+from dpgemma.sharding.rules import MeshShape
+from dpgemma.training import optimizer as optimizer_lib
+from dpgemma.training.optimizer import Optimization
+from dpgemma.training.settings import Settings
+from dpgemma.training.step import state_shardings
+
+# Of a device's memory, what the known arrays may take where the mesh is chosen.
+_SHARE = 0.8
+_WIDEST_MODEL_AXIS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Shapes of a run's arrays on a mesh, each with the place where it lies.
+
+    Attributes:
+      trainable: the trained parameters at rest.
+      moments: the optimizer's state.
+      frozen: the other parameters.
+      in_use: the trained parameters as the loss takes them.
+    """
+
+    trainable: Any
+    moments: Any
+    frozen: Any
+    in_use: Any
+
+    @classmethod
+    def of(
+        cls, objective: Objective, mesh: Mesh, optimizer: optax.GradientTransformation, frozen_dtype: Any = jnp.bfloat16
+    ) -> "Arrays":
+        """Those of an objective.
+
+        Raises:
+          InputError: an axis of a parameter does not divide among the devices.
+        """
+        places = Layout(mesh).places(objective.axes(), objective.shapes())
+        trained, frozen = objective.shapes()
+        trainable = jax.tree.map(lambda leaf, sharding: placed(leaf, sharding, jnp.float32), trained, places.at_rest)
+        moments = jax.tree.map(
+            placed,
+            jax.eval_shape(optimizer.init, trainable),
+            state_shardings(optimizer, places.at_rest, mesh).optimizer_state,
+        )
+        return cls(
+            trainable,
+            moments,
+            jax.tree.map(lambda leaf, sharding: placed(leaf, sharding, frozen_dtype), frozen, places.frozen),
+            jax.tree.map(placed, jax.eval_shape(objective.cast, trainable), places.in_use),
+        )
+
+    def known_bytes(self, clipping: str, microbatch_size: int) -> dict[str, int]:
+        """Bytes that one device holds in a step, by what for.
+
+        Args:
+          clipping: a strategy, or "auto".
+          microbatch_size: rows at once.
+        """
+        leaves = zip(jax.tree.leaves(self.in_use), jax.tree.leaves(self.trainable), strict=True)
+        weights = sum(bytes_on_one_device(leaf) for leaf, at_rest in leaves if _differ(leaf, at_rest))
+        formed = microbatch_size if clipping in (EXAMPLE_SCAN, VMAP) else 0
+        total = jax.tree.map(lambda leaf: placed(leaf, leaf.sharding, jnp.float32), self.in_use)
+        return {
+            "trained parameters at rest": bytes_on_one_device(self.trainable),
+            "moments": bytes_on_one_device(self.moments),
+            "frozen parameters": bytes_on_one_device(self.frozen),
+            "weights in use": weights,
+            "sum of gradients": bytes_on_one_device(total),
+            "gradients of the rows at once": formed * bytes_on_one_device(self.in_use),
+        }
+
+
+def _differ(leaf: Any, other: Any) -> bool:
+    """Whether a device holds an array of its own for each of two placed shapes."""
+    shards = [each.sharding.shard_shape(each.shape) for each in (leaf, other)]
+    return bool(leaf.dtype != other.dtype or shards[0] != shards[1])
+
+
+def placed(leaf: Any, sharding: Any, dtype: Any = None) -> Any:
+    """The shape of an array that lies somewhere, of another type if one is given."""
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
+
+
+def bytes_on_one_device(arrays: Any) -> int:
+    """Bytes of a tree of placed shapes that one device holds."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(arrays)
+    )
+
+
+def limit(mesh: Mesh) -> float | None:
+    """Bytes that one device may use; None where it does not say. The devices of a CPU share its memory."""
+    device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    if device.platform == "cpu":
+        if not hasattr(os, "sysconf"):
+            return None
+        local = sum(each.process_index == device.process_index for each in mesh.devices.flat)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else float(limit)
+
+
+def fitting(known_bytes: Callable[[MeshShape], float], devices: int, slices: int, memory: float) -> MeshShape | None:
+    """The mesh with the smallest model axis on which what is known leaves a fifth of a device's memory to the rest.
+
+    Args:
+      known_bytes: of one device on a mesh; it raises InputError where an axis does not divide.
+      devices: in all.
+      memory: bytes of one device.
+    """
+    a_slice, model = devices // slices, 1
+    while model <= min(a_slice, _WIDEST_MODEL_AXIS):
+        if a_slice % model == 0:
+            shape = MeshShape(a_slice // model, model, slices)
+            try:
+                if known_bytes(shape) < _SHARE * memory:
+                    return shape
+            except InputError:
+                return None
+        model *= 2
+    return None
+
+
+def refuse(asked: str, least: float, memory: float, found: MeshShape | None) -> NoReturn:
+    """Refuses a mesh on which a model cannot fit.
+
+    Args:
+      asked: the mesh.
+      least, memory: bytes that one device needs, and has.
+      found: a mesh on which it would fit.
+    """
+    advice = f"`mesh`={found} would leave room" if found else "use more devices, or adapters (`lora_rank`)"
+    raise InputError(
+        f"`mesh`={asked} needs at least {least / 2**30:.1f} GiB a device, and there are {memory / 2**30:.1f}: {advice}"
+    )
+
+
+def resolve_mesh(settings: Settings, objective: Objective, memory: float | None = None) -> str:
+    """The mesh that settings ask for, on which the model may fit; for "auto" the one with the smallest model axis.
+
+    Args:
+      memory: bytes of one device; by default what it says itself.
+
+    Raises:
+      InputError: no such mesh, one that does not divide the devices or the model, or one on which it cannot fit.
+    """
+    resolved = mesh_lib.resolve(settings.mesh)
+    shape = mesh_lib.shape(resolved)
+    memory = limit(mesh_lib.make(resolved)) if memory is None else memory
+    optimizer = optimizer_lib.make(Optimization.of(settings, settings.steps))
+
+    def known_bytes(shape: MeshShape) -> int:
+        arrays = Arrays.of(objective, mesh_lib.make(str(shape)), optimizer)
+        return sum(arrays.known_bytes(settings.clipping, settings.microbatch_size or 1).values())
+
+    least = known_bytes(shape)
+    if memory is None or least < _SHARE * memory:
+        return resolved
+    found = fitting(known_bytes, shape.devices, shape.slices, memory)
+    if settings.mesh == AUTO and found is not None:
+        return str(found)
+    if settings.mesh == AUTO or least > memory:
+        refuse(settings.mesh, least, memory, found)
+    return resolved
