@@ -356,7 +356,7 @@ MUTATIONS = (
     Mutation(
         "several processes", "an error shows the keys", "dpgemma/sharding/processes.py",
         "    return cast(T, told)\n", "    print(told)\n    return cast(T, told)\n",
-        (PROCESSES, "-k", "no_key_is_shown"),
+        (PROCESSES, "-k", "none_outlives"),
     ),
     Mutation(
         "keys bound to places", "variables of compilers have no part in the environment",

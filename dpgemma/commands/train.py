@@ -19,6 +19,9 @@ def define_flags(fv: flags.FlagValues) -> None:
         "Folder of the run; by default runs/<first 8 digits of the settings' hash>. Several processes share it.",
         fv,
     )
+    command_flags.count(
+        "profile", 0, "Steps whose trace is written to private/trace, for TensorBoard; the first one is left out.", fv
+    )
     command_flags.string(
         "coordinator",
         None,
@@ -39,13 +42,18 @@ def run(fv: flags.FlagValues) -> int:
     with process.temporarily(process.set_deterministic_sums):
         with peers.joined(fv.coordinator, fv.num_processes, fv.process_id) as num_processes:
             process.split_cpu(settings.mesh, num_processes)
+            from dpgemma.commands.profiling import Profile
             from dpgemma.commands.terminal import Terminal
             from dpgemma.sharding import mesh
+            from dpgemma.training.observers import Observer
             from dpgemma.training.prepare import prepare
 
             if fv.num_slices is not None:
                 settings = dataclasses.replace(settings, mesh=mesh.resolve(settings.mesh, fv.num_slices))
-            trainer = prepare(settings, fv.workdir, epsilon_given=bool(fv["epsilon"].present), observers=[Terminal()])
+            profile = Profile(fv.profile)
+            observers: list[Observer] = [Terminal(), *([profile] if fv.profile else [])]
+            trainer = prepare(settings, fv.workdir, epsilon_given=bool(fv["epsilon"].present), observers=observers)
+            profile.folder = trainer.run.private / "trace"
             try:
                 with process.stop_on_signal() as stopped:
                     measured = trainer.train(stopped)

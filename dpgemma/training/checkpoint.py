@@ -52,6 +52,9 @@ class Checkpoints:
           damaged: folder for those that cannot be used; nobody has checked what they hold, so a private one.
         """
         self._directory, self._damaged = directory.absolute(), damaged
+        # Of the checkpoint whose files are not in the ledger yet, and of that which still says when it was written.
+        self._writing: int | None = None
+        self._dated: int | None = None
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -61,11 +64,18 @@ class Checkpoints:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self._manager.close()
+        except Exception:  # of a write that nobody waited for: what ended the run is told instead
+            if kind is None:
+                raise
 
     def save(self, step: int, state: TrainState, ledger: Ledger | None, **facts: Any) -> None:
-        """Saves the state after `step` updates, bound to the ledger's head at a new checkpoint event.
+        """Begins to save the state after `step` updates, bound to the ledger's head at a new checkpoint event.
+
+        Once it returns, the state's memory may be used again: files are written while training goes on. They enter the
+        ledger before the next checkpoint begins, or at `settle`: at a step that does not depend on how long steps took.
 
         Args:
           ledger: None in the processes that are not the first.
@@ -74,6 +84,7 @@ class Checkpoints:
         Raises:
           InputError: the ledger knows another state of this step, or the disk is full.
         """
+        self.settle(ledger)
         if step in self._all_steps():
             return
         state_dict = state.as_dict()
@@ -94,17 +105,37 @@ class Checkpoints:
 
         meta = processes.from_first(recorded)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state_dict), meta=ocp.args.JsonSave(meta))
-        processes.from_all(lambda: self._write(step, items))
+        self._writing = self._dated = step
+        processes.from_all(lambda: self._write(step, lambda: self._manager.save(step, args=items)))
+
+    def tidy(self) -> None:
+        """Takes out of what has been written meanwhile when that was, should a crash come before it is settled."""
+        metadata = self._directory / str(self._dated) / _STEP_METADATA
+        if self._dated is None or not processes.is_first() or self._manager.is_saving_in_progress():
+            return
+        if metadata.is_file():  # else it could not be written, which `settle` reports
+            _strip_times(metadata)
+        self._dated = None
+
+    def settle(self, ledger: Ledger | None) -> None:
+        """Waits until what was begun is written, and enters its files into the ledger.
+
+        Raises:
+          InputError: the disk is full.
+        """
+        if self._writing is None:
+            return
+        step, self._writing, self._dated = self._writing, None, None
+        processes.from_all(lambda: self._write(step, self._manager.wait_until_finished))
         processes.from_first(lambda: self._record_files(step, ledger))
 
     def _all_steps(self) -> list[int]:
         """Steps of whole checkpoints: the first process looks, because others may see a shared folder later."""
         return processes.from_first(lambda: sorted(map(int, self._manager.all_steps())))
 
-    def _write(self, step: int, items: Any) -> None:
+    def _write(self, step: int, work: Callable[[], Any]) -> None:
         try:
-            self._manager.save(step, args=items)
-            self._manager.wait_until_finished()
+            work()
         except Exception as error:  # a full disk comes back as one of many types
             raise InputError(
                 f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the"

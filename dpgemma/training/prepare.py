@@ -135,7 +135,7 @@ def _prepare(
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
     facts = start_event(plan, config, objective, held_out.num_units, secret_keys=told["secret"], seal_key=seal_key)
     _check_agreement("data", fingerprint)
-    _check_agreement("settings", config)
+    _check_agreement("settings", config | {"init_from's content": facts["init_sha256"]})
 
     def create_or_check() -> None:
         nonlocal run

@@ -102,6 +102,7 @@ class Trainer:
         ):
             self.first_step, state, frozen = self._start_or_resume(checkpoints)
             step, state = self._take_steps(self.first_step, state, frozen, checkpoints, stop)
+            checkpoints.settle(self.record.ledger)
             if step < self.mechanism.steps:
                 self.record.stopped(step)
                 return None
@@ -155,6 +156,7 @@ class Trainer:
                     drawn = self._draw(keys.sampling, done)  # while the devices compute
                 state, stats = jax.block_until_ready(result)
                 record.after(t, stats, count)
+                checkpoints.tidy()
                 stopped = processes.any_of(stop())
                 if stopped or due:
                     # In this order a crash leaves a report that says too much, never too little.

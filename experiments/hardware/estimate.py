@@ -1,7 +1,7 @@
 """Answers `dpgemma plan --topology`: memory, operations, transfers and time of one training step, chip by chip.
 
-For TPUs the trainer's own step is compiled for the real machine; for GPUs, whose compiler needs one, what follows from
-shapes and from the step as JAX traces it is all there is.
+For TPUs the trainer's own step is compiled for the real machine. For GPUs, whose compiler needs one, what follows from
+shapes and from the step as JAX traces it is all there is. On this computer the step is compiled and timed for a moment.
 """
 
 import dataclasses
@@ -22,12 +22,15 @@ from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
 from dpgemma.sharding.rules import MeshShape, wanted
 from dpgemma.training import memory
-from experiments.hardware import collectives, cycles, operations
+from experiments.hardware import collectives, cycles, measured, operations
 from experiments.hardware.machines import Topology
 from experiments.hardware.step_program import StepProgram, held
 
 _CYCLE_ERROR = 0.2  # of the compiler's cycles, between programs with a similar mix of operations
 _GPU_SHARE_OF_PEAK = 0.4
+# Of a process of `train` with the smallest model, on x86 with Linux.
+_PROCESS_BYTES = 850 * 2**20
+_CPU_TIME_ERROR = 0.3
 _WIDEST_MODEL_AXIS = 64
 
 
@@ -70,13 +73,16 @@ def answer(request: Request) -> dict[str, Any]:
     start = time.perf_counter()
     traced = program.trace()
     flops = operations.of_products(traced.jaxpr.jaxpr, program.rounds) * shape.rows
-    at_peak = flops / topology.chips / chip.flops
+    at_peak = None if topology.is_at_hand else flops / topology.chips / chip.flops
     parts = program.known_bytes()
-    if topology.is_compiled_for:
+    if at_peak is None:
+        found = _of_this_computer(program, _compile(traced, request), topology)
+    elif topology.is_compiled_for:
         found = _of_program(_compile(traced, request), topology, program.rounds, at_peak)
-        parts["activations and buffers"] = max(0, found["hbm_bytes_per_chip"] - sum(parts.values()))
     else:
         found = _of_shapes(sum(parts.values()), topology, at_peak)
+    if found["fits"] is not None:
+        parts["activations and buffers"] = max(0, found["hbm_bytes_per_chip"] - sum(parts.values()))
     compilers = ("jax", "libtpu") if topology.is_compiled_for else ("jax",)
     days = request.steps * found["seconds_per_step"] / 86400
     return {
@@ -88,7 +94,6 @@ def answer(request: Request) -> dict[str, Any]:
         "trained_parameters": decoder.count(program.arrays.trainable),
         "hbm_limit_bytes": int(chip.memory),
         "memory": parts,
-        "fits": found["hbm_bytes_per_chip"] <= chip.memory if topology.is_compiled_for else None,
         "flops_per_step": flops,
         "seconds_at_peak": at_peak,
         **found,
@@ -117,8 +122,10 @@ def _of_program(compiled: Any, topology: Topology, rounds: int, at_peak: float) 
     ]
     if topology.slices > 1:
         assumed.append(f"a network of {chip.network / 1e9:.3g} GB/s a chip between slices")
+    memory_of_a_chip = held(compiled.memory_analysis())
     return {
-        "hbm_bytes_per_chip": held(compiled.memory_analysis()),
+        "hbm_bytes_per_chip": memory_of_a_chip,
+        "fits": memory_of_a_chip <= chip.memory,
         "cycles_per_step": estimated,
         "collectives": [dataclasses.asdict(each) | {"bytes_sent": each.sent} for each in sent],
         "seconds_computing": computing,
@@ -138,6 +145,7 @@ def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str
     seconds = at_peak / _GPU_SHARE_OF_PEAK
     return {
         "hbm_bytes_per_chip": known_bytes,
+        "fits": None,
         "cycles_per_step": None,
         "collectives": [],
         "seconds_per_step": seconds,
@@ -147,6 +155,38 @@ def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str
             " and buffers out, time is that of matrix products alone",
             f"{_GPU_SHARE_OF_PEAK:.0%} of a bfloat16 peak of {topology.chip.flops:.3g} a second; half of that at worst",
             "transfers between chips, time for data, checkpoints and restarts are not counted",
+        ],
+    }
+
+
+def _of_this_computer(program: StepProgram, compiled: Any, topology: Topology) -> dict[str, Any]:
+    """What a step takes here: its memory is the compiler's, its time is measured."""
+    memory_of_a_device = held(compiled.memory_analysis())
+    in_all = topology.chips * memory_of_a_device + _PROCESS_BYTES
+    if in_all > topology.chips * topology.chip.memory:
+        raise InputError(
+            f"the step needs {in_all / 2**30:.1f} GiB of this computer's"
+            f" {topology.chips * topology.chip.memory / 2**30:.1f}: train a smaller model, adapters (`lora_rank`), or"
+            " lower `microbatch_size`"
+        )
+    timed = measured.step_time(program, compiled)
+    seconds = timed.of(program.rounds)
+    return {
+        "hbm_bytes_per_chip": memory_of_a_device,
+        "process_bytes": in_all,
+        "fits": True,
+        "cycles_per_step": None,
+        "collectives": [],
+        "seconds_per_step": seconds,
+        "seconds_per_step_range": [seconds * (1 - _CPU_TIME_ERROR), seconds * (1 + _CPU_TIME_ERROR)],
+        "assumptions": [
+            f"a step is {timed.fixed:.3g} s, and {timed.of_round:.3g} s for each of the {program.rounds} rounds of its"
+            f" loop: measured here, with rows of noise; repetitions differed by {timed.error:.0%}",
+            f"nothing else uses this computer's cores; the range is {_CPU_TIME_ERROR:.0%}, within which runs of `train`"
+            " were found (experiments.benchmarks.plan_cpu)",
+            f"the whole process takes {in_all / 2**30:.2f} GiB, of which {_PROCESS_BYTES / 2**30:.2f} are Python,"
+            " libraries and compiled programs; data are not counted",
+            "every batch is the expected one; time for checkpoints and restarts is not counted",
         ],
     }
 
@@ -196,7 +236,9 @@ def _on_mesh(request: Request, devices: list[Any], shape: MeshShape) -> StepProg
     at_once = place.rows(mesh) * request.how.microbatch_size
     rows = -(-request.batch_size // at_once) * at_once
     # The rules of norms choose by the platform that a step is meant for, which is not this one.
-    how = dataclasses.replace(request.how, platform="tpu" if request.topology.is_compiled_for else "gpu")
+    topology = request.topology
+    platform = "cpu" if topology.is_at_hand else "tpu" if topology.is_compiled_for else "gpu"
+    how = dataclasses.replace(request.how, platform=platform)
     program = StepProgram(request.config, mesh, request.length, rows, how, request.dtype, request.remat)
     _ = program.arrays  # refuses what does not divide
     return program
@@ -204,7 +246,7 @@ def _on_mesh(request: Request, devices: list[Any], shape: MeshShape) -> StepProg
 
 def _devices(topology: Topology) -> list[Any]:
     """Chips that need not exist."""
-    if not topology.is_compiled_for:  # nothing is compiled for them, so any device stands for one
+    if not topology.is_compiled_for:  # this computer's own, or stand-ins: nothing is compiled for GPUs
         return jax.devices()[: topology.chips]
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("compiling for a TPU needs the libtpu package: pip install 'dpgemma[tpu]'")

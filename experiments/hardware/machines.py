@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 
 from accounting.errors import InputError
@@ -40,7 +41,9 @@ CHIPS = {
     "h200": Chip(141e9, 989e12, 450e9, None),
 }
 _MOST_CHIPS, _MOST_GPUS = 2**17, 1024  # for a GPU a device of the CPU stands in
-SYNTAX = "v6e:16x16, v5e:8x8, v5p:4x4x4, h100:8, h200:8 or a100:8"
+# The processor of this computer, divided into devices, is the one machine on which a plan is measured.
+CPU, _MOST_CPU_DEVICES = "cpu", 64
+SYNTAX = "v6e:16x16, v5e:8x8, v5p:4x4x4, h100:8, h200:8, a100:8, or cpu:2 for this computer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,12 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        return CHIPS[self.kind]
+        return _part_of_this_computer(self.chips) if self.is_at_hand else CHIPS[self.kind]
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether it is this computer, on which steps can be measured."""
+        return self.kind == CPU
 
     @property
     def is_compiled_for(self) -> bool:
@@ -80,6 +88,9 @@ def parse(text: str, slices: int = 1) -> Topology:
     >>> parse("v6e:16x16", slices=8).chips
     2048
 
+    >>> parse("cpu:2").is_at_hand
+    True
+
     Raises:
       InputError: another form, an unknown chip, or a shape of the wrong number of dimensions.
     """
@@ -87,17 +98,24 @@ def parse(text: str, slices: int = 1) -> Topology:
     if not match:
         raise InputError(f"`topology` must have a form like {SYNTAX}, got {text!r}")
     kind, shape = match[1], tuple(map(int, match[2].split("x")))
-    if kind not in CHIPS:
+    if kind not in (*CHIPS, CPU):
         raise InputError(f"`topology`={text} names an unknown chip: use one of {', '.join(CHIPS)}, as in {SYNTAX}")
     if slices < 1:
         raise InputError(f"`num_slices` must be at least 1, got {slices}")
-    if slices > 1 and not CHIPS[kind].dimensions:
+    dimensions = 0 if kind == CPU else CHIPS[kind].dimensions
+    if slices > 1 and not dimensions:
         raise InputError(f"`num_slices` is for TPUs: name all chips of {kind} in `topology`")
-    wanted = max(1, CHIPS[kind].dimensions)
+    wanted = max(1, dimensions)
     if len(shape) != wanted:
         raise InputError(f"`topology`={text} needs {wanted} numbers after {kind}: use a form like {SYNTAX}")
     topology = Topology(kind, shape, slices)
-    most = _MOST_CHIPS if topology.is_compiled_for else _MOST_GPUS
+    most = _MOST_CPU_DEVICES if kind == CPU else _MOST_CHIPS if topology.is_compiled_for else _MOST_GPUS
     if topology.chips > most:
         raise InputError(f"`topology`={text} has {topology.chips} chips in all, and {most} are the most to plan for")
     return topology
+
+
+def _part_of_this_computer(devices: int) -> Chip:
+    """One of the devices that share this computer's memory; nobody says how fast it is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+    return Chip(memory, flops=math.nan, link=math.nan, network=None)

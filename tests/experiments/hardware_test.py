@@ -159,6 +159,21 @@ def test_a_plan_for_gpus_follows_from_shapes():
     assert any("nothing was compiled" in each for each in found["assumptions"])
 
 
+def test_on_this_computer_a_step_is_compiled_and_timed():
+    found = json.loads(
+        planned(
+            "--model=ladder_20k", "--topology=cpu:2", "--sequence_length=32", "--batch_size=20", "--dtype=float32",
+            "--remat=none", "--json",
+        ).stdout
+    )  # fmt: skip
+    assert found["mesh"] == "data:2" and found["seconds_at_peak"] is None and found["fits"] is True
+    assert found["process_bytes"] == 850 * 2**20 + 2 * found["hbm_bytes_per_chip"]
+    assert sum(found["memory"].values()) == found["hbm_bytes_per_chip"]
+    low, high = found["seconds_per_step_range"]
+    assert 0 < low < found["seconds_per_step"] < high
+    assert any("for each of the 10 rounds of its loop" in sentence for sentence in found["assumptions"])
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -1,7 +1,10 @@
 """Checkpoints: what they are bound to, and what they must not say."""
 
+import dataclasses
 import json
+import time
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -34,6 +37,7 @@ def state_of(value, moment=0.0):
 def save(folder, ledger, state):
     with Checkpoints(folder, 3, folder / "damaged") as checkpoints:
         checkpoints.save(2, state, ledger, metrics_sha256="")
+        checkpoints.settle(ledger)
 
 
 @pytest.mark.parametrize("other", [state_of(2.0), state_of(1.0, moment=1e-7)], ids=["parameters", "optimizer"])
@@ -65,6 +69,42 @@ def test_a_run_does_not_go_on_from_a_state_that_it_has_left(ledger, tmp_path):
     with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
         step, state = checkpoints.restore(state_of(0.0), ledger, pytest.fail)
     assert step == 2 and float(state.parameters["w"][0]) == 2.0
+
+
+def test_files_enter_the_ledger_at_a_step_that_no_clock_decides(ledger, tmp_path):
+    """However soon they are written: before the next checkpoint begins, or when the run waits for them."""
+    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+        checkpoints.save(2, state_of(1.0), ledger, metrics_sha256="")
+        metadata = tmp_path / "a/2/_CHECKPOINT_METADATA"
+        deadline = time.monotonic() + 30
+        while not metadata.is_file() or "null" not in metadata.read_text():  # nor does it say when it was written
+            assert time.monotonic() < deadline
+            checkpoints.tidy()
+        assert ledger.records[-1]["kind"] == "checkpoint"
+        ledger.append_step(2, GROUP)
+        later = state_of(2.0)
+        adam = later.optimizer_state[0]._replace(count=jnp.asarray(3, jnp.int32))
+        later = dataclasses.replace(later, optimizer_state=(adam, *later.optimizer_state[1:]))
+        checkpoints.save(3, later, ledger, metrics_sha256="")
+        kinds = [record["kind"] for record in ledger.records[-4:]]
+        assert kinds == ["checkpoint", "step", "stored", "checkpoint"]
+        checkpoints.settle(ledger)
+        checkpoints.settle(ledger)
+        assert [record["step"] for record in ledger.records if record["kind"] == "stored"] == [2, 3]
+
+
+def test_what_is_saved_is_the_state_before_its_memory_is_used_again(ledger, tmp_path):
+    following = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = state_of(1.0)
+    state = dataclasses.replace(state, parameters={"w": jnp.full(10**6, 1.0)})
+    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+        checkpoints.save(2, state, ledger, metrics_sha256="")
+        for _ in range(20):
+            state = following(state)
+        checkpoints.settle(ledger)
+    assert checkpoint.summaries(tmp_path / "a")[0]["state_sha256"] == ledger.records[-2]["state_sha256"]
+    _, parameters, _ = checkpoint.latest_parameters(tmp_path / "a")
+    assert (parameters["w"] == 1).all()
 
 
 def test_a_checkpoint_does_not_say_when_it_was_written(ledger, tmp_path):

@@ -2,6 +2,7 @@
 model.
 """
 
+import functools
 import json
 import shutil
 
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tests.gemma import tokenizer_files
 from tests.gemma.families import COMMON
 from tests.gemma.hf_models import fill, load_torch
-from tests.training.runs import call, run
+from tests.training.runs import call, ended, run, start_together
 
 PROMPTS = ["the patient 3 came back", "she was tired and"]
 
@@ -73,6 +74,13 @@ def trained(base, data, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("held-out ")
     return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_train_adapters_of_one_directory(base, data, tmp_path):
+    outcomes = ended(train(base, data, tmp_path / "run", through=functools.partial(start_together, 2)))
+    assert [code for code, *_ in outcomes] == [0, 0], outcomes
+    assert run("audit", tmp_path / "run").returncode == 0
 
 
 def greedy(directory, prompt, model=None):

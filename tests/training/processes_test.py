@@ -98,7 +98,9 @@ def test_none_outlives_another_and_another_number_of_processes_goes_on(victim, c
     killed = time.monotonic()
     outcomes = runs.ended(processes, seconds=60)
     assert time.monotonic() - killed < 15
-    for number, (code, _, errors) in enumerate(outcomes):
+    keys = json.loads((workdir / "private/keys.json").read_text()).values()
+    for number, (code, output, errors) in enumerate(outcomes):
+        assert not any(key in output + errors for key in keys)
         if number != victim:
             assert code == 3 and errors.count("dpgemma: ") == 1 and "Traceback" not in errors, errors
             assert f"process {victim} has died" in errors or "a step failed" in errors
@@ -126,21 +128,14 @@ def test_a_signal_to_one_process_saves_the_run_and_ends_all(text, tmp_path):
     assert checkpoint.latest_parameters(workdir / "checkpoints")[0] == saved
 
 
-def test_only_the_first_process_writes_and_no_key_is_shown(text, tmp_path):
-    folders = [tmp_path / "first", tmp_path / "second"]
-    for folder in folders:
-        folder.mkdir()
+@pytest.mark.slow
+def test_only_the_first_process_writes_and_tells(text, tmp_path):
     workdir = tmp_path / "run"
-    given = flags(text, workdir, mesh="data:2")
-    processes = runs.start_together(2, *given)
-    outcomes = runs.ended(processes)
+    outcomes = runs.ended(runs.start_together(2, *flags(text, workdir, mesh="data:2")))
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
-    assert "held-out" in outcomes[0][1] and outcomes[1][1] == ""
-    keys = json.loads((workdir / "private/keys.json").read_text()).values()
-    for _, output, errors in outcomes:
-        assert not any(key in output + errors for key in keys)
-    assert "epsilon" not in outcomes[1][2]
+    assert "held-out" in outcomes[0][1] and outcomes[1][1] == "" and "epsilon" not in outcomes[1][2]
     assert len(records(workdir, "step")) == 4 and len(records(workdir, "checkpoint")) == 2
+    assert len((workdir / "private/metrics.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
