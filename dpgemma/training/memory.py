@@ -7,7 +7,7 @@ the compiler's own buffers come on top.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -130,17 +130,22 @@ def fitting(known_bytes: Callable[[MeshShape], float], devices: int, slices: int
       devices: in all.
       memory: bytes of one device.
     """
+    for shape in meshes(devices, slices):
+        try:
+            if known_bytes(shape) < _SHARE * memory:
+                return shape
+        except InputError:
+            return None
+    return None
+
+
+def meshes(devices: int, slices: int) -> Iterator[MeshShape]:
+    """Meshes of so many devices whose model axis lies within a slice and is a power of two, the smallest one first."""
     a_slice, model = devices // slices, 1
     while model <= min(a_slice, _WIDEST_MODEL_AXIS):
         if a_slice % model == 0:
-            shape = MeshShape(a_slice // model, model, slices)
-            try:
-                if known_bytes(shape) < _SHARE * memory:
-                    return shape
-            except InputError:
-                return None
+            yield MeshShape(a_slice // model, model, slices)
         model *= 2
-    return None
 
 
 def refuse(asked: str, least: float, memory: float, found: MeshShape | None) -> NoReturn:

@@ -23,6 +23,10 @@ from dpgemma.training.record import Record
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.step import TrainState, TrainStep, make_train_step, state_shardings
 
+# On these, what a checkpoint is written from would lie beside the arrays of the next step, and writing would take their
+# time.
+_SHARE_MEMORY_WITH_THE_HOST = ("cpu",)
+
 
 class Trainer:
     """One run. Its plan's mechanism is all that sampler, step, ledger and report see of it.
@@ -162,6 +166,8 @@ class Trainer:
                     # In this order a crash leaves a report that says too much, never too little.
                     self.record.report()
                     checkpoints.save(done, state, self.record.ledger, metrics_sha256=record.metrics_sha256)
+                    if self.mesh.devices.flat[0].platform in _SHARE_MEMORY_WITH_THE_HOST:
+                        checkpoints.settle(self.record.ledger)
                 if stopped:
                     return done, state
                 if due and done < steps:

@@ -22,6 +22,7 @@ import time
 import jax
 
 from dpgemma.commands import process
+from dpgemma.training import trainer as trainer_lib
 from dpgemma.training.prepare import prepare
 from dpgemma.training.settings import Settings
 
@@ -69,6 +70,7 @@ def measure(settings: Settings, folder: pathlib.Path) -> tuple[float, float, lis
     """The share of time that devices wait, seconds of a step, and the share of each checkpoint."""
     trainer = prepare(settings, str(folder))
     trainer.dp_step = watched = Watched(trainer.dp_step)
+    trainer_lib._SHARE_MEMORY_WITH_THE_HOST = ()  # checkpoints are written as on accelerators
     trainer.train()
     share = watched.share_waited()
     seconds = (watched.done[-1] - watched.done[0]) / (len(watched.done) - 1)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+import sys
 from typing import Any
 
 from absl import flags
 
 from accounting import rounding
-from accounting.errors import InputError
+from accounting.errors import InputError, as_flags
 from dpgemma.choices import AUTO, CLIPPING, DTYPES, EXAMPLE_SCAN, REMAT_POLICIES
 from dpgemma.commands import command_flags
 from dpgemma.sharding.rules import SYNTAX
@@ -15,7 +16,7 @@ from experiments.hardware import machines
 
 FLAGS = (
     "model", "topology", "num_slices", "batch_size", "steps", "noise_multiplier", "sequence_length", "clipping",
-    "microbatch_size", "mesh", "lora_rank", "dtype", "remat",
+    "microbatch_size", "mesh", "lora_rank", "dtype", "remat", "search",
 )  # fmt: skip
 
 
@@ -41,10 +42,16 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.count("lora_rank", None, "Train adapters of this rank instead of the whole model.", fv)
     command_flags.choice("dtype", "bfloat16", DTYPES, "Type of weights in use and of activations.", fv)
     command_flags.choice("remat", "block", REMAT_POLICIES, "What the backward pass computes again.", fv)
+    command_flags.switch(
+        "search",
+        "Compile every mesh, microbatch_size, clipping and remat that is not given, and rank those that fit.",
+        fv,
+    )
 
 
 def answer(fv: flags.FlagValues) -> dict[str, Any]:
-    """What the machine needs, and the privacy of the run if its data are given.
+    """What the run needs on the machine, and its privacy if its data are given; with --search, of the best way, and
+    `ways` has them all.
 
     Raises:
       InputError: a missing or an impossible setting.
@@ -61,7 +68,7 @@ def answer(fv: flags.FlagValues) -> dict[str, Any]:
     from dpgemma.gemma import lora, start
     from dpgemma.gemma.presets import PRESETS
     from dpgemma.privacy.clipping import Strategy
-    from experiments.hardware import estimate
+    from experiments.hardware import estimate, search
     from experiments.sweep.checks import parameters
 
     parameters(fv.model)  # refuses what is no preset
@@ -72,7 +79,13 @@ def answer(fv: flags.FlagValues) -> dict[str, Any]:
     length = fv.sequence_length or min(1024, config.max_length)
     start.check(start.StartingPoint(fv.model, config), length, AUTO)
     request = estimate.Request(config, topology, fv.mesh, length, fv.batch_size, fv.steps, how, fv.dtype, fv.remat)
-    return {"model": fv.model, **estimate.answer(request), **privacy}
+    if not fv.search:
+        return {"model": fv.model, **estimate.answer(request), **privacy}
+    free = [name for name in search.OPEN if not fv[name].present]
+    ways = search.ranked(request, free, lambda message: print(message, file=sys.stderr, flush=True))
+    if not ways[0].get("fits"):
+        raise InputError(f"no way fits on {topology}: use more chips, or adapters (`lora_rank`)")
+    return {"model": fv.model, **ways[0], **privacy, "ways": ways}
 
 
 def _privacy(fv: flags.FlagValues) -> dict[str, Any]:
@@ -152,4 +165,16 @@ def text(result: dict[str, Any]) -> str:
         name = each["kind"] + (" between slices" if each["crosses_slices"] else "")
         lines.append(f"  {name:<30} {each['bytes'] / 2**20:>8.2f} MiB {each['times']:>6} {each['chips']:>6}")
     lines += ["", "assumed"] + [f"  {each}" for each in result["assumptions"]]
+    if "ways" in result:
+        lines += ["", f"{'ways, the fastest first':<64} {'memory':>10} {'a step':>10}"]
+        lines += [_way(each) for each in result["ways"]]
     return "\n".join(lines)
+
+
+def _way(each: dict[str, Any]) -> str:
+    """One line of a search."""
+    name = f"{each['mesh']}, {each['microbatch_size']} at once, {each['clipping']}, remat {each['remat']}"
+    if "refused" in each:
+        return f"  {name:<62} {as_flags(each['refused'])}"
+    remark = "" if each["fits"] else " does not fit"
+    return f"  {name:<62} {each['hbm_bytes_per_chip'] / 2**30:>6.2f} GiB {each['seconds_per_step']:>8.3g} s{remark}"

@@ -162,7 +162,10 @@ def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str
 def _of_this_computer(program: StepProgram, compiled: Any, topology: Topology) -> dict[str, Any]:
     """What a step takes here: its memory is the compiler's, its time is measured."""
     memory_of_a_device = held(compiled.memory_analysis())
-    in_all = topology.chips * memory_of_a_device + _PROCESS_BYTES
+    arrays = jax.tree.leaves((program.arrays.trainable, program.arrays.moments))
+    sizes = [memory.bytes_on_one_device(array) for array in arrays]
+    in_a_save = 2 * sum(sizes) + max(sizes)
+    in_all = topology.chips * max(memory_of_a_device, in_a_save) + _PROCESS_BYTES
     if in_all > topology.chips * topology.chip.memory:
         raise InputError(
             f"the step needs {in_all / 2**30:.1f} GiB of this computer's"
@@ -184,8 +187,9 @@ def _of_this_computer(program: StepProgram, compiled: Any, topology: Topology) -
             f" loop: measured here, with rows of noise; repetitions differed by {timed.error:.0%}",
             f"nothing else uses this computer's cores; the range is {_CPU_TIME_ERROR:.0%}, within which runs of `train`"
             " were found (experiments.benchmarks.plan_cpu)",
-            f"the whole process takes {in_all / 2**30:.2f} GiB, of which {_PROCESS_BYTES / 2**30:.2f} are Python,"
-            " libraries and compiled programs; data are not counted",
+            f"the whole process takes {in_all / 2**30:.2f} GiB: {_PROCESS_BYTES / 2**30:.2f} for Python, libraries and"
+            " compiled programs, and the devices' memory, or what is more: the state twice and its largest array once"
+            " more, while a checkpoint is written; data are not counted",
             "every batch is the expected one; time for checkpoints and restarts is not counted",
         ],
     }

@@ -1,6 +1,7 @@
 """Plans for machines: operations against a count by hand, transfers against programs that are known, refusals."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -174,11 +175,29 @@ def test_on_this_computer_a_step_is_compiled_and_timed():
     assert any("for each of the 10 rounds of its loop" in sentence for sentence in found["assumptions"])
 
 
+@pytest.mark.slow
+def test_a_search_ranks_the_ways_that_fit():
+    given = ["--model=ladder_20k", "--topology=cpu:2", "--sequence_length=32", "--batch_size=20", "--dtype=float32"]
+    done = planned(*given, "--microbatch_size=2", "--search", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    ways = [(way["mesh"], way["microbatch_size"], way["clipping"], way["remat"]) for way in found["ways"]]
+    meshes, clipping, remat = ("data:2", "data:1,model:2"), ("example_scan", "ghost"), ("block", "none")
+    assert sorted(ways) == sorted(itertools.product(meshes, [2], clipping, remat))
+    fitting = [way for way in found["ways"] if way.get("fits")]
+    seconds = [way["seconds_per_step"] for way in fitting]
+    assert seconds == sorted(seconds) and found["ways"][: len(fitting)] == fitting
+    assert found["seconds_per_step"] == seconds[0] and found["mesh"] == fitting[0]["mesh"]
+    assert all("refused" in way for way in found["ways"][len(fitting) :]) and "8 of 8: mesh" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["--topology=v9:2x2", "--model=tiny"], "unknown chip: use one of v5e"),
         (["--topology=h100:8"], "--model is missing"),
+        (["--topology=h100:8", "--model=tiny", "--search"], "no compiler for h100 without one: drop --search"),
+        (["--model=tiny", "--search"], "belongs to a plan for a machine"),
         (["--topology=h100:8", "--model=tiny", "--steps=0"], "--steps must be at least 1"),
         (["--topology=h100:8", "--model=tiny", "--num_units=0"], "--num_units must be at least 1"),
         (["--topology=h100:8", "--model=tiny", "--delta=1e-7"], "give all of them, or none"),

@@ -68,22 +68,27 @@ def with_known_keys(count, text, workdir, **changes):
     return {record["step"]: record["state_sha256"] for record in saved}, measured
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "count, mesh",
+    "count, mesh, model, steps",
     [
-        (2, "data:2"),
-        pytest.param(4, "data:4", marks=pytest.mark.slow),
-        pytest.param(2, "data:4", marks=pytest.mark.slow),
-        pytest.param(2, "data:2,model:2", marks=pytest.mark.slow),
-        pytest.param(2, "data:1,model:2", marks=pytest.mark.slow),
-        pytest.param(2, "slice:2,data:2", marks=pytest.mark.slow),
+        (2, "data:2", MODEL, 4),
+        slow(2, "data:2", "tiny", 20),
+        slow(4, "data:4", "tiny", 20),
+        slow(2, "data:4", MODEL, 4),
+        slow(2, "data:2,model:2", MODEL, 4),
+        slow(2, "data:1,model:2", MODEL, 4),
+        slow(2, "slice:2,data:2", MODEL, 4),
     ],
 )
-def test_the_states_of_a_run_do_not_depend_on_the_number_of_processes(count, mesh, text, tmp_path):
+def test_the_states_of_a_run_do_not_depend_on_the_number_of_processes(count, mesh, model, steps, text, tmp_path):
     """Bit for bit: units are drawn, dealt out and noised as in one process, and whole numbers are added."""
-    changes = dict(mesh=mesh, steps=4) if count == 2 else dict(mesh=mesh, steps=20)
+    changes = dict(mesh=mesh, model=model, steps=steps)
     alone = with_known_keys(1, text, tmp_path / "alone", **changes)
-    assert len(alone[0]) == changes["steps"]
+    assert len(alone[0]) == steps
     assert with_known_keys(count, text, tmp_path / "together", **changes) == alone
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -101,8 +102,25 @@ def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
     assert (workdir / "ledger.jsonl").read_text() == (finished[0] / "ledger.jsonl").read_text()
 
 
-@pytest.mark.parametrize("kills, steps", [(1, 9), pytest.param(20, 120, marks=pytest.mark.slow)])
-def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, tmp_path):
+# Writes checkpoints while training goes on, as on accelerators.
+MEANWHILE = """
+from dpgemma import cli
+from dpgemma.training import trainer
+trainer._SHARE_MEMORY_WITH_THE_HOST = ()
+cli.entry_point()
+"""
+
+
+@pytest.mark.parametrize(
+    "kills, steps, command",
+    [
+        (1, 9, COMMAND),
+        pytest.param(20, 120, COMMAND, marks=pytest.mark.slow),
+        pytest.param(20, 120, [sys.executable, "-c", MEANWHILE], marks=pytest.mark.slow),
+    ],
+    ids=["1", "20", "20 meanwhile"],
+)
+def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, command, text, tmp_path):
     """Start-up and checkpoint writing included; result and step records are those of a run that was left alone."""
     rng = random.Random(7)
     settings = dict(steps=steps, checkpoint_every=3)
@@ -124,7 +142,7 @@ def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, tmp_path)
     for kill in range(kills):
         stale, lines = half_written(killed), len((killed / "ledger.jsonl").read_text().splitlines())
         process = subprocess.Popen(
-            [*COMMAND, *map(str, flags(text, killed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3
+            [*command, *map(str, flags(text, killed, **settings))], env=ENVIRONMENT, stdout=-3, stderr=-3
         )
         if kill % 4 == 0:
             wait_for(lambda stale=stale: half_written(killed) - stale, process)
@@ -142,6 +160,7 @@ def test_sigkill_at_random_moments_leaves_no_trace(kills, steps, text, tmp_path)
     assert done.returncode == 0, done.stderr
     assert during_save > 0
     assert step_records(killed) == step_records(undisturbed)
+    assert call("audit", killed).returncode == 0
     a, b = final_parameters(undisturbed), final_parameters(killed)
     assert a[0] == b[0] == steps and a[2]["optimizer_count"] == b[2]["optimizer_count"] == steps
     assert_same_bits(a[1], b[1])
