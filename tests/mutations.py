@@ -333,6 +333,11 @@ MUTATIONS = (
         ", {threads} threads", "", (MOVING, "-k", "meshes_variables"),
     ),
     Mutation(
+        "keys bound to places", "processes along a model axis have no part in the environment",
+        "dpgemma/training/environment.py", "if (mesh.model > 1 or not sums_are_exact) and", "if not sums_are_exact and",
+        (MOVING, "-k", "number_of_processes"),
+    ),
+    Mutation(
         "units over devices", "every row of devices has the units of the first", TRAINER,
         "collate(self.source, units, slots, (number, rows))", "collate(self.source, units, slots, (0, rows))",
         RECOMPUTED,

@@ -23,7 +23,7 @@ from dpgemma.sharding import processes
 PEER_DIED = 3
 
 # How long a process waits for the others at the start, and for them to read why all end.
-_SECONDS_TO_JOIN, _SECONDS_TO_LEAVE = 300, 3
+SECONDS_TO_JOIN, _SECONDS_TO_LEAVE = 300, 3
 # How long jax's own coordinator waits for a sign of life: much longer than these connections, which know the reason.
 _SECONDS_OF_COORDINATOR = 100
 # Probes of an idle connection: seconds until the first, seconds between them, probes without an answer until it ends;
@@ -114,14 +114,14 @@ def _at(coordinator: str, num_processes: int | None, process_id: int | None) -> 
         if told is None or "port" not in told:
             raise InputError((told or {}).get("sentence", "process 0 has ended before all processes had come"))
         port = told["port"]
-    joined = _Links(links, process_id)
+    connected = _Links(links, process_id)
     _initialise(
         coordinator_address=f"{host}:{port}",
         num_processes=num_processes,
         process_id=process_id,
         cluster_detection_method="deactivate",
     )
-    return joined
+    return connected
 
 
 def _initialise(**options: Any) -> None:
@@ -129,7 +129,7 @@ def _initialise(**options: Any) -> None:
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, on which a run is saved
     jax.distributed.initialize(
-        initialization_timeout=_SECONDS_TO_JOIN, heartbeat_timeout_seconds=_SECONDS_OF_COORDINATOR, **options
+        initialization_timeout=SECONDS_TO_JOIN, heartbeat_timeout_seconds=_SECONDS_OF_COORDINATOR, **options
     )
 
 
@@ -158,15 +158,17 @@ class _Links:
         import jax
 
         if not self._ending.acquire(blocking=False):
-            time.sleep(_SECONDS_TO_LEAVE)  # until the thread that was told has ended this process
+            threading.Event().wait()  # the thread that was told ends this process
         this = f"process {self._number}"
         if isinstance(error, jax.errors.JaxRuntimeError):
-            reason = str(error).splitlines()[0][:150]
+            reason = str(error).partition("\n")[0][:150]
             message = {"code": PEER_DIED, "sentence": f"a step failed in {this} ({reason}): {_GOES_ON}"}
             self._tell(message)
             _exit(message)
-        sentence = str(error) if isinstance(error, InputError) else f"{this} ended with {error!r}"
-        self._tell({"code": 2, "sentence": sentence})
+        if isinstance(error, InputError):
+            self._tell({"code": 2, "sentence": str(error)})
+        else:
+            self._tell({"code": PEER_DIED, "sentence": f"{this} ended with {type(error).__name__}: {_GOES_ON}"})
 
     def _tell(self, message: dict[str, Any]) -> None:
         """Passes a message on. The first process waits until the others are gone: the coordinator dies with it."""
@@ -202,7 +204,7 @@ def _accepted(server: socket.socket, count: int) -> dict[int, socket.socket]:
       InputError: some did not, or were started otherwise; those that did are told.
     """
     links: dict[int, socket.socket] = {}
-    last = time.monotonic() + _SECONDS_TO_JOIN
+    last = time.monotonic() + SECONDS_TO_JOIN
     try:
         with server:
             while len(links) < count - 1:
@@ -212,7 +214,7 @@ def _accepted(server: socket.socket, count: int) -> dict[int, socket.socket]:
                 except TimeoutError:
                     missing = ", ".join(str(number) for number in range(1, count) if number not in links)
                     raise InputError(
-                        f"of {count} processes, number {missing} did not come within {_SECONDS_TO_JOIN} seconds: start"
+                        f"of {count} processes, number {missing} did not come within {SECONDS_TO_JOIN} seconds: start"
                         " all of them, each with its own `process_id` and all with the same `coordinator`"
                     ) from None
                 link.settimeout(_SECONDS_TO_LEAVE)
@@ -238,7 +240,7 @@ def _accepted(server: socket.socket, count: int) -> dict[int, socket.socket]:
 
 def _called(host: str, port: int, count: int, number: int) -> socket.socket:
     """The connection to the first process, which may start later."""
-    last = time.monotonic() + _SECONDS_TO_JOIN
+    last = time.monotonic() + SECONDS_TO_JOIN
     while True:
         try:
             link = socket.create_connection((host.strip("[]"), port), timeout=max(1.0, last - time.monotonic()))
@@ -247,7 +249,7 @@ def _called(host: str, port: int, count: int, number: int) -> socket.socket:
         except OSError as error:
             if time.monotonic() > last:
                 raise InputError(
-                    f"process {number} did not reach process 0 at {host}:{port} within {_SECONDS_TO_JOIN} seconds"
+                    f"process {number} did not reach process 0 at {host}:{port} within {SECONDS_TO_JOIN} seconds"
                     f" ({error.strerror or error}): start process 0, and give its address as `coordinator`"
                 ) from None
             time.sleep(0.5)

@@ -1,4 +1,5 @@
-"""Everything that the command line changes in its process: environment, loggers, hooks, signals, CPU devices.
+"""What the command line changes in its process: environment, loggers, hooks, signals, CPU devices. What joins several
+processes is in peers.py.
 
 The library changes none of it. Each change restores what it found, but for the number of CPU devices, which jax fixes
 when it first looks at them.
@@ -127,12 +128,12 @@ def split_cpu(mesh: str, num_processes: int = 1) -> None:
 
     cores = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES) if hasattr(os, "sched_getaffinity") else 1
     shape = wanted(mesh)
-    if shape and num_processes > 0 and shape.devices % num_processes:
+    if shape and shape.devices % num_processes:
         raise InputError(
             f"`mesh`={mesh} has {shape.devices} devices, which do not divide among {num_processes} processes"
         )
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", shape.devices // max(num_processes, 1) if shape else cores)
+        jax.config.update("jax_num_cpu_devices", shape.devices // num_processes if shape else cores)
 
 
 @contextlib.contextmanager

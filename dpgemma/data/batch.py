@@ -89,7 +89,7 @@ def collate(source: UnitSource, units: np.ndarray, slots: int, part: tuple[int, 
 
     Where more units were declared than there are, the numbers beyond the last one stand for units without content.
 
-    Formal guarantee: each drawn unit is in exactly one of the parts 0 .. n-1, once. Tested by
+    Formal guarantee: each drawn unit below `source.num_units` is in exactly one of the parts 0 .. n-1, once. Tested by
     tests/data/data_test.py::test_parts_hold_every_drawn_unit_once.
 
     Args:

@@ -18,17 +18,16 @@ def resolve(mesh: str, num_slices: int | None = None) -> str:
       num_slices: S, where the devices do not say it themselves.
 
     Raises:
-      InputError: not a mesh, more devices than there are, several where nothing is compiled, or fewer than there are
-        where several processes would not all have one.
+      InputError: not a mesh, more devices than there are, several where nothing is compiled, or, with several
+        processes, fewer devices than they have in all.
     """
     given, available = wanted(mesh), jax.device_count()
     if jax.config.values["jax_disable_jit"] and (given.devices if given else available) > 1:
         raise InputError("several devices need compiled programs: use `mesh`=data:1, or drop JAX_DISABLE_JIT")
-    if num_slices is not None and (given is not None or num_slices < 1 or available % num_slices):
-        raise InputError(
-            f"`num_slices`={num_slices} divides the devices of `mesh`=auto, of which there are {available}: give a"
-            " number that does, or a mesh as slice:S,data:N, and not both"
-        )
+    if num_slices is not None and given is not None:
+        raise InputError("`num_slices` goes with `mesh`=auto: drop it, or give the slices as slice:S,data:N in `mesh`")
+    if num_slices is not None and (num_slices < 1 or available % num_slices):
+        raise InputError(f"`num_slices` must divide the {available} devices, got {num_slices}")
     if given is None:
         slices = num_slices or len({getattr(device, "slice_index", 0) for device in jax.devices()})
         return str(MeshShape(available // slices, slices=slices))

@@ -24,7 +24,7 @@ _GATHERED_BYTES = 2**28
 
 
 def count() -> int:
-    """Of the processes of this run."""
+    """The number of processes of this run."""
     import jax
 
     state = _distributed()
@@ -32,7 +32,7 @@ def count() -> int:
 
 
 def number() -> int:
-    """Of this process, from 0."""
+    """The number of this process, from 0."""
     import jax
 
     state = _distributed()
@@ -56,7 +56,8 @@ def from_first(compute: Callable[[], T]) -> T:
       compute: gives something that JSON can hold.
 
     Raises:
-      InputError: the first process raised one, or failed otherwise: its own exception then leaves it as it is.
+      InputError: in every process if `compute` raised one; for another exception in the others only, and the first
+        process raises its own.
     """
     if count() == 1:
         return compute()
@@ -77,7 +78,8 @@ def from_all(compute: Callable[[], T]) -> list[T]:
       compute: gives something that JSON can hold.
 
     Raises:
-      InputError: a process raised one, or failed otherwise: its own exception then leaves it as it is.
+      InputError: in every process if `compute` raised one in any; for another exception in the others only, and the
+        process that failed raises its own.
     """
     if count() == 1:
         return [compute()]
@@ -90,7 +92,7 @@ def from_all(compute: Callable[[], T]) -> list[T]:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process says so. Their devices tell it to each other, because this is asked in every step."""
+    """Whether `flag` is true in any process. Devices exchange it, because it is asked after every step."""
     if count() == 1:
         return flag
     import numpy as np

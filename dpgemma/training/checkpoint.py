@@ -52,7 +52,8 @@ class Checkpoints:
           damaged: folder for those that cannot be used; nobody has checked what they hold, so a private one.
         """
         self._directory, self._damaged = directory.absolute(), damaged
-        # Of the checkpoint whose files are not in the ledger yet, and of that which still says when it was written.
+        # Step of the checkpoint whose files are not in the ledger yet, and of the one whose metadata still hold times
+        # of writing; None if there is none.
         self._writing: int | None = None
         self._dated: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -109,7 +110,9 @@ class Checkpoints:
         processes.from_all(lambda: self._write(step, lambda: self._manager.save(step, args=items)))
 
     def tidy(self) -> None:
-        """Takes out of what has been written meanwhile when that was, should a crash come before it is settled."""
+        """Removes the times of writing from the metadata of a checkpoint that has been written meanwhile, so that a
+        crash before `settle` leaves none there.
+        """
         metadata = self._directory / str(self._dated) / _STEP_METADATA
         if self._dated is None or not processes.is_first() or self._manager.is_saving_in_progress():
             return

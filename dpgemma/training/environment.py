@@ -41,16 +41,19 @@ _OTHERWISE = (
 )  # fmt: skip
 
 
-def description(mesh: MeshShape, sums_are_exact: bool = True) -> str:
+def description(mesh: MeshShape, sums_are_exact: bool = True, num_processes: int | None = None) -> str:
     """The environment of a run's processes, as each of them describes it, for the ledger.
 
     The mesh is part of it, because compilers make other programs of a step on another mesh. So is the number of a CPU's
-    threads, by which XLA divides large products: there is one for each core, and at least one for each device. How the
-    mesh is divided among processes changes the order of sums alone, which is nothing to whole numbers.
+    threads, by which XLA divides large products: there is one for each core, and at least one for each device. Where
+    floats are added over devices, along a model axis or because the release is not exact, their order may depend on how
+    the mesh is divided among processes, so the number of processes is part of it too. Whole numbers have one sum in any
+    order.
 
     Args:
       mesh: of the run.
       sums_are_exact: whether the run adds up whole numbers.
+      num_processes: of the run; by default as many as there are.
     """
     import jax
 
@@ -58,8 +61,9 @@ def description(mesh: MeshShape, sums_are_exact: bool = True) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(cores, jax.local_device_count())
     kind = f"{_cpu()}, {threads} threads" if device.platform == "cpu" else device.device_kind
-    if not sums_are_exact and processes.count() > 1:
-        kind += f", {processes.count()} processes"
+    num_processes = processes.count() if num_processes is None else num_processes
+    if (mesh.model > 1 or not sums_are_exact) and num_processes > 1:
+        kind += f", {num_processes} processes"
     settings = jax.config.values
     options = [name for name in _OPTIONS if settings[name]]
     options.append(f"matmul precision {settings['jax_default_matmul_precision'] or 'default'}")

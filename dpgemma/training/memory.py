@@ -53,6 +53,9 @@ class Arrays:
     ) -> "Arrays":
         """Those of an objective.
 
+        Args:
+          frozen_dtype: assumed type of the frozen parameters, which the file decides in training.
+
         Raises:
           InputError: an axis of a parameter does not divide among the devices.
         """
@@ -75,7 +78,7 @@ class Arrays:
         """Bytes that one device holds in a step, by what for.
 
         Args:
-          clipping: a strategy, or "auto".
+          clipping: a strategy, or "auto", for which gradients of single rows are not counted.
           microbatch_size: rows at once.
         """
         leaves = zip(jax.tree.leaves(self.in_use), jax.tree.leaves(self.trainable), strict=True)
@@ -111,7 +114,10 @@ def bytes_on_one_device(arrays: Any) -> int:
 
 
 def limit(mesh: Mesh) -> float | None:
-    """Bytes that one device may use; None where it does not say. The devices of a CPU share its memory."""
+    """Bytes that one device may use; None where it does not say.
+
+    The devices of a CPU share its memory. Assumed: one process on each computer.
+    """
     device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     if device.platform == "cpu":
         if not hasattr(os, "sysconf"):
@@ -123,7 +129,7 @@ def limit(mesh: Mesh) -> float | None:
 
 
 def fitting(known_bytes: Callable[[MeshShape], float], devices: int, slices: int, memory: float) -> MeshShape | None:
-    """The mesh with the smallest model axis on which what is known leaves a fifth of a device's memory to the rest.
+    """The mesh with the smallest model axis on which the arrays known from shapes leave a fifth of a device's memory.
 
     Args:
       known_bytes: of one device on a mesh; it raises InputError where an axis does not divide.
@@ -154,7 +160,7 @@ def refuse(asked: str, least: float, memory: float, found: MeshShape | None) -> 
     Args:
       asked: the mesh.
       least, memory: bytes that one device needs, and has.
-      found: a mesh on which it would fit.
+      found: a mesh on which a fifth of the memory is left; None if there is none.
     """
     advice = f"`mesh`={found} would leave room" if found else "use more devices, or adapters (`lora_rank`)"
     raise InputError(
@@ -186,6 +192,6 @@ def resolve_mesh(settings: Settings, objective: Objective, memory: float | None 
     found = fitting(known_bytes, shape.devices, shape.slices, memory)
     if settings.mesh == AUTO and found is not None:
         return str(found)
-    if settings.mesh == AUTO or least > memory:
-        refuse(settings.mesh, least, memory, found)
+    if least > memory:
+        refuse(resolved, least, memory, found)
     return resolved

@@ -34,7 +34,7 @@ from dpgemma.training.settings import Settings
 from dpgemma.training.trainer import Trainer
 
 # After which a shared disk shows everybody what was written.
-_SECONDS_TO_SEE = 60
+SECONDS_TO_SEE = 60
 
 
 def prepare(
@@ -194,7 +194,7 @@ def _check_shared(run: RunDirectory) -> None:
     of_first = processes.from_first(run.opening)
 
     def see() -> None:
-        last = time.monotonic() + _SECONDS_TO_SEE
+        last = time.monotonic() + SECONDS_TO_SEE
         while run.opening() != of_first:
             if time.monotonic() > last:
                 raise InputError(

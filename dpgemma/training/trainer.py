@@ -23,10 +23,6 @@ from dpgemma.training.record import Record
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.step import TrainState, TrainStep, make_train_step, state_shardings
 
-# On these, what a checkpoint is written from would lie beside the arrays of the next step, and writing would take their
-# time.
-_SHARE_MEMORY_WITH_THE_HOST = ("cpu",)
-
 
 class Trainer:
     """One run. Its plan's mechanism is all that sampler, step, ledger and report see of it.
@@ -85,6 +81,11 @@ class Trainer:
         )
         self.first_step = 0
 
+    @property
+    def waits_for_checkpoints(self) -> bool:
+        """Whether no step is taken while a checkpoint is written: on a CPU that would take memory and time from it."""
+        return bool(self.mesh.devices.flat[0].platform == "cpu")
+
     def train(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """Runs to the last step.
 
@@ -141,9 +142,11 @@ class Trainer:
         """Takes steps to the last one, or until it shall stop: (steps taken, state).
 
         Formal guarantee: the line of every step is in the ledger's file before the devices are given that step, so no
-        result is seen, by an observer or after a crash, that the ledger does not know. Where several processes train,
-        the first one writes the line, and no step has a result without what the first one's devices add to it. Tested
-        by tests/training/run_test.py::test_a_step_is_in_the_ledger_before_it_is_computed.
+        result is seen, by an observer or after a crash, that the ledger does not know. Tested by
+        tests/training/run_test.py::test_a_step_is_in_the_ledger_before_it_is_computed.
+
+        Where several processes train, this holds for the devices of the first one, which writes the line. The new state
+        needs their part of the sum, so no other process has it before the line is written: that is argued, not tested.
         """
         plan, steps = self.plan, self.mechanism.steps
         if first == steps or processes.any_of(stop()):
@@ -166,7 +169,7 @@ class Trainer:
                     # In this order a crash leaves a report that says too much, never too little.
                     self.record.report()
                     checkpoints.save(done, state, self.record.ledger, metrics_sha256=record.metrics_sha256)
-                    if self.mesh.devices.flat[0].platform in _SHARE_MEMORY_WITH_THE_HOST:
+                    if self.waits_for_checkpoints:
                         checkpoints.settle(self.record.ledger)
                 if stopped:
                     return done, state

@@ -2,7 +2,8 @@
 written, metrics are kept. And what checkpoints cost, which are written while training goes on.
 
 The run is that of `train`. A thread notes when a step's result is there; what passes from then until the next step is
-handed to the devices is time that they wait. A checkpoint costs what its step and the nine after it take longer than
+handed to the devices is time that they wait. Checkpoints are written while training goes on, as on accelerators; on a
+CPU `train` waits for them. A checkpoint costs what its step and the nine after it take longer than
 ten median steps do. Prints one JSON object.
 
     python -m experiments.benchmarks.loop --model=tiny --batch_size=256
@@ -22,9 +23,9 @@ import time
 import jax
 
 from dpgemma.commands import process
-from dpgemma.training import trainer as trainer_lib
 from dpgemma.training.prepare import prepare
 from dpgemma.training.settings import Settings
+from dpgemma.training.trainer import Trainer
 
 _AFTER = 10
 
@@ -70,7 +71,6 @@ def measure(settings: Settings, folder: pathlib.Path) -> tuple[float, float, lis
     """The share of time that devices wait, seconds of a step, and the share of each checkpoint."""
     trainer = prepare(settings, str(folder))
     trainer.dp_step = watched = Watched(trainer.dp_step)
-    trainer_lib._SHARE_MEMORY_WITH_THE_HOST = ()  # checkpoints are written as on accelerators
     trainer.train()
     share = watched.share_waited()
     seconds = (watched.done[-1] - watched.done[0]) / (len(watched.done) - 1)
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="JSON is printed in any case; accepted for uniformity")
     arguments = parser.parse_args()
     process.split_cpu(arguments.mesh)
+    Trainer.waits_for_checkpoints = False
     settings = Settings(
         model=arguments.model, batch_size=arguments.batch_size, steps=arguments.steps, mesh=arguments.mesh,
         clipping="example_scan", microbatch_size=4, checkpoint_every=arguments.checkpoint_every,

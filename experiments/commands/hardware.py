@@ -1,4 +1,4 @@
-"""dpgemma plan --topology: what a training run needs on a machine that is not at hand."""
+"""dpgemma plan --topology: what a training run needs on a machine that is not at hand, or on this computer."""
 
 import dataclasses
 import os
@@ -44,7 +44,8 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.choice("remat", "block", REMAT_POLICIES, "What the backward pass computes again.", fv)
     command_flags.switch(
         "search",
-        "Compile every mesh, microbatch_size, clipping and remat that is not given, and rank those that fit.",
+        "Compile every combination of what is not given, out of model axes up to 64, 1, 2 or 4 rows at once,"
+        " example_scan and ghost, remat block and none; and rank them.",
         fv,
     )
 

@@ -1,7 +1,7 @@
 """Answers `dpgemma plan --topology`: memory, operations, transfers and time of one training step, chip by chip.
 
-For TPUs the trainer's own step is compiled for the real machine. For GPUs, whose compiler needs one, what follows from
-shapes and from the step as JAX traces it is all there is. On this computer the step is compiled and timed for a moment.
+For TPUs the trainer's own step is compiled for the real machine. For GPUs, whose compiler needs one, only shapes and
+the traced step are used. On this computer the step is compiled and timed over a few runs.
 """
 
 import dataclasses
@@ -31,7 +31,6 @@ _GPU_SHARE_OF_PEAK = 0.4
 # Of a process of `train` with the smallest model, on x86 with Linux.
 _PROCESS_BYTES = 850 * 2**20
 _CPU_TIME_ERROR = 0.3
-_WIDEST_MODEL_AXIS = 64
 
 
 @dataclasses.dataclass(frozen=True)

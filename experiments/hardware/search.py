@@ -17,7 +17,8 @@ _ROWS, _CLIPPING, _REMAT = (1, 2, 4), (EXAMPLE_SCAN, GHOST), ("block", "none")
 
 
 def ranked(request: Request, free: Collection[str], tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Plans of every way, the fastest first; behind them the ways that do not fit, each with `refused`, a sentence.
+    """Plans of all ways, the fastest first; behind them the ways that do not fit: each has `refused`, a sentence, or
+    `fits` false.
 
     Args:
       request: what is not free in it stays as it is.
@@ -34,21 +35,19 @@ def ranked(request: Request, free: Collection[str], tell: Callable[[str], None])
         )
     ways = list(_ways(request, free))
     found: list[dict[str, Any]] = []
-    full: set[tuple[str, str, str]] = set()  # in which fewer rows at once did not fit
+    refused: dict[tuple[str, str, str], str] = {}  # why, with fewer rows at once
     for number, way in enumerate(ways, 1):
         how = way.how
         facts = {MESH: way.mesh, ROWS: how.microbatch_size, CLIPPING: how.name, REMAT: way.remat}
         without_rows = (way.mesh, how.name, way.remat)
         tell(f"{number} of {len(ways)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-        if without_rows in full:
-            found.append(facts | {"refused": "fewer rows at once do not fit either"})
-            continue
-        try:
-            found.append(facts | estimate.answer(way))
-        except InputError as error:
-            found.append(facts | {"refused": str(error)})
-        if not found[-1].get("fits"):
-            full.add(without_rows)
+        if without_rows not in refused:
+            try:
+                found.append(facts | estimate.answer(way))
+                continue
+            except InputError as error:
+                refused[without_rows] = str(error)
+        found.append(facts | {"refused": refused[without_rows]})
     return sorted(found, key=lambda each: (not each.get("fits"), each.get("seconds_per_step", 0.0)))
 
 

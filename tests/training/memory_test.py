@@ -60,7 +60,7 @@ def test_auto_takes_the_smallest_model_axis_that_leaves_room():
     least = sum(arrays(model="tiny", mesh="data:2")[0].known_bytes("auto", 1).values())
     assert resolve_mesh(settings, objective, 2 * least) == "data:2"
     assert resolve_mesh(settings, objective, 1.1 * least) == "data:1,model:2"
-    with pytest.raises(InputError, match="`mesh`=auto needs at least"):
+    with pytest.raises(InputError, match="`mesh`=data:2 needs at least"):
         resolve_mesh(settings, objective, 0.1 * least)
 
 

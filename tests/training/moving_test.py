@@ -209,6 +209,13 @@ def test_meshes_variables_and_settings_that_change_roundings_are_part_of_the_env
     assert environment.description(MeshShape(2)) == plain
 
 
+def test_the_number_of_processes_is_part_of_the_environment_where_floats_are_added_over_them():
+    cases = [(MeshShape(2), True), (MeshShape(1, 2), True), (MeshShape(2), False)]
+    alone, together = ([environment.description(*case, count) for case in cases] for count in (1, 2))
+    assert [a == b for a, b in zip(alone, together, strict=True)] == [True, False, False]
+    assert "2 processes" in together[1] and "2 processes" in together[2]
+
+
 def test_code_and_versions_are_part_of_the_environment(tmp_path):
     """An edited module, or compilation switched off, is another environment; it is asked in processes of their own."""
 

@@ -167,6 +167,14 @@ def test_processes_that_do_not_agree_are_named_before_the_first_step(changes, se
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_in_other_environments_are_named_before_the_first_step(text, tmp_path):
+    given = flags(text, tmp_path / "run", mesh="data:2")
+    outcomes = runs.ended(runs.start_together(2, *given, variables={1: {"DNNL_MAX_CPU_ISA": "AVX2"}}))
+    for code, _, errors in outcomes:
+        assert code == 2 and "process 1 runs in another environment than process 0" in errors, errors
+        assert "there DNNL_MAX_CPU_ISA" in errors and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "given, sentence",
     [
@@ -189,7 +197,7 @@ import sys
 from dpgemma import cli
 from dpgemma.commands import peers
 from dpgemma.training import prepare
-peers._SECONDS_TO_JOIN = prepare._SECONDS_TO_SEE = 3
+peers.SECONDS_TO_JOIN = prepare.SECONDS_TO_SEE = 3
 cli.entry_point()
 """
 

@@ -105,8 +105,8 @@ def test_running_a_finished_run_again_changes_no_step(finished, text, tmp_path):
 # Writes checkpoints while training goes on, as on accelerators.
 MEANWHILE = """
 from dpgemma import cli
-from dpgemma.training import trainer
-trainer._SHARE_MEMORY_WITH_THE_HOST = ()
+from dpgemma.training.trainer import Trainer
+Trainer.waits_for_checkpoints = False
 cli.entry_point()
 """
 

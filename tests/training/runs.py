@@ -51,18 +51,20 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_together(count, *arguments, command=(*COMMAND,), changes=None, **options):
+def start_together(count, *arguments, command=(*COMMAND,), changes=None, variables=None, **options):
     """As many processes of one run, of the program or of another command, started and not waited for.
 
     Args:
       changes: by the number of a process, arguments that it alone has behind the others.
+      variables: by the number of a process, variables of the environment that it alone has.
     """
     given, address = [str(argument) for argument in arguments], f"localhost:{free_port()}"
     several = [f"--coordinator={address}", f"--num_processes={count}"]
     return [
         subprocess.Popen(
             [*command, *given, *several, f"--process_id={i}", *(changes or {}).get(i, [])],
-            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+            env=ENVIRONMENT | (variables or {}).get(i, {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            **options,
         )
         for i in range(count)
     ]  # fmt: skip
