@@ -90,7 +90,7 @@ def entry_point() -> None:
     """The program itself: hooks stay until the process ends, because threads of libraries report until then."""
     process.install_quiet_hooks()
     code = main()
-    if code and "jax" in sys.modules:
+    if "jax" in sys.modules:
         from dpgemma.commands import peers
 
         peers.leave(code)

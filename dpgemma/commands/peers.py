@@ -9,6 +9,7 @@ checkpoint. Devices cannot be left to find out: a sum over them may wait for the
 import contextlib
 import json
 import os
+import select
 import socket
 import sys
 import threading
@@ -29,6 +30,8 @@ _SECONDS_OF_COORDINATOR = 100
 # Probes of an idle connection: seconds until the first, seconds between them, probes without an answer until it ends;
 # milliseconds that what was sent may be without an answer.
 _PROBES = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 8000}
+_LONGEST_MESSAGE = 10**4
+_DONE: dict[str, Any] = {"done": True}
 _GOES_ON = "start all processes again with the same command, and the run goes on from its last checkpoint"
 
 
@@ -47,7 +50,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     """
     if coordinator is None and (num_processes is not None or process_id is not None):
         raise InputError("`num_processes` and `process_id` need `coordinator`=HOST:PORT, which process 0 opens")
-    if coordinator is None or num_processes == 1:
+    if coordinator is None:
         yield 1
         return
     if coordinator == AUTO:
@@ -55,17 +58,18 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
             raise InputError("`coordinator`=auto finds `num_processes` and `process_id` by itself: drop them")
         links = _recognised()
     else:
-        links = _at(coordinator, num_processes, process_id)
+        links = _at(*_checked(coordinator, num_processes, process_id))
     try:
-        yield processes.count()
+        links.start_jax()
+        yield links.count
+        links.end()
     except BaseException as error:
         links.fail(error)
         raise
-    links.end()
 
 
 def leave(code: int) -> None:
-    """Ends a process that failed, without waiting for the others of its run, which are gone or ending; does nothing
+    """Ends a process of a run that has others, without waiting for them, which are gone or ending too; does nothing
     where there are none.
     """
     if processes.are_joined():
@@ -83,17 +87,21 @@ def _recognised() -> "_Links":
             " `coordinator`=HOST:PORT, `num_processes` and `process_id`"
         ) from None
     count, number = processes.count(), processes.number()
+    if count == 1:
+        return _Links({}, 0, 1)
     host = processes.coordinator().rpartition(":")[0]
     server = _server(0, count) if number == 0 else None
     port = processes.from_first(lambda: server.getsockname()[1] if server else 0)
     if server is not None:
-        return _Links(_accepted(server, count), number)
-    return _Links({0: _called(host, port, count, number)}, number)
+        return _Links(_accepted(server, count), number, count)
+    return _Links({0: _called(host, port, count, number)}, number, count)
 
 
-def _at(coordinator: str, num_processes: int | None, process_id: int | None) -> "_Links":
-    """Processes that were told where the first one is. jax's own coordinator begins when all have come, because it
-    ends processes that wait in vain with a trace of its own.
+def _checked(coordinator: str, num_processes: int | None, process_id: int | None) -> tuple[str, int, int, int]:
+    """(host, port, number of processes, number of this one).
+
+    Raises:
+      InputError: impossible arguments.
     """
     host, _, given_port = coordinator.rpartition(":")
     if not host or not (given_port.isascii() and given_port.isdecimal() and 0 < int(given_port) < 2**16):
@@ -102,26 +110,33 @@ def _at(coordinator: str, num_processes: int | None, process_id: int | None) -> 
         raise InputError("`coordinator`=HOST:PORT needs `num_processes` and `process_id`")
     if not 0 <= process_id < num_processes:
         raise InputError(f"`process_id` must be at least 0 and below `num_processes`={num_processes}, got {process_id}")
-    if process_id == 0:
-        links = _accepted(_server(int(given_port), num_processes), num_processes)
+    return host, int(given_port), num_processes, process_id
+
+
+def _at(host: str, port: int, count: int, number: int) -> "_Links":
+    """Processes that were told where the first one is. jax's own coordinator begins when all have come, because it
+    ends processes that wait in vain with a trace of its own.
+    """
+    if count == 1:
+        return _Links({}, 0, 1)
+    if number == 0:
+        links = _accepted(_server(port, count), count)
         with _server(0, 1) as free:
-            port = free.getsockname()[1]
+            of_jax = free.getsockname()[1]
         for link in links.values():
-            _send(link, {"port": port})
+            with contextlib.suppress(OSError):  # whoever has died since is noticed as later
+                _send(link, {"port": of_jax})
     else:
-        link = _called(host, int(given_port), num_processes, process_id)
-        links, told = {0: link}, _receive(link)
+        link = _called(host, port, count, number)
+        links, told = {0: link}, _receive(link, SECONDS_TO_JOIN + _SECONDS_TO_LEAVE)
         if told is None or "port" not in told:
-            raise InputError((told or {}).get("sentence", "process 0 has ended before all processes had come"))
-        port = told["port"]
-    connected = _Links(links, process_id)
-    _initialise(
-        coordinator_address=f"{host}:{port}",
-        num_processes=num_processes,
-        process_id=process_id,
-        cluster_detection_method="deactivate",
-    )
-    return connected
+            ended = (
+                f"{host}:{port} does not answer as process 0 of a run: is `coordinator` right, and has it not ended?"
+            )
+            raise InputError((told or {}).get("sentence", ended))
+        of_jax = told["port"]
+    options = {"num_processes": count, "process_id": number, "cluster_detection_method": "deactivate"}
+    return _Links(links, number, count, {"coordinator_address": f"{host}:{of_jax}", **options})
 
 
 def _initialise(**options: Any) -> None:
@@ -139,16 +154,31 @@ class _Links:
     Messages are lines of JSON: {"code": exit code, "sentence": why all end}.
     """
 
-    def __init__(self, links: dict[int, socket.socket], number: int) -> None:
-        """Takes the connections, by the number of the process at the other end, and the number of this process."""
-        self._links, self._number = links, number
+    def __init__(
+        self, links: dict[int, socket.socket], number: int, count: int, options: dict[str, Any] | None = None
+    ) -> None:
+        """Takes the connections by the number of the process at the other end.
+
+        Args:
+          number: of this process.
+          count: of all.
+          options: with which jax is to be initialised, where it is not yet.
+        """
+        self._links, self._number, self.count, self._options = links, number, count, options
         self._ending = threading.Lock()  # taken once, by whoever ends this process
         self._threads = [threading.Thread(target=self._watch, args=link, daemon=True) for link in links.items()]
         for thread in self._threads:
             thread.start()
 
+    def start_jax(self) -> None:
+        if self._options is not None:
+            _initialise(**self._options)
+
     def _watch(self, peer: int, link: socket.socket) -> None:
         message = _receive(link) or {"code": PEER_DIED, "sentence": f"process {peer} has died: {_GOES_ON}"}
+        if message == _DONE:
+            _receive(link)  # until the other end closes
+            return
         if self._ending.acquire(blocking=False):
             self._tell(message)
             _exit(message)
@@ -182,10 +212,9 @@ class _Links:
                     thread.join(max(0.0, last - time.monotonic()))
 
     def end(self) -> None:
-        """Waits until all processes are done. That connections close from then on means nothing."""
+        """Waits until all processes are done. That a connection closes behind this message means nothing."""
         processes.meet("end")
-        self._ending.acquire(blocking=False)
-        processes.meet("left")
+        self._tell(_DONE)
 
 
 def _server(port: int, count: int) -> socket.socket:
@@ -208,22 +237,25 @@ def _accepted(server: socket.socket, count: int) -> dict[int, socket.socket]:
     try:
         with server:
             while len(links) < count - 1:
-                server.settimeout(max(0.01, last - time.monotonic()))
-                try:
-                    link, _ = server.accept()
-                except TimeoutError:
+                wait = max(0.0, last - time.monotonic())
+                ready, _, _ = select.select([server, *links.values()], [], [], wait)
+                for dead in [peer for peer, link in links.items() if link in ready]:
+                    links.pop(dead).close()  # nobody says anything yet, so this is its end
+                if not ready:
                     missing = ", ".join(str(number) for number in range(1, count) if number not in links)
                     raise InputError(
                         f"of {count} processes, number {missing} did not come within {SECONDS_TO_JOIN} seconds: start"
                         " all of them, each with its own `process_id` and all with the same `coordinator`"
-                    ) from None
-                link.settimeout(_SECONDS_TO_LEAVE)
-                hello = _receive(link) or {}
+                    )
+                if server not in ready:
+                    continue
+                link, _ = server.accept()
+                hello = _receive(link, _SECONDS_TO_LEAVE) or {}
                 number, of = hello.get("process"), hello.get("of")
                 if not isinstance(number, int) or not isinstance(of, int):
                     link.close()  # somebody else
                     continue
-                if of != count or number in links or number == 0:
+                if of != count or number in links or not 0 < number < count:
                     links[-1] = link
                     raise InputError(
                         f"a process says that it is number {number} of {of}, but process 0 expects each number below"
@@ -246,11 +278,12 @@ def _called(host: str, port: int, count: int, number: int) -> socket.socket:
             link = socket.create_connection((host.strip("[]"), port), timeout=max(1.0, last - time.monotonic()))
             _send(link, {"process": number, "of": count})
             return _watched(link)
-        except OSError as error:
-            if time.monotonic() > last:
+        except (OSError, UnicodeError) as error:  # the second is of a name that no host can have
+            if time.monotonic() > last or isinstance(error, UnicodeError):
+                reason = getattr(error, "strerror", None) or error
                 raise InputError(
                     f"process {number} did not reach process 0 at {host}:{port} within {SECONDS_TO_JOIN} seconds"
-                    f" ({error.strerror or error}): start process 0, and give its address as `coordinator`"
+                    f" ({reason}): start process 0, and give its address as `coordinator`"
                 ) from None
             time.sleep(0.5)
 
@@ -269,15 +302,17 @@ def _send(link: socket.socket, message: dict[str, Any]) -> None:
     link.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(link: socket.socket) -> dict[str, Any] | None:
-    """The next message; None where the connection has ended, or brings something else."""
-    line = b""
+def _receive(link: socket.socket, seconds: float | None = None) -> dict[str, Any] | None:
+    """The next message; None where the connection has ended, brings something else, or nothing for so many seconds."""
+    line, last = b"", time.monotonic() + (seconds or 0)
     try:
         while not line.endswith(b"\n"):
+            link.settimeout(None if seconds is None else max(0.001, last - time.monotonic()))
             part = link.recv(1)  # no more than one line, because another message may stand behind it
-            if not part or len(line) > 10**5:
+            if not part or len(line) > _LONGEST_MESSAGE:
                 return None
             line += part
+        link.settimeout(None)
         message = json.loads(line)
     except (OSError, ValueError):
         return None
@@ -285,9 +320,11 @@ def _receive(link: socket.socket) -> dict[str, Any] | None:
 
 
 def _exit(message: dict[str, Any]) -> None:
-    print(f"\ndpgemma: {as_flags(message['sentence'])}", file=sys.stderr)
-    _flush()
-    os._exit(message["code"])
+    try:
+        print(f"\ndpgemma: {as_flags(message['sentence'])}", file=sys.stderr)
+        _flush()
+    finally:  # whoever read standard error may be gone too
+        os._exit(message["code"])
 
 
 def _flush() -> None:

@@ -1,6 +1,9 @@
 """A trace of a few steps, for TensorBoard or Perfetto: which operations took how long."""
 
+import contextlib
 import pathlib
+import sys
+from collections.abc import Iterator
 
 import jax
 
@@ -24,12 +27,23 @@ class Profile(Silent):
     def step(self, released: Released, private: Private) -> None:
         self._seen += 1
         if self._seen == 1 and self.folder is not None:
-            jax.profiler.start_trace(self.folder)
-            self._is_recording = True
+            with _warned():
+                jax.profiler.start_trace(self.folder)
+                self._is_recording = True
         elif self._seen == 1 + self._steps:
             self.end()
 
     def end(self) -> None:
         if self._is_recording:
-            jax.profiler.stop_trace()
             self._is_recording = False
+            with _warned():
+                jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    """A trace that cannot be written costs a warning, not the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        print(f"warning: the trace cannot be written ({str(error)[:150]})", file=sys.stderr, flush=True)

@@ -147,7 +147,7 @@ def _tell(name: str, compute: Callable[[], Any]) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    return str(error) if isinstance(error, InputError) else f"process {number()} failed: {error!r}"
+    return str(error) if isinstance(error, InputError) else f"process {number()} failed: {type(error).__name__}"
 
 
 def _hear(name: str, teller: int = 0) -> Any:

@@ -66,6 +66,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and processes.count() > 1:
+            return  # other processes cannot be waited for: they are told why this one ends
         try:
             self._manager.close()
         except Exception:  # of a write that nobody waited for: what ended the run is told instead
@@ -179,10 +181,18 @@ class Checkpoints:
 
     def _sound_state(self, step: int, template: Any, ledger: Ledger | None) -> tuple[TrainState | None, str | None]:
         """The state of a checkpoint; None, and why, if a run must not go on from it."""
-        state, meta, fault = self._read(step, template)
-        faults = [found for found in processes.from_all(lambda: fault) if found]
-        if faults or state is None:
-            return None, f"cannot be read ({faults[0]})"
+        if processes.count() > 1:  # which read together: none may fail alone
+            fault = processes.from_first(lambda: self._fault_of_files(step, ledger))
+            if fault is not None:
+                return None, fault
+        state, meta, reason = self._read(step, template)
+        if state is None and processes.count() > 1:
+            raise InputError(
+                f"process {processes.number()} cannot read checkpoint {step} in {self._directory} ({reason}): restore"
+                " it, or remove its folder, and the run goes on from the one before it"
+            )
+        if state is None:
+            return None, f"cannot be read ({reason})"
         sha256 = digests(state.as_dict())["state_sha256"]
         fault = processes.from_first(lambda: self._fault(step, meta, sha256, ledger))
         return (state, None) if fault is None else (None, fault)
@@ -201,6 +211,14 @@ class Checkpoints:
         except Exception as error:  # whatever the storage layers raise on damaged files
             return None, {}, _reason(error)
         return state, meta, None
+
+    def _fault_of_files(self, step: int, ledger: Ledger | None) -> str | None:
+        """Whether files are not those that the ledger recorded, where it did: a sentence, or None."""
+        assert ledger is not None
+        recorded = [each for each in ledger.records if each["kind"] == events.STORED and each["step"] == step]
+        if not recorded or run_files.folder_digest(self._directory / str(step)) == recorded[-1]["files_sha256"]:
+            return None
+        return "has other files than the ledger recorded"
 
     def _fault(self, step: int, meta: dict[str, Any], state_sha256: str, ledger: Ledger | None) -> str | None:
         """Why a run must not go on from a checkpoint; None if it may."""

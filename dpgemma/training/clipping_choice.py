@@ -108,8 +108,14 @@ def measure(objective: Objective, mesh: str, ways: Sequence[Way], limit: float |
     )
     units = max(size for _, size in ways) * place.rows(devices)
     batch = Batch.of_rows(objective.noise_rows(units), np.ones(units, bool))
-    limit = memory.limit(devices) if limit is None else limit
+    limit = _least_limit(devices) if limit is None else limit
     return [_trial(way, objective, trainable, frozen, batch, devices, limit) for way in ways]
+
+
+def _least_limit(devices: Mesh) -> float | None:
+    """Of all processes, so that each of them refuses the ways that any of them has to."""
+    limits = [limit for limit in processes.from_all(lambda: memory.limit(devices)) if limit is not None]
+    return min(limits, default=None)
 
 
 def _filled(leaf: Any, sharding: Any, dtype: Any) -> jax.Array:
@@ -122,6 +128,8 @@ def _trial(
     try:
         return _timed(way, objective, trainable, frozen, batch, mesh, limit)
     except jax.errors.JaxRuntimeError as error:  # an accelerator without enough memory says so here
+        if processes.count() > 1:
+            raise  # others may be in the midst of the program
         return Trial(*way, refused=str(error).splitlines()[0][:100])
 
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -263,3 +264,26 @@ def test_two_jobs_do_not_train_one_run(text, tmp_path):
     runs.ended(first)
     for code, _, errors in second:
         assert code == 2 and "another process is training" in errors, second
+
+
+@pytest.mark.slow
+def test_somebody_else_at_the_coordinators_address_is_refused(text, tmp_path):
+    with socket.create_server(("", 0)) as silent:
+        address = f"--coordinator=localhost:{silent.getsockname()[1]}"
+        given = [*flags(text, tmp_path / "run", mesh="data:2"), address, "--num_processes=2", "--process_id=1"]
+        command = [sys.executable, "-c", IMPATIENT, *map(str, given)]
+        done = subprocess.run(command, env=runs.ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "does not answer as process 0 of a run" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_part_of_a_checkpoint_that_is_damaged_sets_all_of_it_aside(text, tmp_path):
+    given = flags(text, tmp_path / "run", mesh="data:2")
+    assert [code for code, *_ in runs.ended(runs.start_together(2, *given))] == [0, 0]
+    parts = [path for path in (tmp_path / "run/checkpoints/4/state/ocdbt.process_1/d").iterdir() if path.is_file()]
+    for part in parts:
+        part.write_bytes(bytes(byte ^ 255 for byte in part.read_bytes()))
+    outcomes = runs.ended(runs.start_together(2, *given), seconds=90)
+    assert parts and [code for code, *_ in outcomes] == [0, 0], outcomes
+    assert "checkpoint 4 has other files than the ledger recorded" in outcomes[0][2]
+    assert "resuming at step 2 of 4" in outcomes[0][2] and runs.run("audit", tmp_path / "run").returncode == 0
