@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import processes
 from dpgemma.sharding.rules import MeshShape, wanted
-from dpgemma.training import clipping_choice, environment, memory
+from dpgemma.training import agreement, clipping_choice, environment, memory
 from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
 from dpgemma.training.observers import Observer
@@ -32,9 +31,6 @@ from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.settings import Settings
 from dpgemma.training.trainer import Trainer
-
-# After which a shared disk shows everybody what was written.
-SECONDS_TO_SEE = 60
 
 
 def prepare(
@@ -95,8 +91,8 @@ def _prepare(
     )
     objective = _on(objective, mesh_lib.shape(named.mesh))
     path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
-    _check_agreement("settings", named.as_dict() | {"workdir": str(path), "epsilon_given": epsilon_given})
-    _check_agreement("environment", environment.description(mesh_lib.shape(named.mesh)))
+    agreement.on_settings(named.as_dict() | {"workdir": str(path), "epsilon_given": epsilon_given})
+    agreement.on_environment(environment.description(mesh_lib.shape(named.mesh)))
     run: RunDirectory | None = None
 
     def begin() -> dict[str, Any]:
@@ -134,8 +130,8 @@ def _prepare(
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
     facts = start_event(plan, config, objective, held_out.num_units, secret_keys=told["secret"], seal_key=seal_key)
-    _check_agreement("data", fingerprint)
-    _check_agreement("settings", config | {"init_from's content": facts["init_sha256"]})
+    agreement.on_data(fingerprint)
+    agreement.on_settings(config | {"init_from's content": facts["init_sha256"]})
 
     def create_or_check() -> None:
         nonlocal run
@@ -147,7 +143,7 @@ def _prepare(
 
     processes.from_first(create_or_check)
     run = run or RunDirectory(path)  # that of the first process, which has it locked
-    _check_shared(run)
+    agreement.on_folder(run)
     remarks = _remarks(source)
     if processes.is_first():
         run.remark(remarks)
@@ -160,50 +156,6 @@ def _prepare(
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     return Trainer(plan, objective, training, run, observers, held_out=held_out)
-
-
-def _check_agreement(subject: str, mine: Any) -> None:
-    """Refuses processes of one run that do not agree on something.
-
-    Raises:
-      InputError: names a process and what differs there.
-    """
-    of_first, *others = processes.from_all(lambda: mine)
-    for number, other in enumerate(others, 1):
-        if other == of_first:
-            continue
-        if subject == "data":  # may lie elsewhere
-            raise InputError(
-                f"process {number} reads other data than process 0: give the same content to all processes"
-            )
-        if subject == "environment":
-            found = environment.differing(other, of_first)
-            raise InputError(f"process {number} runs in another environment than process 0 ({found}): make them equal")
-        names = [name for name in of_first if name != "data" and other[name] != of_first[name]]
-        if names:
-            found = ", ".join(f"{name} ({other[name]} instead of {of_first[name]})" for name in names)
-            raise InputError(f"process {number} has other settings than process 0: {found}; give all the same flags")
-
-
-def _check_shared(run: RunDirectory) -> None:
-    """Refuses a run's folder that not all of its processes see.
-
-    Raises:
-      InputError: names a process that does not.
-    """
-    of_first = processes.from_first(run.opening)
-
-    def see() -> None:
-        last = time.monotonic() + SECONDS_TO_SEE
-        while run.opening() != of_first:
-            if time.monotonic() > last:
-                raise InputError(
-                    f"process {processes.number()} does not see {run.path} as process 0 has written it: give a"
-                    " `workdir` on a disk that all processes share"
-                )
-            time.sleep(0.5)
-
-    processes.from_all(see)
 
 
 def _remarks(source: InMemory) -> list[str]:

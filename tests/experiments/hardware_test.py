@@ -160,6 +160,7 @@ def test_a_plan_for_gpus_follows_from_shapes():
     assert any("nothing was compiled" in each for each in found["assumptions"])
 
 
+@pytest.mark.slow
 def test_on_this_computer_a_step_is_compiled_and_timed():
     found = json.loads(
         planned(

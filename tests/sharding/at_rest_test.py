@@ -14,6 +14,7 @@ from tests.sharding import eight
 from tests.training import step_test
 
 
+@pytest.mark.slow
 def test_the_bits_of_a_step_do_not_depend_on_where_its_state_lies():
     whole = "Step('data:1', spread=False).run(3).digest()"
     spread = "Step(mesh).run(3).digest() for mesh in ('data:8', 'slice:2,data:4')"

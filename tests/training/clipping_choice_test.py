@@ -149,7 +149,7 @@ def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
         pytest.param(
             dict(clipping="per_layer", clip_thresholds="dimension", clip_scaling="automatic"), marks=pytest.mark.slow
         ),
-        dict(clip_quantile=0.5, clip_norm=0.01, batch_size=24),
+        pytest.param(dict(clip_quantile=0.5, clip_norm=0.01, batch_size=24), marks=pytest.mark.slow),
     ],
     ids=["ghost", "per_layer_automatic", "adaptive"],
 )

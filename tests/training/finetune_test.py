@@ -191,6 +191,7 @@ def test_full_fine_tuning_exports_the_whole_model(base, data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_chat_data_and_chat_prompts(base, tmp_path):
     path = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "who came back?"}, {"role": "assistant", "content": "the patient"}]

@@ -197,8 +197,8 @@ IMPATIENT = """
 import sys
 from dpgemma import cli
 from dpgemma.commands import peers
-from dpgemma.training import prepare
-peers.SECONDS_TO_JOIN = prepare.SECONDS_TO_SEE = 3
+from dpgemma.training import agreement
+peers.SECONDS_TO_JOIN = agreement.SECONDS_TO_SEE = 3
 cli.entry_point()
 """
 
@@ -217,9 +217,9 @@ def impatient(count, *given, missing=(), **options):
     "missing, changes, sentence",
     [
         ([1], {}, "number 1 did not come within 3 seconds"),
-        ([0], {}, "did not reach process 0 at localhost"),
+        slow([0], {}, "did not reach process 0 at localhost"),
         ([], {1: ["--num_processes=3"]}, "says that it is number 1 of 3"),
-        ([], {1: ["--process_id=2"]}, "below --num_processes=2, got 2"),
+        slow([], {1: ["--process_id=2"]}, "below --num_processes=2, got 2"),
     ],
 )
 def test_processes_that_do_not_come_together_are_refused(missing, changes, sentence, text, tmp_path):
