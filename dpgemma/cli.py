@@ -1,7 +1,7 @@
 """The program `dpgemma COMMAND --flags`.
 
 Exit codes: 0 done, 1 the check found something or a run of a sweep failed, 2 bad input, 3 another process of the run
-died. Nothing heavy is imported before a command runs, so that --help answers at once.
+died or failed. Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
 import importlib

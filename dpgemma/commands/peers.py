@@ -151,7 +151,7 @@ def _initialise(**options: Any) -> None:
 class _Links:
     """Connections of this process: of the first one to each other process, of another one to the first.
 
-    Messages are lines of JSON: {"code": exit code, "sentence": why all end}.
+    Messages are lines of JSON: {"code": exit code, "sentence": why all end}, or _DONE from a process that ended well.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ class _Links:
             thread.start()
 
     def start_jax(self) -> None:
+        """Joins the processes for jax, where a cluster has not done so; connections are watched already."""
         if self._options is not None:
             _initialise(**self._options)
 

@@ -2,6 +2,11 @@
 
 Alone, a process agrees with itself.
 
+Formal guarantee: processes whose flags, environments or data differ take no step together, so keys that are bound to
+those of the first process are bound to those of all. Tested by tests/training/processes_test.py::
+test_processes_that_do_not_agree_are_named_before_the_first_step and
+::test_processes_in_other_environments_are_named_before_the_first_step.
+
 Raises, in every function: InputError names a process and what differs there.
 """
 

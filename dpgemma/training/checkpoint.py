@@ -77,8 +77,11 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, ledger: Ledger | None, **facts: Any) -> None:
         """Begins to save the state after `step` updates, bound to the ledger's head at a new checkpoint event.
 
-        Once it returns, the state's memory may be used again: files are written while training goes on. They enter the
-        ledger before the next checkpoint begins, or at `settle`: at a step that does not depend on how long steps took.
+        Once it returns, the state's memory may be used again: files are written while training goes on.
+
+        Formal guarantee: files enter the ledger before the next checkpoint begins, or at `settle`, so where their event
+        stands among the steps does not depend on how long a step took, which tells how many units it had. Tested by
+        tests/training/checkpoint_test.py::test_files_enter_the_ledger_at_a_step_that_no_clock_decides.
 
         Args:
           ledger: None in the processes that are not the first.

@@ -50,6 +50,11 @@ def description(mesh: MeshShape, sums_are_exact: bool = True, num_processes: int
     the mesh is divided among processes, so the number of processes is part of it too. Whole numbers have one sum in any
     order.
 
+    Formal guarantee: another mesh, another number of threads, and another number of processes where they add floats are
+    other environments, so that keys and charges follow them. Tested by tests/training/moving_test.py::
+    test_meshes_variables_and_settings_that_change_roundings_are_part_of_the_environment and
+    ::test_the_number_of_processes_is_part_of_the_environment_where_floats_are_added_over_them.
+
     Args:
       mesh: of the run.
       sums_are_exact: whether the run adds up whole numbers.

@@ -113,6 +113,11 @@ def bytes_on_one_device(arrays: Any) -> int:
     )
 
 
+def of_this_computer() -> float | None:
+    """Bytes of its memory; None where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
 def limit(mesh: Mesh) -> float | None:
     """Bytes that one device may use; None where it does not say.
 
@@ -120,10 +125,9 @@ def limit(mesh: Mesh) -> float | None:
     """
     device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     if device.platform == "cpu":
-        if not hasattr(os, "sysconf"):
-            return None
         local = sum(each.process_index == device.process_index for each in mesh.devices.flat)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+        memory = of_this_computer()
+        return None if memory is None else memory / local
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return None if limit is None else float(limit)
 

@@ -156,7 +156,12 @@ class Record:
         )
 
     def step_keys(self) -> Keys:
-        """The keys of batches and noise of the steps that follow."""
+        """The keys of batches and noise of the steps that follow.
+
+        Formal guarantee: all processes of a run have the keys that RunDirectory.step_keys binds in the first one, so
+        that they deal out one draw and add one noise. Tested by tests/training/processes_test.py::
+        test_the_states_of_a_run_do_not_depend_on_the_number_of_processes.
+        """
 
         def bound() -> dict[str, str]:
             return self.run.step_keys(self._ledger.records[0], self._ledger.history.lineage).as_hex()

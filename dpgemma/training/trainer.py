@@ -181,6 +181,10 @@ class Trainer:
         """The number of units of batch t, and the batch on its way to the devices.
 
         Every process draws the whole batch, and reads the units of its own devices.
+
+        Formal guarantee: each drawn unit lies on exactly one row of devices, of whatever process. Tested by
+        tests/data/data_test.py::test_the_rows_of_devices_hold_their_own_parts and
+        tests/training/processes_test.py::test_the_states_of_a_run_do_not_depend_on_the_number_of_processes.
         """
         units = sampler_of(self.mechanism.sampling).draw(key, t)
         rows = place.rows(self.mesh)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 
 from accounting.errors import InputError
@@ -117,5 +116,6 @@ def parse(text: str, slices: int = 1) -> Topology:
 
 def _part_of_this_computer(devices: int) -> Chip:
     """One of the devices that share this computer's memory; nobody says how fast it is."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    return Chip(memory, flops=math.nan, link=math.nan, network=None)
+    from dpgemma.training import memory
+
+    return Chip((memory.of_this_computer() or math.inf) / devices, flops=math.nan, link=math.nan, network=None)

@@ -4,7 +4,8 @@
 #
 #   HOSTS="node1 node2" experiments/launch/ssh.sh --model=vaultgemma_1b --data=/shared/notes.txt --workdir=/shared/run
 #
-# PORT has to be free on the first machine, and the machines have to reach each other's ports. When one process ends with an error, all end; the same command goes on.
+# PORT has to be free on the first machine, and the machines have to reach each other's ports. When one process ends with
+# an error, all end; the same command goes on.
 set -euo pipefail
 read -ra hosts <<<"${HOSTS:?name the machines, the first one keeps the record: HOSTS=\"node1 node2\"}"
 directory=${DIRECTORY:-$PWD} program=${PROGRAM:-.venv/bin/dpgemma} port=${PORT:-7651}

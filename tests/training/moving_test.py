@@ -189,10 +189,8 @@ def test_meshes_variables_and_settings_that_change_roundings_are_part_of_the_env
     """Each was seen to change the bits of a step, but the last, of which none may."""
     plain = environment.description(MeshShape(2))
     threads = max(2, len(os.sched_getaffinity(0)))
-    assert (
-        f"{threads} threads" in plain
-        and len({environment.description(MeshShape(*n)) for n in [(1,), (2,), (1, 2)]}) == 3
-    )
+    assert f"{threads} threads" in plain
+    assert len({environment.description(MeshShape(*n)) for n in [(1,), (2,), (1, 2)]}) == 3
     names = "NPROC", "PJRT_NPROC", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "JAX_REMAT3", "LIBTPU_INIT_ARGS"
     for name in names:
         monkeypatch.setenv(name, "1")

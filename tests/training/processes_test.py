@@ -32,7 +32,7 @@ def has_step(workdir, step):
 
 # Trains with keys that are known, which no flag does, so that two runs can be compared.
 WITH_KNOWN_KEYS = """
-import math, sys
+import sys
 from dpgemma.commands import command_flags, peers, process
 from absl import flags
 from dpgemma.privacy.keys import Keys
@@ -69,6 +69,14 @@ def with_known_keys(count, text, workdir, **changes):
     return {record["step"]: record["state_sha256"] for record in saved}, measured
 
 
+def begun(text, workdir):
+    """Flags and processes of a long run of two that has taken a few steps."""
+    given = flags(text, workdir, steps=400, mesh="data:2", checkpoint_every=399)
+    processes = runs.start_together(2, *given)
+    runs.wait_for(lambda: has_step(workdir, 3), processes[0])
+    return given, processes
+
+
 def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
@@ -93,9 +101,7 @@ def test_the_states_of_a_run_do_not_depend_on_the_number_of_processes(count, mes
     assert with_known_keys(count, text, tmp_path / "together", **changes) == alone
 
 
-@pytest.mark.parametrize(
-    "victim, count", [(1, 2), pytest.param(0, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("victim, count", [(1, 2), slow(0, 2), slow(2, 4)])
 def test_none_outlives_another_and_another_number_of_processes_goes_on(victim, count, text, tmp_path):
     workdir = tmp_path / "run"
     processes = runs.start_together(count, *flags(text, workdir, steps=60, mesh=f"data:{count}", checkpoint_every=5))
@@ -122,9 +128,7 @@ def test_none_outlives_another_and_another_number_of_processes_goes_on(victim, c
 @pytest.mark.slow
 def test_a_signal_to_one_process_saves_the_run_and_ends_all(text, tmp_path):
     workdir = tmp_path / "run"
-    given = flags(text, workdir, steps=400, mesh="data:2", checkpoint_every=399)
-    processes = runs.start_together(2, *given)
-    runs.wait_for(lambda: has_step(workdir, 3), processes[0])
+    _, processes = begun(text, workdir)
     processes[1].send_signal(signal.SIGTERM)
     outcomes = runs.ended(processes, seconds=60)
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
@@ -194,7 +198,6 @@ def test_impossible_ways_of_joining_are_refused(given, sentence, text, tmp_path)
 
 # Waits for others for seconds, not minutes.
 IMPATIENT = """
-import sys
 from dpgemma import cli
 from dpgemma.commands import peers
 from dpgemma.training import agreement
@@ -254,10 +257,7 @@ def test_a_folder_that_the_processes_do_not_share_is_refused(text, tmp_path):
 
 @pytest.mark.slow
 def test_two_jobs_do_not_train_one_run(text, tmp_path):
-    workdir = tmp_path / "run"
-    given = flags(text, workdir, steps=400, mesh="data:2", checkpoint_every=399)
-    first = runs.start_together(2, *given)
-    runs.wait_for(lambda: has_step(workdir, 1), first[0])
+    given, first = begun(text, tmp_path / "run")
     second = runs.ended(runs.start_together(2, *given), seconds=60)
     for process in first:
         process.kill()
