@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpgemma.privacy import operations
+from dpgemma.privacy import norms, operations
 from dpgemma.privacy.operations import EMBEDDING, HEAD, LINEAR, PRECISION, VECTOR
 from dpgemma.privacy.tracking import UntrackedUse, Use
 
@@ -84,10 +84,14 @@ def norm_rule(rows: int, fan_in: int, fan_out: int, platform: str) -> str:
 
 
 def _square_sum(x: jax.Array) -> Any:
-    """Sum of squares over all axes, one axis after the other: no sum is longer than an axis."""
-    x = jnp.square(x.astype(jnp.float32))
+    """Sum of squares over all axes."""
+    return _by_axes(jnp.square(x.astype(jnp.float32)))
+
+
+def _by_axes(x: jax.Array) -> Any:
+    """Sum over all axes, one axis after the other: no sum is longer than an axis."""
     while x.ndim:
-        x = x.sum(axis=-1)
+        x = norms.apart(x.sum(axis=-1))
     return x
 
 
@@ -110,7 +114,7 @@ def _gram(x_TxP: jax.Array, g_KxTxQ: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (total + _dot("tq,sq->ts", g_TxQ, g_TxQ), None)
 
     gram_TxT, _ = jax.lax.scan(of_chunk, jnp.zeros((length, length)), g_KxTxQ)
-    square = (_dot("tp,sp->ts", x_TxP, x_TxP) * gram_TxT).sum(axis=-1).sum()
+    square = _by_axes(_dot("tp,sp->ts", x_TxP, x_TxP) * gram_TxT)
     terms = jnp.sum(jnp.square(_lengths(x_TxP)) * jnp.diagonal(gram_TxT))
     return square, jnp.maximum(terms, square) * _sum_error(
         x_TxP.shape[1], g_KxTxQ.shape[0], g_KxTxQ.shape[2], 4 * length
@@ -126,7 +130,7 @@ def _product_norms(x_TxP: jax.Array, g_KxTxQ: jax.Array, platform: str) -> Norms
     missed = _unit_roundoff(x_TxP.dtype) + 2 * _sum_error(length)
     missed *= 1 + _sum_error(x_TxP.shape[1], chunks, size, length)  # the lengths below are sums themselves
     x_lengths = _lengths(x_TxP)
-    g_lengths = jnp.sqrt(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1).sum(axis=0))
+    g_lengths = jnp.sqrt(norms.apart(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1)).sum(axis=0))
     # Squares below the smallest float32 vanish, however large the numbers that they are multiplied with.
     x_whole, g_whole = jnp.linalg.norm(x_lengths), jnp.linalg.norm(g_lengths)
     flushed = _FLUSHED * (math.sqrt(g_KxTxQ.size) * x_whole + math.sqrt(x_TxP.size) * g_whole)
@@ -161,7 +165,7 @@ def _tied_norms(rows: dict[str, Any], head: dict[str, Any], platform: str) -> No
         ids_T // chunk, :, ids_T % chunk
     ]  # the head's delta at every t for the word at input position s
     rows_SxD = _dot("st,td->sd", delta_SxT, h_TxD)
-    cross = jnp.sum((g_TxD.astype(jnp.float32) * rows_SxD).sum(axis=-1))
+    cross = _by_axes(g_TxD.astype(jnp.float32) * rows_SxD)
     slack = jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD)) * _sum_error(*g_TxD.shape, 2 * len(ids_T))
     # Both miss the exact gradient in the same entries, so their distances add.
     radius = jnp.sqrt(one.radius_square) + jnp.sqrt(two.radius_square)

@@ -102,7 +102,8 @@ def _with_squares_backward(_: Any, gradient: jax.Array) -> tuple[Any, Any]:
         # may not.
         kind = jnp.finfo(gradient.dtype)
         rounded = jax.lax.reduce_precision(rounded, kind.nexp, kind.nmant)
-    return rounded.astype(gradient.dtype), norms.column_squares(rounded)
+    stored = rounded.astype(gradient.dtype)
+    return stored, norms.column_squares(stored if norms.is_long(stored.shape) else rounded)
 
 
 _with_squares.defvjp(lambda w, tap: (w, None), _with_squares_backward)
