@@ -370,13 +370,23 @@ MUTATIONS = (
     ),
     Mutation(
         "sums over devices", "what is held whole at rest is not added up", "dpgemma/sharding/place.py",
-        "return jax.lax.psum(one[0], over)", "return one[0]",
+        "return jax.lax.psum(part, over) if over else part", "return part",
         ("tests/privacy/exact_sum_test.py", "-k", "depend_on_devices"),
     ),
     Mutation(
         "sums over devices", "sums of slices are not added up", "dpgemma/sharding/place.py",
-        "return jax.lax.psum(part, SLICE_AXIS) if SLICE_AXIS in over else part", "return part",
+        "over = tuple(axis for axis in over if axis != DATA_AXIS)", "over = ()",
         ("tests/sharding/tensor_test.py", "-k", "depend_on_the_mesh and vaultgemma"),
+    ),
+    Mutation(
+        "sums over devices", "a fully sharded sum holds units twice", "dpgemma/sharding/place.py",
+        "return jax.lax.psum_scatter(whole,", "return 2 * jax.lax.psum_scatter(whole,",
+        ("tests/sharding/tensor_test.py", "-k", "fully_sharded"),
+    ),
+    Mutation(
+        "norms", "compilers may join sums of sums", "dpgemma/privacy/norms.py",
+        "return jax.lax.optimization_barrier(summed)", "return summed",
+        ("tests/privacy/norms_test.py", "-k", "join_no_sums"),
     ),
     Mutation(
         "audit", "seals outside the chain are not looked at", "accounting/audit/seal_checks.py",

@@ -284,7 +284,7 @@ def clipped_sum(
         by it, or slots that do not divide into microbatches.
       tracking.UntrackedUse: "ghost" or "per_layer" where a parameter is used by anything but privacy.operations.
     """
-    if shards is not None and how.name not in (GHOST, PER_LAYER):
+    if any(shards or ()) and how.name not in (GHOST, PER_LAYER):
         raise ValueError(
             f"{how.name} holds whole gradients, which sharded parameters are meant to avoid: use {GHOST} or {PER_LAYER}"
         )

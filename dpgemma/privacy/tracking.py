@@ -139,6 +139,17 @@ def _once_jvp(name: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
     )
 
 
+def gathered_where_used(frozen: Any, shards: list[Any]) -> Any:
+    """The tree of parameters that are not trained, of which those that are shards are boxed.
+
+    Args:
+      shards: for every leaf the axis that is spread over devices, or None.
+    """
+    if not any(shards):
+        return frozen
+    return boxes(frozen, [{} for _ in shards], keep=False, shards=shards)
+
+
 def leaf_names(tree: Any) -> list[str]:
     """Names of a tree's leaves in order, path entries joined by slashes."""
     return [

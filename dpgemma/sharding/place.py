@@ -10,7 +10,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from accounting.errors import InputError
-from dpgemma.sharding.rules import AT_REST, DATA_AXIS, MAY_STAY_WHOLE, MODEL_AXIS, REPLICATED, RULES, SLICE_AXIS, TENSOR
+from dpgemma.sharding.rules import (
+    AT_REST,
+    AXES_OF_ROWS,
+    DATA_AXIS,
+    FSDP_AXIS,
+    FULLY_SHARDED,
+    MAY_STAY_WHOLE,
+    MODEL_AXIS,
+    REPLICATED,
+    RULES,
+    TENSOR,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +30,7 @@ class Layout:
 
     At rest are the parameters that are trained, the moments of the optimizer and the noised sum: these are spread over
     the data axis as well, so that no device holds or updates all of them (Rajbhandari et al. 2020, arXiv 1910.02054).
+    With an fsdp axis in its place, parameters are spread in use as they are at rest.
 
     >>> from jax.sharding import AbstractMesh
     >>> layout = Layout(AbstractMesh((2,), ("data",)))
@@ -28,13 +40,15 @@ class Layout:
     (None, None, 'data')
 
     Attributes:
-      mesh: with the data axis, and the other axes of rules.AXES that have more than one device.
+      mesh: with the data or fsdp axis, and the other axes of rules.AXES that have more than one device.
     """
 
     mesh: Any
 
     @property
     def name(self) -> str:
+        if FSDP_AXIS in self.mesh.shape:
+            return FULLY_SHARDED
         return TENSOR if MODEL_AXIS in self.mesh.shape else REPLICATED
 
     def in_use(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
@@ -44,6 +58,9 @@ class Layout:
           ValueError: an axis that the layout has no rule for.
           InputError: an axis that does not divide among the devices.
         """
+        return self.at_rest(axes, shape) if self.name == FULLY_SHARDED else self._by_rules(axes, shape)
+
+    def _by_rules(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
         rules = RULES[self.name]
         unknown = [axis for axis in axes if axis not in rules]
         if unknown:
@@ -66,17 +83,18 @@ class Layout:
         return max(count for count in range(1, most) if size % count == 0)
 
     def at_rest(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
-        """How it is spread otherwise: over the data axis too, along the first axis of AT_REST that divides among its
-        devices. An array without one is held as in use.
+        """How it is spread otherwise: over the data or fsdp axis too, along the first axis of AT_REST that divides
+        among its devices. An array without one is spread no further.
 
         Raises:
           ValueError, InputError: as in_use.
         """
-        spec, devices = list(self.in_use(axes, shape)), self.mesh.shape[DATA_AXIS]
+        over = FSDP_AXIS if self.name == FULLY_SHARDED else DATA_AXIS
+        spec, devices = list(self._by_rules(axes, shape)), self.mesh.shape[over]
         for axis in AT_REST:
             place = axes.index(axis) if axis in axes else None
             if place is not None and spec[place] is None and shape[place] % devices == 0:
-                spec[place] = DATA_AXIS
+                spec[place] = over
                 break
         return PartitionSpec(*spec)
 
@@ -182,7 +200,15 @@ SHARED = PartitionSpec()
 
 def axes_of_rows(mesh: Mesh) -> tuple[str, ...]:
     """The axes of the mesh over which units are spread."""
-    return tuple(axis for axis in (SLICE_AXIS, DATA_AXIS) if axis in mesh.shape)
+    return tuple(axis for axis in AXES_OF_ROWS if axis in mesh.shape)
+
+
+def axes_in_step(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of rows along which devices go through loops equally often, because inside of them they wait for each
+    other: for parts of one unit's work, which the compiler divides, or for each other's shards.
+    """
+    waits = FSDP_AXIS in mesh.shape or (MODEL_AXIS in mesh.shape and not is_one_row(mesh))
+    return axes_of_rows(mesh) if waits else ()
 
 
 def rows(mesh: Mesh) -> int:
@@ -200,6 +226,34 @@ def specs(shardings: Any) -> Any:
     return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
+def of_rows(specs: Any) -> Any:
+    """What specs say of the axes of rows alone: the parts that each row of devices holds."""
+    return jax.tree.map(
+        lambda spec: PartitionSpec(*(names if names in AXES_OF_ROWS else None for names in spec)), specs
+    )
+
+
+def shards(specs: Any) -> "list[Gathered | None]":
+    """For every leaf the axis of which a row of devices holds a shard, or None."""
+
+    def of_leaf(spec: PartitionSpec) -> Gathered | None:
+        spread = [(names, axis - len(spec)) for axis, names in enumerate(spec) if names in AXES_OF_ROWS]
+        return Gathered(*spread[0]) if spread else None
+
+    return [of_leaf(spec) for spec in jax.tree.leaves(specs)]
+
+
+def side_by_side(mesh: Mesh, specs: Any) -> Any:
+    """Specs of sums with a leading axis in front: of rows of devices that have sums of their own, or of slices where a
+    sum is spread over the devices of a slice already.
+    """
+
+    def of_leaf(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(tuple(axis for axis in axes_of_rows(mesh) if axis not in spec), *spec)
+
+    return jax.tree.map(of_leaf, specs)
+
+
 def is_one_row(mesh: Mesh) -> bool:
     """Whether all units lie on one row of devices along the model axis, so that nothing is added up over rows."""
     return MODEL_AXIS in mesh.shape and rows(mesh) == 1
@@ -213,22 +267,23 @@ def sum_over_rows(mesh: Mesh, stacked: Any, in_use: Any, at_rest: Any) -> Any:
     test_a_sum_does_not_depend_on_the_mesh.
 
     Args:
-      stacked: tree of [rows, ...], each row's sums on its own devices.
+      stacked: tree of [rows, ...], each row's sums on its own devices; of what is spread over the devices of an fsdp
+        axis, [slices, ...] and sums over that axis already.
       in_use, at_rest: specs of the sums of one row, and of the result.
     """
 
-    def of_leaf(one: jax.Array, spec: PartitionSpec) -> jax.Array:
-        axis = next((number for number, names in enumerate(spec) if names == DATA_AXIS), None)
-        if axis is None:
-            return jax.lax.psum(one[0], over)
-        part = jax.lax.psum_scatter(one[0], DATA_AXIS, scatter_dimension=axis, tiled=True)
-        return jax.lax.psum(part, SLICE_AXIS) if SLICE_AXIS in over else part
+    def of_leaf(one: jax.Array, held: PartitionSpec, spec: PartitionSpec) -> jax.Array:
+        part, over = one[0], tuple(axis for axis in axes_of_rows(mesh) if axis not in held)
+        if DATA_AXIS in over and DATA_AXIS in spec:
+            axis = spec.index(DATA_AXIS)
+            part = jax.lax.psum_scatter(part, DATA_AXIS, scatter_dimension=axis, tiled=True)
+            over = tuple(axis for axis in over if axis != DATA_AXIS)
+        return jax.lax.psum(part, over) if over else part
 
-    over = axes_of_rows(mesh)
-    side_by_side = jax.tree.map(lambda spec: PartitionSpec(over, *spec), in_use)
-    return on_each_device(mesh, lambda stacked: jax.tree.map(of_leaf, stacked, at_rest), (side_by_side,), at_rest)(
-        stacked
-    )
+    def on_one_device(stacked: Any) -> Any:
+        return jax.tree.map(of_leaf, stacked, in_use, at_rest)
+
+    return on_each_device(mesh, on_one_device, (side_by_side(mesh, in_use),), at_rest)(stacked)
 
 
 def in_shards(

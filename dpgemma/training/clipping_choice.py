@@ -23,13 +23,14 @@ from jax.sharding import Mesh
 from accounting.errors import InputError
 from accounting.mechanism import Clip
 from dpgemma import user_cache
-from dpgemma.choices import AUTO, EXAMPLE_SCAN, GHOST, STRATEGIES
+from dpgemma.choices import AUTO, EXAMPLE_SCAN, GHOST, PER_LAYER, STRATEGIES
 from dpgemma.data.batch import Batch
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place, processes
 from dpgemma.sharding.place import Layout
+from dpgemma.sharding.rules import FSDP_AXIS, MeshShape
 from dpgemma.training import memory
 from dpgemma.training.observers import Observer
 from dpgemma.training.settings import Settings
@@ -70,6 +71,29 @@ class Trial:
     def __str__(self) -> str:
         taken = self.refused or f"{self.seconds * 1e3:.3g} ms a unit, {self.temporary_bytes / 2**20:.0f} MiB"
         return f"{self.strategy} by {self.microbatch_size}: {taken}"
+
+
+def check(clipping: str, remat: str, mesh: MeshShape) -> None:
+    """Refuses what a fully sharded mesh is meant to avoid.
+
+    Args:
+      clipping: a strategy, or "auto".
+
+    Raises:
+      InputError: gradients of whole layers, or gathered layers, would be held.
+    """
+    if not mesh.fully_sharded:
+        return
+    if clipping not in (AUTO, GHOST, PER_LAYER):
+        raise InputError(
+            f"`clipping`={clipping} holds whole gradients, which a mesh with an {FSDP_AXIS} axis has no room for: use"
+            f" {GHOST} or {PER_LAYER}, or spread layers by `mesh`=data:A,model:B"
+        )
+    if remat != "block":
+        raise InputError(
+            f"`remat`={remat} keeps every gathered layer for the backward pass, which a mesh with an {FSDP_AXIS} axis"
+            " has no room for: use `remat`=block"
+        )
 
 
 def as_before(settings: Settings, recorded: Mapping[str, Any]) -> Strategy:
@@ -176,7 +200,9 @@ def resolve(
     wanted = settings.microbatch_size
     if settings.clipping != AUTO:
         return Strategy(settings.clipping, wanted or 1, settings.clip_thresholds), None
-    ways = [way for way in CANDIDATES if wanted in (None, way[1])] or [(EXAMPLE_SCAN, wanted or 1)]
+    possible = {GHOST} if mesh_lib.shape(mesh).fully_sharded else {EXAMPLE_SCAN, GHOST}
+    ways = [way for way in CANDIDATES if way[0] in possible and wanted in (None, way[1])]
+    ways = ways or [(min(possible), wanted or 1)]
     operations = objective.operations_per_row * settings.batch_size * settings.steps
     if jax.default_backend() == "cpu" and operations < WORTH_A_TRIAL:
         return _chosen(settings, ways[0], "the run is too short for a trial to pay")
@@ -188,10 +214,10 @@ def resolve(
         return _chosen(settings, tuple(cached["way"]), f"as in an earlier trial: {cached.get('why')}")
     told = processes.from_all(lambda: [dataclasses.asdict(trial) for trial in measure(objective, mesh, ways)])
     trials = [_worst([Trial(**trial) for trial in of_way]) for of_way in zip(*told, strict=True)]
-    possible = [trial for trial in trials if trial.refused is None]
-    if not possible:
+    fitting = [trial for trial in trials if trial.refused is None]
+    if not fitting:
         return _chosen(settings, ways[0], "nothing seems to fit in memory: " + "; ".join(map(str, trials)))
-    best = min(possible, key=lambda trial: trial.seconds)
+    best = min(fitting, key=lambda trial: trial.seconds)
     why = "; ".join(map(str, trials))
     if processes.is_first():
         try:

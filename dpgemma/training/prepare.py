@@ -89,10 +89,12 @@ def _prepare(
     named = dataclasses.replace(
         settings, model=start.name, tokenizer=tokenizer_of(settings), mesh=memory.resolve_mesh(settings, objective)
     )
-    objective = _on(objective, mesh_lib.shape(named.mesh))
+    shape = mesh_lib.shape(named.mesh)
+    clipping_choice.check(settings.clipping, settings.remat, shape)
+    objective = _on(objective, shape)
     path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
     agreement.on_settings(named.as_dict() | {"workdir": str(path), "epsilon_given": epsilon_given})
-    agreement.on_environment(environment.description(mesh_lib.shape(named.mesh)))
+    agreement.on_environment(environment.description(shape))
     run: RunDirectory | None = None
 
     def begin() -> dict[str, Any]:
@@ -121,6 +123,7 @@ def _prepare(
         strategy, choice = clipping_choice.as_before(settings, begun), None
     else:
         strategy, choice = clipping_choice.resolve(settings, named.mesh, objective, observers)
+    clipping_choice.check(strategy.name, settings.remat, shape)
     trained = decoder.count(objective.shapes()[0])
     plan = plan_lib.resolve(
         settings, training.num_units, trained, named.mesh, strategy, epsilon_given=epsilon_given, begun=begun

@@ -21,13 +21,12 @@ from jax.sharding import Mesh
 from accounting.mechanism import Clip, Mechanism
 from accounting.mechanism.clip import CLIP
 from dpgemma.data.batch import Batch, Unit
-from dpgemma.privacy import clip_norm, clipping
+from dpgemma.privacy import clip_norm, clipping, tracking
 from dpgemma.privacy.clipping import ClippedSum, PrivateStats, Strategy
 from dpgemma.privacy.noise import NoisedMean, divide, scale
 from dpgemma.privacy.noisers import Noiser, noiser_of
 from dpgemma.sharding import place
 from dpgemma.sharding.place import Places
-from dpgemma.sharding.rules import MODEL_AXIS
 
 Loss = Callable[[Any, Any, Unit], jax.Array]
 
@@ -96,25 +95,31 @@ def sharded_clipped_sum(
     """
     shared: Any = place.SHARED
     spread: Any = place.spread(mesh)
-    whole = jax.tree.map(lambda _: place.SHARED, trainable)
-    in_use, at_rest = (whole, whole) if places is None else (place.specs(places.in_use), place.specs(places.at_rest))
+    in_use = at_rest = jax.tree.map(lambda _: place.SHARED, trainable)
+    of_frozen = jax.tree.map(lambda _: place.SHARED, frozen)
     if places is not None:
+        in_use, at_rest, of_frozen = map(place.specs, (places.in_use, places.at_rest, places.frozen))
         trainable = jax.lax.with_sharding_constraint(trainable, places.in_use)
+    # What a row of devices holds: all, or with an fsdp axis shards, which operations gather where they use them.
+    by_rows, frozen_by_rows = place.of_rows(in_use), place.of_rows(of_frozen)
+    shards, frozen_shards = place.shards(by_rows), place.shards(frozen_by_rows)
     count = shared if clip.adapts else None
     on_grid = None if steps is None else shared
-    out_specs = ClippedSum(spread, PrivateStats(spread, spread), clip.sensitivity, count=count, steps=on_grid)
+    totals = place.side_by_side(mesh, by_rows)
+    out_specs = ClippedSum(totals, PrivateStats(spread, spread), clip.sensitivity, count=count, steps=on_grid)
     # A clip norm that adapts is an array like the others; a constant one stays a number, because the sensitivity is
     # made of it.
     current = {name: x for name, x in (("norm", norm), ("steps", steps)) if x is not None}
-    in_specs = (shared, shared, spread, shared)
-    over = place.axes_of_rows(mesh)
-    together = over if MODEL_AXIS in mesh.shape and not place.is_one_row(mesh) else ()
+    in_specs = (by_rows, frozen_by_rows, spread, shared)
+    over, in_step = place.axes_of_rows(mesh), place.axes_in_step(mesh)
 
     def on_one_row(trainable: Any, frozen: Any, batch: Batch, current: dict[str, Any]) -> ClippedSum:
+        frozen = tracking.gathered_where_used(frozen, frozen_shards)
+
         def of_unit(trainable: Any, unit: Unit) -> jax.Array:
             return loss(trainable, frozen, unit)
 
-        local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, together=together, **current)
+        local = clipping.clipped_sum(of_unit, trainable, batch, clip, how, shards=shards, together=in_step, **current)
         # Sums of rows side by side: they are added where no compiler decides how they are spread.
         stacked = jax.tree.map(lambda leaf: leaf[None], local.total)
         added = local.count if place.is_one_row(mesh) else jax.lax.psum(local.count, over)

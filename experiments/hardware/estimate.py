@@ -21,7 +21,7 @@ from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
 from dpgemma.sharding.rules import MeshShape, wanted
-from dpgemma.training import memory
+from dpgemma.training import clipping_choice, memory
 from experiments.hardware import collectives, cycles, measured, operations
 from experiments.hardware.machines import Topology
 from experiments.hardware.step_program import StepProgram, held
@@ -224,7 +224,7 @@ def _with_slices(given: MeshShape, topology: Topology) -> MeshShape:
     """A mesh over all chips, its data axis divided among the slices."""
     shape = given
     if shape.slices == 1 and shape.data % topology.slices == 0:
-        shape = MeshShape(shape.data // topology.slices, shape.model, topology.slices)
+        shape = dataclasses.replace(shape, data=shape.data // topology.slices, slices=topology.slices)
     if (shape.devices, shape.slices) != (topology.chips, topology.slices):
         slices = "1 slice" if topology.slices == 1 else f"{topology.slices} slices"
         raise InputError(
@@ -235,6 +235,7 @@ def _with_slices(given: MeshShape, topology: Topology) -> MeshShape:
 
 
 def _on_mesh(request: Request, devices: list[Any], shape: MeshShape) -> StepProgram:
+    clipping_choice.check(request.how.name, request.remat, shape)
     mesh: Mesh = mesh_lib.of_devices(devices, shape)
     at_once = place.rows(mesh) * request.how.microbatch_size
     rows = -(-request.batch_size // at_once) * at_once

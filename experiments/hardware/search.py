@@ -7,6 +7,7 @@ from typing import Any
 
 from accounting.errors import InputError
 from dpgemma.choices import EXAMPLE_SCAN, GHOST
+from dpgemma.sharding.rules import MeshShape
 from dpgemma.training import memory
 from experiments.hardware import estimate
 from experiments.hardware.estimate import Request
@@ -55,6 +56,8 @@ def _ways(request: Request, free: Collection[str]) -> Iterator[Request]:
     """Requests with nothing left open, those with fewer rows at once first."""
     topology = request.topology
     meshes = [str(shape) for shape in memory.meshes(topology.chips, topology.slices)]
+    if topology.chips > topology.slices:
+        meshes.append(str(MeshShape(topology.chips // topology.slices, 1, topology.slices, fully_sharded=True)))
     choices = itertools.product(
         _ROWS if ROWS in free else (request.how.microbatch_size,),
         meshes if MESH in free else (request.mesh,),

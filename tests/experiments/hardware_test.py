@@ -183,13 +183,13 @@ def test_a_search_ranks_the_ways_that_fit():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     ways = [(way["mesh"], way["microbatch_size"], way["clipping"], way["remat"]) for way in found["ways"]]
-    meshes, clipping, remat = ("data:2", "data:1,model:2"), ("example_scan", "ghost"), ("block", "none")
+    meshes, clipping, remat = ("data:2", "data:1,model:2", "fsdp:2"), ("example_scan", "ghost"), ("block", "none")
     assert sorted(ways) == sorted(itertools.product(meshes, [2], clipping, remat))
     fitting = [way for way in found["ways"] if way.get("fits")]
     seconds = [way["seconds_per_step"] for way in fitting]
     assert seconds == sorted(seconds) and found["ways"][: len(fitting)] == fitting
     assert found["seconds_per_step"] == seconds[0] and found["mesh"] == fitting[0]["mesh"]
-    assert all("refused" in way for way in found["ways"][len(fitting) :]) and "8 of 8: mesh" in done.stderr
+    assert all("refused" in way for way in found["ways"][len(fitting) :]) and "12 of 12: mesh" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def small(family):
     return dataclasses.replace(config, layer_types=tuple(kinds), window=5, **recurrent)
 
 
+def way(mesh):
+    """Of clipping: a fully sharded mesh has one of its own."""
+    return Strategy("ghost" if "fsdp" in mesh else "example_scan")
+
+
 def places_of(model, mesh):
     """Where the parameters of a model lie, all of them trained."""
     return Layout(mesh).places((weights.axes(model), {}), (decoder.parameter_shapes(model), {}))
@@ -68,13 +73,16 @@ def batch(mesh):
 class Step:
     """A step of AdamW on a small decoder, its state spread over the mesh, or held whole by each device."""
 
-    def __init__(self, mesh, *, model=step_test.MODEL, spread=True, grid_bits=20, dtype="float32"):
+    def __init__(self, mesh, *, model=step_test.MODEL, spread=True, grid_bits=20, dtype="float32", remat="none"):
         self.mesh, optimizer = mesh_lib.make(mesh), optax.adamw(1e-2)
         self.params = decoder.init_parameters(model, jax.random.key(0))
         places = places_of(model, self.mesh) if spread else None
         mechanism = dp_sgd(100, 12, 16, 0.8, 0.5, 10, grid_bits=grid_bits)
-        objective = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread="model" in mesh)
-        self.step = make_train_step(objective.loss, optimizer, mechanism, self.mesh, places=places, cast=objective.cast)
+        options = dict(dtype=dtype, remat=remat, vocabulary_is_spread="model" in mesh)
+        objective = objectives.causal(model, bos=2, **options)
+        self.step = make_train_step(
+            objective.loss, optimizer, mechanism, self.mesh, way(mesh), places=places, cast=objective.cast
+        )
         self.state = TrainState(jax.tree.map(jnp.array, self.params), optimizer.init(self.params))
         if spread:
             of_state = state_shardings(optimizer, places.at_rest, self.mesh)
@@ -99,30 +107,40 @@ class Step:
         return max(leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves)
 
 
-def sums(meshes, family, dtype="float32"):
+def sums(meshes, family, dtype="float32", strategy="example_scan", rank=None):
     """Of the first mesh's clipped sum without noise: its norm, and how far those of all meshes are from it; the largest
     difference of a unit's norm; and the largest norm that one unit contributes, in clip norms, on any of them.
+
+    Args:
+      rank: of adapters, which then are all that is trained.
     """
     model = small(family)
+    if rank:
+        model = dataclasses.replace(model, lora=lora.adapters(model, rank, float(rank), "all"))
     params = decoder.init_parameters(model, jax.random.key(0))
+    if rank:  # adapters start with products of zero
+        params = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(1), leaf.shape), params)
+    trained, others = lora.split(model, params)
     found = []
     for mesh in meshes:
         devices = mesh_lib.make(mesh)
-        places, spread = places_of(model, devices), "model" in mesh
-        objective = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread=spread)
+        objective = objectives.causal(model, bos=2, dtype=dtype, vocabulary_is_spread="model" in mesh)
+        places = Layout(devices).places(objective.axes(), objective.shapes())
 
         @jax.jit
-        def run(params, batch, objective=objective, devices=devices, places=places):
-            clip, cast = Clip(0.05), objective.cast(params)  # so small that every unit is clipped
-            return sharded_clipped_sum(objective.loss, cast, {}, batch, clip, Strategy(), devices, places=places)
+        def run(trained, others, batch, objective=objective, devices=devices, places=places):
+            clip, how = Clip(0.05), Strategy(strategy)  # so small that every unit is clipped
+            cast = objective.cast(trained)
+            return sharded_clipped_sum(objective.loss, cast, others, batch, clip, how, devices, places=places)
 
         whole = batch(mesh)
-        clipped = run(jax.device_put(params, places.at_rest), whole)
+        here = jax.device_put((trained, others), (places.at_rest, places.frozen))
+        clipped = run(*here, whole)
         norms, mask = np.asarray(clipped.stats.norms), np.asarray(whole.mask)
         alone = []
         for slot in np.flatnonzero(mask)[:3]:
             one = dataclasses.replace(whole, real=whole.real & (np.arange(16) == slot)[:, None])
-            alone.append(np.linalg.norm(flat(run(jax.device_put(params, places.at_rest), one).total)) / 0.05)
+            alone.append(np.linalg.norm(flat(run(*here, one).total)) / 0.05)
         found.append((flat(clipped.total), np.sort(norms[mask]), max(alone)))
     first, first_norms, _ = found[0]
     away = [float(np.linalg.norm(total - first)) for total, _, _ in found]
@@ -184,6 +202,14 @@ def program_with_transfers():
 
     run = jax.jit(place.on_each_device(mesh_lib.make("slice:2,data:4"), of_one, (spec,), spec))
     return run.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile().as_text()
+
+
+def largest_arrays(text):
+    """How many numbers the arrays of an optimised program have, by type, each the largest one."""
+    found = {}
+    for kind, shape in re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", text):
+        found[kind] = max(found.get(kind, 0), int(np.prod([int(n) for n in shape.split(",")])))
+    return found
 
 
 def collectives(text):

@@ -1,5 +1,7 @@
 """Layers that are spread over devices: the same sums and norms, nothing of a unit's gradient travels, none leaves C."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -15,6 +17,7 @@ MESHES = [
     "slice:2,data:2,model:2",
 ]  # fmt: skip
 FEW_MESHES = [MESHES[0], *MESHES[-2:]]
+FULLY_SHARDED = ["data:1", "fsdp:8", "slice:2,fsdp:4"]
 FAMILIES = ["vaultgemma_1b", "gemma2_2b", "gemma3_1b", "recurrentgemma_2b"]
 slow = pytest.mark.slow
 
@@ -28,6 +31,14 @@ def test_a_sum_does_not_depend_on_the_mesh(family, meshes):
     assert 0.99 < alone <= 1
 
 
+@pytest.mark.parametrize("family", ["vaultgemma_1b", *(pytest.param(name, marks=slow) for name in FAMILIES[1:])])
+@pytest.mark.parametrize("dtype, far", [("float32", 1e-5), pytest.param("bfloat16", 0.1, marks=slow)])
+def test_fully_sharded_parameters_give_the_sums_of_whole_ones(family, dtype, far):
+    norm, away, norms_away, alone = eight.result_of(f"sums({FULLY_SHARDED!r}, {family!r}, {dtype!r}, 'ghost')")
+    assert 0.05 < norm < 13 * 0.05 and max(away) < far * norm and max(norms_away) < far
+    assert 0.9 < alone <= 1
+
+
 @slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_unit_contributes_more_than_the_clip_norm_in_bfloat16(family):
@@ -36,7 +47,24 @@ def test_no_unit_contributes_more_than_the_clip_norm_in_bfloat16(family):
 
 
 @pytest.mark.parametrize(
-    "family, meshes", [("gemma3_1b", MESHES[:3]), *(pytest.param(name, MESHES, marks=slow) for name in FAMILIES)]
+    "strategy, meshes",
+    [
+        pytest.param("ghost", FULLY_SHARDED, marks=slow),
+        pytest.param("example_scan", MESHES, marks=slow),
+    ],
+)
+def test_adapters_of_spread_weights_have_the_sums_of_adapters_of_whole_ones(strategy, meshes):
+    norm, away, norms_away, alone = eight.result_of(f"sums({meshes!r}, 'gemma3_1b', 'float32', {strategy!r}, 4)")
+    assert 0.05 < norm < 13 * 0.05 and max(away) < 1e-5 * norm and max(norms_away) < 1e-5
+    assert 0.9 < alone <= 1
+
+
+@pytest.mark.parametrize(
+    "family, meshes",
+    [
+        ("gemma3_1b", [*MESHES[:3], "fsdp:8"]),
+        *(pytest.param(name, MESHES + FULLY_SHARDED, marks=slow) for name in FAMILIES),
+    ],
 )
 def test_noise_does_not_depend_on_the_mesh(family, meshes):
     assert len(set(eight.result_of(f"noises({meshes!r}, {family!r})"))) == 1
@@ -58,6 +86,24 @@ def test_no_gradient_travels_inside_the_loop(mesh):
     assert max(outside) <= max(leaf.size for leaf in jax.tree.leaves(decoder.parameter_shapes(model))) / shape.model
 
 
+@slow
+def test_no_device_holds_the_gradients_or_weights_of_all_layers():
+    """On a fully sharded mesh: a layer at a time, and the words that the first and the last operation use."""
+    model = eight.small("vaultgemma_1b")
+    model = dataclasses.replace(model, layer_types=model.layer_types * 16)
+    text = eight.result_of(
+        "Step('fsdp:8', remat='block', dtype='bfloat16', model=dataclasses.replace("
+        "(one := small('vaultgemma_1b')), layer_types=one.layer_types * 16)).text()"
+    )
+    shapes = decoder.parameter_shapes(model)
+    stacked = max(leaf.size for leaf in jax.tree.leaves(shapes["blocks"]))
+    words = shapes["embedder"]["embedding"].size
+    assert words < stacked / 2
+    assert max(eight.largest_arrays(text).values()) < stacked
+    in_loop = [size for _, is_inside, size in eight.collectives(text) if is_inside]
+    assert in_loop and max(in_loop) <= max(stacked / 16, words)
+
+
 def test_what_does_not_divide_is_refused_with_what_would():
     layout = Layout(AbstractMesh((1, 4), ("data", "model")))
     assert layout.in_use(("model", "heads", "head"), (64, 8, 16)) == PartitionSpec(None, "model", None)
@@ -71,8 +117,10 @@ def test_meshes_have_one_form():
     assert wanted("auto") is None and wanted("data:3") == MeshShape(3) and wanted("data:2,model:4") == MeshShape(2, 4)
     assert wanted("slice:2,data:3,model:4") == MeshShape(3, 4, 2) and wanted("slice:1,data:2") == MeshShape(2)
     wrong = ["model:2", "data:2,model:0", "data:2,model", "data:2,data:2", "data:2,model:2,model:2", "data:²", ""]
+    wrong += ["data:2,fsdp:2", "fsdp:2,model:2", "fsdp:2,slice:2"]
     for mesh in [*wrong, "model:2,data:2", "data:2,slice:2", "slice:2", "slice:2,model:2", "data:2,"]:
-        with pytest.raises(InputError, match="`mesh` must be auto, data:N, data:A,model:B or slice:S"):
+        with pytest.raises(InputError, match="`mesh` must be auto, data:N, data:A,model:B, fsdp:N, or one of them"):
             wanted(mesh)
     assert MeshShape(3, 4, 2).rows == 6 and MeshShape(3, 4, 2).devices == 24
     assert str(MeshShape(3, 4, 2)) == "slice:2,data:3,model:4"
+    assert wanted("slice:2,fsdp:3") == MeshShape(3, 1, 2, fully_sharded=True) and wanted("fsdp:3").rows == 3

@@ -134,6 +134,39 @@ def test_impossible_settings_are_refused(flags, message):
         Settings(**flags)
 
 
+def test_a_fully_sharded_mesh_takes_ways_that_hold_no_gradients(text, tmp_path):
+    asked = []
+
+    def measure(objective, mesh, ways):
+        asked.extend(ways)
+        return [Trial(*way, seconds=1.0) for way in ways]
+
+    settings = dataclasses.replace(LONG, mesh="fsdp:2", remat="block")
+    assert resolve(settings, measure=measure)[0].name == "ghost" and {name for name, _ in asked} == {"ghost"}
+    only = dataclasses.replace(settings, microbatch_size=3)
+    assert resolve(only, measure=measure)[0] == Strategy("ghost", 3)
+    for changes, message in (
+        (dict(), "--remat=none keeps every gathered layer"),
+        (dict(remat="block", clipping="example_scan"), "--clipping=example_scan holds whole gradients"),
+    ):
+        done = runs.call(*runs.flags(text, tmp_path / "run", mesh="fsdp:2", **changes))
+        assert done.returncode == 2 and message in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_may_go_on_fully_sharded_where_its_clipping_can(text, tmp_path):
+    scanned = runs.flags(text, tmp_path / "scanned", steps=2, remat="block", clipping="example_scan")
+    assert runs.call(*scanned).returncode == 0
+    done = runs.call(*runs.flags(text, tmp_path / "scanned", steps=2, remat="block", mesh="fsdp:2"))
+    assert done.returncode == 2 and "--clipping=example_scan holds whole gradients" in done.stderr
+    ghost = dict(steps=2, remat="block", clipping="ghost")
+    for mesh in ("data:2", "fsdp:2"):
+        assert runs.call(*runs.flags(text, tmp_path / "ghost", mesh=mesh, **ghost)).returncode == 0
+    assert runs.call(*runs.flags(text, tmp_path / "new", mesh="fsdp:2", **ghost)).returncode == 0
+    for name in ("ghost", "new"):
+        assert runs.call("audit", tmp_path / name).returncode == 0
+
+
 def test_noise_that_hides_the_quantile_is_refused(text, tmp_path):
     done = runs.call(*runs.flags(text, tmp_path / "run", noise_multiplier=8.0, clip_quantile=0.5))
     assert (
