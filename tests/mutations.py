@@ -47,7 +47,7 @@ RECOMPUTED = ("tests/training/recomputed_test.py",)
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
 SECRECY, MOVING = "tests/training/secrecy_test.py", "tests/training/moving_test.py"
 TRAINER, RECORD, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "record", "step", "prepare"))
-PROCESSES = "tests/training/processes_test.py"
+PROCESSES, STORAGE = "tests/training/processes_test.py", "tests/training/storage_test.py"
 CLIPPING, NOISE = "dpgemma/privacy/clipping.py", "dpgemma/privacy/noise.py"
 INTEGER_NOISE, KEYS = "dpgemma/privacy/integer_noise.py", "dpgemma/privacy/keys.py"
 ACCOUNTANT, TRUNCATION = "accounting/accountant.py", "accounting/loss_distribution/truncation.py"
@@ -382,6 +382,16 @@ MUTATIONS = (
         "sums over devices", "a fully sharded sum holds units twice", "dpgemma/sharding/place.py",
         "return jax.lax.psum_scatter(whole,", "return 2 * jax.lax.psum_scatter(whole,",
         ("tests/sharding/tensor_test.py", "-k", "fully_sharded"),
+    ),
+    Mutation(
+        "object storage", "steps are computed before their lines are stored", "accounting/ledger/chain.py",
+        "            self._copy(self.length, text)\n", "            pass\n",
+        (STORAGE, "-k", "before_its_step_is_computed"),
+    ),
+    Mutation(
+        "object storage", "two processes may write one line", "dpgemma/storage/objects.py",
+        'content, mode="create")', "content)",
+        (STORAGE, "-k", "same_line"),
     ),
     Mutation(
         "norms", "compilers may join sums of sums", "dpgemma/privacy/norms.py",

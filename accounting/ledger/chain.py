@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accounting import run_files
@@ -159,20 +159,29 @@ class Ledger:
     Args:
       lines: those that the file has.
       seal: what seals every line, or None.
+      copy: is given the number, from 0, and the text of every line before it is written; where it raises, it is not.
 
     Attributes:
       history: which steps were executed, and where.
     """
 
-    def __init__(self, path: pathlib.Path, lines: list[Line], seal: Seal | None = None) -> None:
+    def __init__(
+        self,
+        path: pathlib.Path,
+        lines: list[Line],
+        seal: Seal | None = None,
+        copy: Callable[[int, str], None] | None = None,
+    ) -> None:
         self.path = path
         self._lines = lines
-        self._seal = seal
+        self._seal, self._copy = seal, copy
         self.history = History.of(self.records)
         self._file = open(path, "a")
 
     @classmethod
-    def open(cls, path: pathlib.Path, seal: Seal | None = None) -> "Ledger":
+    def open(
+        cls, path: pathlib.Path, seal: Seal | None = None, copy: Callable[[int, str], None] | None = None
+    ) -> "Ledger":
         """Opens or creates; a last line that a crash cut off is dropped, because its step was never executed.
 
         Raises:
@@ -184,7 +193,7 @@ class Ledger:
         if whole != text:
             with open(path, "r+") as file:
                 file.truncate(len(whole.encode()))
-        return cls(path, lines, seal)
+        return cls(path, lines, seal, copy)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -218,6 +227,8 @@ class Ledger:
         sealed = _seal(self.head, record)
         seals = {} if self._seal is None else {self._seal.field: self._seal.of(sealed)}
         text = _canonical({**record, "hash": sealed, **seals})
+        if self._copy is not None:
+            self._copy(self.length, text)
         self._file.write(text + "\n")
         self._file.flush()
         self._lines.append(Line(record, sealed, seals, text))

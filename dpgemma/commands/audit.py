@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from accounting.errors import InputError
-from dpgemma.commands import command_flags
+from dpgemma.commands import command_flags, places
 
 DESCRIPTION = "Check a run: dpgemma audit WORKDIR. Exit code 0: all agrees; 1: findings; 2: no run."
 POSITIONAL = "workdir"
@@ -39,16 +39,16 @@ def run(fv: flags.FlagValues) -> int:
     from accounting.audit.audit import audit
     from accounting.ledger import seals
 
-    workdir = pathlib.Path(fv.workdir)
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
-    locked = run_files.is_locked(workdir)
-    checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
     if fv.head is not None and not (len(fv.head) == 64 and set(fv.head) <= set("0123456789abcdef")):
         raise InputError(f"--head={fv.head} is no ledger head: give the 64 hexadecimal digits that train printed")
     required = None if fv.require_seal is None else seals.read_key(fv.require_seal)
-    result = audit(workdir, checkpoints, exports, head=fv.head, required=required)
+    with places.for_reading(fv.workdir) as workdir:
+        locked = run_files.is_locked(workdir) or places.is_held(fv.workdir)
+        checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
+        result = audit(workdir, checkpoints, exports, head=fv.head, required=required)
     if locked and not result.finished:  # its files are written one after the other; those of a finished run stay
-        raise InputError(f"a process is training in {workdir}: wait for it or stop it, and audit the run then")
+        raise InputError(f"a process is training in {fv.workdir}: wait for it or stop it, and audit the run then")
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
 

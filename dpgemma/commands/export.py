@@ -6,7 +6,7 @@ from absl import flags
 
 from accounting.errors import InputError
 from dpgemma import choices
-from dpgemma.commands import command_flags
+from dpgemma.commands import command_flags, places
 
 DESCRIPTION = "Write the latest checkpoint of a run as a Hugging Face directory (or adapters in PEFT's format)."
 
@@ -46,11 +46,12 @@ def run(fv: flags.FlagValues) -> int:
         exporting.export_directory(trained.load_directory(fv.init_from, with_tokenizer=False), out, dtype)
         print(f"wrote {fv.out}")
         return 0
-    model = trained.load(fv.workdir, fv.init_from, with_base=fv.merge)
-    if fv.merge and model.config.lora is None:
-        raise InputError(f"{fv.workdir} trained no adapters: drop --merge")
-    if dtype is not None and model.config.lora is not None and not fv.merge:
-        raise InputError("adapters are written in float32: drop --dtype, or add --merge")
-    exporting.export_run(model, out, merge=fv.merge, dtype=dtype)
+    with places.for_writing(fv.workdir) as (folder, mirror):
+        model = trained.load(str(folder), fv.init_from, with_base=fv.merge, mirror=mirror)
+        if fv.merge and model.config.lora is None:
+            raise InputError(f"{fv.workdir} trained no adapters: drop --merge")
+        if dtype is not None and model.config.lora is not None and not fv.merge:
+            raise InputError("adapters are written in float32: drop --dtype, or add --merge")
+        exporting.export_run(model, out, merge=fv.merge, dtype=dtype)
     print(f"wrote {fv.out} (step {model.step})")
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from accounting.errors import InputError
-from dpgemma.commands import command_flags
+from dpgemma.commands import command_flags, places
 from dpgemma.gemma.answers import AnswerSettings, answer
 
 DESCRIPTION = "Generate text from the latest checkpoint of a run, or from a Hugging Face directory."
@@ -40,7 +40,11 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError("a run brings its own tokenizer: drop `tokenizer`")
     from dpgemma.inference import models
 
-    model = models.load(fv.workdir, fv.init_from) if fv.workdir else models.load_directory(fv.init_from, fv.tokenizer)
+    if fv.workdir:
+        with places.for_reading(fv.workdir) as folder:
+            model: models.Model = models.load(str(folder), fv.init_from)
+    else:
+        model = models.load_directory(fv.init_from, fv.tokenizer)
     texts = answer(
         model.config, model.parameters, model.require_tokenizer(), fv.prompt or [""], settings, chat=bool(fv.chat)
     )

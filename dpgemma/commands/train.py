@@ -16,7 +16,8 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "workdir",
         None,
-        "Folder of the run; by default runs/<first 8 digits of the settings' hash>. Several processes share it.",
+        "Folder of the run, on a disk or gs://... or s3://...; by default runs/<first 8 digits of the settings' hash>."
+        " Several processes share it.",
         fv,
     )
     command_flags.count(

@@ -53,7 +53,7 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
     Raises:
       InputError: the checkpoint belongs to another ledger.
     """
-    run = run_directory.open_existing(model.run.path)
+    run = run_directory.open_existing(model.run.path, model.run.mirror)
     assert run is not None, "its checkpoint was read just now"
     assert model.tokenizer is not None
     with contextlib.ExitStack() as stack:

@@ -13,6 +13,7 @@ from dpgemma.gemma import lora
 from dpgemma.gemma import start as start_lib
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.files import config_json, weights
+from dpgemma.storage.mirror import Mirror
 from dpgemma.training import checkpoint
 from dpgemma.training.run import RunDirectory
 
@@ -54,7 +55,9 @@ class TrainedModel(Model):
     ledger_head: str
 
 
-def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> TrainedModel:
+def load(
+    workdir: str, base: str | None = None, *, with_base: bool = True, mirror: Mirror | None = None
+) -> TrainedModel:
     """The latest checkpoint of a run.
 
     >>> load("/nowhere")
@@ -65,11 +68,12 @@ def load(workdir: str, base: str | None = None, *, with_base: bool = True) -> Tr
     Args:
       base: where the directory lies that the run started from, if it has moved.
       with_base: whether frozen parameters are wanted beside trained adapters.
+      mirror: where `workdir` is the copy of a folder in an object storage, what takes it there.
 
     Raises:
       InputError: no run, no readable checkpoint, or no such base as the run started from.
     """
-    run = RunDirectory(pathlib.Path(workdir))
+    run = RunDirectory(pathlib.Path(workdir), mirror)
     settings = run.config()
     config, sha256 = _start(run)
     step, parameters, meta = checkpoint.latest_parameters(run.checkpoints)

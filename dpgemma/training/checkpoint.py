@@ -31,6 +31,7 @@ from accounting.ledger import events
 from accounting.ledger.chain import Ledger
 from accounting.ledger.history import History
 from dpgemma.sharding import processes
+from dpgemma.storage.mirror import Mirror
 from dpgemma.training import optimizer
 from dpgemma.training.step import TrainState
 
@@ -44,13 +45,15 @@ _READ_AT_ONCE = 2**28  # bytes of a checkpoint that an audit holds in memory, wh
 class Checkpoints:
     """The checkpoints of one run; use as a context manager, so that a pending write is finished."""
 
-    def __init__(self, directory: pathlib.Path, keep: int, damaged: pathlib.Path) -> None:
+    def __init__(self, directory: pathlib.Path, keep: int, damaged: pathlib.Path, mirror: Mirror | None = None) -> None:
         """Opens or creates the folder.
 
         Args:
           keep: number of checkpoints that are kept.
           damaged: folder for those that cannot be used; nobody has checked what they hold, so a private one.
+          mirror: is told which checkpoints are complete, where the folder is the copy of one in an object storage.
         """
+        self._mirror = mirror
         self._directory, self._damaged = directory.absolute(), damaged
         # Step of the checkpoint whose files are not in the ledger yet, and of the one whose metadata still hold times
         # of writing; None if there is none.
@@ -91,6 +94,8 @@ class Checkpoints:
           InputError: the ledger knows another state of this step, or the disk is full.
         """
         self.settle(ledger)
+        if self._mirror is not None:
+            self._mirror.wait()  # what it takes away might be removed with the new one
         if step in self._all_steps():
             return
         state_dict = state.as_dict()
@@ -123,6 +128,8 @@ class Checkpoints:
             return
         if metadata.is_file():  # else it could not be written, which `settle` reports
             _strip_times(metadata)
+            if self._mirror is not None:
+                self._mirror.stored(self._dated)
         self._dated = None
 
     def settle(self, ledger: Ledger | None) -> None:
@@ -133,9 +140,9 @@ class Checkpoints:
         """
         if self._writing is None:
             return
-        step, self._writing, self._dated = self._writing, None, None
+        step, is_new, self._writing, self._dated = self._writing, self._dated is not None, None, None
         processes.from_all(lambda: self._write(step, self._manager.wait_until_finished))
-        processes.from_first(lambda: self._record_files(step, ledger))
+        processes.from_first(lambda: self._record_files(step, ledger, is_new=is_new))
 
     def _all_steps(self) -> list[int]:
         """Steps of whole checkpoints: the first process looks, because others may see a shared folder later."""
@@ -150,13 +157,19 @@ class Checkpoints:
                 " same command again; the checkpoints before it are kept"
             ) from None
 
-    def _record_files(self, step: int, ledger: Ledger | None) -> None:
-        """Enters the files of a whole checkpoint into the ledger, without the times at which they were written."""
+    def _record_files(self, step: int, ledger: Ledger | None, *, is_new: bool) -> None:
+        """Enters the files of a whole checkpoint into the ledger, without the times at which they were written.
+
+        Args:
+          is_new: whether the mirror does not have it.
+        """
         assert ledger is not None
         folder = self._directory / str(step)
         _strip_times(folder / _STEP_METADATA)
         ledger.append(events.STORED, step=step, files_sha256=run_files.folder_digest(folder))
         ledger.sync()
+        if is_new and self._mirror is not None:
+            self._mirror.stored(step)
 
     def restore(
         self, like: TrainState, ledger: Ledger | None, warn: Callable[[str], None]
@@ -238,7 +251,7 @@ class Checkpoints:
             return "was made before the run went on without it, elsewhere"
         written = ledger.records[meta["ledger_lines"] :]
         if not any(record["kind"] == events.STORED and record["step"] == step for record in written):
-            self._record_files(step, ledger)  # a crash came before
+            self._record_files(step, ledger, is_new=False)  # a crash came before
         return None
 
     def _set_aside(self, step: int) -> None:

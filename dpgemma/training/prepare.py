@@ -1,5 +1,6 @@
 """From the settings as given to a Trainer that can start, or go on."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -11,6 +12,7 @@ from accounting.errors import InputError
 from accounting.ledger.events import FORMAT
 from accounting.ledger.seals import Signature
 from accounting.mechanism import ZERO_OUT
+from dpgemma import user_cache
 from dpgemma.data import holdout
 from dpgemma.data.source import InMemory
 from dpgemma.data.text import tokenizer as tokenizer_lib
@@ -23,6 +25,8 @@ from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import processes
 from dpgemma.sharding.rules import MeshShape, wanted
+from dpgemma.storage.mirror import Mirror
+from dpgemma.storage.objects import is_address
 from dpgemma.training import agreement, clipping_choice, environment, memory
 from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
@@ -83,6 +87,26 @@ def _prepare(
     epsilon_given: bool,
     observers: Sequence[Observer],
 ) -> Trainer:
+    with contextlib.ExitStack() as undone:
+        trainer = _prepared(settings, workdir, new_keys, secret_keys, epsilon_given, observers, undone)
+        undone.pop_all()
+    return trainer
+
+
+def _prepared(
+    settings: Settings,
+    workdir: str | None,
+    new_keys: Keys,
+    secret_keys: bool,
+    epsilon_given: bool,
+    observers: Sequence[Observer],
+    undone: contextlib.ExitStack,
+) -> Trainer:
+    """As _prepare.
+
+    Args:
+      undone: called back if the run cannot be prepared.
+    """
     observers = observers if processes.is_first() else ()
     objective = objective_of(settings)
     start, tokenizer = objective.start, objective.tokenizer
@@ -92,14 +116,18 @@ def _prepare(
     shape = mesh_lib.shape(named.mesh)
     clipping_choice.check(settings.clipping, settings.remat, shape)
     objective = _on(objective, shape)
-    path = pathlib.Path(workdir or f"runs/{named.digest()[:8]}")
-    agreement.on_settings(named.as_dict() | {"workdir": str(path), "epsilon_given": epsilon_given})
+    place = workdir or f"runs/{named.digest()[:8]}"
+    agreement.on_settings(named.as_dict() | {"workdir": place, "epsilon_given": epsilon_given})
+    mirror = _mirror_of(place)
+    if mirror is not None:
+        undone.callback(mirror.close)
+    path = pathlib.Path(place) if mirror is None else mirror.folder
     agreement.on_environment(environment.description(shape))
     run: RunDirectory | None = None
 
     def begin() -> dict[str, Any]:
         nonlocal run
-        run = run_lib.open_existing(path)
+        run = run_lib.open_existing(path, mirror)
         if run is None:
             return {"keys": new_keys.as_hex(), "secret": secret_keys, "config": None}
         run.check_format()
@@ -140,7 +168,7 @@ def _prepare(
         nonlocal run
         if run is None:
             here = environment.description(mesh_lib.shape(plan.mesh), plan.mechanism.noise.is_exact)
-            run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": here})
+            run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": here}, mirror)
         else:
             run.check_resumable(config, fingerprint, facts)
 
@@ -153,12 +181,25 @@ def _prepare(
     for observer in observers:
         for remark in remarks:
             observer.confide(remark)
-        observer.inform(plan_lib.summary(plan, start.name, path))
+        observer.inform(plan_lib.summary(plan, start.name, place))
         if choice:
             observer.inform(choice)
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     return Trainer(plan, objective, training, run, observers, held_out=held_out)
+
+
+def _mirror_of(place: str) -> Mirror | None:
+    """What takes a run to an address of an object storage; None for a folder.
+
+    Raises:
+      InputError: the address cannot be used, or another process trains there.
+    """
+    if not is_address(place):
+        return None
+    if processes.count() > 1:
+        raise InputError(f"several processes share a folder on a disk: {place} is none")
+    return Mirror(place, user_cache.folder() / "copies")
 
 
 def _remarks(source: InMemory) -> list[str]:

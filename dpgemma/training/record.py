@@ -197,9 +197,16 @@ class Record:
         if self.ledger is not None:
             report_files.write(self.run, self.ledger, self._accountant, with_page=with_page)
 
+    def _published(self) -> None:
+        """Returns when all is where the run's folder lies, be it an object storage."""
+        self.run.publish()
+        if self.run.mirror is not None:
+            self.run.mirror.wait()
+
     def stopped(self, step: int) -> None:
         """Tells that the run stops at a step before its last one."""
         if self.ledger is not None:
+            self._published()
             self.inform(
                 f"stopped at step {step} of {self.plan.mechanism.steps}; the same command goes on from here"
                 f" (ledger head {self.ledger.head})"
@@ -222,6 +229,7 @@ class Record:
             ledger.append(events.FINISH, step=steps)
             ledger.sync()
         self.report(with_page=True)
+        self._published()
         self.inform(
             f"ledger head {ledger.head}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"
         )

@@ -33,6 +33,7 @@ def write(
         accountant = executed.accountant()
     content = build(executed, spent(executed, accountant), ledger.head)
     if _is_current(run, ledger, with_page):
+        run.publish()
         return content
     files = {run.report_file: run_files.dumps(content)}
     if with_page:
@@ -41,6 +42,7 @@ def write(
     ledger.sync()
     for path, text in files.items():
         run_files.write(path, text)
+    run.publish()
     return content
 
 

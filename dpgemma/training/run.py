@@ -23,14 +23,20 @@ from accounting.ledger.history import Lineage
 from accounting.ledger.seals import Seal
 from dpgemma.choices import EXACT, HMAC, SIGNATURE
 from dpgemma.privacy.keys import Keys
+from dpgemma.storage.mirror import Mirror
 from dpgemma.training.settings import OPERATIONAL
 
 
 class RunDirectory:
-    """Paths and the exclusive lock of a run that exists."""
+    """Paths and the exclusive lock of a run that exists.
 
-    def __init__(self, path: pathlib.Path) -> None:
+    Attributes:
+      mirror: where the folder is the copy of one in an object storage, what takes it there.
+    """
+
+    def __init__(self, path: pathlib.Path, mirror: Mirror | None = None) -> None:
         self.path = path
+        self.mirror = mirror
         self.private = path / run_files.PRIVATE
         self.checkpoints = path / run_files.CHECKPOINTS
         self.config_file = path / run_files.CONFIG
@@ -70,7 +76,8 @@ class RunDirectory:
         Raises:
           InputError: its chain does not hold.
         """
-        return Ledger.open(self.ledger_file, seal_of(self.keys, self.config()))
+        copy = None if self.mirror is None else self.mirror.add_line
+        return Ledger.open(self.ledger_file, seal_of(self.keys, self.config()), copy)
 
     @functools.cached_property
     def keys(self) -> Keys:
@@ -130,11 +137,18 @@ class RunDirectory:
                 f"another process is training in {self.path}: wait for it, or choose another `workdir`"
             ) from None
 
+    def publish(self) -> None:
+        """Takes what has changed to where the folder is a copy of, if it is one."""
+        if self.mirror is not None:
+            self.mirror.publish()
+
     def unlock(self) -> None:
         """Lets others have the run before this process ends."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self.mirror is not None:
+            self.mirror.close()
 
     def _start_event(self) -> dict[str, Any]:
         with contextlib.closing(self.open_ledger()) as ledger:
@@ -194,15 +208,18 @@ def changeable(config: dict[str, Any]) -> tuple[str, ...]:
     return (*OPERATIONAL, "data", *(["mesh"] if config["release"] == EXACT else []))
 
 
-def open_existing(path: pathlib.Path) -> RunDirectory | None:
+def open_existing(path: pathlib.Path, mirror: Mirror | None = None) -> RunDirectory | None:
     """The run in a folder, locked for this process; None where the folder is missing or empty.
+
+    Args:
+      mirror: of which the folder is the copy, or None.
 
     Raises:
       InputError: the folder holds something else, or a run without its keys or its ledger.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
-    run = RunDirectory(path)
+    run = RunDirectory(path, mirror)
     files = {
         f"keys ({run_files.KEYS})": run.keys_file,
         f"ledger ({run_files.LEDGER})": run.ledger_file,
@@ -221,9 +238,17 @@ def open_existing(path: pathlib.Path) -> RunDirectory | None:
 
 
 def create(
-    path: pathlib.Path, config: dict[str, Any], keys: Keys, fingerprint: str, start_event: dict[str, Any]
+    path: pathlib.Path,
+    config: dict[str, Any],
+    keys: Keys,
+    fingerprint: str,
+    start_event: dict[str, Any],
+    mirror: Mirror | None = None,
 ) -> RunDirectory:
-    """A new run's folder, complete or absent."""
+    """A new run's folder, complete or absent.
+
+    In an object storage the ledger's first line comes first, so that of two new runs one has no line there and ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = RunDirectory(path.with_name(f".{path.name}.{os.getpid()}.new"))
     shutil.rmtree(temporary.path, ignore_errors=True)
@@ -246,8 +271,11 @@ def create(
     except BaseException:
         shutil.rmtree(temporary.path, ignore_errors=True)
         raise
-    run = RunDirectory(path)
+    run = RunDirectory(path, mirror)
     run.lock()
+    if mirror is not None:
+        mirror.add_line(0, run.opening().rstrip("\n"))
+        mirror.publish()
     return run
 
 

@@ -102,7 +102,9 @@ class Trainer:
             saved before with another state; checkpoints of another ledger; a full disk.
         """
         with (
-            Checkpoints(self.run.checkpoints, self.plan.keep_checkpoints, self.run.damaged) as checkpoints,
+            Checkpoints(
+                self.run.checkpoints, self.plan.keep_checkpoints, self.run.damaged, self.run.mirror
+            ) as checkpoints,
             self.record.opened(),
         ):
             self.first_step, state, frozen = self._start_or_resume(checkpoints)

@@ -1,0 +1,231 @@
+"""A run whose folder lies in an object storage.
+
+The run is trained in a copy on this computer's disk, and everything that it writes is taken into the storage: lines of
+the ledger before the step that they are about, reports and metrics with every checkpoint, checkpoints when their files
+are complete. The storage alone counts. Whoever goes on starts from it, with an empty copy.
+
+Formal guarantee: no step is computed whose line is not in the storage, and no two processes write the same line. So
+where two train one run, against the lock, the second one to write a line ends before it computes that step, and every
+step whose result anyone has seen is in the one ledger that the storage holds. Tested by
+tests/training/storage_test.py::test_a_line_is_in_the_storage_before_its_step_is_computed and
+::test_of_two_processes_that_write_the_same_line_one_ends.
+
+Assumed: an object that was created is there for everybody from then on, and of two that create it one is refused, as
+Google Cloud Storage and S3 promise. Whoever may read the storage can read private/.
+"""
+
+import concurrent.futures
+import contextlib
+import pathlib
+import re
+import secrets
+import shutil
+import threading
+import time
+
+from accounting import run_files
+from accounting.errors import InputError
+from dpgemma.storage.objects import Objects
+
+_LINES = "ledger.d"  # one object for each line
+_COMPLETE = ".complete"  # behind the number of a checkpoint whose files are all there
+_LOCK = "lock"
+# The holder of a lock renews it this often; others take it over after so long without a sign of life.
+_BEAT_SECONDS, _PATIENCE_SECONDS = 10.0, 35.0
+
+
+class Mirror:
+    """The storage's side of a run that this process trains.
+
+    Attributes:
+      folder: where the copy lies, or will lie.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        copies: pathlib.Path,
+        *,
+        beat_seconds: float = _BEAT_SECONDS,
+        patience_seconds: float = _PATIENCE_SECONDS,
+    ) -> None:
+        """Takes the lock and copies what the storage has.
+
+        Args:
+          address: of the run's folder.
+          copies: folder of this computer in which copies lie.
+
+        Raises:
+          InputError: another process trains the run, the address holds something else, or it cannot be used.
+        """
+        self.address = address
+        self._objects = Objects(address)
+        self._name = secrets.token_hex(16)  # by which the storage knows this process
+        self.folder = copies / f"run-{self._name}"
+        self._published: dict[str, str] = {}
+        self._uploads = concurrent.futures.ThreadPoolExecutor(1)
+        self._upload: concurrent.futures.Future[None] | None = None
+        self._ended = threading.Event()
+        names = self._objects.names()
+        if names and _LOCK not in names and _line_name(0) not in names:
+            raise InputError(f"{address} is neither empty nor the folder of a run: choose another `workdir`")
+        self._lock(patience_seconds)
+        threading.Thread(target=self._show_life, args=(beat_seconds,), daemon=True).start()
+        try:
+            if _line_name(0) in self._objects.names(_LINES):
+                copy(self._objects, self.folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self, patience: float) -> None:
+        if not self._objects.create(_LOCK, self._sign(0)):
+            if is_held(self._objects, patience):
+                raise InputError(
+                    f"another process is training in {self.address}: wait for it, or choose another `workdir`"
+                )
+            self._objects.write(_LOCK, self._sign(0))
+        if self._objects.create(_LOCK, self._sign(0)):
+            raise InputError(
+                f"the storage of {self.address} replaces objects that it was asked to create: it cannot keep two"
+                " processes from writing one ledger; use another storage, or a folder on a disk"
+            )
+
+    def _sign(self, number: int) -> bytes:
+        return f"{self._name} {number}\n".encode()
+
+    def _show_life(self, seconds: float) -> None:
+        number = 0
+        while not self._ended.wait(seconds):
+            number += 1
+            try:
+                self._objects.write(_LOCK, self._sign(number))
+            except InputError:
+                continue  # whether the storage can be reached again, the next line of the ledger shows
+
+    def add_line(self, number: int, text: str) -> None:
+        """Takes a line of the ledger into the storage.
+
+        Args:
+          number: from 0.
+
+        Raises:
+          InputError: another process has written this line, or the storage cannot be written.
+        """
+        content = f"{text}\n{self._name}\n".encode()
+        if self._objects.create(_line_name(number), content):
+            return
+        # An answer that was lost on the way makes an object that this process has created.
+        if self._objects.read([_line_name(number)]).get(_line_name(number)) != content:
+            raise InputError(
+                f"another process has gone on with the run in {self.address}: this one ends before it computes another"
+                " step"
+            )
+
+    def publish(self) -> None:
+        """Takes the files of the copy into the storage that have changed; checkpoints come with `stored`."""
+        for file in sorted(self.folder.rglob("*")):
+            name = file.relative_to(self.folder).as_posix()
+            if not file.is_file() or name.startswith((f"{run_files.CHECKPOINTS}/", f"{run_files.DAMAGED}/")):
+                continue
+            if name == run_files.LOCK or name.endswith(".tmp"):
+                continue
+            digest = run_files.file_digest(file)
+            if self._published.get(name) != digest:
+                self._objects.write(name, file.read_bytes())
+                self._published[name] = digest
+
+    def stored(self, step: int) -> None:
+        """Begins to take a checkpoint into the storage whose files are complete, and removes those that the copy does
+        not have any more.
+
+        Raises:
+          InputError: the one before could not be written.
+        """
+        self.wait()
+        self._upload = self._uploads.submit(self._take, step)
+
+    def _take(self, step: int) -> None:
+        checkpoints = self.folder / run_files.CHECKPOINTS
+        folder = checkpoints / str(step)
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                self._objects.upload(file, file.relative_to(self.folder).as_posix())
+        self._objects.write(f"{run_files.CHECKPOINTS}/{step}{_COMPLETE}", b"")
+        kept = {path.name for path in checkpoints.iterdir()}
+        names = self._objects.names(run_files.CHECKPOINTS)
+        gone = [name for name in names if name.split("/")[1].removesuffix(_COMPLETE) not in kept]
+        # A checkpoint without its mark is none, so the mark goes first.
+        self._objects.delete(sorted(gone, key=lambda name: not name.endswith(_COMPLETE)))
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is in the storage.
+
+        Raises:
+          InputError: it could not be written.
+        """
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.result()
+
+    def close(self) -> None:
+        """Lets others have the run, and removes the copy."""
+        self._uploads.shutdown(wait=True, cancel_futures=True)
+        if not self._ended.is_set():
+            self._ended.set()
+            with contextlib.suppress(InputError):  # of a storage that cannot be reached: others wait for signs of life
+                if self._objects.read([_LOCK]).get(_LOCK, b"").startswith(self._name.encode()):
+                    self._objects.delete([_LOCK])
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def is_held(objects: Objects, patience_seconds: float = _PATIENCE_SECONDS) -> bool:
+    """Whether a process that is alive holds a run. Where there is a lock, it takes as long as the patience at most."""
+    known, until = objects.read([_LOCK]).get(_LOCK), time.monotonic() + patience_seconds
+    now = known
+    while now is not None and now == known and time.monotonic() < until:
+        time.sleep(min(1.0, patience_seconds / 10))
+        now = objects.read([_LOCK]).get(_LOCK)
+    return now is not None and now != known
+
+
+def _line_name(number: int) -> str:
+    return f"{_LINES}/{number:012}"
+
+
+def copy(objects: Objects, folder: pathlib.Path) -> None:
+    """Copies a run out of the storage into a new folder: complete checkpoints, and every line of the ledger.
+
+    Raises:
+      InputError: there is no run, or one without its keys.
+    """
+    names = objects.names()
+    if _line_name(0) not in names:
+        raise InputError(f"{objects.address} is no run: it has no ledger")
+    if run_files.KEYS not in names:
+        raise InputError(
+            f"{objects.address} is a run without its keys ({run_files.KEYS}): going on could spend the budget twice;"
+            " restore them, or choose another `workdir`"
+        )
+    complete = {
+        match[1] for name in names if (match := re.fullmatch(rf"{run_files.CHECKPOINTS}/(\d+){_COMPLETE}", name))
+    }
+    folder.mkdir(parents=True)
+    (folder / run_files.PRIVATE).mkdir(mode=0o700)
+    for name in names:
+        place, _, rest = name.partition("/")
+        is_part = place == run_files.CHECKPOINTS and rest.partition("/")[0] not in complete  # or a mark
+        if place not in (_LINES, _LOCK) and not is_part:
+            objects.download(name, folder / name)
+    for file in (folder / run_files.PRIVATE).rglob("*"):
+        file.chmod(0o700 if file.is_dir() else 0o600)
+    _complete_ledger(objects, folder / run_files.LEDGER, [name for name in names if name.startswith(f"{_LINES}/")])
+
+
+def _complete_ledger(objects: Objects, file: pathlib.Path, lines: list[str]) -> None:
+    """Appends the lines that are newer than the file."""
+    text = file.read_text() if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    newer = [name for name in lines if name >= _line_name(whole.count("\n"))]
+    contents = objects.read(newer)
+    file.write_text(whole + "".join(contents[name].decode().split("\n")[0] + "\n" for name in newer))

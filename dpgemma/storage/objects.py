@@ -1,0 +1,120 @@
+"""Objects under one address of an object storage: gs:// or s3://, by fsspec."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from accounting.errors import InputError
+
+# By scheme, what installs its package.
+_EXTRAS = {"s3": "s3", "gs": "gcs"}
+
+
+def is_address(place: str) -> bool:
+    """Whether a place is not on this computer's disks.
+
+    >>> is_address("s3://bucket/run"), is_address("runs/first")
+    (True, False)
+    """
+    return "://" in place
+
+
+class Objects:
+    """What lies under an address, by name: `private/keys.json` is the object at ADDRESS/private/keys.json.
+
+    Every method raises InputError, one sentence, where the storage does not let it do its work.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Args:
+          address: gs://BUCKET/... or s3://BUCKET/...
+
+        Raises:
+          InputError: another kind of address, or a package that is not installed.
+        """
+        scheme, _, path = address.partition("://")
+        self.address = address.rstrip("/")
+        if scheme not in _EXTRAS or "/" not in path.strip("/"):
+            raise InputError(
+                f"{address} is no folder that can be used: give one on a disk, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
+            )
+        import fsspec
+
+        try:
+            self._storage: Any
+            self._storage, self._root = fsspec.core.url_to_fs(
+                self.address, use_listings_cache=False, skip_instance_cache=True
+            )
+        except ImportError:
+            raise InputError(f"{address} needs another package: pip install 'dpgemma[{_EXTRAS[scheme]}]'") from None
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each storage has exceptions of its own
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+            raise InputError(
+                f"{self.address} cannot be {what} ({reason}): check that the bucket exists, that you may read and write"
+                " it, and that the network is up, and run the same command again"
+            ) from None
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def names(self, folder: str = "") -> list[str]:
+        """Of all objects in a folder and in those below it, sorted."""
+        start = self._path(folder) if folder else self._root
+        with self._reported("read"):
+            self._storage.invalidate_cache()
+            try:
+                found = self._storage.find(start)
+            except FileNotFoundError:  # as some storages call a folder without objects; a bucket must exist
+                self._storage.ls(self._root.partition("/")[0])
+                found = []
+        return sorted(path.removeprefix(f"{self._root}/") for path in found)
+
+    def read(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Contents by name; names without an object are left out."""
+        if not names:
+            return {}
+        by_path = {self._path(name): name for name in names}
+        with self._reported("read"):
+            contents = self._storage.cat(list(by_path), on_error="return")
+            for content in contents.values():
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+        return {by_path[path]: content for path, content in contents.items() if isinstance(content, bytes)}
+
+    def write(self, name: str, content: bytes) -> None:
+        """Creates or replaces an object."""
+        with self._reported("written"):
+            self._storage.pipe_file(self._path(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Creates an object; False if there is one of this name, whose content then stays."""
+        with self._reported("written"):
+            try:
+                self._storage.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def upload(self, file: pathlib.Path, name: str) -> None:
+        """Creates or replaces an object by a file that may be large."""
+        with self._reported("written"):
+            self._storage.put_file(str(file), self._path(name))
+
+    def download(self, name: str, file: pathlib.Path) -> None:
+        """Writes an object, which may be large, into a file."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with self._reported("read"):
+            self._storage.get_file(self._path(name), str(file))
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Removes objects; names without one are passed over."""
+        with self._reported("written"):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    self._storage.rm_file(self._path(name))

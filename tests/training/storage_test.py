@@ -1,0 +1,246 @@
+"""Runs that lie in an object storage: a server of S3's interface on this computer."""
+
+import contextlib
+import http
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from accounting import run_files
+from accounting.errors import InputError
+from dpgemma.storage import mirror as mirror_lib
+from dpgemma.storage.mirror import Mirror
+from dpgemma.storage.objects import Objects
+from dpgemma.training.prepare import prepare
+from dpgemma.training.settings import Settings
+from tests.training import runs
+
+
+@pytest.fixture(scope="module")
+def server():
+    moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = moto.ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def variables(server, tmp_path):
+    return {
+        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def address(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    bucket = f"bucket-{secrets.token_hex(8)}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+    return f"s3://{bucket}/runs/one"
+
+
+def lines(address):
+    """The ledger's lines, as the storage has them one by one."""
+    objects = Objects(address)
+    contents = objects.read(objects.names("ledger.d"))
+    return [json.loads(contents[name].decode().split("\n")[0]) for name in sorted(contents)]
+
+
+def audited(address):
+    done = runs.call("audit", address, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_run_is_trained_sampled_exported_and_audited_where_it_lies(text, address, tmp_path):
+    done = runs.call(*runs.flags(text, address, steps=4, keep_checkpoints=1))
+    assert done.returncode == 0, done.stderr
+    objects, ledger = Objects(address), lines(address)
+    names = objects.names()
+    assert [line["step"] for line in ledger if line["kind"] == "step"] == [0, 1, 2, 3]
+    published = objects.read([run_files.LEDGER])[run_files.LEDGER].decode()
+    assert [json.loads(line) for line in published.splitlines()] == ledger
+    assert {run_files.CONFIG, run_files.KEYS, run_files.REPORT, run_files.PAGE, run_files.METRICS} < set(names)
+    checkpoints = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+    assert checkpoints == {"4", "4.complete"} and "lock" not in names
+    assert audited(address)["consistent"]
+    # The copy, which has the keys, is gone.
+    assert not [*(tmp_path / "cache" / "dpgemma" / "copies").iterdir()]
+    done = runs.call("sample", f"--workdir={address}", "--max_new_tokens=3")
+    assert done.returncode == 0, done.stderr
+    done = runs.call("export", f"--workdir={address}", f"--out={tmp_path / 'exported'}")
+    assert done.returncode == 0, done.stderr
+    assert lines(address)[-2]["kind"] == "export" and audited(address)["consistent"]
+    done = runs.call("audit", address, f"--export={tmp_path / 'exported'}")
+    assert done.returncode == 0, done.stdout
+    # The same command finds nothing left to do.
+    done = runs.call(*runs.flags(text, address, steps=4, keep_checkpoints=1))
+    assert done.returncode == 0 and len([line for line in lines(address) if line["kind"] == "step"]) == 4
+
+
+def test_a_line_is_in_the_storage_before_its_step_is_computed(text, address):
+    settings = runs.SETTINGS | dict(data=str(text), steps=3, checkpoint_every=2)
+    trainer = prepare(Settings(**settings), address)
+    compute, known = trainer.dp_step, []
+
+    class Watched:
+        noiser = compute.noiser
+
+        def __call__(self, *arguments):
+            known.append([line["step"] for line in lines(address) if line["kind"] == "step"])
+            return compute(*arguments)
+
+    trainer.dp_step = Watched()
+    try:
+        trainer.train()
+    finally:
+        trainer.run.unlock()
+    assert known == [[0], [0, 1], [0, 1, 2]]
+
+
+def test_of_two_processes_that_write_the_same_line_one_ends(address, tmp_path):
+    first, second = (Mirror(address, tmp_path / name, patience_seconds=0.1) for name in ("a", "b"))
+    try:
+        first.add_line(0, "text")
+        first.add_line(0, "text")  # an answer was lost, and the same is asked again
+        with pytest.raises(InputError, match=r"another process has gone on with the run in s3://.*: this one ends"):
+            second.add_line(0, "text")
+        second.add_line(1, "text")
+        with pytest.raises(InputError, match="another process has gone on"):
+            first.add_line(1, "text")
+    finally:
+        first.close()
+        assert Objects(address).read(["lock"])["lock"].startswith(second._name.encode()), "it has taken the lock over"
+        second.close()
+    assert "lock" not in Objects(address).names()
+
+
+def test_a_run_that_is_being_trained_is_refused_to_others(address, tmp_path):
+    held = Mirror(address, tmp_path / "copies", beat_seconds=0.2)
+    try:
+        with pytest.raises(InputError, match=r"another process is training in s3://.*: wait for it, or choose another"):
+            Mirror(address, tmp_path / "others")
+        assert mirror_lib.is_held(Objects(address))
+    finally:
+        held.close()
+    Mirror(address, tmp_path / "others").close()
+
+
+def test_what_cannot_be_used_is_refused_with_a_sentence(text, address, variables, tmp_path):
+    bucket = address.partition("/runs")[0]
+    Objects(f"{bucket}/other").write("notes.txt", b"not a run")
+    Objects(f"{bucket}/lost").write("ledger.d/000000000000", b"{}\nx\n")
+    refused = {
+        f"{bucket}/other": "is neither empty nor the folder of a run: choose another --workdir",
+        f"{bucket}/lost": "is a run without its keys (private/keys.json)",
+        "s3://no-such-bucket-anywhere/run": "check that the bucket exists, that you may read and write it",
+        bucket: "is no folder that can be used: give one on a disk, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER",
+        "ftp://machine/run": "is no folder that can be used",
+    }
+    for place, sentence in refused.items():
+        done = runs.call(*runs.flags(text, place))
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+    for command in (["audit", f"{bucket}/none"], ["sample", f"--workdir={bucket}/none"]):
+        done = runs.call(*command)
+        assert done.returncode == 2 and "is no run: it has no ledger" in done.stderr
+
+
+def test_a_storage_whose_package_is_not_installed_says_so(tmp_path):
+    code = (
+        "import sys; sys.modules['gcsfs'] = None\n"
+        "from dpgemma.storage.objects import Objects\nObjects('gs://bucket/run')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "InputError: gs://bucket/run needs another package: pip install 'dpgemma[gcs]'" in done.stderr
+
+
+@pytest.fixture(params=[True, False], ids=["refuses", "replaces"])
+def google(request, monkeypatch):
+    """(address, whether an object that exists is not created): an emulator of Google Cloud Storage, which replaces
+    such objects, and with what the service does instead.
+    """
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects as handlers
+
+    upload = handlers._multipart_upload
+
+    def conditional(asked, response, storage):
+        if request.param and asked.query.get("ifGenerationMatch") == ["0"]:
+            with contextlib.suppress(NotFound):
+                storage.get_file_obj(asked.params["bucket_name"], asked.data["meta"]["name"])
+                response.status = http.HTTPStatus.PRECONDITION_FAILED
+                return
+        upload(asked, response, storage)
+
+    handlers._multipart_upload, port = conditional, runs.free_port()
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+    yield "gs://bucket/run", request.param
+    server.stop()
+    handlers._multipart_upload = upload
+
+
+def test_a_storage_that_replaces_what_it_was_asked_to_create_is_refused(google, tmp_path):
+    place, refuses = google
+    if not refuses:
+        with pytest.raises(InputError, match="cannot keep two processes from writing one ledger"):
+            Mirror(place, tmp_path / "copies")
+        return
+    mirror = Mirror(place, tmp_path / "copies")
+    mirror.folder.mkdir(parents=True)
+    (mirror.folder / "checkpoints" / "2").mkdir(parents=True)
+    (mirror.folder / "private").mkdir()
+    for name in ("config.json", "private/keys.json", "checkpoints/2/data"):
+        (mirror.folder / name).write_text(name)
+    mirror.add_line(0, "one")
+    mirror.publish()
+    mirror.stored(2)
+    mirror.wait()
+    mirror.add_line(1, "two")
+    mirror_lib.copy(Objects(place), tmp_path / "copy")
+    found = {
+        path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*") if path.is_file()
+    }
+    assert found == {"config.json", "ledger.jsonl", "private/keys.json", "checkpoints/2/data"}
+    assert (tmp_path / "copy" / "ledger.jsonl").read_text() == "one\ntwo\n"
+    assert (tmp_path / "copy" / "private" / "keys.json").stat().st_mode & 0o777 == 0o600
+    mirror.close()
+    assert "lock" not in Objects(place).names()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_for", ["step", "checkpoint", "stored"])
+def test_a_killed_run_goes_on_from_the_storage(text, address, variables, tmp_path, wait_for):
+    """In whatever phase: the lock of the dead process is taken over, and no step is charged twice."""
+    command = [*runs.COMMAND, *map(str, runs.flags(text, address, steps=40, checkpoint_every=3))]
+    process = subprocess.Popen(command, env=runs.ENVIRONMENT | variables, stderr=subprocess.DEVNULL)
+    try:
+        while sum(line["kind"] == wait_for for line in lines(address)) < 3:
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    before = lines(address)
+    done = subprocess.run(command, env=runs.ENVIRONMENT | variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    after = lines(address)
+    assert after[: len(before)] == before
+    assert sorted(line["step"] for line in after if line["kind"] == "step") == list(range(40))
+    assert audited(address)["consistent"]
