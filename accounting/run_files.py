@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 CONFIG = "config.json"  # every resolved setting
@@ -87,12 +88,18 @@ def file_digest(path: pathlib.Path) -> str:
 
 def folder_digest(folder: pathlib.Path) -> str:
     """SHA-256 of the names and contents of all files of a folder; a link counts by where it points."""
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+    contents = {}
+    for path in folder.rglob("*"):
         if path.is_symlink() or not path.is_dir():
-            content = f"link {path.readlink()}" if path.is_symlink() else file_digest(path)
-            total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
-    return total.hexdigest()
+            contents[path.relative_to(folder).as_posix()] = (
+                f"link {path.readlink()}" if path.is_symlink() else file_digest(path)
+            )
+    return digest_of_files(contents)
+
+
+def digest_of_files(contents: Mapping[str, str]) -> str:
+    """SHA-256 of the names of files and of their contents' SHA-256."""
+    return digest("".join(f"{name} {contents[name]}\n" for name in sorted(contents)).encode())
 
 
 def write(path: pathlib.Path, text: str) -> None:

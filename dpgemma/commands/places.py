@@ -37,7 +37,7 @@ def for_writing(workdir: str) -> Iterator[tuple[pathlib.Path, Mirror | None]]:
     if not is_address(workdir):
         yield pathlib.Path(workdir), None
         return
-    taken = Mirror(workdir, user_cache.folder() / "copies")
+    taken = Mirror(workdir, user_cache.folder() / "copies", with_checkpoints=True)
     try:
         yield taken.folder, taken
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpgemma.privacy import norms, tracking
+from dpgemma.privacy import norms, operations, tracking
 from dpgemma.privacy import uses as audit
 from dpgemma.privacy.book_keeping import Parameter
 from dpgemma.privacy.operations import EMBEDDING, LINEAR, SQUARES, VECTOR
@@ -43,7 +43,7 @@ def gradient(loss: Any, params: Any, example: Any) -> Any:
     for leaf, tap in zip(jax.tree.leaves(gradient), taps, strict=True):
         rows = tap.get(EMBEDDING)
         if rows:
-            leaf = leaf.at[rows["ids"].astype(jnp.int32)].add(rows["g"].astype(leaf.dtype))
+            leaf = operations.add_rows(leaf, rows["ids"].astype(jnp.int32), rows["g"])
         if SQUARES in tap:
             squares.append(norms.column_sums(tap[SQUARES]))
         else:

@@ -220,7 +220,7 @@ def weighted_sum(use: Use, taps: dict[str, Any], factors_B: jax.Array, keep_B: j
             return _dot("np,nq->pq", _rows(scaled(taps["x"])), _rows(kept(taps["g"]))).reshape(use.shape)
         case operations.EMBEDDING:
             rows_NxD = _rows(scaled(taps["g"].astype(jnp.float32)))
-            return jnp.zeros(use.shape).at[taps["ids"].astype(jnp.int32).reshape(-1)].add(rows_NxD)
+            return operations.add_rows(jnp.zeros(use.shape), taps["ids"].astype(jnp.int32).reshape(-1), rows_NxD)
         case operations.HEAD:
             words_KxCxD = _dot("bktc,btd->kcd", kept(taps["delta"]), scaled(taps["h"]))
             return words_KxCxD.reshape(-1, use.shape[1])[: use.shape[0]]

@@ -21,6 +21,8 @@ Weights = jax.Array | Tracked
 
 VECTOR, LINEAR, EMBEDDING, HEAD = "vector", "linear", "embedding", "head"
 SQUARES = "squares"
+# By which add_rows multiplies a matrix of so many rows and columns.
+_MOST_ROWS_BY_PRODUCT = 8192
 # Without this, accelerators compute float32 products in reduced precision; it changes nothing for bfloat16 operands.
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -126,6 +128,24 @@ def embedding(ids: Any, words_VxD: Weights, dtype: Any) -> Any:
     count, ids = words_VxD.shape[0], ids.reshape(-1)
     ids = jnp.clip(jnp.where(ids < 0, ids + count, ids), 0, count - 1)
     return _tracked_rows(ids, words_VxD.open(), words_VxD.taps[EMBEDDING]).reshape(shape)
+
+
+def add_rows(table_VxD: jax.Array, ids_N: jax.Array, rows_NxD: jax.Array, platform: str | None = None) -> Any:
+    """The table with each row added to that of its id; ids may occur several times.
+
+    On a GPU the rows of one id are added up by a product first, and each sum takes the place of the old row: jaxlib
+    0.10.2 to 0.11.0 compiles the addition of float32 rows to a loop that waits for others at every number
+    (openxla/xla#46225). Which way is faster where, experiments.benchmarks.row_sums measures; on a GPU nobody has yet.
+
+    Args:
+      platform: that the program is compiled for; by default that of jax's first device.
+    """
+    if (platform or jax.default_backend()) != "gpu" or len(ids_N) > _MOST_ROWS_BY_PRODUCT:
+        return table_VxD.at[ids_N].add(rows_NxD.astype(table_VxD.dtype))
+    same_NxN = (ids_N[:, None] == ids_N[None, :]).astype(jnp.float32)
+    sums_NxD = jnp.matmul(same_NxN, rows_NxD.astype(jnp.float32), precision=PRECISION)
+    # Rows of one id take the same place with the same numbers, in whatever order.
+    return table_VxD.at[ids_N].set((table_VxD[ids_N].astype(jnp.float32) + sums_NxD).astype(table_VxD.dtype))
 
 
 @jax.custom_vjp

@@ -2,7 +2,8 @@
 
 The run is trained in a copy on this computer's disk, and everything that it writes is taken into the storage: lines of
 the ledger before the step that they are about, reports and metrics with every checkpoint, checkpoints when their files
-are complete. The storage alone counts. Whoever goes on starts from it, with an empty copy.
+are complete. On Google Cloud Storage, which Orbax knows, every process writes its part of a checkpoint straight into
+the storage instead. The storage alone counts. Whoever goes on starts from it, with an empty copy.
 
 Formal guarantee: no step is computed whose line is not in the storage, and no two processes write the same line. So
 where two train one run, against the lock, the second one to write a line ends before it computes that step, and every
@@ -29,6 +30,7 @@ from dpgemma.storage.objects import Objects
 
 _LINES = "ledger.d"  # one object for each line
 _COMPLETE = ".complete"  # behind the number of a checkpoint whose files are all there
+_COMMITTED = "commit_success.txt"  # in a checkpoint that Orbax has completed there
 _LOCK = "lock"
 # The holder of a lock renews it this often; others take it over after so long without a sign of life.
 _BEAT_SECONDS, _PATIENCE_SECONDS = 10.0, 35.0
@@ -39,6 +41,7 @@ class Mirror:
 
     Attributes:
       folder: where the copy lies, or will lie.
+      checkpoints_address: where checkpoints are written straight into the storage, its address; else None.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Mirror:
         address: str,
         copies: pathlib.Path,
         *,
+        with_checkpoints: bool = False,
         beat_seconds: float = _BEAT_SECONDS,
         patience_seconds: float = _PATIENCE_SECONDS,
     ) -> None:
@@ -54,12 +58,14 @@ class Mirror:
         Args:
           address: of the run's folder.
           copies: folder of this computer in which copies lie.
+          with_checkpoints: whether the copy shall have those too that are written straight into the storage.
 
         Raises:
           InputError: another process trains the run, the address holds something else, or it cannot be used.
         """
         self.address = address
         self._objects = Objects(address)
+        self.checkpoints_address = address if writes_checkpoints_itself(address) else None
         self._name = secrets.token_hex(16)  # by which the storage knows this process
         self.folder = copies / f"run-{self._name}"
         self._published: dict[str, str] = {}
@@ -73,7 +79,7 @@ class Mirror:
         threading.Thread(target=self._show_life, args=(beat_seconds,), daemon=True).start()
         try:
             if _line_name(0) in self._objects.names(_LINES):
-                copy(self._objects, self.folder)
+                copy(self._objects, self.folder, with_checkpoints or self.checkpoints_address is None)
         except BaseException:
             self.close()
             raise
@@ -179,6 +185,11 @@ class Mirror:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def writes_checkpoints_itself(address: str) -> bool:
+    """Whether Orbax can write to the storage, from several processes too."""
+    return address.startswith("gs://")
+
+
 def is_held(objects: Objects, patience_seconds: float = _PATIENCE_SECONDS) -> bool:
     """Whether a process that is alive holds a run. Where there is a lock, it takes as long as the patience at most."""
     known, until = objects.read([_LOCK]).get(_LOCK), time.monotonic() + patience_seconds
@@ -193,7 +204,7 @@ def _line_name(number: int) -> str:
     return f"{_LINES}/{number:012}"
 
 
-def copy(objects: Objects, folder: pathlib.Path) -> None:
+def copy(objects: Objects, folder: pathlib.Path, with_checkpoints: bool = True) -> None:
     """Copies a run out of the storage into a new folder: complete checkpoints, and every line of the ledger.
 
     Raises:
@@ -207,9 +218,8 @@ def copy(objects: Objects, folder: pathlib.Path) -> None:
             f"{objects.address} is a run without its keys ({run_files.KEYS}): going on could spend the budget twice;"
             " restore them, or choose another `workdir`"
         )
-    complete = {
-        match[1] for name in names if (match := re.fullmatch(rf"{run_files.CHECKPOINTS}/(\d+){_COMPLETE}", name))
-    }
+    mark = re.compile(rf"{run_files.CHECKPOINTS}/(\d+)({_COMPLETE}|/{_COMMITTED})")
+    complete = {match[1] for name in names if with_checkpoints and (match := mark.fullmatch(name))}
     folder.mkdir(parents=True)
     (folder / run_files.PRIVATE).mkdir(mode=0o700)
     for name in names:

@@ -1,6 +1,7 @@
 """Objects under one address of an object storage: gs:// or s3://, by fsspec."""
 
 import contextlib
+import hashlib
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -111,6 +112,17 @@ class Objects:
         file.parent.mkdir(parents=True, exist_ok=True)
         with self._reported("read"):
             self._storage.get_file(self._path(name), str(file))
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of an object, which may be large."""
+        with self._reported("read"), self._storage.open(self._path(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def move(self, folder: str, target: str) -> None:
+        """Moves all objects of a folder."""
+        with self._reported("written"):
+            for name in self.names(folder):
+                self._storage.mv(self._path(name), self._path(target + name.removeprefix(folder)))
 
     def delete(self, names: Sequence[str]) -> None:
         """Removes objects; names without one are passed over."""

@@ -51,7 +51,9 @@ def on_data(fingerprint: str) -> None:
 
 
 def on_folder(run: RunDirectory) -> None:
-    """Every process has to see the run's folder as the first one has written it."""
+    """Every process has to see the run's folder as the first one has written it, unless it needs none."""
+    if run.address is not None:
+        return
     of_first = processes.from_first(run.opening)
 
     def see() -> None:

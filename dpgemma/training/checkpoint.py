@@ -14,10 +14,8 @@ tests/training/checkpoint_test.py::test_a_step_is_not_saved_with_another_state a
 import functools
 import hashlib
 import itertools
-import json
 import math
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,34 +31,32 @@ from accounting.ledger.history import History
 from dpgemma.sharding import processes
 from dpgemma.storage.mirror import Mirror
 from dpgemma.training import optimizer
+from dpgemma.training.checkpoint_files import CheckpointFiles
 from dpgemma.training.step import TrainState
 
 # What read_only implies is said as well, because Orbax warns about each that it has to change.
 _READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
 _PARAMETERS = "parameters"
-_STEP_METADATA = "_CHECKPOINT_METADATA"  # as Orbax calls it
 _READ_AT_ONCE = 2**28  # bytes of a checkpoint that an audit holds in memory, where arrays are smaller
 
 
 class Checkpoints:
     """The checkpoints of one run; use as a context manager, so that a pending write is finished."""
 
-    def __init__(self, directory: pathlib.Path, keep: int, damaged: pathlib.Path, mirror: Mirror | None = None) -> None:
+    def __init__(self, files: CheckpointFiles, keep: int, mirror: Mirror | None = None) -> None:
         """Opens or creates the folder.
 
         Args:
           keep: number of checkpoints that are kept.
-          damaged: folder for those that cannot be used; nobody has checked what they hold, so a private one.
           mirror: is told which checkpoints are complete, where the folder is the copy of one in an object storage.
         """
-        self._mirror = mirror
-        self._directory, self._damaged = directory.absolute(), damaged
+        self._files, self._mirror = files, mirror
         # Step of the checkpoint whose files are not in the ledger yet, and of the one whose metadata still hold times
         # of writing; None if there is none.
         self._writing: int | None = None
         self._dated: int | None = None
         self._manager = ocp.CheckpointManager(
-            self._directory,
+            files.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             item_names=("state", "meta"),
         )
@@ -123,13 +119,11 @@ class Checkpoints:
         """Removes the times of writing from the metadata of a checkpoint that has been written meanwhile, so that a
         crash before `settle` leaves none there.
         """
-        metadata = self._directory / str(self._dated) / _STEP_METADATA
         if self._dated is None or not processes.is_first() or self._manager.is_saving_in_progress():
             return
-        if metadata.is_file():  # else it could not be written, which `settle` reports
-            _strip_times(metadata)
-            if self._mirror is not None:
-                self._mirror.stored(self._dated)
+        is_whole = self._files.strip_times(self._dated)  # else it could not be written, which `settle` reports
+        if is_whole and self._mirror is not None:
+            self._mirror.stored(self._dated)
         self._dated = None
 
     def settle(self, ledger: Ledger | None) -> None:
@@ -153,8 +147,8 @@ class Checkpoints:
             work()
         except Exception as error:  # a full disk comes back as one of many types
             raise InputError(
-                f"checkpoint {step} cannot be written to {self._directory} ({_reason(error)}): make room and run the"
-                " same command again; the checkpoints before it are kept"
+                f"checkpoint {step} cannot be written to {self._files.directory} ({_reason(error)}): make room and run"
+                " the same command again; the checkpoints before it are kept"
             ) from None
 
     def _record_files(self, step: int, ledger: Ledger | None, *, is_new: bool) -> None:
@@ -164,9 +158,8 @@ class Checkpoints:
           is_new: whether the mirror does not have it.
         """
         assert ledger is not None
-        folder = self._directory / str(step)
-        _strip_times(folder / _STEP_METADATA)
-        ledger.append(events.STORED, step=step, files_sha256=run_files.folder_digest(folder))
+        self._files.strip_times(step)
+        ledger.append(events.STORED, step=step, files_sha256=self._files.digest(step))
         ledger.sync()
         if is_new and self._mirror is not None:
             self._mirror.stored(step)
@@ -191,7 +184,7 @@ class Checkpoints:
             if state is not None:
                 return step, state
             warn(f"checkpoint {step} {fault}; it is set aside and the one before it is used")
-            processes.from_first(functools.partial(self._set_aside, step))
+            processes.from_first(functools.partial(self._files.set_aside, step))
             self._manager.reload()
         return None
 
@@ -204,8 +197,8 @@ class Checkpoints:
         state, meta, reason = self._read(step, template)
         if state is None and processes.count() > 1:
             raise InputError(
-                f"process {processes.number()} cannot read checkpoint {step} in {self._directory} ({reason}): restore"
-                " it, or remove its folder, and the run goes on from the one before it"
+                f"process {processes.number()} cannot read checkpoint {step} in {self._files.directory} ({reason}):"
+                " restore it, or remove its folder, and the run goes on from the one before it"
             )
         if state is None:
             return None, f"cannot be read ({reason})"
@@ -232,7 +225,7 @@ class Checkpoints:
         """Whether files are not those that the ledger recorded, where it did: a sentence, or None."""
         assert ledger is not None
         recorded = [each for each in ledger.records if each["kind"] == events.STORED and each["step"] == step]
-        if not recorded or run_files.folder_digest(self._directory / str(step)) == recorded[-1]["files_sha256"]:
+        if not recorded or self._files.digest(step) == recorded[-1]["files_sha256"]:
             return None
         return "has other files than the ledger recorded"
 
@@ -241,8 +234,8 @@ class Checkpoints:
         assert ledger is not None
         if not ledger.begins_with(meta["ledger_lines"], meta["ledger_head"]):
             raise InputError(
-                f"checkpoint {step} in {self._directory} belongs to another ledger: it was exchanged or the ledger"
-                " edited"
+                f"checkpoint {step} in {self._files.directory} belongs to another ledger: it was exchanged or the"
+                " ledger edited"
             )
         if not is_recorded(meta, ledger.records, state_sha256=state_sha256):
             return "holds another state than the ledger recorded"
@@ -253,13 +246,6 @@ class Checkpoints:
         if not any(record["kind"] == events.STORED and record["step"] == step for record in written):
             self._record_files(step, ledger, is_new=False)  # a crash came before
         return None
-
-    def _set_aside(self, step: int) -> None:
-        self._damaged.mkdir(parents=True, exist_ok=True)
-        target, number = self._damaged / str(step), 1
-        while target.exists():
-            target, number = self._damaged / f"{step}.{number}", number + 1
-        shutil.move(self._directory / str(step), target)  # which may lie on another disk
 
 
 def digests(state: dict[str, Any]) -> dict[str, str]:
@@ -299,13 +285,6 @@ def _digest_of(array: np.ndarray) -> str:
 def _add(total: Any, path: tuple[Any, ...], array: np.ndarray) -> None:
     total.update(f"{_name(path)} {array.dtype} {array.shape}\n".encode())
     total.update(np.ascontiguousarray(array).tobytes())
-
-
-def _strip_times(metadata: pathlib.Path) -> None:
-    """Takes out of a checkpoint's metadata when it was written: a long step is one with many units."""
-    stored = json.loads(metadata.read_text())
-    stored |= {name: None for name in stored if name.endswith("_timestamp_nsecs")}
-    run_files.write(metadata, json.dumps(stored))
 
 
 def is_recorded(meta: dict[str, Any], records: Sequence[dict[str, Any]], **digests: str) -> bool:

@@ -25,6 +25,7 @@ from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import processes
 from dpgemma.sharding.rules import MeshShape, wanted
+from dpgemma.storage import mirror as mirror_lib
 from dpgemma.storage.mirror import Mirror
 from dpgemma.storage.objects import is_address
 from dpgemma.training import agreement, clipping_choice, environment, memory
@@ -118,10 +119,19 @@ def _prepared(
     objective = _on(objective, shape)
     place = workdir or f"runs/{named.digest()[:8]}"
     agreement.on_settings(named.as_dict() | {"workdir": place, "epsilon_given": epsilon_given})
-    mirror = _mirror_of(place)
-    if mirror is not None:
-        undone.callback(mirror.close)
-    path = pathlib.Path(place) if mirror is None else mirror.folder
+    mirror: Mirror | None = None
+    path = pathlib.Path(place)
+    if is_address(place):
+        path = user_cache.folder() / "copies" / f"of process {processes.number()}"  # which the first one does not use
+
+    def mirrored() -> None:
+        nonlocal mirror, path
+        if is_address(place):
+            mirror = _mirror_of(place)
+            path = mirror.folder
+            undone.callback(mirror.close)
+
+    processes.from_first(mirrored)
     agreement.on_environment(environment.description(shape))
     run: RunDirectory | None = None
 
@@ -173,7 +183,8 @@ def _prepared(
             run.check_resumable(config, fingerprint, facts)
 
     processes.from_first(create_or_check)
-    run = run or RunDirectory(path)  # that of the first process, which has it locked
+    # Else that of the first process, which has it locked.
+    run = run or RunDirectory(path, address=place if is_address(place) else None)
     agreement.on_folder(run)
     remarks = _remarks(source)
     if processes.is_first():
@@ -189,17 +200,18 @@ def _prepared(
     return Trainer(plan, objective, training, run, observers, held_out=held_out)
 
 
-def _mirror_of(place: str) -> Mirror | None:
-    """What takes a run to an address of an object storage; None for a folder.
+def _mirror_of(address: str) -> Mirror:
+    """What takes a run to an address of an object storage.
 
     Raises:
       InputError: the address cannot be used, or another process trains there.
     """
-    if not is_address(place):
-        return None
-    if processes.count() > 1:
-        raise InputError(f"several processes share a folder on a disk: {place} is none")
-    return Mirror(place, user_cache.folder() / "copies")
+    if processes.count() > 1 and not mirror_lib.writes_checkpoints_itself(address):
+        raise InputError(
+            f"several processes cannot write their parts of checkpoints to {address}: give a folder on a disk that they"
+            " share, or gs://BUCKET/FOLDER"
+        )
+    return Mirror(address, user_cache.folder() / "copies")
 
 
 def _remarks(source: InMemory) -> list[str]:

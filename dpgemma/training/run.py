@@ -24,6 +24,7 @@ from accounting.ledger.seals import Seal
 from dpgemma.choices import EXACT, HMAC, SIGNATURE
 from dpgemma.privacy.keys import Keys
 from dpgemma.storage.mirror import Mirror
+from dpgemma.training.checkpoint_files import CheckpointFiles, InStorage, OnDisk
 from dpgemma.training.settings import OPERATIONAL
 
 
@@ -31,12 +32,14 @@ class RunDirectory:
     """Paths and the exclusive lock of a run that exists.
 
     Attributes:
-      mirror: where the folder is the copy of one in an object storage, what takes it there.
+      mirror: where the folder is the copy of one in an object storage, what takes it there; the first process has it.
+      address: of that storage, if every process writes its part of a checkpoint straight into it.
     """
 
-    def __init__(self, path: pathlib.Path, mirror: Mirror | None = None) -> None:
+    def __init__(self, path: pathlib.Path, mirror: Mirror | None = None, address: str | None = None) -> None:
         self.path = path
         self.mirror = mirror
+        self.address = address
         self.private = path / run_files.PRIVATE
         self.checkpoints = path / run_files.CHECKPOINTS
         self.config_file = path / run_files.CONFIG
@@ -61,6 +64,16 @@ class RunDirectory:
         except ValueError:
             raise InputError(f"{self.config_file} is damaged: it is no JSON") from None
         return run_files.decode(stored)
+
+    @property
+    def checkpoint_files(self) -> CheckpointFiles:
+        """Of this process."""
+        return OnDisk(self.checkpoints, self.damaged) if self.address is None else InStorage(self.address)
+
+    @property
+    def checkpoint_mirror(self) -> Mirror | None:
+        """What takes whole checkpoints into an object storage, where they are written to a disk first."""
+        return self.mirror if self.address is None else None
 
     def opening(self) -> str:
         """The first line of the ledger, which no other run has; empty where there is none."""
@@ -219,7 +232,7 @@ def open_existing(path: pathlib.Path, mirror: Mirror | None = None) -> RunDirect
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
-    run = RunDirectory(path, mirror)
+    run = RunDirectory(path, mirror, None if mirror is None else mirror.checkpoints_address)
     files = {
         f"keys ({run_files.KEYS})": run.keys_file,
         f"ledger ({run_files.LEDGER})": run.ledger_file,
@@ -271,7 +284,7 @@ def create(
     except BaseException:
         shutil.rmtree(temporary.path, ignore_errors=True)
         raise
-    run = RunDirectory(path, mirror)
+    run = RunDirectory(path, mirror, None if mirror is None else mirror.checkpoints_address)
     run.lock()
     if mirror is not None:
         mirror.add_line(0, run.opening().rstrip("\n"))

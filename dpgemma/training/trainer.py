@@ -103,7 +103,7 @@ class Trainer:
         """
         with (
             Checkpoints(
-                self.run.checkpoints, self.plan.keep_checkpoints, self.run.damaged, self.run.mirror
+                self.run.checkpoint_files, self.plan.keep_checkpoints, self.run.checkpoint_mirror
             ) as checkpoints,
             self.record.opened(),
         ):

@@ -45,6 +45,7 @@ from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training import clipping_choice
 from dpgemma.training.step import sharded_clipped_sum
 from experiments.benchmarks.objectives import causal, of_row
+from experiments.hardware import machines, operations
 
 BENCHMARK = "30m"
 OURS = STRATEGIES
@@ -124,6 +125,12 @@ class Programs:
 
     def compile(self, name: str, size: int, remat: str):
         return jax.jit(self.make(name, size, remat)).lower(self.parameters, self.batch).compile()
+
+    @functools.cached_property
+    def operations(self) -> int:
+        """Of the products of one ordinary step that recomputes nothing, as many as a model must execute."""
+        traced = jax.jit(self.make("non_private", 1, "none")).trace(self.parameters, self.batch)
+        return operations.of_products(traced.jaxpr.jaxpr) * self.mesh.size
 
     def step(self, name: str, size: int, remat: str):
         """The compiled program as a function without arguments; None where it does not fit in memory."""
@@ -260,6 +267,11 @@ def measure(arguments) -> dict:
     }
     if jax.default_backend() != "cpu":  # absolute times of a shared CPU say nothing
         result["tokens_per_second"] = {row["name"]: tokens / row["seconds"] for row in rows}
+        result["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # of all programs
+        chip = machines.of_device(jax.devices()[0].device_kind)
+        if chip is not None:  # model FLOP utilisation, as Chowdhery et al. 2022 (arXiv 2204.02311, appendix B) have it
+            peak = chip.flops * programs.mesh.size
+            result["utilisation"] = {row["name"]: programs.operations / row["seconds"] / peak for row in rows}
     else:
         for row in (*rows, *tried):
             row.pop("seconds")

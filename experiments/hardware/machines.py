@@ -45,6 +45,15 @@ CPU, _MOST_CPU_DEVICES = "cpu", 64
 SYNTAX = "v6e:16x16, v5e:8x8, v5p:4x4x4, h100:8, h200:8, a100:8, or cpu:2 for this computer"
 
 
+def of_device(kind: str) -> Chip | None:
+    """What is known of a device by the name that jax gives it; None of others.
+
+    >>> of_device("NVIDIA H100 80GB HBM3") is CHIPS["h100"], of_device("cpu")
+    (True, None)
+    """
+    return next((chip for name, chip in CHIPS.items() if name in kind.lower()), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A machine: slices of chips of one kind.

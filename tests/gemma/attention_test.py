@@ -76,6 +76,15 @@ def test_fused_on_a_gpu_in_bfloat16(layer_types):
             np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.05)
 
 
+@pytest.mark.gpu
+def test_a_gpu_takes_its_kernel_where_it_has_one():
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in problem(64))
+    taken = jax.make_jaxpr(lambda *x: attend_causal(*x, PLAIN, False, "auto"))(q, k, v)
+    assert "cudnn" in str(taken)
+    capped = dataclasses.replace(PLAIN, attention_cap=30.0)
+    assert "cudnn" not in str(jax.make_jaxpr(lambda *x: attend_causal(*x, capped, False, "auto"))(q, k, v))
+
+
 def test_fused_refuses_what_it_cannot_express():
     config = dataclasses.replace(PLAIN, attention_cap=2.0)
     with pytest.raises(ValueError, match="soft-caps"):

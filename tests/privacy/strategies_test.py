@@ -363,3 +363,21 @@ def test_a_wrong_rule_fails_the_comparison(name, monkeypatch):
     reference, got = run("vmap"), run("ghost")
     same_norms = np.allclose(got.stats.norms, reference.stats.norms, rtol=1e-5)
     assert not (same_norms and relative(got.total, reference.total) < 1e-5)
+
+
+@pytest.mark.parametrize("platform, dtype", [("cpu", jnp.float32), ("gpu", jnp.float32), ("gpu", jnp.bfloat16)])
+def test_rows_are_added_in_the_same_way_by_the_programs_of_all_platforms(platform, dtype):
+    """Also where one id occurs often."""
+    rng = np.random.default_rng(0)
+    table, rows = rng.standard_normal((50, 8)), jnp.asarray(rng.standard_normal((200, 8)), jnp.float32)
+    table = jnp.asarray(table, dtype)
+    for ids in (rng.integers(0, 50, 200), np.full(200, 7)):
+        expected = np.asarray(table, np.float64)
+        np.add.at(expected, ids, np.asarray(rows, np.float64))
+        found = operations.add_rows(table, jnp.asarray(ids), rows, platform)
+        # The product adds up in float32 and rounds once.
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-4, rtol=float(jnp.finfo(dtype).eps))
+        assert found.dtype == dtype
+    program = jax.jit(lambda *x: operations.add_rows(*x, platform)).lower(table, jnp.asarray(ids), rows).as_text()
+    _, scatter = program.split('"stablehlo.scatter"')
+    assert ("stablehlo.add" in scatter.partition("}) :")[0]) == (platform == "cpu")

@@ -13,6 +13,7 @@ from accounting.errors import InputError
 from accounting.ledger.chain import Ledger
 from dpgemma.training import checkpoint
 from dpgemma.training.checkpoint import Checkpoints
+from dpgemma.training.checkpoint_files import OnDisk
 from dpgemma.training.step import TrainState
 
 GROUP = {"sampling_probability": 0.1, "noise_multiplier": 1.0, "max_batch_size": 60}
@@ -35,7 +36,7 @@ def state_of(value, moment=0.0):
 
 
 def save(folder, ledger, state):
-    with Checkpoints(folder, 3, folder / "damaged") as checkpoints:
+    with Checkpoints(OnDisk(folder, folder / "damaged"), 3) as checkpoints:
         checkpoints.save(2, state, ledger, metrics_sha256="")
         checkpoints.settle(ledger)
 
@@ -60,20 +61,20 @@ def test_a_run_does_not_go_on_from_a_state_that_it_has_left(ledger, tmp_path):
     save(tmp_path / "a", ledger, state_of(1.0))
     ledger.append("resume", step=0, environment="server")
     warnings = []
-    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+    with Checkpoints(OnDisk(tmp_path / "a", tmp_path / "damaged"), 3) as checkpoints:
         assert checkpoints.restore(state_of(0.0), ledger, warnings.append) is None
     assert "went on without it" in warnings[0] and (tmp_path / "damaged" / "2").is_dir()
     for step in range(2):
         ledger.append_step(step, GROUP)
     save(tmp_path / "a", ledger, state_of(2.0))
-    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+    with Checkpoints(OnDisk(tmp_path / "a", tmp_path / "damaged"), 3) as checkpoints:
         step, state = checkpoints.restore(state_of(0.0), ledger, pytest.fail)
     assert step == 2 and float(state.parameters["w"][0]) == 2.0
 
 
 def test_files_enter_the_ledger_at_a_step_that_no_clock_decides(ledger, tmp_path):
     """However soon they are written: before the next checkpoint begins, or when the run waits for them."""
-    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+    with Checkpoints(OnDisk(tmp_path / "a", tmp_path / "damaged"), 3) as checkpoints:
         checkpoints.save(2, state_of(1.0), ledger, metrics_sha256="")
         metadata = tmp_path / "a/2/_CHECKPOINT_METADATA"
         deadline = time.monotonic() + 30
@@ -97,7 +98,7 @@ def test_what_is_saved_is_the_state_before_its_memory_is_used_again(ledger, tmp_
     following = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = state_of(1.0)
     state = dataclasses.replace(state, parameters={"w": jnp.full(10**6, 1.0)})
-    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+    with Checkpoints(OnDisk(tmp_path / "a", tmp_path / "damaged"), 3) as checkpoints:
         checkpoints.save(2, state, ledger, metrics_sha256="")
         for _ in range(20):
             state = following(state)
@@ -113,7 +114,7 @@ def test_a_checkpoint_does_not_say_when_it_was_written(ledger, tmp_path):
     metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
     assert [metadata[name] for name in metadata if "timestamp" in name] == [None, None]
     assert checkpoint.summaries(tmp_path / "a")[0]["optimizer_count"] == 2
-    with Checkpoints(tmp_path / "a", 3, tmp_path / "damaged") as checkpoints:
+    with Checkpoints(OnDisk(tmp_path / "a", tmp_path / "damaged"), 3) as checkpoints:
         step, state = checkpoints.restore(state_of(0.0), ledger, pytest.fail)
     assert step == 2 and float(state.parameters["w"][0]) == 1.0
 

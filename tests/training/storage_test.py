@@ -1,7 +1,8 @@
 """Runs that lie in an object storage: a server of S3's interface on this computer."""
 
 import contextlib
-import http
+import functools
+import http.server
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -168,32 +170,87 @@ def test_a_storage_whose_package_is_not_installed_says_so(tmp_path):
     assert "InputError: gs://bucket/run needs another package: pip install 'dpgemma[gcs]'" in done.stderr
 
 
-@pytest.fixture(params=[True, False], ids=["refuses", "replaces"])
-def google(request, monkeypatch):
-    """(address, whether an object that exists is not created): an emulator of Google Cloud Storage, which replaces
-    such objects, and with what the service does instead.
+@contextlib.contextmanager
+def google_storage(refuses):
+    """The address of a server of Google's interface: an emulator, to which what the service says of generations of
+    objects is added here.
+
+    Args:
+      refuses: whether an object is written only if its generation is the one that the writer asks for.
     """
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import buckets
     from gcp_storage_emulator.handlers import objects as handlers
+    from gcp_storage_emulator.storage import Storage
 
-    upload = handlers._multipart_upload
+    class Storing(Storage):
+        generation = None  # of the object that was asked for last
 
-    def conditional(asked, response, storage):
-        if request.param and asked.query.get("ifGenerationMatch") == ["0"]:
-            with contextlib.suppress(NotFound):
-                storage.get_file_obj(asked.params["bucket_name"], asked.data["meta"]["name"])
-                response.status = http.HTTPStatus.PRECONDITION_FAILED
-                return
+        def get_file_obj(self, *arguments):
+            found = super().get_file_obj(*arguments)
+            self.generation = found["generation"]
+            return found
+
+    class OneByOne(emulator.RequestHandler):
+        """Its storage is meant for one request at a time, its own server for one client."""
+
+        def handle_one_request(self):
+            self.raw_requestline = self.rfile.readline(65537)
+            if not self.raw_requestline:
+                self.close_connection = True
+            elif self.parse_request():
+                with one:
+                    self.storage.generation = None
+                    getattr(self, f"do_{self.command}")()
+                self.wfile.flush()
+
+        def end_headers(self):
+            if self.command == "GET" and self.storage.generation:
+                self.send_header("x-goog-generation", self.storage.generation)
+            super().end_headers()
+
+    class Quiet(http.server.ThreadingHTTPServer):
+        request_queue_size = 1000
+
+        def handle_error(self, request, address):
+            pass  # clients that were killed, or that have what they want
+
+    upload, upload_alone = handlers._multipart_upload, handlers._media_upload
+    storage, one = Storing(use_memory_fs=True), threading.Lock()
+    buckets.create_bucket("bucket", storage)
+
+    def conditional(name_of, upload, asked, response, storage):
+        wanted, current = asked.query.get("ifGenerationMatch"), "0"
+        with contextlib.suppress(NotFound):
+            current = storage.get_file_obj(asked.params["bucket_name"], name_of(asked))["generation"]
+        if refuses and wanted is not None and wanted != [current]:
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
+            return
+        if asked.data is None:  # as the emulator calls an object without content, which it then refuses
+            asked._data = b""
         upload(asked, response, storage)
 
-    handlers._multipart_upload, port = conditional, runs.free_port()
-    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
-    server.start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
-    yield "gs://bucket/run", request.param
-    server.stop()
-    handlers._multipart_upload = upload
+    handlers._multipart_upload = functools.partial(conditional, lambda asked: asked.data["meta"]["name"], upload)
+    handlers._media_upload = functools.partial(conditional, lambda asked: asked.query["name"][0], upload_alone)
+    server = Quiet(("localhost", 0), functools.partial(OneByOne, storage))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://localhost:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        handlers._multipart_upload, handlers._media_upload = upload, upload_alone
+
+
+@pytest.fixture(params=[True, False], ids=["refuses", "replaces"])
+def google(request, monkeypatch, tmp_path):
+    """(address, whether an object that exists is not created)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with google_storage(request.param) as server:
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            monkeypatch.setenv(name, server)
+        yield "gs://bucket/run", request.param
 
 
 def test_a_storage_that_replaces_what_it_was_asked_to_create_is_refused(google, tmp_path):
@@ -243,4 +300,43 @@ def test_a_killed_run_goes_on_from_the_storage(text, address, variables, tmp_pat
     after = lines(address)
     assert after[: len(before)] == before
     assert sorted(line["step"] for line in after if line["kind"] == "step") == list(range(40))
+    assert audited(address)["consistent"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("google", [True], indirect=True)
+def test_processes_write_their_parts_of_checkpoints_into_the_storage(text, google, tmp_path):
+    """Without a disk that they share. Killed, they go on as one process, and the audit reads what all have written."""
+    address, _ = google
+    given = runs.flags(text, address, steps=6, checkpoint_every=2)
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+    storage = {name: os.environ[name] for name in names}
+    together = ["--num_processes=2", f"--coordinator=localhost:{runs.free_port()}"]
+    # Nobody reads what they write: without an account, the storage's package warns at every request.
+    processes = [
+        subprocess.Popen(
+            [*runs.COMMAND, *given, *together, f"--process_id={i}"],
+            env=runs.ENVIRONMENT | storage | {"XDG_CACHE_HOME": str(tmp_path / f"cache of {i}")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for i in range(2)
+    ]
+    try:
+        while not any(line["kind"] == "stored" for line in lines(address)):
+            assert not any(process.poll() for process in processes)
+            time.sleep(1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    before = lines(address)
+    done = subprocess.run(
+        [*runs.COMMAND, *given], env=runs.ENVIRONMENT | storage, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = lines(address)
+    assert after[: len(before)] == before
+    assert next(line["step"] for line in after if line["kind"] == "resume") in (2, 4)
+    assert sorted(line["step"] for line in after if line["kind"] == "step") == list(range(6))
     assert audited(address)["consistent"]

@@ -113,7 +113,9 @@ def attend(
 ) -> Any:
     """Attention of scaled queries [..., T, K, G, H] over keys and values [..., T, K, H], shaped like the queries."""
     length = q.shape[-4]
-    if implementation == AUTO:
+    if implementation == AUTO and not mask.after and config.attention_cap is None and _cudnn_takes(q, k, v, config):
+        implementation = FUSED
+    elif implementation == AUTO:
         implementation = DENSE if length <= LONGEST_DENSE else BLOCKWISE
     if implementation == FUSED:
         if mask.after:
@@ -129,6 +131,21 @@ def _softmax_mix(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, c
     scores = soft_cap(_dot("...tkgh,...skh->...kgts", q, k), cap)
     weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1).astype(v.dtype)
     return jnp.einsum("...kgts,...skh->...tkgh", weights, v, precision=PRECISION)
+
+
+def _cudnn_takes(q: jax.Array, k: jax.Array, v: jax.Array, config: GemmaConfig) -> bool:
+    """Whether cuDNN has a kernel for these shapes and types on this GPU; False on other devices."""
+    if jax.default_backend() != "gpu" or q.dtype != jnp.bfloat16:
+        return False
+
+    def mixed(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        return _fused(q, k, v, config, jnp.bool_(True)).astype(jnp.float32).sum()
+
+    try:
+        jax.eval_shape(jax.grad(mixed, (0, 1, 2)), q, k, v)
+    except (NotImplementedError, RuntimeError, ValueError):  # as jax refuses what the kernel does not take
+        return False
+    return True
 
 
 def _fused(q: jax.Array, k: jax.Array, v: jax.Array, config: GemmaConfig, is_sliding: jax.Array) -> Any:
