@@ -1,4 +1,5 @@
-"""Where documents come from: the synthetic corpus, text files, JSONL files, and TFDS data sets already on disk.
+"""Where documents come from: the synthetic corpus, files of records, folders of them, and data sets of TFDS and Hugging
+Face that are on disk already.
 
 Every source yields records, or the documents in one of their fields as bytes, in a fixed order. Nothing is ever
 downloaded.
@@ -12,11 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from accounting.errors import InputError
+from dpgemma.data import formats
 from dpgemma.data.text.tokenizer import utf8
 
 SYNTHETIC = "synthetic"
 TFDS_PREFIX = "tfds:"
 _READ_BATCH = 1024
+# Of Hugging Face's datasets: a set of several parts, and the files of one.
+_SPLITS, _STATE = "dataset_dict.json", "state.json"
 
 
 def documents(data: str, text_field: str = "text") -> Iterator[bytes]:
@@ -39,8 +43,8 @@ def records(data: str, text_field: str = "text") -> Iterator[dict[str, Any]]:
     """The records that `data` names.
 
     Args:
-      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", a path or glob of text files (one record each, with one field)
-        or of .jsonl files (one record per line).
+      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", or files of the kinds that data.formats knows: a path, a glob
+        (** for folders within folders), a folder with all that is in it, or one that Hugging Face's datasets saved.
       text_field: what the only field is called where the source has no names for fields.
 
     Raises:
@@ -54,30 +58,39 @@ def records(data: str, text_field: str = "text") -> Iterator[dict[str, Any]]:
         yield from _tfds_records(_prepared_builder(data.removeprefix(TFDS_PREFIX)))
     else:
         for path in _files(data):
-            yield from _jsonl_records(path) if path.suffix == ".jsonl" else [{text_field: path.read_bytes()}]
+            yield from formats.records(path, text_field)
 
 
 def _files(data: str) -> list[pathlib.Path]:
-    paths = [pathlib.Path(p) for p in sorted(glob.glob(os.path.expanduser(data))) if os.path.isfile(p)]
+    found = pathlib.Path(os.path.expanduser(data))
+    if found.is_dir():
+        paths = _of_data_set(found) or sorted(path for path in found.rglob("*") if _is_meant(path, found))
+    else:
+        paths = [pathlib.Path(p) for p in sorted(glob.glob(str(found), recursive=True)) if os.path.isfile(p)]
     if not paths:
-        raise InputError(
-            f"no file matches `data`={data}: give a text or .jsonl file, a glob, tfds:NAME, or {SYNTHETIC}"
-        )
+        raise InputError(f"no file matches `data`={data}: give a file, a folder, a glob, tfds:NAME, or {SYNTHETIC}")
     return paths
 
 
-def _jsonl_records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}, line {number}: no JSON object")
-            yield record
+def _is_meant(path: pathlib.Path, folder: pathlib.Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.is_file() and not hidden
+
+
+def _of_data_set(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a folder that datasets.Dataset.save_to_disk wrote, in their order; none of another one.
+
+    Raises:
+      InputError: several splits, and none that is called train.
+    """
+    if (folder / _SPLITS).is_file():
+        splits = json.loads((folder / _SPLITS).read_text()).get("splits", [])
+        if "train" not in splits:
+            raise InputError(f"`data`={folder} has the splits {', '.join(splits)}: give the folder of one of them")
+        folder = folder / "train"
+    if not (folder / _STATE).is_file():
+        return []
+    return [folder / part["filename"] for part in json.loads((folder / _STATE).read_text())["_data_files"]]
 
 
 def _prepared_builder(name: str) -> Any:

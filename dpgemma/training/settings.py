@@ -53,9 +53,10 @@ class Settings:
         "all", "Linear layers that get adapters: all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,..."
     )
     data: str = _setting(
-        "synthetic", "synthetic, a text file or glob, a .jsonl file or glob, or tfds:NAME prepared on disk."
+        "synthetic",
+        "synthetic, tfds:NAME prepared on disk, or a file, glob or folder: text, JSON lines, CSV, Parquet, Arrow.",
     )
-    text_field: str = _setting("text", "Field of a JSONL or TFDS record that holds the text.")
+    text_field: str = _setting("text", "Field of a record that holds the text.")
     tokenizer: str | None = _setting(
         None,
         "byte, a SentencePiece .model file, or a Hugging Face directory; by default that of `init_from`, else byte.",

@@ -142,6 +142,23 @@ def test_turns_are_the_published_templates(directories, messages):
     assert [ours.bos, *chat.prompt(ours, asked[0]["content"])] == prompt
 
 
+def test_a_content_of_several_parts_is_their_text(directories):
+    ours = tokenizer.load(str(directories[0]))
+
+    def parted(message):
+        half = len(message["content"]) // 2
+        parts = [message["content"][:half], message["content"][half:]]
+        return message | {"content": [{"type": "text", "text": part} for part in parts]}
+
+    for whole, in_parts in zip(
+        chat.turns(ours, CONVERSATION), chat.turns(ours, list(map(parted, CONVERSATION))), strict=True
+    ):
+        np.testing.assert_array_equal(whole, in_parts)
+    picture = [{"role": "user", "content": [{"type": "image", "url": "x"}, {"type": "text", "text": "What is it?"}]}]
+    with pytest.raises(InputError, match="a list of parts of type text"):
+        chat.turns(ours, picture)
+
+
 @pytest.mark.parametrize("messages", [
     [], "hello", [{"role": "user"}], [{"role": "user", "content": 3}], [{"role": "tool", "content": "x"}],
     [{"role": "system", "content": "x"}],

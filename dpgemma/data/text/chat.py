@@ -58,12 +58,27 @@ def _markup(tokenizer: Tokenizer) -> tuple[int, int]:
     return start, end
 
 
+def _text_of(content: Any) -> str:
+    """What a message says: text, or a list of parts that all are text.
+
+    Raises:
+      InputError: anything else, such as a picture.
+    """
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InputError("every message needs a content that is text, or a list of parts of type text")
+        texts.append(text)
+    return "".join(texts)
+
+
 def _with_system(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(role, content) pairs, with the system message's content before that of the first turn."""
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
         raise InputError("messages must be a list of objects with role and content")
-    if not all(isinstance(m.get("content"), str) for m in messages):
-        raise InputError("every message needs a content that is text")
+    messages = [message | {"content": _text_of(message.get("content"))} for message in messages]
     system = ""
     if messages[0].get("role") == _SYSTEM:
         system, messages = messages[0]["content"].strip() + "\n\n", messages[1:]

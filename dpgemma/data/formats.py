@@ -1,0 +1,189 @@
+"""Files of records: of which kind one is, and its records one after the other.
+
+The kind is told by what a file begins with, and where that leaves it open by its ending: .jsonl, .ndjson and .json,
+.csv and .tsv; everything else that is text is one record. Files compressed by gzip or zstd are read as what they hold.
+What is no text, or broken, is refused with the file's name and the line or record.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from accounting.errors import InputError
+
+_GZIP, _ZSTD, _PARQUET, _ARROW_FILE, _ARROW_STREAM = b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+_BOM, _OTHER_UNICODE = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+_NAMED = {
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF": "a PDF document",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+}
+_LINES, _LIST, _TABLES = (".jsonl", ".ndjson"), ".json", {".csv": ",", ".tsv": "\t"}
+_COMPRESSED = (".gz", ".zst")
+_LOOKED_AT, _AT_ONCE = 8192, 1024
+
+
+def records(path: pathlib.Path, text_field: str) -> Iterator[dict[str, Any]]:
+    """The records of a file.
+
+    Args:
+      text_field: what the only field of a text file is called.
+
+    Raises:
+      InputError: names the file, and the line or record, that cannot be read.
+    """
+    with _opened(path) as file:
+        start = file.peek(_LOOKED_AT)[:_LOOKED_AT]
+        ending = pathlib.Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+        if start.startswith((_PARQUET, _ARROW_FILE)):
+            yield from _tables(path, start)
+            return
+        if start.startswith(_ARROW_STREAM):
+            yield from _arrow(path, file)
+            return
+        _check_text(path, start)
+        if ending in _TABLES:
+            yield from _rows(path, file, _TABLES[ending])
+        elif ending == _LIST and start.removeprefix(_BOM).lstrip().startswith(b"["):
+            yield from _list(path, file)
+        elif ending in (*_LINES, _LIST):
+            yield from _lines(path, file)
+        else:
+            yield {text_field: file.read().removeprefix(_BOM).replace(b"\r\n", b"\n")}
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
+    """The file's bytes, decompressed.
+
+    Raises:
+      InputError: it cannot be read, or not to its end.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.peek(4)
+            if not start.startswith((_GZIP, _ZSTD)):
+                yield file
+                return
+            import pyarrow
+
+            kind = "gzip" if start.startswith(_GZIP) else "zstd"
+            with pyarrow.CompressedInputStream(file, kind) as stream, io.BufferedReader(stream) as whole:
+                yield whole
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or str(error)[:200]})") from None
+
+
+def _check_text(path: pathlib.Path, start: bytes) -> None:
+    what = next((name for magic, name in _NAMED.items() if start.startswith(magic)), None)
+    if what is None and start.startswith(_OTHER_UNICODE):
+        what = "UTF-16"
+    if what is None and b"\0" in start:
+        what = "no text"
+    if what is not None:
+        raise InputError(
+            f"{path} is {what}: give text in UTF-8, JSON lines, CSV, Parquet or Arrow, plain or compressed by gzip or"
+            " zstd"
+        )
+
+
+def _wrong(path: pathlib.Path, place: str, number: int, what: str) -> InputError:
+    return InputError(f"{path}, {place} {number}: {what}")
+
+
+def _lines(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if line := line.removeprefix(_BOM).strip() if number == 1 else line.strip():
+            yield _object(path, "line", number, line)
+
+
+def _object(path: pathlib.Path, place: str, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(text.decode(), object_pairs_hook=_once)
+    except UnicodeDecodeError:
+        raise _wrong(path, place, number, "no UTF-8") from None
+    except _TwiceError:
+        raise _wrong(path, place, number, "a JSON object with one field twice") from None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise _wrong(path, place, number, "no JSON object")
+    return record
+
+
+class _TwiceError(ValueError):
+    """An object has two fields of one name."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _TwiceError
+    return found
+
+
+def _list(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    try:
+        found = json.loads(file.read().removeprefix(_BOM).decode(), object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is no JSON: give a list of objects, or one object on each line") from None
+    for number, record in enumerate(found, start=1):
+        if not isinstance(record, dict):
+            raise _wrong(path, "record", number, "no JSON object")
+        yield record
+
+
+def _rows(path: pathlib.Path, file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
+    """Of a table whose first row names the fields."""
+    limit = csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) != len(names) or "" in names:
+            raise _wrong(path, "line", 1, "a header in which a name is missing or occurs twice")
+        for values in reader:
+            if values and len(values) != len(names):
+                what = f"{len(values)} fields under a header of {len(names)}"
+                raise _wrong(path, "line", reader.line_num, what)
+            if values:
+                yield dict(zip(names, values, strict=True))
+    except UnicodeDecodeError:
+        raise _wrong(path, "line", reader.line_num + 1, "no UTF-8, there or in the lines after it") from None
+    except csv.Error as error:
+        raise _wrong(path, "line", reader.line_num, f"no row of a table ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _tables(path: pathlib.Path, start: bytes) -> Iterator[dict[str, Any]]:
+    """Of a file whose parts are found from its end."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    try:
+        if start.startswith(_PARQUET):
+            for batch in parquet.ParquetFile(path).iter_batches(_AT_ONCE):
+                yield from batch.to_pylist()
+            return
+        with pyarrow.memory_map(str(path)) as mapped:
+            file = ipc.open_file(mapped)
+            for number in range(file.num_record_batches):
+                yield from file.get_batch(number).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None
+
+
+def _arrow(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import ipc
+
+    try:
+        for batch in ipc.open_stream(file):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None

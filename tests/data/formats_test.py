@@ -1,0 +1,157 @@
+"""Every kind of file gives the records that it was written from, and what is none is refused by name and line."""
+
+import csv
+import gzip
+import json
+import tracemalloc
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import ipc, parquet
+
+from accounting.errors import InputError
+from dpgemma.data import readers
+
+RECORDS = [{"id": "007", "text": "première ligne\nzweite"}, {"id": "1e3", "text": 'with "quotes", and commas'}]
+
+
+def json_lines(path):
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
+
+
+def json_list(path):
+    path.write_text(json.dumps(RECORDS, indent=2))
+
+
+def table(delimiter):
+    def write(path):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["id", "text"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(RECORDS)
+
+    return write
+
+
+def arrow_stream(path):
+    whole = pyarrow.Table.from_pylist(RECORDS)
+    with ipc.new_stream(str(path), whole.schema) as writer:
+        writer.write_table(whole)
+
+
+def arrow_file(path):
+    whole = pyarrow.Table.from_pylist(RECORDS)
+    with ipc.new_file(str(path), whole.schema) as writer:
+        writer.write_table(whole)
+
+
+WRITERS = {
+    "a.jsonl": json_lines,
+    "a.ndjson": json_lines,
+    "a.json": json_list,
+    "lines.json": json_lines,
+    "a.csv": table(","),
+    "a.tsv": table("\t"),
+    "a.parquet": lambda path: parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path),
+    "a.arrow": arrow_stream,
+    "b.arrow": arrow_file,
+    "named_wrongly.txt": lambda path: parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_gives_its_records(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    assert list(readers.records(str(tmp_path / name))) == RECORDS
+
+
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.arrow"])
+def test_compressed_files_are_read_as_what_they_hold(name, compression, tmp_path):
+    WRITERS[name](tmp_path / name)
+    content, path = (tmp_path / name).read_bytes(), tmp_path / f"{name}.{compression}"
+    if compression == "gz":
+        path.write_bytes(gzip.compress(content))
+    else:
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+            file.write(content)
+    assert list(readers.records(str(path))) == RECORDS
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(InputError, match=path.name):
+        list(readers.records(str(path)))
+
+
+def test_text_is_one_record_without_the_marks_of_other_systems(tmp_path):
+    (tmp_path / "notes.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert list(readers.records(str(tmp_path / "notes.txt"), "note")) == [{"note": b"one\ntwo\n"}]
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
+    assert list(readers.records(str(tmp_path / "marked.jsonl"))) == [{"text": "a"}, {"text": "b"}]
+    (tmp_path / "marked.csv").write_bytes(b"\xef\xbb\xbftext,id\r\na,1\r\n\r\nb,2\r\n")
+    found = list(readers.records(str(tmp_path / "marked.csv")))
+    assert found == [{"text": "a", "id": "1"}, {"text": "b", "id": "2"}]
+
+
+BROKEN = {
+    "no object.jsonl": (b'{"text": "a"}\n[1]\n', "line 2: no JSON object"),
+    "no json.jsonl": (b'{"text": "a"}\n\n{"text": \n', "line 3: no JSON object"),
+    "deep.jsonl": (b'{"a":' * 100_000 + b"\n", "line 1: no JSON object"),
+    "no utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: no UTF-8"),
+    "twice.jsonl": (b'{"text": "a", "text": "b"}\n', "line 1: a JSON object with one field twice"),
+    "list.json": (b'[{"text": "a"}, 5]', "record 2: no JSON object"),
+    "cut.json": (b'[{"text": "a"}, ', "is no JSON"),
+    "short.csv": (b"a,b\n1,2\n3\n", "line 3: 1 fields under a header of 2"),
+    "header.csv": (b"a,a\n1,2\n", "line 1: a header in which a name is missing or occurs twice"),
+    "utf8.csv": (b"a,b\n1,\xff\n", "no UTF-8"),
+    "quote.csv": (b'a,b\n"1,2\n', "no row of a table"),
+    "binary.txt": (b"one\0two", "is no text"),
+    "wide.txt": ("text".encode("utf-16"), "is UTF-16"),
+    "archive.jsonl": (b"PK\x03\x04....", "is a zip archive"),
+    "paper.txt": (b"%PDF-1.7", "is a PDF document"),
+    "damaged.parquet": (b"PAR1" + b"x" * 100 + b"PAR1", "is damaged"),
+    "damaged.arrow": (b"\xff\xff\xff\xff" + b"x" * 100, "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_read_is_named_by_file_and_line(name, tmp_path):
+    content, said = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        list(readers.records(str(tmp_path / name)))
+    assert name in str(refused.value) and said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_line_of_many_megabytes_is_read_and_only_one_at_a_time(tmp_path):
+    path, size, lines = tmp_path / "long.jsonl", 2**23, 12
+    with open(path, "w") as file:
+        for _ in range(lines):
+            file.write(json.dumps({"text": "a" * size}) + "\n")
+    tracemalloc.start()
+    assert [len(record["text"]) for record in readers.records(str(path))] == [size] * lines
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < lines / 2 * size
+
+
+def test_folders_and_globs_are_read_in_order_and_to_any_depth(tmp_path):
+    for name in ("b/c/3.jsonl", "a/1.jsonl", "a/2.jsonl", ".hidden/0.jsonl", "a/.part.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    expected = ["a/1.jsonl", "a/2.jsonl", "b/c/3.jsonl"]
+    assert [record["text"] for record in readers.records(str(tmp_path))] == expected
+    assert [record["text"] for record in readers.records(f"{tmp_path}/**/*.jsonl")] == expected
+    with pytest.raises(InputError, match="no file matches"):
+        list(readers.records(str(tmp_path / ".hidden" / "none")))
+
+
+def test_what_hugging_faces_datasets_save_is_read_in_its_order(tmp_path):
+    whole = datasets.Dataset.from_list([{"text": str(i)} for i in range(10)])
+    whole.save_to_disk(str(tmp_path / "one"), num_shards=3)
+    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(str(tmp_path / "parts"))
+    datasets.DatasetDict({"first": whole}).save_to_disk(str(tmp_path / "others"))
+    for name in ("one", "parts"):
+        assert [record["text"] for record in readers.records(str(tmp_path / name))] == [str(i) for i in range(10)]
+    with pytest.raises(InputError, match="has the splits first: give the folder of one of them"):
+        list(readers.records(str(tmp_path / "others")))
