@@ -8,7 +8,18 @@ AUTO = "auto"
 # What one privacy unit is.
 SEQUENCE = "sequence"  # one row of packed text
 EXAMPLE = "example"  # one record in a row of its own
-PRIVACY_UNITS = (AUTO, SEQUENCE, EXAMPLE)
+DOCUMENT = "document"  # one record, in as many rows as are kept of it
+USER = "user"  # all records that belong to one user
+PRIVACY_UNITS = (AUTO, SEQUENCE, EXAMPLE, DOCUMENT, USER)
+OF_SEVERAL_ROWS = (DOCUMENT, USER)
+
+# Which rows of a unit are kept where it has too many.
+UNIFORM_ROWS, FIRST_ROWS = "uniform", "first"
+ROWS_KEPT = (UNIFORM_ROWS, FIRST_ROWS)
+
+# What becomes of a record that names no user.
+REFUSE, OWN = "refuse", "own"
+WITHOUT_USER = (REFUSE, OWN)
 
 # How the sum of clipped gradients is computed. All but per_layer give the same sum, up to rounding.
 EXAMPLE_SCAN = "example_scan"  # forms the gradients of few units at a time, and measures each while it is formed

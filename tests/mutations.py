@@ -384,6 +384,17 @@ MUTATIONS = (
         ("tests/sharding/tensor_test.py", "-k", "fully_sharded"),
     ),
     Mutation(
+        "users", "every record is a unit of its own", "dpgemma/data/text/grouped.py",
+        "pieces.setdefault(number if user is None else user, [])", "pieces.setdefault(number, [])",
+        ("tests/data/grouped_test.py", "-k", "touch_no_other"),
+    ),
+    Mutation(
+        "users", "texts of two users share a row", "dpgemma/data/text/grouped.py",
+        "return _grouped(list(pieces.values()), tokenizer.pad, length, limits)",
+        "return _grouped([sum(pieces.values(), []) for _ in pieces], tokenizer.pad, length, limits)",
+        ("tests/data/grouped_test.py", "-k", "touch_no_other"),
+    ),
+    Mutation(
         "object storage", "steps are computed before their lines are stored", "accounting/ledger/chain.py",
         "            self._copy(self.length, text)\n", "            pass\n",
         (STORAGE, "-k", "before_its_step_is_computed"),

@@ -24,10 +24,21 @@ _COMPUTED = ("epsilon", "epsilon_replace_one", "epsilon_lower_numeric", "cross_c
 _ROUNDED = ("epsilon", "epsilon_replace_one")
 _CONFIG_NAMES = {"batch_size": "expected_batch_size"}
 _CONFIG_FIELDS = (
-    "num_units", "batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps", "neighbouring_relation",
-    "epsilon", "delta",
-    "privacy_unit", "sequence_length", "model",
-)  # fmt: skip
+    "num_units",
+    "batch_size",
+    "max_batch_size",
+    "noise_multiplier",
+    "clip_norm",
+    "steps",
+    "neighbouring_relation",
+    "epsilon",
+    "delta",
+    "privacy_unit",
+    "sequence_length",
+    "model",
+)
+# Of units that may have several rows.
+_UNIT_FIELDS = ("rows_per_unit", "rows_kept", "user_field")  # fmt: skip
 _METRICS = {"step", "epsilon", "learning_rate"}
 
 Derive = Callable[[Executed], Spent]
@@ -42,8 +53,9 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     except (ValueError, TypeError, RecursionError):
         yield Finding("unparsable", where, "it is no JSON object of a run's settings")
         return
-    declared = {name: run_files.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in _CONFIG_FIELDS}
-    differing = [name for name in _CONFIG_FIELDS if stored.get(name) != declared[name]]
+    fields = (*_CONFIG_FIELDS, *(name for name in _UNIT_FIELDS if name in executed.declared))
+    declared = {name: run_files.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in fields}
+    differing = [name for name in fields if stored.get(name) != declared[name]]
     for name in differing:
         yield Finding(
             "config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger"

@@ -14,6 +14,14 @@ from accounting.rounding import round_up
 _UNITS = {
     "sequence": "one row of {sequence_length} consecutive tokens of the packed training text",
     "example": "one record of the training data, of which the first {sequence_length} tokens are used",
+    "document": "one record of the training data with all of its text, of which at most {rows_per_unit} rows of"
+    " {sequence_length} tokens are used ({which})",
+    "user": "all records of the training data whose field {user_field!r} has one value, of which at most"
+    " {rows_per_unit} rows of {sequence_length} tokens are used ({which})",
+}
+_ROWS_KEPT = {
+    "uniform": "where there are more, rows chosen at random",
+    "first": "where there are more, the first ones",
 }
 _RELATIONS = {
     "zero_out": "the two data sets differ in the content of one unit, which one of them replaces by an empty unit; the"
@@ -33,7 +41,11 @@ def unit_text(declared: dict[str, Any]) -> str:
     """
     if declared["privacy_unit"] not in _UNITS:
         raise InputError(f"the ledger names an unknown privacy unit {declared['privacy_unit']!r}")
-    return _UNITS[declared["privacy_unit"]].format(sequence_length=declared["sequence_length"])
+    which = _ROWS_KEPT.get(declared.get("rows_kept", ""))
+    try:
+        return _UNITS[declared["privacy_unit"]].format(which=which, **declared)
+    except KeyError as missing:
+        raise InputError(f"the ledger does not say {missing} of its privacy units") from None
 
 
 def relation_text(mechanism: Mechanism) -> str:
@@ -144,6 +156,11 @@ def assumptions(executed: Executed) -> list[str]:
         found.append(
             "Hold-out: which units are held out is decided by a secret key, so an owner does not know whether a unit is"
             " covered; those that are held out are not."
+        )
+    if declared["privacy_unit"] == "user":
+        found.append(
+            "Users: whom a record belongs to is what its field says. Somebody whose records carry several values is"
+            " several units, and what a record says of somebody else is protected with the user that it belongs to."
         )
     if declared["privacy_unit"] == "sequence":
         found.append(

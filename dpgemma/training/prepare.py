@@ -13,10 +13,13 @@ from accounting.ledger.events import FORMAT
 from accounting.ledger.seals import Signature
 from accounting.mechanism import ZERO_OUT
 from dpgemma import user_cache
+from dpgemma.choices import OF_SEVERAL_ROWS
 from dpgemma.data import holdout
 from dpgemma.data.source import InMemory
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text import units
+from dpgemma.data.text.grouped import Limits
+from dpgemma.data.text.tokenizer import Tokenizer
 from dpgemma.gemma import decoder
 from dpgemma.gemma import start as start_lib
 from dpgemma.objectives.causal import CausalLM
@@ -36,6 +39,9 @@ from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.settings import Settings
 from dpgemma.training.trainer import Trainer
+
+# Settings of units of several rows that a ledger records.
+_OF_UNITS = ("rows_per_unit", "rows_kept", "user_field")
 
 
 def prepare(
@@ -146,14 +152,7 @@ def _prepared(
     told = processes.from_first(begin)
     keys, begun = Keys.of_hex(told["keys"]), told["config"]
 
-    privacy_unit, source = units.read(
-        settings.privacy_unit,
-        settings.data,
-        settings.text_field,
-        tokenizer,
-        settings.sequence_length,
-        start.model.vocab_size,
-    )
+    privacy_unit, source, remarks = _read(settings, tokenizer, start.model.vocab_size, keys)
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     plan_lib.check(settings, training.num_units)
     # Chosen once: a run that goes on computes as it began.
@@ -166,7 +165,7 @@ def _prepared(
     plan = plan_lib.resolve(
         settings, training.num_units, trained, named.mesh, strategy, epsilon_given=epsilon_given, begun=begun
     )
-    config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit}
+    config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit} | settings.units
     fingerprint = source.fingerprint(keys.fingerprint)
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
@@ -186,7 +185,6 @@ def _prepared(
     # Else that of the first process, which has it locked.
     run = run or RunDirectory(path, address=place if is_address(place) else None)
     agreement.on_folder(run)
-    remarks = _remarks(source)
     if processes.is_first():
         run.remark(remarks)
     for observer in observers:
@@ -214,15 +212,34 @@ def _mirror_of(address: str) -> Mirror:
     return Mirror(address, user_cache.folder() / "copies")
 
 
-def _remarks(source: InMemory) -> list[str]:
-    """What is worth knowing about single records: for the operator alone, because one record decides it."""
+def _read(settings: Settings, tokenizer: Tokenizer, vocab_size: int, keys: Keys) -> tuple[str, InMemory, list[str]]:
+    """The name of the privacy unit, the units, and what is worth knowing of single records or units: for the operator
+    alone, because one of them decides it.
+
+    Raises:
+      InputError: data that cannot be read as such units.
+    """
+    asked = (settings.privacy_unit, settings.data, settings.text_field, tokenizer, settings.sequence_length, vocab_size)
+    remarks = []
+    if settings.units:
+        rules = settings.units
+        limits = Limits(rules.pop("rows_per_unit"), rules.pop("rows_kept"), keys.holdout)
+        found = units.read_grouped(*asked, limits, **rules)
+        privacy_unit, source = settings.privacy_unit, found.units
+        if found.units_cut:
+            remarks.append(
+                f"{found.units_cut} of {source.num_units} units have more than {limits.rows_per_unit} rows:"
+                f" {found.rows_left_out} rows are left out, by `rows_kept`={limits.rows_kept}"
+            )
+    else:
+        privacy_unit, source = units.read(*asked)
     which = units.with_nothing_to_learn(source)
-    if which is None:
-        return []
-    return [
-        f"{which} records have nothing to learn within `sequence_length`: their prompts fill it; raise it or shorten"
-        " them"
-    ]
+    if which is not None:
+        remarks.append(
+            f"{which} records have nothing to learn within `sequence_length`: their prompts fill it; raise it or"
+            " shorten them"
+        )
+    return privacy_unit, source, remarks
 
 
 def objective_of(settings: Settings) -> CausalLM:
@@ -292,6 +309,7 @@ def start_event(
         "epsilon": plan.epsilon,
         "delta": plan.delta,
         "privacy_unit": config["privacy_unit"],
+        **({name: config[name] for name in _OF_UNITS} if config["privacy_unit"] in OF_SEVERAL_ROWS else {}),
         **objective.facts,
         "parameters": trained + decoder.count(frozen),
         "trained_parameters": trained,

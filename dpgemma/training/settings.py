@@ -20,6 +20,9 @@ from dpgemma.sharding.rules import SYNTAX
 # So that float32 numbers hold what is multiplied with it.
 _LARGEST = 1e30
 
+# Of a document or user, where `rows_per_unit` is not given.
+ROWS_PER_UNIT = 4
+
 # Settings that change neither the mechanism nor the result, so a run may be resumed with others.
 OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
 
@@ -64,9 +67,22 @@ class Settings:
     sequence_length: int = _setting(128, "Tokens per row.")
     privacy_unit: str = _setting(
         AUTO,
-        "What the guarantee protects: sequence (a row of packed text) or example (a record with prompt and response,"
-        " with messages, or with text, in a row of its own); auto looks at the fields of the first record.",
+        "What the guarantee protects: sequence (a row of packed text), example (a record with prompt and response,"
+        " with messages, or with text, in a row of its own), document (a record in several rows) or user (all records"
+        " of one `user_field`); auto looks at the fields of the first record and takes one of the first two.",
         choices.PRIVACY_UNITS,
+    )
+    user_field: str | None = _setting(
+        None, "Field of a record that names its user; fields within fields are joined by dots."
+    )
+    records_without_user: str | None = _setting(
+        None, "Records without a user: refuse (by default), or own, which makes each a unit.", choices.WITHOUT_USER
+    )
+    rows_per_unit: int | None = _setting(
+        None, f"Most rows of a document or user, by default {ROWS_PER_UNIT}; every unit costs as much as so many."
+    )
+    rows_kept: str | None = _setting(
+        None, "Which rows of a unit with more: uniform (at random, by default) or first.", choices.ROWS_KEPT
     )
     holdout_fraction: float = _setting(
         0.1, "Share of units held out for evaluation; they are not trained on and not covered."
@@ -154,7 +170,7 @@ class Settings:
         hints = typing.get_type_hints(Settings)
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["choices"]
-            if allowed and value not in allowed:
+            if allowed and value is not None and value not in allowed:
                 raise InputError(f"`{field.name}` must be one of {', '.join(allowed)}, got {value!r}")
             if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # a scalar of NumPy
                 value = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -169,9 +185,11 @@ class Settings:
             "microbatch_size",
             "checkpoint_every",
             "keep_checkpoints",
+            "rows_per_unit",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        self._check_units()
         if self.lora_rank is not None and self.init_from is None:
             raise InputError("adapters need weights to adapt: give `init_from`=FOLDER, or drop `lora_rank`")
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets != "all"):
@@ -211,6 +229,30 @@ class Settings:
                 "`clip_norm`=inf bounds nobody's influence, so no finite epsilon holds: give a finite `clip_norm`, or"
                 " `epsilon`=inf"
             )
+
+    def _check_units(self) -> None:
+        of_rows, of_users = ("rows_per_unit", "rows_kept"), ("user_field", "records_without_user")
+        unknown = [*(of_rows if self.privacy_unit not in choices.OF_SEVERAL_ROWS else [])]
+        unknown += of_users if self.privacy_unit != choices.USER else []
+        given = [name for name in unknown if getattr(self, name) is not None]
+        if given:
+            units = "user" if given[0] in of_users else "document or user"
+            raise InputError(f"`{given[0]}` has no meaning with this `privacy_unit`: drop it, or give {units}")
+        if self.privacy_unit == choices.USER and not self.user_field:
+            raise InputError("`privacy_unit`=user needs the field that names a record's user: give `user_field`")
+
+    @property
+    def units(self) -> dict[str, Any]:
+        """What says which rows a unit of several rows has, with defaults; empty for other units."""
+        if self.privacy_unit not in choices.OF_SEVERAL_ROWS:
+            return {}
+        without = {"records_without_user": self.records_without_user or choices.REFUSE}
+        return {
+            "rows_per_unit": self.rows_per_unit or ROWS_PER_UNIT,
+            "rows_kept": self.rows_kept or choices.UNIFORM_ROWS,
+            "user_field": self.user_field,
+            **(without if self.privacy_unit == choices.USER else {}),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -36,7 +36,7 @@ def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer, length: int
     tokens, scored = [], []
     for number, record in enumerate(records, start=1):
         try:
-            ids, is_scored = _example(record, tokenizer, text_field)
+            ids, is_scored = encoded(record, tokenizer, text_field)
         except InputError as error:
             raise InputError(f"record {number} of the data: {error}") from None
         ids, is_scored = ids[:length], is_scored[:length]
@@ -48,7 +48,12 @@ def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer, length: int
     return units_of_one_row(np.stack(tokens), np.stack(scored))
 
 
-def _example(record: dict[str, Any], tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:
+def encoded(record: dict[str, Any], tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n] of a record, closed by eos or by its last turn, and which of them are scored.
+
+    Raises:
+      InputError: a record without the fields.
+    """
     if MESSAGES in record:
         return chat.turns(tokenizer, record[MESSAGES])
     if PROMPT in record:

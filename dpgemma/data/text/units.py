@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from dpgemma.choices import AUTO, EXAMPLE, SEQUENCE
+from dpgemma.choices import AUTO, EXAMPLE, REFUSE, SEQUENCE, USER
 from dpgemma.data import readers
 from dpgemma.data.source import InMemory
-from dpgemma.data.text import examples, packing
+from dpgemma.data.text import examples, grouped, packing
+from dpgemma.data.text.grouped import Grouped, Limits
 from dpgemma.data.text.rows import SCORED, TOKENS
 from dpgemma.data.text.tokenizer import Tokenizer, check_ids
 
@@ -33,6 +34,36 @@ def read(
         made = packing.pack(readers.documents(data, text_field), tokenizer, length)
     check_ids(made.columns[TOKENS], vocab_size)
     return privacy_unit, made
+
+
+def read_grouped(
+    privacy_unit: str,
+    data: str,
+    text_field: str,
+    tokenizer: Tokenizer,
+    length: int,
+    vocab_size: int,
+    limits: Limits,
+    *,
+    user_field: str | None = None,
+    records_without_user: str = REFUSE,
+) -> Grouped:
+    """The units of `data` that may have several rows.
+
+    Args:
+      privacy_unit: "document", or "user" with the field that names a record's user.
+
+    Raises:
+      InputError: as read; or records without a user, unless they are to be units of their own.
+    """
+    records = readers.records(data, text_field)
+    if privacy_unit == USER:
+        assert user_field is not None
+        made = grouped.by_user(records, tokenizer, length, text_field, user_field, records_without_user, limits)
+    else:
+        made = grouped.by_document(records, tokenizer, length, text_field, limits)
+    check_ids(made.units.columns[TOKENS], vocab_size)
+    return made
 
 
 def with_nothing_to_learn(units: InMemory) -> str | None:

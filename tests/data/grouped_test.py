@@ -1,0 +1,122 @@
+"""Documents and users: which rows they have, and that no row holds anything of two of them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accounting.errors import InputError
+from dpgemma.data.text import grouped
+from dpgemma.data.text.grouped import Limits
+from dpgemma.data.text.tokenizer import ByteTokenizer
+
+TOKENIZER, LENGTH = ByteTokenizer(), 8
+SECRET = bytes(range(32))
+FIRST, UNIFORM = (Limits(3, kept, SECRET) for kept in ("first", "uniform"))
+
+
+def by_user(records, limits=FIRST, without="refuse", field="who"):
+    return grouped.by_user(records, TOKENIZER, LENGTH, "text", field, without, limits)
+
+
+def by_document(records, limits=FIRST):
+    return grouped.by_document(records, TOKENIZER, LENGTH, "text", limits)
+
+
+def rows_of(units, number):
+    """(text of the scored tokens, bytes as they stand) of every row of a unit."""
+    rows, _ = units.read(np.array([number]))
+    return [TOKENIZER.decode(t[s]) for t, s in zip(rows["tokens"], rows["scored"], strict=True)]
+
+
+def test_a_users_texts_follow_each_other_in_rows_of_his_own():
+    records = [
+        {"who": "a", "text": "12345"}, {"who": 7, "text": "abc"}, {"who": "a", "text": "678"}, {"who": "7", "text": ""},
+        {"who": "b", "prompt": "ask", "response": "yes"}, {"who": "b", "text": "zz"},
+    ]  # fmt: skip
+    units = by_user(records).units
+    assert units.num_units == 3 and units.max_rows == 3
+    whole = b"".join(rows_of(units, 0))
+    assert whole == b"12345678" and len(rows_of(units, 0)) == 2  # with an eos behind each text: ten tokens
+    assert rows_of(units, 1) == [b"abc"]
+    assert sorted(rows_of(units, 2)) == [b"yes", b"zz"]  # a record with a prompt begins a row
+
+
+def test_a_document_has_as_many_rows_as_are_kept_of_it():
+    text = "".join(chr(ord("a") + i // 8) for i in range(80))
+    found = by_document([{"text": "short"}, {"text": text}, {"text": ""}])
+    assert found.units.num_units == 3 and (found.units_cut, found.rows_left_out) == (1, 8)
+    assert rows_of(found.units, 0) == [b"short"]
+    assert rows_of(found.units, 1) == [b"a" * 8, b"b" * 8, b"c" * 8]
+    assert rows_of(found.units, 2) == [b""]  # a unit without anything to learn
+
+
+def test_rows_beyond_the_limit_are_chosen_uniformly_by_the_secret_key():
+    text = "".join(chr(ord("a") + i) * 8 for i in range(6))
+    counts, trials = np.zeros(7), 1400
+    for secret in range(trials):
+        limits = dataclasses.replace(UNIFORM, secret=secret.to_bytes(32, "little"))
+        units = by_document([{"text": text}], limits).units
+        rows, _ = units.read(np.array([0]))
+        kept = [int(row[0]) for row in rows["tokens"]]
+        assert len(kept) == 3 and kept == sorted(kept[:-1]) + kept[-1:]  # in their order; eos has a row of its own
+        counts += [bytes([ord("a") + i]) in b"".join(rows_of(units, 0)) for i in range(6)] + [0]
+    # Each row is kept with probability 3/7: 5.5 standard deviations are exceeded with probability below 1e-6 in all.
+    assert np.abs(counts[:6] - trials * 3 / 7).max() < 5.5 * np.sqrt(trials * 3 / 7 * 4 / 7)
+    again = [rows_of(by_document([{"text": text}], UNIFORM).units, 0) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+TEXTS = st.text("ab \n\ud83d\u00e9", max_size=60)
+RECORD = st.fixed_dictionaries({"who": st.sampled_from(["a", "b", "c", 7])}, optional={"text": TEXTS}).map(
+    lambda record: {"text": "", **record}
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(RECORD, min_size=1, max_size=12), st.sampled_from(["a", "b", "c", "7"]), st.lists(TEXTS, max_size=4))
+def test_a_unit_s_records_touch_no_other_unit(records, whose, texts):
+    """What one user says is replaced by something else: all rows of all others are as they were."""
+    users = list(dict.fromkeys(str(record["who"]) for record in records))
+    # His number stays what it is: an empty unit in its place.
+    changed, replaced = [], iter(texts)
+    for record in records:
+        if str(record["who"]) != whose:
+            changed.append(record)
+        else:
+            changed.append({**record, "text": next(replaced, "")})
+    changed += [{"who": whose, "text": text} for text in replaced if whose in users]
+    for limits in (FIRST, UNIFORM):
+        one, other = (by_user(each, limits).units for each in (records, changed))
+        assert one.num_units == other.num_units == len(users)
+        for number, user in enumerate(users):
+            if user != whose:
+                np.testing.assert_array_equal(
+                    one.read(np.array([number]))[0]["tokens"], other.read(np.array([number]))[0]["tokens"]
+                )
+        # And every row is made of one user's text alone.
+        for number, user in enumerate(users):
+            texts_of_user = [record["text"] for record in records if str(record["who"]) == user]
+            own = "".join(texts_of_user).encode("utf-8", "replace")
+            assert all(row in own for row in rows_of(one, number))
+
+
+def test_records_without_a_user_are_refused_or_units_of_their_own():
+    records = [{"who": "a", "text": "1"}, {"text": "2"}, {"who": None, "text": "3"}, {"who": "a", "text": "4"}]
+    with pytest.raises(InputError, match=r"record 2 of the data has no user in the field 'who'.*records_without_user"):
+        by_user(records)
+    units = by_user(records, without="own").units
+    assert [rows_of(units, i) for i in range(units.num_units)] == [[b"14"], [b"2"], [b"3"]]
+    for value in (["a", "b"], {"id": 1}):
+        with pytest.raises(InputError, match="record 1 of the data has no single user"):
+            by_user([{"who": value, "text": "1"}], without="own")
+
+
+def test_fields_within_fields_name_users():
+    records = [{"note": {"by": {"id": user}}, "text": "x"} for user in (1, 1.0, "1", 2)]
+    assert by_user(records, field="note.by.id").units.num_units == 2
+    dotted = [{"note.by": user, "text": json.dumps(user)} for user in (1, 2)]
+    assert by_user(dotted, field="note.by").units.num_units == 2
