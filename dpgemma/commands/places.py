@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 
 from dpgemma import user_cache
+from dpgemma.commands import process
 from dpgemma.storage import mirror
 from dpgemma.storage.mirror import Mirror
 from dpgemma.storage.objects import Objects, is_address
@@ -21,7 +22,7 @@ def for_reading(workdir: str) -> Iterator[pathlib.Path]:
     if not is_address(workdir):
         yield pathlib.Path(workdir)
         return
-    with tempfile.TemporaryDirectory(prefix="dpgemma-") as folder:
+    with process.interrupt_on_sigterm(), tempfile.TemporaryDirectory(prefix="dpgemma-") as folder:
         copied = pathlib.Path(folder) / "run"
         mirror.copy(Objects(workdir), copied)
         yield copied

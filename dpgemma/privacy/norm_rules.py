@@ -113,12 +113,31 @@ def _gram(x_TxP: jax.Array, g_KxTxQ: jax.Array) -> tuple[jax.Array, jax.Array]:
     def of_chunk(total: Any, g_TxQ: jax.Array) -> tuple[Any, Any]:
         return (total + _dot("tq,sq->ts", g_TxQ, g_TxQ), None)
 
-    gram_TxT, _ = jax.lax.scan(of_chunk, jnp.zeros((length, length)), g_KxTxQ)
-    square = _by_axes(_dot("tp,sp->ts", x_TxP, x_TxP) * gram_TxT)
-    terms = jnp.sum(jnp.square(_lengths(x_TxP)) * jnp.diagonal(gram_TxT))
-    return square, jnp.maximum(terms, square) * _sum_error(
-        x_TxP.shape[1], g_KxTxQ.shape[0], g_KxTxQ.shape[2], 4 * length
-    )
+    g_TxT, _ = jax.lax.scan(of_chunk, jnp.zeros((length, length)), g_KxTxQ)
+    x_TxT = _dot("tp,sp->ts", x_TxP, x_TxP)
+    square = _by_axes(x_TxT * g_TxT)
+    # With inner products X + dX and G + dG as computed, where |dX_ts| is at most e_x |x_t| |x_s| and |dG_ts| at most
+    # e_g |g_t| |g_s|, what is summed misses XG by |dX| |G + dG| + |X + dX| |dG| + |dX| |dG| at most, and the sum by its
+    # own error. Rows may cancel each other, so none of these is small beside the square itself.
+    x_T, g_T = _lengths(x_TxP), _chunked_lengths(g_KxTxQ)
+    e_x, e_g = _sum_error(x_TxP.shape[1]), _sum_error(g_KxTxQ.shape[0], g_KxTxQ.shape[2])
+
+    def over_pairs(pairs_TxT: jax.Array, lengths_T: jax.Array) -> Any:
+        return _by_axes(jnp.abs(pairs_TxT) * lengths_T[:, None] * lengths_T)
+
+    slack = e_x * over_pairs(g_TxT, x_T) + e_g * over_pairs(x_TxT, g_T)
+    slack += e_x * e_g * jnp.square(jnp.sum(x_T * g_T)) + _sum_error(2 * length) * _by_axes(jnp.abs(x_TxT * g_TxT))
+    return square, slack * _own_error(x_TxP.shape[1], g_KxTxQ.shape[0], g_KxTxQ.shape[2], 2 * length)
+
+
+def _chunked_lengths(g_KxTxQ: jax.Array) -> Any:
+    """Lengths [T] of rows whose columns come in K chunks."""
+    return jnp.sqrt(norms.apart(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1)).sum(axis=0))
+
+
+def _own_error(*terms: int) -> float:
+    """By what a computed bound, all of whose sums have positive terms, so many in each, is multiplied to hold."""
+    return 1 + 4 * _sum_error(*terms)
 
 
 def _product_norms(x_TxP: jax.Array, g_KxTxQ: jax.Array, platform: str) -> Norms:
@@ -130,7 +149,7 @@ def _product_norms(x_TxP: jax.Array, g_KxTxQ: jax.Array, platform: str) -> Norms
     missed = _unit_roundoff(x_TxP.dtype) + 2 * _sum_error(length)
     missed *= 1 + _sum_error(x_TxP.shape[1], chunks, size, length)  # the lengths below are sums themselves
     x_lengths = _lengths(x_TxP)
-    g_lengths = jnp.sqrt(norms.apart(jnp.square(g_KxTxQ.astype(jnp.float32)).sum(axis=-1)).sum(axis=0))
+    g_lengths = _chunked_lengths(g_KxTxQ)
     # Squares below the smallest float32 vanish, however large the numbers that they are multiplied with.
     x_whole, g_whole = jnp.linalg.norm(x_lengths), jnp.linalg.norm(g_lengths)
     flushed = _FLUSHED * (math.sqrt(g_KxTxQ.size) * x_whole + math.sqrt(x_TxP.size) * g_whole)
@@ -166,7 +185,10 @@ def _tied_norms(rows: dict[str, Any], head: dict[str, Any], platform: str) -> No
     ]  # the head's delta at every t for the word at input position s
     rows_SxD = _dot("st,td->sd", delta_SxT, h_TxD)
     cross = _by_axes(g_TxD.astype(jnp.float32) * rows_SxD)
-    slack = jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD)) * _sum_error(*g_TxD.shape, 2 * len(ids_T))
+    # A row misses the exact one by a share of the lengths that are added up in it, which may cancel each other.
+    added_S = jnp.sum(jnp.abs(delta_SxT.astype(jnp.float32)) * _lengths(h_TxD), axis=-1)
+    terms = (*g_TxD.shape, 2 * len(ids_T))
+    slack = jnp.sum(_lengths(g_TxD) * added_S) * (_sum_error(len(ids_T)) + _sum_error(*terms)) * _own_error(*terms)
     # Both miss the exact gradient in the same entries, so their distances add.
     radius = jnp.sqrt(one.radius_square) + jnp.sqrt(two.radius_square)
     return Norms(one.square + two.square + 2 * cross, one.slack + two.slack + 2 * slack, jnp.square(radius))

@@ -15,14 +15,17 @@ Assumed: an object that was created is there for everybody from then on, and of 
 Google Cloud Storage and S3 promise. Whoever may read the storage can read private/.
 """
 
+import atexit
 import concurrent.futures
 import contextlib
+import fcntl
 import pathlib
 import re
 import secrets
 import shutil
 import threading
 import time
+from typing import IO
 
 from accounting import run_files
 from accounting.errors import InputError
@@ -69,33 +72,43 @@ class Mirror:
         self._name = secrets.token_hex(16)  # by which the storage knows this process
         self.folder = copies / f"run-{self._name}"
         self._published: dict[str, str] = {}
+        self._own_steps: set[str] = set()
         self._uploads = concurrent.futures.ThreadPoolExecutor(1)
         self._upload: concurrent.futures.Future[None] | None = None
         self._ended = threading.Event()
         names = self._objects.names()
         if names and _LOCK not in names and _line_name(0) not in names:
             raise InputError(f"{address} is neither empty nor the folder of a run: choose another `workdir`")
-        self._lock(patience_seconds)
-        threading.Thread(target=self._show_life, args=(beat_seconds,), daemon=True).start()
+        self._held = _held_copy(copies, self.folder)
+        atexit.register(self.close)
+        self._beats = threading.Thread(target=self._show_life, args=(beat_seconds,), daemon=True)
         try:
+            self._lock(patience_seconds)
+            self._beats.start()
             if _line_name(0) in self._objects.names(_LINES):
                 copy(self._objects, self.folder, with_checkpoints or self.checkpoints_address is None)
+                kept = self.folder / run_files.CHECKPOINTS
+                self._own_steps = {path.name for path in kept.iterdir()} if kept.is_dir() else set()
         except BaseException:
             self.close()
             raise
 
     def _lock(self, patience: float) -> None:
+        trial = f"{_LOCK}.{self._name}"
+        self._objects.create(trial, b"")
+        is_replaced = self._objects.create(trial, b"")
+        self._objects.delete([trial])
+        if is_replaced:
+            raise InputError(
+                f"the storage of {self.address} replaces objects that it was asked to create: it cannot keep two"
+                " processes from writing one ledger; use another storage, or a folder on a disk"
+            )
         if not self._objects.create(_LOCK, self._sign(0)):
             if is_held(self._objects, patience):
                 raise InputError(
                     f"another process is training in {self.address}: wait for it, or choose another `workdir`"
                 )
             self._objects.write(_LOCK, self._sign(0))
-        if self._objects.create(_LOCK, self._sign(0)):
-            raise InputError(
-                f"the storage of {self.address} replaces objects that it was asked to create: it cannot keep two"
-                " processes from writing one ledger; use another storage, or a folder on a disk"
-            )
 
     def _sign(self, number: int) -> bytes:
         return f"{self._name} {number}\n".encode()
@@ -105,9 +118,14 @@ class Mirror:
         while not self._ended.wait(seconds):
             number += 1
             try:
+                if not self._has_lock():
+                    return  # another one has taken the run over: the next line of the ledger ends this process
                 self._objects.write(_LOCK, self._sign(number))
             except InputError:
                 continue  # whether the storage can be reached again, the next line of the ledger shows
+
+    def _has_lock(self) -> bool:
+        return self._objects.read([_LOCK]).get(_LOCK, b"").startswith(self._name.encode())
 
     def add_line(self, number: int, text: str) -> None:
         """Takes a line of the ledger into the storage.
@@ -152,17 +170,26 @@ class Mirror:
         self._upload = self._uploads.submit(self._take, step)
 
     def _take(self, step: int) -> None:
-        checkpoints = self.folder / run_files.CHECKPOINTS
-        folder = checkpoints / str(step)
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                self._objects.upload(file, file.relative_to(self.folder).as_posix())
-        self._objects.write(f"{run_files.CHECKPOINTS}/{step}{_COMPLETE}", b"")
+        if not self._has_lock():
+            return  # what another process has written there since stays
+        checkpoints, mark = self.folder / run_files.CHECKPOINTS, f"{run_files.CHECKPOINTS}/{step}{_COMPLETE}"
+        files = {
+            file.relative_to(self.folder).as_posix(): file
+            for file in sorted((checkpoints / str(step)).rglob("*"))
+            if file.is_file()
+        }
+        # A checkpoint without its mark is none, and what an attempt that broke off has left is no part of this one.
+        left = [name for name in self._objects.names(f"{run_files.CHECKPOINTS}/{step}") if name not in files]
+        self._objects.delete([mark, *left])
+        for name, file in files.items():
+            self._objects.upload(file, name)
+        self._objects.write(mark, b"")
+        self._own_steps.add(str(step))
         kept = {path.name for path in checkpoints.iterdir()}
-        names = self._objects.names(run_files.CHECKPOINTS)
-        gone = [name for name in names if name.split("/")[1].removesuffix(_COMPLETE) not in kept]
-        # A checkpoint without its mark is none, so the mark goes first.
-        self._objects.delete(sorted(gone, key=lambda name: not name.endswith(_COMPLETE)))
+        for gone in sorted(self._own_steps - kept):
+            names = self._objects.names(f"{run_files.CHECKPOINTS}/{gone}")
+            self._objects.delete([f"{run_files.CHECKPOINTS}/{gone}{_COMPLETE}", *names])
+            self._own_steps.remove(gone)
 
     def wait(self) -> None:
         """Returns when the last checkpoint is in the storage.
@@ -177,12 +204,42 @@ class Mirror:
     def close(self) -> None:
         """Lets others have the run, and removes the copy."""
         self._uploads.shutdown(wait=True, cancel_futures=True)
+        atexit.unregister(self.close)
         if not self._ended.is_set():
             self._ended.set()
+            if self._beats.is_alive():
+                self._beats.join()
             with contextlib.suppress(InputError):  # of a storage that cannot be reached: others wait for signs of life
-                if self._objects.read([_LOCK]).get(_LOCK, b"").startswith(self._name.encode()):
+                if self._has_lock():
                     self._objects.delete([_LOCK])
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove_copy(self.folder)
+        self._held.close()
+
+
+def _held_copy(copies: pathlib.Path, folder: pathlib.Path) -> IO[str]:
+    """Marks a copy as that of a living process, as long as the file is open, and removes those of dead ones, which hold
+    keys.
+    """
+    copies.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for mark in copies.glob("run-*.held"):
+        with open(mark) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            _remove_copy(mark.with_suffix(""))
+    new = folder.with_name(f"{folder.name}.new")
+    held = open(new, "w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    new.rename(folder.with_name(f"{folder.name}.held"))
+    return held
+
+
+def _remove_copy(folder: pathlib.Path) -> None:
+    """Also the one under which a new run's folder is made, and the mark."""
+    for path in (folder, *folder.parent.glob(f".{folder.name}.*.new")):
+        shutil.rmtree(path, ignore_errors=True)
+    folder.with_name(f"{folder.name}.held").unlink(missing_ok=True)
 
 
 def writes_checkpoints_itself(address: str) -> bool:
@@ -214,9 +271,14 @@ def copy(objects: Objects, folder: pathlib.Path, with_checkpoints: bool = True) 
     if _line_name(0) not in names:
         raise InputError(f"{objects.address} is no run: it has no ledger")
     if run_files.KEYS not in names:
+        untouched = _line_name(1) not in names
         raise InputError(
-            f"{objects.address} is a run without its keys ({run_files.KEYS}): going on could spend the budget twice;"
-            " restore them, or choose another `workdir`"
+            f"{objects.address} is a run without its keys ({run_files.KEYS}): "
+            + (
+                "it ended before its first step; remove it, or choose another `workdir`"
+                if untouched
+                else "going on could spend the budget twice; restore them, or choose another `workdir`"
+            )
         )
     mark = re.compile(rf"{run_files.CHECKPOINTS}/(\d+)({_COMPLETE}|/{_COMMITTED})")
     complete = {match[1] for name in names if with_checkpoints and (match := mark.fullmatch(name))}
@@ -225,7 +287,8 @@ def copy(objects: Objects, folder: pathlib.Path, with_checkpoints: bool = True) 
     for name in names:
         place, _, rest = name.partition("/")
         is_part = place == run_files.CHECKPOINTS and rest.partition("/")[0] not in complete  # or a mark
-        if place not in (_LINES, _LOCK) and not is_part:
+        is_damaged = name.startswith(f"{run_files.DAMAGED}/")  # checkpoints that nobody uses any more
+        if place != _LINES and not place.startswith(_LOCK) and not is_part and not is_damaged:
             objects.download(name, folder / name)
     for file in (folder / run_files.PRIVATE).rglob("*"):
         file.chmod(0o700 if file.is_dir() else 0o600)

@@ -36,9 +36,10 @@ class Objects:
         """
         scheme, _, path = address.partition("://")
         self.address = address.rstrip("/")
-        if scheme not in _EXTRAS or "/" not in path.strip("/"):
+        if scheme not in _EXTRAS or "/" not in path.strip("/") or set(path) & set("*?[]:"):
             raise InputError(
-                f"{address} is no folder that can be used: give one on a disk, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
+                f"{address} is no folder that can be used: give one on a disk, or gs://BUCKET/FOLDER or"
+                " s3://BUCKET/FOLDER without any of * ? [ ] :"
             )
         import fsspec
 
@@ -74,7 +75,9 @@ class Objects:
             except FileNotFoundError:  # as some storages call a folder without objects; a bucket must exist
                 self._storage.ls(self._root.partition("/")[0])
                 found = []
-        return sorted(path.removeprefix(f"{self._root}/") for path in found)
+        # Consoles mark folders by empty objects whose names end in a slash.
+        names = (path.removeprefix(f"{self._root}/") for path in found if path != self._root)
+        return sorted(name for name in names if name and not name.endswith("/"))
 
     def read(self, names: Sequence[str]) -> dict[str, bytes]:
         """Contents by name; names without an object are left out."""

@@ -55,10 +55,9 @@ class Checkpoints:
         # of writing; None if there is none.
         self._writing: int | None = None
         self._dated: int | None = None
-        self._manager = ocp.CheckpointManager(
-            files.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-            item_names=("state", "meta"),
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager: ocp.CheckpointManager = self._looked_at(
+            lambda: ocp.CheckpointManager(files.directory, options=options, item_names=("state", "meta"))
         )
 
     def __enter__(self) -> Any:
@@ -140,7 +139,16 @@ class Checkpoints:
 
     def _all_steps(self) -> list[int]:
         """Steps of whole checkpoints: the first process looks, because others may see a shared folder later."""
-        return processes.from_first(lambda: sorted(map(int, self._manager.all_steps())))
+        return processes.from_first(lambda: self._looked_at(lambda: sorted(map(int, self._manager.all_steps()))))
+
+    def _looked_at(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:  # each disk and storage has exceptions of its own
+            raise InputError(
+                f"checkpoints cannot be looked for in {self._files.directory} ({_reason(error)}): run the same command"
+                " again when they can be read and written"
+            ) from None
 
     def _write(self, step: int, work: Callable[[], Any]) -> None:
         try:
@@ -185,7 +193,7 @@ class Checkpoints:
                 return step, state
             warn(f"checkpoint {step} {fault}; it is set aside and the one before it is used")
             processes.from_first(functools.partial(self._files.set_aside, step))
-            self._manager.reload()
+            self._looked_at(self._manager.reload)
         return None
 
     def _sound_state(self, step: int, template: Any, ledger: Ledger | None) -> tuple[TrainState | None, str | None]:

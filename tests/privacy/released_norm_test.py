@@ -11,7 +11,7 @@ from accounting.mechanism import Clip
 from dpgemma.data.batch import Batch, Unit
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
-from dpgemma.privacy import clipping, operations
+from dpgemma.privacy import clipping, norm_rules, operations
 from dpgemma.privacy.clipping import Strategy
 from tests import objectives as loss_lib
 from tests.privacy import sums
@@ -144,6 +144,28 @@ def test_roundings_that_all_go_one_way_are_paid_for(strategy):
             )
             released = np.linalg.norm(np.asarray(got.total, np.float64))
             assert 0.99 * clip_norm < released <= clip_norm
+
+
+@pytest.mark.parametrize("strategy", ["example_scan", "ghost", "per_layer"])
+def test_rows_that_cancel_each_other_are_paid_for(strategy):
+    """A unit whose positions all have nearly the same input, and cotangents of either sign: its gradient is a small
+    difference of large sums, which the inner products of rows know to their own rounding only.
+    """
+    length, width = 512, 2048
+    assert norm_rules.norm_rule(length, width, width, "cpu") == "gram"
+    for difference in (2.0**-10, 2.0**-8, 2.0**-6):
+        x = np.full((length, width), 1.37, np.float32)
+        x[: length // 2] *= np.float32(1 + difference)
+        sign = np.where(np.arange(length) < length // 2, 1, -1).astype(np.float32)
+
+        def loss(w, row, sign=sign):
+            return (operations.linear(row, w)[:, 0] * sign).sum()
+
+        got = sums.clipped_sum(
+            loss, jnp.zeros((width, width)), jnp.asarray(x)[None], jnp.ones(1, bool), 0.5, strategy=strategy
+        )
+        released = np.linalg.norm(np.asarray(got.total, np.float64))
+        assert 0 < released <= 0.5
 
 
 @pytest.mark.parametrize("size", [1, 8])

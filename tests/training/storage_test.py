@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,15 +143,77 @@ def test_a_run_that_is_being_trained_is_refused_to_others(address, tmp_path):
     Mirror(address, tmp_path / "others").close()
 
 
+def written(mirror, *steps):
+    """Gives a copy the checkpoints of these steps, and those alone."""
+    shutil.rmtree(mirror.folder / "checkpoints", ignore_errors=True)
+    for step in steps:
+        (mirror.folder / "checkpoints" / str(step)).mkdir(parents=True)
+        (mirror.folder / "checkpoints" / str(step) / "part").write_text(mirror.folder.name)
+    mirror.stored(steps[-1])
+    mirror.wait()
+
+
+def stored(address):
+    return [name.removeprefix("checkpoints/") for name in Objects(address).names("checkpoints")]
+
+
+def test_a_process_that_lost_its_run_takes_nothing_from_its_successor(address, tmp_path):
+    first = Mirror(address, tmp_path / "a", beat_seconds=60)
+    written(first, 2)
+    second = Mirror(address, tmp_path / "b", patience_seconds=0.1)
+    try:
+        written(second, 4)
+        written(first, 6)
+        assert stored(address) == ["2.complete", "2/part", "4.complete", "4/part"]
+    finally:
+        first.close()
+        second.close()
+
+
+def test_what_a_broken_attempt_left_is_no_part_of_a_checkpoint(address, tmp_path):
+    mirror = Mirror(address, tmp_path / "copies")
+    try:
+        Objects(address).write("checkpoints/2/old", b"")
+        written(mirror, 2)
+        assert stored(address) == ["2.complete", "2/part"]
+        written(mirror, 4)
+        assert stored(address) == ["4.complete", "4/part"]
+    finally:
+        mirror.close()
+
+
+def test_copies_of_dead_processes_are_removed(address, tmp_path):
+    copies = tmp_path / "copies"
+    (copies / "run-dead" / "private").mkdir(parents=True)
+    (copies / "run-dead" / "private" / "keys.json").write_text("secret")
+    (copies / "run-dead.held").write_text("")
+    alive = Mirror(address, copies)
+    alive.folder.mkdir()
+    other = Mirror(address.replace("one", "two"), copies)
+    assert alive.folder.is_dir() and not (copies / "run-dead").exists()
+    other.close()
+    alive.close()
+    assert not [*copies.iterdir()]
+
+
+def test_empty_objects_that_mark_folders_are_no_files(address, tmp_path):
+    objects = Objects(address)
+    objects.write("", b"")
+    objects.write("private/", b"")
+    assert objects.names() == []
+    Mirror(address, tmp_path / "copies").close()
+
+
 def test_what_cannot_be_used_is_refused_with_a_sentence(text, address, variables, tmp_path):
     bucket = address.partition("/runs")[0]
     Objects(f"{bucket}/other").write("notes.txt", b"not a run")
     Objects(f"{bucket}/lost").write("ledger.d/000000000000", b"{}\nx\n")
     refused = {
+        f"{bucket}/a*": "without any of * ? [ ] :",
         f"{bucket}/other": "is neither empty nor the folder of a run: choose another --workdir",
-        f"{bucket}/lost": "is a run without its keys (private/keys.json)",
+        f"{bucket}/lost": "is a run without its keys (private/keys.json): it ended before its first step; remove it",
         "s3://no-such-bucket-anywhere/run": "check that the bucket exists, that you may read and write it",
-        bucket: "is no folder that can be used: give one on a disk, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER",
+        bucket: "is no folder that can be used: give one on a disk, or gs://BUCKET/FOLDER or s3://",
         "ftp://machine/run": "is no folder that can be used",
     }
     for place, sentence in refused.items():
@@ -297,6 +360,7 @@ def test_a_killed_run_goes_on_from_the_storage(text, address, variables, tmp_pat
     before = lines(address)
     done = subprocess.run(command, env=runs.ENVIRONMENT | variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert not [*(tmp_path / "cache" / "dpgemma" / "copies").iterdir()], "also that of the process that was killed"
     after = lines(address)
     assert after[: len(before)] == before
     assert sorted(line["step"] for line in after if line["kind"] == "step") == list(range(40))
