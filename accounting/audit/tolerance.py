@@ -10,7 +10,10 @@ TOLERANCE = 1e-6  # relative
 
 def same_rounded(reported: float, upper: float) -> bool:
     """Whether a reported number is the rounded form of an upper bound, up to the last bits of the bound."""
-    return rounding.round_up(upper * (1 - TOLERANCE)) <= reported <= rounding.round_up(upper * (1 + TOLERANCE))
+    is_rounded = rounding.round_up(reported) == reported
+    return is_rounded and rounding.round_up(upper * (1 - TOLERANCE)) <= reported <= rounding.round_up(
+        upper * (1 + TOLERANCE)
+    )
 
 
 def is_close(have: Any, want: Any) -> bool:
