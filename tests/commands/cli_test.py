@@ -90,7 +90,7 @@ BAD_TRAINING = {
     "negative epsilon": (["--epsilon=-1"], "--epsilon"),
     "tiny clip norm": (["--clip_norm=1e-9"], "at least 1e-06"),
     "zero clip norm": (["--clip_norm=0"], "clip"),
-    "other unit": (["--privacy_unit=user"], "auto|sequence|example"),
+    "other unit": (["--privacy_unit=household"], "auto|sequence|example"),
     "undeclared units": (["--neighbouring_relation=add_or_remove"], "--num_units"),
     "too few declared": (["--neighbouring_relation=add_or_remove", "--num_units=9"], "more training units than"),
     "mesh": (["--mesh=data:many"], "--mesh"),
