@@ -147,7 +147,11 @@ class Mirror:
             )
 
     def publish(self) -> None:
-        """Takes the files of the copy into the storage that have changed; checkpoints come with `stored`."""
+        """Takes the files of the copy into the storage that have changed, unless another process has the run by now;
+        checkpoints come with `stored`.
+        """
+        if not self._has_lock():
+            return
         for file in sorted(self.folder.rglob("*")):
             name = file.relative_to(self.folder).as_posix()
             if not file.is_file() or name.startswith((f"{run_files.CHECKPOINTS}/", f"{run_files.DAMAGED}/")):

@@ -62,7 +62,7 @@ def test_adapters_of_spread_weights_have_the_sums_of_adapters_of_whole_ones(stra
 @pytest.mark.parametrize(
     "family, meshes",
     [
-        ("gemma3_1b", [*MESHES[:3], "fsdp:8"]),
+        ("gemma3_1b", ["data:1", "data:2,model:4", "fsdp:8"]),
         *(pytest.param(name, MESHES + FULLY_SHARDED, marks=slow) for name in FAMILIES),
     ],
 )
@@ -70,7 +70,8 @@ def test_noise_does_not_depend_on_the_mesh(family, meshes):
     assert len(set(eight.result_of(f"noises({meshes!r}, {family!r})"))) == 1
 
 
-@pytest.mark.parametrize("mesh", ["data:2,model:4", pytest.param("data:1,model:8", marks=slow)])
+@slow
+@pytest.mark.parametrize("mesh", ["data:2,model:4", "data:1,model:8"])
 def test_no_gradient_travels_inside_the_loop(mesh):
     """What does are activations of one unit and parts of norms: vectors of the numbers of one row or one column."""
     text = eight.result_of(f"Step({mesh!r}, model=small('vaultgemma_1b')).text()")

@@ -77,7 +77,7 @@ PLACES = {
     "a number of threads": lambda _: {"NPROC": "16"},
     "another mesh": lambda _: {},
 }
-SLOW = ("compiled for an older processor", "other flags", "not compiled", "a number of threads")
+SLOW = ("compiled for an older processor", "other flags", "not compiled", "a number of threads", "another mesh")
 
 
 @pytest.mark.parametrize("place", [pytest.param(p, marks=pytest.mark.slow if p in SLOW else ()) for p in PLACES])

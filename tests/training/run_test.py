@@ -379,6 +379,7 @@ def test_sample_and_export(finished, tmp_path):
     assert refused.returncode == 2 and "not an empty folder" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_trace_of_steps_is_private_and_the_run_as_clean_as_without(text, tmp_path):
     done = call(*flags(text, tmp_path / "run", steps=4, model="ladder_20k"), "--profile=2")
     assert done.returncode == 0, done.stderr
