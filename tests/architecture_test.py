@@ -11,7 +11,7 @@ import pytest
 
 import dpgemma
 from accounting import run_files
-from tests import mutations
+from tests import breaches
 
 ROOT = pathlib.Path(dpgemma.__file__).parents[1]
 PATHS = [path for folder in ("accounting", "dpgemma", "experiments") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -230,6 +230,6 @@ def test_few_tests_replace_what_is_ours():
 
 def test_every_breach_that_can_be_planted_still_applies():
     """tests.mutations replaces text of the source, which changes."""
-    for mutation in mutations.MUTATIONS:
+    for mutation in breaches.MUTATIONS:
         assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, mutation.what
         assert (ROOT / mutation.tests[0]).is_file(), mutation.what

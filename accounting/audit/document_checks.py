@@ -24,21 +24,12 @@ _COMPUTED = ("epsilon", "epsilon_replace_one", "epsilon_lower_numeric", "cross_c
 _ROUNDED = ("epsilon", "epsilon_replace_one")
 _CONFIG_NAMES = {"batch_size": "expected_batch_size"}
 _CONFIG_FIELDS = (
-    "num_units",
-    "batch_size",
-    "max_batch_size",
-    "noise_multiplier",
-    "clip_norm",
-    "steps",
-    "neighbouring_relation",
-    "epsilon",
-    "delta",
-    "privacy_unit",
-    "sequence_length",
-    "model",
-)
+    "num_units", "batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps", "neighbouring_relation",
+    "epsilon", "delta",
+    "privacy_unit", "sequence_length", "model",
+)  # fmt: skip
 # Of units that may have several rows.
-_UNIT_FIELDS = ("rows_per_unit", "rows_kept", "user_field")  # fmt: skip
+_UNIT_FIELDS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user")
 _METRICS = {"step", "epsilon", "learning_rate"}
 
 Derive = Callable[[Executed], Spent]

@@ -77,6 +77,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "rows_per_unit": Fact(_COUNT, "most rows of a unit that may have several", required=False),
         "rows_kept": Fact(_TEXT, "which rows of a unit with more: uniform or first", required=False),
         "user_field": Fact(_TEXT + _OR_NONE, "field of a record that names its user", required=False),
+        "records_without_user": Fact(_TEXT + _OR_NONE, "refuse, or own: each is a unit", required=False),
         "sequence_length": Fact(_COUNT, "length of a row"),
         "model": Fact(_TEXT, "name of the preset or architecture"),
         "architecture": Fact((dict,), "of the model, adapters included"),

@@ -41,9 +41,10 @@ def unit_text(declared: dict[str, Any]) -> str:
     """
     if declared["privacy_unit"] not in _UNITS:
         raise InputError(f"the ledger names an unknown privacy unit {declared['privacy_unit']!r}")
-    which = _ROWS_KEPT.get(declared.get("rows_kept", ""))
+    text = _UNITS[declared["privacy_unit"]]
     try:
-        return _UNITS[declared["privacy_unit"]].format(which=which, **declared)
+        which = _ROWS_KEPT[declared["rows_kept"]] if "{which}" in text else None
+        return text.format(which=which, **declared)
     except KeyError as missing:
         raise InputError(f"the ledger does not say {missing} of its privacy units") from None
 
@@ -161,6 +162,11 @@ def assumptions(executed: Executed) -> list[str]:
         found.append(
             "Users: whom a record belongs to is what its field says. Somebody whose records carry several values is"
             " several units, and what a record says of somebody else is protected with the user that it belongs to."
+            + (
+                " A record that names no user is a unit of its own."
+                if declared.get("records_without_user") == "own"
+                else ""
+            )
         )
     if declared["privacy_unit"] == "sequence":
         found.append(

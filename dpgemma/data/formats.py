@@ -130,6 +130,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _list(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     try:
         found = json.loads(file.read().removeprefix(_BOM).decode(), object_pairs_hook=_once)
+    except _TwiceError:
+        raise InputError(f"{path} has a JSON object with one field twice") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} is no JSON: give a list of objects, or one object on each line") from None
     for number, record in enumerate(found, start=1):

@@ -264,7 +264,7 @@ def sum_over_rows(mesh: Mesh, stacked: Any, in_use: Any, at_rest: Any) -> Any:
 
     Formal guarantee: every number of the result is the sum of one number of each row, so where rows have disjoint units
     one unit changes it by what it changes in its own row. Tested by tests/sharding/tensor_test.py::
-    test_a_sum_does_not_depend_on_the_mesh.
+    test_a_sum_does_not_depend_on_the_mesh and ::test_fully_sharded_parameters_give_the_sums_of_whole_ones.
 
     Args:
       stacked: tree of [rows, ...], each row's sums on its own devices; of what is spread over the devices of an fsdp

@@ -127,6 +127,11 @@ class Mirror:
     def _has_lock(self) -> bool:
         return self._objects.read([_LOCK]).get(_LOCK, b"").startswith(self._name.encode())
 
+    def _lost(self) -> InputError:
+        return InputError(
+            f"another process has gone on with the run in {self.address}: this one ends before it computes another step"
+        )
+
     def add_line(self, number: int, text: str) -> None:
         """Takes a line of the ledger into the storage.
 
@@ -141,17 +146,16 @@ class Mirror:
             return
         # An answer that was lost on the way makes an object that this process has created.
         if self._objects.read([_line_name(number)]).get(_line_name(number)) != content:
-            raise InputError(
-                f"another process has gone on with the run in {self.address}: this one ends before it computes another"
-                " step"
-            )
+            raise self._lost()
 
     def publish(self) -> None:
-        """Takes the files of the copy into the storage that have changed, unless another process has the run by now;
-        checkpoints come with `stored`.
+        """Takes the files of the copy into the storage that have changed; checkpoints come with `stored`.
+
+        Raises:
+          InputError: another process has the run by now, or the storage cannot be written.
         """
         if not self._has_lock():
-            return
+            raise self._lost()
         for file in sorted(self.folder.rglob("*")):
             name = file.relative_to(self.folder).as_posix()
             if not file.is_file() or name.startswith((f"{run_files.CHECKPOINTS}/", f"{run_files.DAMAGED}/")):
@@ -175,7 +179,7 @@ class Mirror:
 
     def _take(self, step: int) -> None:
         if not self._has_lock():
-            return  # what another process has written there since stays
+            raise self._lost()  # what the other one has written there since stays
         checkpoints, mark = self.folder / run_files.CHECKPOINTS, f"{run_files.CHECKPOINTS}/{step}{_COMPLETE}"
         files = {
             file.relative_to(self.folder).as_posix(): file
@@ -226,12 +230,12 @@ def _held_copy(copies: pathlib.Path, folder: pathlib.Path) -> IO[str]:
     """
     copies.mkdir(parents=True, exist_ok=True, mode=0o700)
     for mark in copies.glob("run-*.held"):
-        with open(mark) as file:
-            try:
+        try:
+            with open(mark) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            _remove_copy(mark.with_suffix(""))
+                _remove_copy(mark.with_suffix(""))
+        except OSError:  # its process lives, or another one removes it now
+            continue
     new = folder.with_name(f"{folder.name}.new")
     held = open(new, "w")
     fcntl.flock(held, fcntl.LOCK_EX)

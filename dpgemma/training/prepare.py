@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accounting import run_files
@@ -41,7 +41,15 @@ from dpgemma.training.settings import Settings
 from dpgemma.training.trainer import Trainer
 
 # Settings of units of several rows that a ledger records.
-_OF_UNITS = ("rows_per_unit", "rows_kept", "user_field")
+_OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user")
+
+
+@contextlib.contextmanager
+def _undone_if_it_fails() -> Iterator[contextlib.ExitStack]:
+    """A stack that is closed where the context ends by an exception."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+        stack.pop_all()
 
 
 def prepare(
@@ -65,7 +73,8 @@ def prepare(
     Raises:
       InputError: anything that the user can mend.
     """
-    return _prepare(settings, workdir, Keys.generate(), True, epsilon_given, observers)
+    with _undone_if_it_fails() as undone:
+        return _prepare(settings, workdir, Keys.generate(), True, epsilon_given, observers, undone)
 
 
 def prepare_with_public_keys(
@@ -83,7 +92,8 @@ def prepare_with_public_keys(
     """
     if math.isfinite(settings.epsilon):
         raise ValueError("a run with a finite target epsilon needs secret keys")
-    return _prepare(settings, workdir, keys, False, True, observers)
+    with _undone_if_it_fails() as undone:
+        return _prepare(settings, workdir, keys, False, True, observers, undone)
 
 
 def _prepare(
@@ -93,26 +103,12 @@ def _prepare(
     secret_keys: bool,
     epsilon_given: bool,
     observers: Sequence[Observer],
-) -> Trainer:
-    with contextlib.ExitStack() as undone:
-        trainer = _prepared(settings, workdir, new_keys, secret_keys, epsilon_given, observers, undone)
-        undone.pop_all()
-    return trainer
-
-
-def _prepared(
-    settings: Settings,
-    workdir: str | None,
-    new_keys: Keys,
-    secret_keys: bool,
-    epsilon_given: bool,
-    observers: Sequence[Observer],
     undone: contextlib.ExitStack,
 ) -> Trainer:
-    """As _prepare.
+    """The Trainer of a run.
 
     Args:
-      undone: called back if the run cannot be prepared.
+      undone: closed if the run cannot be prepared.
     """
     observers = observers if processes.is_first() else ()
     objective = objective_of(settings)

@@ -246,12 +246,12 @@ class Settings:
         """What says which rows a unit of several rows has, with defaults; empty for other units."""
         if self.privacy_unit not in choices.OF_SEVERAL_ROWS:
             return {}
-        without = {"records_without_user": self.records_without_user or choices.REFUSE}
+        of_users = self.privacy_unit == choices.USER
         return {
             "rows_per_unit": self.rows_per_unit or ROWS_PER_UNIT,
             "rows_kept": self.rows_kept or choices.UNIFORM_ROWS,
             "user_field": self.user_field,
-            **(without if self.privacy_unit == choices.USER else {}),
+            "records_without_user": (self.records_without_user or choices.REFUSE) if of_users else None,
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -99,6 +99,7 @@ BROKEN = {
     "no utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: no UTF-8"),
     "twice.jsonl": (b'{"text": "a", "text": "b"}\n', "line 1: a JSON object with one field twice"),
     "list.json": (b'[{"text": "a"}, 5]', "record 2: no JSON object"),
+    "twice in a list.json": (b'[{"text": "a", "text": "b"}]', "has a JSON object with one field twice"),
     "cut.json": (b'[{"text": "a"}, ', "is no JSON"),
     "short.csv": (b"a,b\n1,2\n3\n", "line 3: 1 fields under a header of 2"),
     "header.csv": (b"a,a\n1,2\n", "line 1: a header in which a name is missing or occurs twice"),

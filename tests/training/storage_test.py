@@ -163,7 +163,9 @@ def test_a_process_that_lost_its_run_takes_nothing_from_its_successor(address, t
     second = Mirror(address, tmp_path / "b", patience_seconds=0.1)
     try:
         written(second, 4)
-        written(first, 6)
+        for lost in (lambda: written(first, 6), first.publish):
+            with pytest.raises(InputError, match="another process has gone on with the run"):
+                lost()
         assert stored(address) == ["2.complete", "2/part", "4.complete", "4/part"]
     finally:
         first.close()

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from accounting.errors import InputError
 from accounting.mechanism import Clip
+from accounting.report import words
 from dpgemma.data.batch import collate
 from dpgemma.data.text import grouped
 from dpgemma.data.text.grouped import Limits
@@ -42,8 +44,8 @@ def test_a_report_says_what_holds_for_a_patient(notes, tmp_path):
     assert done.returncode == 0, done.stderr
     start = json.loads((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()[0])
     assert start["num_units"] + start["held_out_units"] == len(patients)
-    facts = {name: start[name] for name in ("privacy_unit", "rows_per_unit", "rows_kept", "user_field")}
-    assert facts == dict(privacy_unit="user", rows_per_unit=3, rows_kept="uniform", user_field="seen.patient")
+    facts = dict(rows_per_unit=3, rows_kept="uniform", user_field="seen.patient", records_without_user="refuse")
+    assert facts == {name: start[name] for name in facts} and start["privacy_unit"] == "user"
     said = (tmp_path / "run" / "report.json").read_text()
     assert "all records of the training data whose field 'seen.patient' has one value" in said
     assert "at most 3 rows of 32 tokens are used (where there are more, rows chosen at random)" in said
@@ -64,6 +66,19 @@ def test_a_report_says_what_holds_for_a_patient(notes, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(edited))
     found = runs.call("audit", tmp_path / "run")
     assert found.returncode == 1 and "config.json rows_per_unit" in found.stdout
+
+
+def test_a_report_names_no_unit_that_its_ledger_does_not_describe():
+    declared = dict(
+        privacy_unit="user", sequence_length=32, rows_per_unit=3, rows_kept="first", user_field="who",
+    )  # fmt: skip
+    assert "(where there are more, the first ones)" in words.unit_text(declared)
+    for wrong in ({"rows_kept": "some"}, {"privacy_unit": "household"}):
+        with pytest.raises(InputError):
+            words.unit_text(declared | wrong)
+    for missing in ("rows_kept", "rows_per_unit", "user_field"):
+        with pytest.raises(InputError, match=missing):
+            words.unit_text({name: value for name, value in declared.items() if name != missing})
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def read_grouped(
     limits: Limits,
     *,
     user_field: str | None = None,
-    records_without_user: str = REFUSE,
+    records_without_user: str | None = None,
 ) -> Grouped:
     """The units of `data` that may have several rows.
 
@@ -59,7 +59,8 @@ def read_grouped(
     records = readers.records(data, text_field)
     if privacy_unit == USER:
         assert user_field is not None
-        made = grouped.by_user(records, tokenizer, length, text_field, user_field, records_without_user, limits)
+        without = records_without_user or REFUSE
+        made = grouped.by_user(records, tokenizer, length, text_field, user_field, without, limits)
     else:
         made = grouped.by_document(records, tokenizer, length, text_field, limits)
     check_ids(made.units.columns[TOKENS], vocab_size)
