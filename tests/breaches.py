@@ -388,6 +388,15 @@ MUTATIONS = (
         (STORAGE, "-k", "same_line"),
     ),
     Mutation(
+        "norms", "roundings of inner products of inputs are not paid for", "dpgemma/privacy/norm_rules.py",
+        "slack = e_x * over_pairs(g_TxT, x_T) + e_g", "slack = e_g", ("tests/privacy/norms_test.py", "-k", "slack"),
+    ),
+    Mutation(
+        "norms", "rows of a tied embedding that cancel are not paid for", "dpgemma/privacy/norm_rules.py",
+        "jnp.sum(_lengths(g_TxD) * added_S)", "jnp.sum(_lengths(g_TxD) * _lengths(rows_SxD))",
+        ("tests/privacy/norms_test.py", "-k", "slack"),
+    ),
+    Mutation(
         "norms", "compilers may join sums of sums", "dpgemma/privacy/norms.py",
         "return jax.lax.optimization_barrier(summed)", "return summed",
         ("tests/privacy/norms_test.py", "-k", "join_no_sums"),

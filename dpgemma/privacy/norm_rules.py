@@ -11,7 +11,8 @@ every input. What a lower type rounds of the scaled operand is bounded, and so i
 roundoffs for n terms in any order (Higham 2002, section 4.2), because whoever writes an example may choose one whose
 roundings all go one way. Tested by
 tests/privacy/released_norm_test.py::test_pitfall_12_released_norm_never_exceeds_clip_norm and
-::test_roundings_that_all_go_one_way_are_paid_for and ::test_rows_that_cancel_each_other_are_paid_for.
+::test_roundings_that_all_go_one_way_are_paid_for and ::test_rows_that_cancel_each_other_are_paid_for, and term by term
+by tests/privacy/norms_test.py::test_the_slack_of_inner_products_is_what_their_roundings_may_add_up_to.
 """
 
 import dataclasses

@@ -112,3 +112,48 @@ def test_terms_that_vanish_one_by_one_are_paid_for(shape):
     exact = np.linalg.norm(x.astype(np.float64))
     for norm in (norms.l2_norm, jax.jit(norms.l2_norm)):
         assert exact <= float(norm({"x": jnp.asarray(x)})) * (1 + norms.margin({"x": x}))
+
+
+def gamma(terms):
+    """Higham 2002, section 3.1: the most that a float32 sum of products with so many terms is off, relatively."""
+    return terms * 2.0**-24 / (1 - terms * 2.0**-24)
+
+
+def lengths(rows):
+    return np.linalg.norm(rows, axis=-1)
+
+
+@pytest.mark.parametrize("shape", [(8, 700, 300), (64, 90, 80), (200, 40, 30)], ids=str)
+@pytest.mark.parametrize("cancels", [False, True])
+def test_the_slack_of_inner_products_is_what_their_roundings_may_add_up_to(shape, cancels):
+    """Written out in float64 over all pairs of rows: each of the terms alone is a part of it."""
+    length, fan_in, fan_out = shape
+    rng = np.random.default_rng(0)
+    x, g = (rng.standard_normal((length, n)).astype(np.float32) for n in (fan_in, fan_out))
+    if cancels:  # equal inputs and cotangents of either sign
+        x[:], g[length // 2 :] = x[0], -g[: length // 2]
+    square, slack = (float(each) for each in norm_rules._gram(jnp.asarray(x), jnp.asarray(g)[None]))
+    x, g = x.astype(np.float64), g.astype(np.float64)
+    by_x, by_g = x @ x.T, g @ g.T
+    pairs_of_x, pairs_of_g = (np.outer(lengths(each), lengths(each)) for each in (x, g))
+    expected = gamma(fan_in) * (pairs_of_x * np.abs(by_g)).sum() + gamma(fan_out) * (np.abs(by_x) * pairs_of_g).sum()
+    expected += gamma(2 * length - 2) * np.abs(by_x * by_g).sum()
+    assert expected <= slack < 1.5 * expected
+    assert abs(square - (by_x * by_g).sum()) <= slack
+
+
+def test_the_slack_of_a_tied_embedding_knows_what_is_added_up_in_a_row():
+    """The head's rows of the input's words may cancel, the lengths that are added up in them do not."""
+    words, length, width = 6, 128, 8
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, words, length)
+    g, h = (rng.standard_normal((length, width)).astype(np.float32) for _ in range(2))
+    delta = rng.standard_normal((1, length, words)).astype(np.float32)
+    h[length // 2 :], delta[:, length // 2 :] = h[: length // 2], -delta[:, : length // 2]
+    rows = {"ids": jnp.asarray(ids, jnp.float32), "g": jnp.asarray(g)}
+    head = {"h": jnp.asarray(h), "delta": jnp.asarray(delta)}
+    alone = norm_rules._row_norms(rows["ids"], rows["g"]) + norm_rules._product_norms(head["h"], head["delta"], "cpu")
+    together = norm_rules._tied_norms(rows, head, "cpu")
+    added = np.abs(delta[0][:, ids].T.astype(np.float64)) @ lengths(h.astype(np.float64))
+    expected = 2 * (lengths(g.astype(np.float64)) * added).sum() * gamma(length)
+    assert expected <= float(together.slack - alone.slack)
