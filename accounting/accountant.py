@@ -13,14 +13,19 @@ earlier releases, a release is N or N + a under the one and N or N + b under the
 where X_0 and X_1 are the likelihood ratios of N and N + b to N + a. Each is smaller in convex order than that of a
 Gaussian shifted by 1 and by 2, and in that order no weighted sum is larger than that of comonotone variables (Kaas,
 Dhaene and Goovaerts 2000), which are those of one Gaussian on a line: so (1 - q) N(0) + q N(1) against (1 - q) N(0) +
-q N(-1) dominates. The argument needs no more of the noise than that it hides every shift as a Gaussian does, and holds
-for the mixtures of groups too.
+q N(-1) dominates. The argument needs no more of the noise than that it hides every shift as a Gaussian does.
+
+Units of several items (`items_per_unit` = k) are groups of k items, each drawn by itself. With `replaced`, let S be
+the items that were drawn, w_S its probability, and N + a_S, N + b_S the releases under the two contents, |a_S| and
+|b_S| at most |S|. Under N, the divergence is E[(sum_S w_S X_(a_S) - t sum_S w_S X_(b_S))_+] with likelihood ratios X to
+N: a convex function of a sum whose terms are each smaller in convex order than for |a_S| = |b_S| = |S|, and largest
+where all X_a grow and all X_b fall along one line. So the binomial mixtures of N(j) and of N(-j) dominate.
 
 Tested by
 tests/accounting/oracle_test.py::test_agreement_with_dp_accounting and
 tests/accounting/accountant_test.py::test_upper_end_is_above_finer_grids; for groups by
-::test_groups_agree_with_dp_accountings_mixture_of_gaussians there; for contents by
-tests/accounting/replaced_test.py.
+::test_groups_agree_with_dp_accountings_mixture_of_gaussians there; for units of several items by
+tests/accounting/items_test.py; for contents by tests/accounting/replaced_test.py.
 """
 
 import dataclasses
@@ -48,6 +53,9 @@ _FEWEST_INTERVALS = 64
 _FINEST_SHARE = 1e-7  # of the coarsest interval that fits the losses
 _LARGEST_GRID = 2**21
 _LARGEST_OPTIMISTIC_GRID = 2**18
+
+# Items of one owner: up to here no binomial weight that matters is lost to underflow.
+LARGEST_GROUP = 256
 
 # Share of delta that the mass beyond either end of the loss grid may take, summed over all releases.
 _TAIL_SHARE = 1e-6
@@ -84,7 +92,7 @@ class Accountant:
     Args:
       mechanisms: the public facts of a run, or of several runs or parts of one in their order.
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
-      group_size: k, units that one owner has at most; each is drawn by itself.
+      group_size: units that one owner has at most; the items of each are drawn by themselves.
       replaced: whether one unit's content is compared with any other content, instead of with an empty or absent unit.
       bounds: names from accounting.mechanism.bounds that may be used; by default all that hold.
       claimed: False where noise was added but no guarantee is claimed: every epsilon is then infinite, and nothing is
@@ -107,12 +115,15 @@ class Accountant:
         self.mechanisms = (mechanisms,) if isinstance(mechanisms, Mechanism) else tuple(mechanisms)
         if not self.mechanisms or group_size < 1:
             raise InputError("need at least one mechanism and a group of at least one unit")
-        if replaced and group_size > 1:
-            raise InputError("the contents of several units at once are not accounted for: use a group of one unit")
         if len({m.neighbouring_relation for m in self.mechanisms}) > 1:
             raise InputError("runs under different neighbouring relations do not compose: account for each by itself")
         for m in self.mechanisms:
             support.check(m.sampling, m.neighbouring_relation, bounds or (proofs.LOSS,), group_size)
+            if group_size * m.items_per_unit > LARGEST_GROUP:
+                raise InputError(
+                    f"{group_size * m.items_per_unit} items of one owner are more than the {LARGEST_GROUP} that are"
+                    " accounted for: use fewer rows of each unit, or draw units"
+                )
             if group_size > m.num_units:
                 raise InputError(f"a group of {group_size} units is larger than the {m.num_units} units that there are")
         self.claimed = claimed
@@ -299,20 +310,21 @@ class Accountant:
         return 10.0 ** math.floor(math.log10(max(_TAIL_SHARE * delta / releases, 1e-300)))
 
     def _pair(self, m: Mechanism, remove: bool) -> GaussianMixturePair:
-        """The pair that dominates one release: of the group's k units j are drawn, with binomial probability, and shift
+        """The pair that dominates one release: of the group's k items j are drawn, with binomial probability, and shift
         it by j.
 
         For k > 1 this is the mixture-of-Gaussians mechanism (Ganesh 2024, arXiv 2401.10294).
         """
-        q, k, sign = m.sampling.inclusion_probability, self._group_size, 1.0 if remove else -1.0
+        q, k = m.sampling.inclusion_probability, self._group_size * m.items_per_unit
         rest = (1 - q) ** k
+        weights = [(float(j), math.comb(k, j) * q**j * (1 - q) ** (k - j)) for j in range(1, k + 1)]
+        above = tuple((shift, weight) for shift, weight in weights if weight > 0)
+        below = tuple((-shift, weight) for shift, weight in above)
         if self._replaced:
-            return GaussianMixturePair(m.noise_multiplier, ((1.0, q),), ((-1.0, q),), rest, rest)
-        weights = [(sign * j, math.comb(k, j) * q**j * (1 - q) ** (k - j)) for j in range(1, k + 1)]
-        components = tuple((shift, weight) for shift, weight in weights if weight > 0)
+            return GaussianMixturePair(m.noise_multiplier, above, below, rest, rest)
         if remove:
-            return GaussianMixturePair(m.noise_multiplier, upper=components, upper_rest=rest)
-        return GaussianMixturePair(m.noise_multiplier, lower=components, lower_rest=rest)
+            return GaussianMixturePair(m.noise_multiplier, upper=above, upper_rest=rest)
+        return GaussianMixturePair(m.noise_multiplier, lower=below, lower_rest=rest)
 
     def _discretise(self, kind: str, m: Mechanism, remove: bool, interval: float, tail_mass: float) -> DiscreteLoss:
         pair = self._pair(m, remove)
@@ -340,7 +352,7 @@ class Accountant:
         for m, count in phases:
             costs = [truncation.additive_delta(m, epsilon, count)]
             if self._allows(proofs.DISPLACEMENT, m):
-                costs.append(truncation.displacement_delta(m, count, self._group_size))
+                costs.append(truncation.displacement_delta(m, count, self._group_size * m.items_per_unit))
             total += min(costs)
         return total
 

@@ -90,8 +90,8 @@ def expected_batch_size(mechanism: Mechanism, epsilon: float, delta: float) -> M
     def at(b: Any) -> Any:
         return mechanism.replace(expected_batch_size=b)
 
-    start = max(1, int(mechanism.num_units / math.sqrt(mechanism.steps)))
-    best = _largest_integer(lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_units, start)
+    start = max(1, int(mechanism.num_items / math.sqrt(mechanism.steps)))
+    best = _largest_integer(lambda b: _meets(at(b), epsilon, delta), 0, mechanism.num_items, start)
     if best == 0:
         raise InputError(
             f"even an expected batch of 1 exceeds epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier"
@@ -109,7 +109,7 @@ def num_units(mechanism: Mechanism, epsilon: float, delta: float, *, tolerance: 
     def at(n: Any) -> Any:
         return mechanism.replace(num_units=n)
 
-    fewest = math.ceil(mechanism.expected_batch_size)
+    fewest = math.ceil(mechanism.expected_batch_size / mechanism.items_per_unit)
     # At q = 1 / sqrt(steps) sampling begins to help; the search starts there and leaves out data sets far too small.
     high = math.ceil(fewest * math.sqrt(mechanism.steps))
     while not _meets(at(high), epsilon, delta):

@@ -10,6 +10,8 @@ from accounting.mechanism.sampling import ADD_OR_REMOVE, Fixed, Sampling, Trunca
 
 
 def _reason(sampling: Sampling, relation: str, bound: str, group_size: int) -> str:
+    if isinstance(sampling, Fixed) and sampling.items_per_unit > 1:
+        return "batches that are laid out beforehand have no proof for several items of a unit: use Poisson sampling"
     if isinstance(sampling, Fixed) and relation == ADD_OR_REMOVE:
         return "adding or removing a unit moves the others between fixed batches: use zero_out, or Poisson sampling"
     truncated = isinstance(sampling, TruncatedPoisson)
@@ -17,14 +19,15 @@ def _reason(sampling: Sampling, relation: str, bound: str, group_size: int) -> s
         return (
             "it needs a public number of units, which add_or_remove keeps private: use zero_out, or the additive bound"
         )
-    if group_size > 1 and bound not in FOR_GROUPS:
-        return "it is derived for one unit, not for a group: use the loss distribution"
+    if group_size * sampling.items_per_unit > 1 and bound not in FOR_GROUPS:
+        return "it is derived for a unit of one item, not for several: use the loss distribution"
     return f"it is a bound for a truncated batch, and {sampling.scheme} sampling has none"
 
 
 def allowed(sampling: Sampling, relation: str, group_size: int = 1) -> tuple[str, ...]:
-    """The bounds that hold; the smallest of them is epsilon."""
-    return tuple(bound for bound in sampling.bounds(relation) if group_size == 1 or bound in FOR_GROUPS)
+    """The bounds that hold for a group of so many units; the smallest of them is epsilon."""
+    single = group_size * sampling.items_per_unit == 1
+    return tuple(bound for bound in sampling.bounds(relation) if single or bound in FOR_GROUPS)
 
 
 def check(sampling: Sampling, relation: str, bounds: Iterable[str] = (LOSS,), group_size: int = 1) -> None:

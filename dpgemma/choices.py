@@ -17,6 +17,10 @@ OF_SEVERAL_ROWS = (DOCUMENT, USER)
 UNIFORM_ROWS, FIRST_ROWS = "uniform", "first"
 ROWS_KEPT = (UNIFORM_ROWS, FIRST_ROWS)
 
+# What is drawn where units are users: all rows of a user together, or each row by itself (which costs more noise).
+BY_EXAMPLE = "example"
+USER_SAMPLING = (USER, BY_EXAMPLE)
+
 # What becomes of a record that names no user.
 REFUSE, OWN = "refuse", "own"
 WITHOUT_USER = (REFUSE, OWN)

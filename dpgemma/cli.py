@@ -16,6 +16,7 @@ from dpgemma.commands import process
 # Name, module, description.
 COMMANDS = {
     "train": ("dpgemma.commands.train", "train or fine-tune under a privacy budget; the same command resumes"),
+    "data": ("dpgemma.commands.data", "look at data before they are trained on, or tokenise them once"),
     "account": ("dpgemma.commands.account", "solve a privacy budget for the one omitted quantity"),
     "plan": (
         "experiments.commands.plan",
@@ -69,8 +70,9 @@ def _run(name: str, rest: list[str]) -> int:
             print(command_flags.help_text(name, command.DESCRIPTION, fv), flush=True)
             return 0
         positional = fv([name, *rest])[1:]
-        if len(positional) == 1 and hasattr(command, "POSITIONAL") and fv[command.POSITIONAL].value is None:
-            fv[command.POSITIONAL].value = positional.pop()
+        for flag in getattr(command, "POSITIONAL", ()):
+            if positional and not fv[flag].present:
+                fv[flag].value = positional.pop(0)
         if positional:
             raise InputError(f"unexpected argument {positional[0]!r}: settings are given as --name=value")
         return command.run(fv)

@@ -71,7 +71,7 @@ MUTATIONS = (
     ),
     Mutation(
         "hold-out by content", "the assignment follows the rows' bytes", "dpgemma/data/holdout.py",
-        "is_held_out = held_out(secret, source.num_units, fraction)",
+        "is_held_out = held_out(secret, count, fraction)",
         "rows = [next(iter(source.read(np.array([i]))[0].values())).tobytes() for i in range(source.num_units)]\n"
         "    hashes = [keystream.hashlib.blake2b(row, key=secret[:32], digest_size=8) for row in rows]\n"
         "    words = [int.from_bytes(found.digest()) for found in hashes]\n"
@@ -367,15 +367,37 @@ MUTATIONS = (
         ("tests/sharding/tensor_test.py", "-k", "fully_sharded"),
     ),
     Mutation(
-        "users", "every record is a unit of its own", "dpgemma/data/text/grouped.py",
-        "pieces.setdefault(number if user is None else user, [])", "pieces.setdefault(number, [])",
+        "users", "every record is a unit of its own", "dpgemma/data/text/pieces.py",
+        "(i if piece.user is None else piece.user for", "(i for",
         ("tests/data/grouped_test.py", "-k", "touch_no_other"),
     ),
     Mutation(
-        "users", "texts of two users share a row", "dpgemma/data/text/grouped.py",
-        "return _grouped(list(pieces.values()), tokenizer.pad, length, limits)",
-        "return _grouped([sum(pieces.values(), []) for _ in pieces], tokenizer.pad, length, limits)",
+        "users", "texts of two users share a row", "dpgemma/data/text/layout.py",
+        "own = self._order[self._begin[unit] : self._begin[unit + 1]]",
+        "own = self._order[max(self._begin[unit] - 1, 0) : self._begin[unit + 1]]",
         ("tests/data/grouped_test.py", "-k", "touch_no_other"),
+    ),
+    Mutation(
+        "users", "rows that are drawn one by one are charged as one", ACCOUNTANT,
+        "q, k = m.sampling.inclusion_probability, self._group_size * m.items_per_unit",
+        "q, k = m.sampling.inclusion_probability, self._group_size",
+        ("tests/accounting/items_test.py", "-k", "owners_of_several or plane"),
+    ),
+    Mutation(
+        "users", "a cap is paid for by one row of a user", TRUNCATION,
+        "k = mechanism.items_per_unit if group_size is None else group_size",
+        "k = 1 if group_size is None else group_size",
+        ("tests/accounting/items_test.py", "-k", "cap_is_paid"),
+    ),
+    Mutation(
+        "users", "of rows that are drawn one by one, only those of few users are", "dpgemma/privacy/samplers.py",
+        "return PoissonSampler(sampling.num_items,", "return PoissonSampler(sampling.num_units,",
+        ("tests/training/users_test.py", "-k", "one_by_one"),
+    ),
+    Mutation(
+        "users", "a user's row that was not drawn takes part", "dpgemma/data/source.py",
+        "found = np.flatnonzero(held[at] == units) if len(held)", "found = np.arange(len(units)) if len(held)",
+        ("tests/data/grouped_test.py", "-k", "items"),
     ),
     Mutation(
         "object storage", "steps are computed before their lines are stored", "accounting/ledger/chain.py",
@@ -442,6 +464,7 @@ MUTATIONS = (
     ),
     Mutation(
         "replaced contents", "a content is charged like a presence", ACCOUNTANT,
-        "((1.0, q),), ((-1.0, q),), rest, rest)", "((1.0, q),), (), rest)", ("tests/accounting/replaced_test.py",),
+        "m.noise_multiplier, above, below, rest, rest)", "m.noise_multiplier, above, (), rest)",
+        ("tests/accounting/replaced_test.py",),
     ),
 )  # fmt: skip

@@ -50,6 +50,7 @@ def test_the_wheel_is_complete(installed):
     assert not (site / "tests").exists()
 
 
+@pytest.mark.slow
 def test_the_program_runs_from_the_wheel(installed, tmp_path):
     site = installed[1]
     (tmp_path / "notes.txt").write_text("seen today, cough, rest. " * 400)

@@ -31,6 +31,7 @@ def figures(lines: Sequence[Line], executed: Executed, accountant: Callable[...,
     claimed = facts["secret_keys"] and math.isfinite(executed.declared["epsilon"])
     known = accountant(tuple(parts) or (executed.planned,), claimed=claimed)
     epsilon = known.epsilon(executed.delta).upper if parts else 0.0
+    items = facts["num_units"] * facts.get("items_per_unit", 1)
     found = {
         "run_id": facts["run_id"],
         "epsilon": epsilon,
@@ -48,8 +49,8 @@ def figures(lines: Sequence[Line], executed: Executed, accountant: Callable[...,
             "sampling_probability": probability,
             "noise_multiplier": noise,
             "max_batch_size": cap,
-            "expected_batch_size": probability * facts["num_units"],
-            "noise_batch_ratio": noise / (probability * facts["num_units"]),
+            "expected_batch_size": probability * items,
+            "noise_batch_ratio": noise / (probability * items),
         }
     return found
 
@@ -57,11 +58,12 @@ def figures(lines: Sequence[Line], executed: Executed, accountant: Callable[...,
 def _mechanism(
     facts: dict[str, Any], executed: Executed, probability: float, noise: float, cap: int | None, steps: int
 ) -> Mechanism:
-    batch = probability * facts["num_units"]
+    items = facts["num_units"] * facts.get("items_per_unit", 1)
+    batch = probability * items
     declared = executed.declared["expected_batch_size"]
     return dp_sgd(
         facts["num_units"],
-        declared if declared / facts["num_units"] == probability else batch,
+        declared if declared / items == probability else batch,
         cap,
         noise,
         executed.declared["clip_norm"],
@@ -71,6 +73,7 @@ def _mechanism(
         facts.get("clip_scaling", "clip"),
         facts.get("clip_quantile"),
         facts.get("grid_bits"),
+        facts.get("items_per_unit", 1),
     )
 
 

@@ -59,8 +59,8 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "seal": Fact(_TEXT, "how lines are bound to each other"),
         "seal_key": Fact(_TEXT + _OR_NONE, "public key of the lines' signatures", since=4),
         "num_units": Fact(_COUNT, "N, training units; counted under zero_out, declared under add_or_remove"),
-        "expected_batch_size": Fact(_NUMBER, "B = q N, in units"),
-        "max_batch_size": Fact(_COUNT + _OR_NONE, "truncation cap of a batch, in units"),
+        "expected_batch_size": Fact(_NUMBER, "B = q N k, in items"),
+        "max_batch_size": Fact(_COUNT + _OR_NONE, "truncation cap of a batch, in items"),
         "noise_multiplier": Fact(_NUMBER, "sigma, in units of the sensitivity"),
         "clip_norm": Fact(_NUMBER, "C, L2 bound of one unit's gradient; where it adapts, the first"),
         "steps": Fact(_COUNT, "T, planned number of steps"),
@@ -71,6 +71,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "grid_bits": Fact(
             _COUNT + _OR_NONE, "sums are exact on a grid of sigma * C / 2^grid_bits; null: floats", since=3
         ),
+        "items_per_unit": Fact(_COUNT, "k, items of a unit that are drawn by themselves; omitted: 1", required=False),
         "epsilon": Fact(_NUMBER, "the target"),
         "delta": Fact(_NUMBER, "at which epsilon is stated"),
         "privacy_unit": Fact(_TEXT, "what one unit is"),
@@ -78,6 +79,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "rows_kept": Fact(_TEXT, "which rows of a unit with more: uniform or first", required=False),
         "user_field": Fact(_TEXT + _OR_NONE, "field of a record that names its user", required=False),
         "records_without_user": Fact(_TEXT + _OR_NONE, "refuse, or own: each is a unit", required=False),
+        "user_sampling": Fact(_TEXT + _OR_NONE, "what is drawn: a user, or example: rows", required=False),
         "sequence_length": Fact(_COUNT, "length of a row"),
         "model": Fact(_TEXT, "name of the preset or architecture"),
         "architecture": Fact((dict,), "of the model, adapters included"),

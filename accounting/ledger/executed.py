@@ -143,6 +143,9 @@ def of(records: Sequence[dict[str, Any]]) -> Executed:
         raise InputError(f"the ledger's start event has no sound {', '.join(garbled)}")
     if not (0 < declared["delta"] < 1 and declared["epsilon"] >= 0):
         raise InputError("the ledger's start event has no sound epsilon and delta")
+    by_itself = declared.get("user_sampling") == "example"
+    if declared.get("items_per_unit", 1) != (declared.get("rows_per_unit") if by_itself else 1):
+        raise InputError("the ledger's start event has no sound items_per_unit: rows are drawn by themselves, or not")
     try:
         planned = dp_sgd(**{name: declared[name] for name in FACTS if name in declared})
         steps = [record for record in records if record["kind"] == events.STEP]
@@ -164,5 +167,5 @@ def _mechanism(planned: Mechanism, group: tuple[Any, ...], steps: int) -> Mechan
     probability, noise, cap = group
     # The declared batch is kept where it gives the recorded probability: dividing back would round.
     same = probability == planned.sampling_probability
-    batch = planned.expected_batch_size if same else probability * planned.num_units
+    batch = planned.expected_batch_size if same else probability * planned.num_items
     return planned.replace(expected_batch_size=batch, noise_multiplier=noise, max_batch_size=cap, steps=steps)

@@ -8,11 +8,11 @@ from accounting.mechanism import Mechanism
 
 
 @functools.lru_cache
-def overflow_probability(num_units: int, sampling_probability: float, max_batch_size: int) -> float:
-    """Psi = P[Binomial(N, q) > max_batch_size]."""
+def overflow_probability(num_items: int, sampling_probability: float, max_batch_size: int) -> float:
+    """Psi = P[Binomial(N, q) > max_batch_size], N items that are drawn."""
     from scipy import stats
 
-    return float(stats.binom.sf(max_batch_size, num_units, sampling_probability))
+    return float(stats.binom.sf(max_batch_size, num_items, sampling_probability))
 
 
 def additive_delta(mechanism: Mechanism, epsilon: float, steps: int) -> float:
@@ -20,8 +20,8 @@ def additive_delta(mechanism: Mechanism, epsilon: float, steps: int) -> float:
     group of units.
 
     Each data set's truncated run differs from its plain Poisson run only where some batch overflows: total variation at
-    most T Psi on either side (Chua et al. 2024, arXiv 2411.04205, section 3). The larger of the neighbours, N units,
-    bounds both. Tested by
+    most T Psi on either side (Chua et al. 2024, arXiv 2411.04205, section 3). The larger of the neighbours, with all
+    items, bounds both. Tested by
     tests/accounting/accountant_test.py::test_pitfall_28_truncation_is_charged_by_the_additive_bound_under_add_or_remove.
     """
     if mechanism.max_batch_size is None:
@@ -30,14 +30,15 @@ def additive_delta(mechanism: Mechanism, epsilon: float, steps: int) -> float:
     return (
         (1 + math.exp(min(epsilon, 700.0)))
         * steps
-        * overflow_probability(mechanism.num_units, q, mechanism.max_batch_size)
+        * overflow_probability(mechanism.num_items, q, mechanism.max_batch_size)
     )
 
 
-def displacement_delta(mechanism: Mechanism, steps: int, group_size: int = 1) -> float:
-    """T P[Binomial(N - k, q) > max_batch_size - k], added to delta by truncation at any epsilon, under zero_out.
+def displacement_delta(mechanism: Mechanism, steps: int, group_size: int | None = None) -> float:
+    """T P[Binomial(N - k, q) > max_batch_size - k], added to delta by truncation at any epsilon, under zero_out. N
+    items are drawn from, and k of them are the group's (by default those of one unit).
 
-    An emptied unit keeps its place in the draw, so the draws of neighbours are the same. While the units outside the
+    An emptied item keeps its place in the draw, so the draws of neighbours are the same. While the items outside the
     group leave room for all k of it, nothing is cut and the step is a plain Poisson step; in the rare other case the
     step is given up for lost.
 
@@ -48,8 +49,8 @@ def displacement_delta(mechanism: Mechanism, steps: int, group_size: int = 1) ->
     """
     if mechanism.max_batch_size is None:
         return 0.0
-    others = max(mechanism.num_units - group_size, 0)
-    room = mechanism.max_batch_size - group_size
+    k = mechanism.items_per_unit if group_size is None else group_size
+    others, room = max(mechanism.num_items - k, 0), mechanism.max_batch_size - k
     return min(1.0, steps * overflow_probability(others, mechanism.sampling_probability, room))
 
 
@@ -65,17 +66,17 @@ def displacement(mechanism: Mechanism) -> tuple[float, GaussianMixturePair]:
 
     m, q, cap = mechanism, mechanism.sampling_probability, mechanism.max_batch_size
     assert cap is not None, "without a cap nothing is displaced"
-    full = float(stats.binom.sf(cap - 1, m.num_units - 1, q))
+    full = float(stats.binom.sf(cap - 1, m.num_items - 1, q))
     if full == 0.0:
         return 0.0, GaussianMixturePair(m.noise_multiplier, upper=((1.0, q),))
-    kept = overflow_probability(m.num_units, q, cap) * cap / full / m.num_units
+    kept = overflow_probability(m.num_items, q, cap) * cap / full / m.num_items
     return full, GaussianMixturePair(
         m.noise_multiplier / 2, upper=((1.0, min(kept, 1.0)),), lower=((-1.0, min(kept, 1.0)),)
     )
 
 
 def plan_max_batch_size(
-    num_units: int,
+    num_items: int,
     expected_batch_size: float,
     steps: int,
     epsilon: float,
@@ -88,14 +89,17 @@ def plan_max_batch_size(
     relation.
 
     Without a finite epsilon the cap is planned as for epsilon = 20, so that the run has the same shape.
+
+    Args:
+      num_items: what batches are drawn from: units, or the items of all units.
     """
     epsilon = min(epsilon, 20.0)
-    q = expected_batch_size / num_units
+    q = expected_batch_size / num_items
     allowed = share * delta / ((1 + math.exp(epsilon)) * max(steps, 1))
-    # scipy's inverse loses the tail below 1e-16 and answers num_units, which would be the size of every batch in
+    # scipy's inverse loses the tail below 1e-16 and answers num_items, which would be the size of every batch in
     # memory.
-    low, cap = math.ceil(expected_batch_size) - 1, num_units
+    low, cap = math.ceil(expected_batch_size) - 1, num_items
     while cap - low > 1:
         middle = (low + cap) // 2
-        low, cap = (low, middle) if overflow_probability(num_units, q, middle) <= allowed else (middle, cap)
+        low, cap = (low, middle) if overflow_probability(num_items, q, middle) <= allowed else (middle, cap)
     return -(-cap // multiple) * multiple

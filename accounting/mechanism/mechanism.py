@@ -11,7 +11,7 @@ from accounting.mechanism.sampling import ADD_OR_REMOVE, MOST_STEPS, POISSON, RE
 # Names of the facts in a ledger's start event, as `dp_sgd` takes them.
 FACTS = (
     "num_units", "expected_batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps",
-    "neighbouring_relation", "sampler", "clip_scaling", "clip_quantile", "grid_bits",
+    "neighbouring_relation", "sampler", "clip_scaling", "clip_quantile", "grid_bits", "items_per_unit",
 )  # fmt: skip
 # What one step releases, as its line in the ledger records it.
 GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")
@@ -62,8 +62,18 @@ class Mechanism:
 
     @property
     def expected_batch_size(self) -> float:
-        """B = q N, in units; the public divisor of the noised sum."""
+        """B = q N k, in items; the public divisor of the noised sum."""
         return self.sampling.expected_batch_size
+
+    @property
+    def items_per_unit(self) -> int:
+        """k, items of a unit that are drawn by themselves; 1 where units are drawn."""
+        return self.sampling.items_per_unit
+
+    @property
+    def num_items(self) -> int:
+        """N k, what batches are drawn from."""
+        return self.sampling.num_items
 
     @property
     def max_batch_size(self) -> int | None:
@@ -72,7 +82,7 @@ class Mechanism:
 
     @property
     def sampling_probability(self) -> float:
-        """q = B / N."""
+        """q = B / (N k)."""
         return self.sampling.sampling_probability
 
     @property
@@ -132,6 +142,7 @@ class Mechanism:
             "clip_scaling": self.clip.scaling,
             "clip_quantile": self.clip.quantile,
             "grid_bits": self.noise.grid_bits,
+            "items_per_unit": self.items_per_unit,
         }
 
     def replace(self, **changes: Any) -> "Mechanism":
@@ -159,21 +170,23 @@ def dp_sgd(
     clip_scaling: str = CLIP,
     clip_quantile: float | None = None,
     grid_bits: int | None = None,
+    items_per_unit: int = 1,
 ) -> Mechanism:
     """The mechanism with these facts, by the names under which a ledger records them.
 
     >>> dp_sgd(60_000, 256, None, noise_multiplier=1.1, clip_norm=1.0, steps=1000).sampling
-    Poisson(num_units=60000, expected_batch_size=256)
+    Poisson(num_units=60000, expected_batch_size=256, items_per_unit=1)
 
     Args:
       max_batch_size: truncation cap, or None for plain Poisson sampling.
       grid_bits: fineness of an exact release (accounting.mechanism.grid); None for sums and noise of floats.
+      items_per_unit: k, items of a unit that are drawn by themselves, as in example-level sampling of users' rows.
 
     Raises:
       InputError: facts out of range, or that do not go together.
     """
     return Mechanism(
-        sampling=sampling_of(sampler, num_units, expected_batch_size, max_batch_size),
+        sampling=sampling_of(sampler, num_units, expected_batch_size, max_batch_size, items_per_unit),
         noise=Gaussian(noise_multiplier, grid_bits),
         clip=Clip(clip_norm, clip_scaling, clip_quantile),
         steps=steps,

@@ -15,7 +15,7 @@ POISSON = "poisson"
 FIXED = "fixed"
 
 # What floating point can still account for.
-MOST_UNITS, MOST_STEPS = 10**16, 10**12
+MOST_UNITS, MOST_STEPS, MOST_ITEMS = 10**16, 10**12, 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +23,16 @@ class Sampling:
     """What every way of forming batches has.
 
     Attributes:
-      num_units: N, privacy units that can be drawn. Public: under zero_out because neighbours have the same N, under
-        add_or_remove because the user declares it.
-      expected_batch_size: B = q N, in units; also the divisor of the noised sum.
+      num_units: N, privacy units. Public: under zero_out because neighbours have the same N, under add_or_remove
+        because the user declares it.
+      expected_batch_size: B = q N k, in items; also the divisor of the noised sum.
+      items_per_unit: k, items of every unit that are drawn independently of each other; 1 where units are drawn. It
+        counts empty ones, so that how many of its k items a unit fills is not public.
     """
 
     num_units: int
     expected_batch_size: float
+    items_per_unit: int = dataclasses.field(default=1, kw_only=True)
 
     name: ClassVar[str]
 
@@ -38,16 +41,26 @@ class Sampling:
             raise InputError(
                 f"the number of units must be at least 1 and at most {MOST_UNITS:.0e}, got {self.num_units}"
             )
-        if not 0 < self.expected_batch_size <= self.num_units:
+        if not 1 <= self.items_per_unit <= MOST_ITEMS:
             raise InputError(
-                f"expected batch size {self.expected_batch_size:g} must be above 0 and at most the {self.num_units}"
-                " privacy units: lower the batch size or use more data"
+                f"the items of a unit must be at least 1 and at most {MOST_ITEMS}, got {self.items_per_unit}"
+            )
+        if not 0 < self.expected_batch_size <= self.num_items:
+            raise InputError(
+                f"expected batch size {self.expected_batch_size:g} must be above 0 and at most the {self.num_items}"
+                f" {'privacy units' if self.items_per_unit == 1 else 'rows of all units'}: lower the batch size or use"
+                " more data"
             )
 
     @property
+    def num_items(self) -> int:
+        """N k, what batches are drawn from."""
+        return self.num_units * self.items_per_unit
+
+    @property
     def sampling_probability(self) -> float:
-        """q = B / N."""
-        return self.expected_batch_size / self.num_units
+        """q = B / (N k)."""
+        return self.expected_batch_size / self.num_items
 
     @property
     def max_batch_size(self) -> int | None:
@@ -61,11 +74,11 @@ class Sampling:
 
     @property
     def inclusion_probability(self) -> float:
-        """Probability that a unit takes part in a release that can contain it."""
+        """Probability that an item takes part in a release that can contain it."""
         return self.sampling_probability
 
     def releases(self, steps: int) -> int:
-        """In how many of `steps` steps one unit can take part."""
+        """In how many of `steps` steps one item can take part."""
         return steps
 
     def bounds(self, relation: str) -> tuple[str, ...]:
@@ -75,7 +88,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Poisson(Sampling):
-    """Every unit is drawn independently with probability q in every step."""
+    """Every item is drawn independently with probability q in every step."""
 
     name: ClassVar[str] = POISSON
 
@@ -89,7 +102,7 @@ class Poisson(Sampling):
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedPoisson(Sampling):
-    """As Poisson; of an overfull batch a uniformly random subset of `cap` units is kept."""
+    """As Poisson; of an overfull batch a uniformly random subset of `cap` items is kept."""
 
     cap: int
 
@@ -116,7 +129,9 @@ class TruncatedPoisson(Sampling):
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(Sampling):
-    """Batches laid out beforehand: each unit in at most ceil(T B / N) of them, and no help from sampling."""
+    """Batches laid out beforehand: each unit in at most ceil(T B / N) of them, and no help from sampling. Units with
+    several items have no proof here.
+    """
 
     name: ClassVar[str] = FIXED
 
@@ -128,14 +143,18 @@ class Fixed(Sampling):
         return min(steps, math.ceil(steps * self.sampling_probability))
 
     def bounds(self, relation: str) -> tuple[str, ...]:
-        return (LOSS, RENYI) if relation == ZERO_OUT else ()
+        return (LOSS, RENYI) if relation == ZERO_OUT and self.items_per_unit == 1 else ()
 
 
 SAMPLERS = (POISSON, FIXED)
 
 
 def sampling_of(
-    name: str, num_units: int, expected_batch_size: float, max_batch_size: int | None = None
+    name: str,
+    num_units: int,
+    expected_batch_size: float,
+    max_batch_size: int | None = None,
+    items_per_unit: int = 1,
 ) -> Poisson | TruncatedPoisson | Fixed:
     """The sampling that flags and ledgers name.
 
@@ -147,7 +166,7 @@ def sampling_of(
     if name == FIXED:
         if max_batch_size is not None:
             raise InputError("a cap truncates Poisson batches: drop `max_batch_size` under `sampler`=fixed")
-        return Fixed(num_units, expected_batch_size)
+        return Fixed(num_units, expected_batch_size, items_per_unit=items_per_unit)
     if max_batch_size is None:
-        return Poisson(num_units, expected_batch_size)
-    return TruncatedPoisson(num_units, expected_batch_size, max_batch_size)
+        return Poisson(num_units, expected_batch_size, items_per_unit=items_per_unit)
+    return TruncatedPoisson(num_units, expected_batch_size, max_batch_size, items_per_unit=items_per_unit)

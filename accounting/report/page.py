@@ -148,7 +148,8 @@ def _parameters(executed: Executed, content: dict[str, Any]) -> list[tuple[str, 
         ("Sampling", f"{content['sampler']}, probability {content['sampling_probability']:.6g}"),
         (
             "Expected batch",
-            f"{_number(content['expected_batch_size'])} units, at most {_number(content['max_batch_size'])}",
+            f"{_number(content['expected_batch_size'])} {'units' if executed.planned.items_per_unit == 1 else 'rows'},"
+            f" at most {_number(content['max_batch_size'])}",
         ),
         ("Noise multiplier", _number(content["noise_multiplier"])),
         ("Noise-batch ratio", f"{_number(content['noise_batch_ratio'])} (noise on the mean gradient, in clip norms)"),

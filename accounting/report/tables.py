@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from accounting import conversions
-from accounting.accountant import Accountant
+from accounting.accountant import LARGEST_GROUP, Accountant
 from accounting.conversions import PrivacyProfile
 
 GROUP_SIZES = (1, 2, 3, 7)
@@ -48,7 +48,8 @@ def meaning(accountant: Accountant, delta: float) -> Meaning:
     if not math.isfinite(epsilon):
         hopeless = tuple((rate, 1.0) for rate in conversions.FALSE_POSITIVE_RATES)
         return Meaning(tuple((k, math.inf) for k in GROUP_SIZES), hopeless, (), 1.0, math.inf, None)
-    sizes = [k for k in GROUP_SIZES if k <= min(m.num_units for m in mechanisms)]
+    largest = min(min(m.num_units, LARGEST_GROUP // m.items_per_unit) for m in mechanisms)
+    sizes = [k for k in GROUP_SIZES if k <= largest]
     groups = [(k, epsilon if k == 1 else Accountant(mechanisms, group_size=k).quick_upper(delta)) for k in sizes]
     profile = conversions.profile(accountant, delta, epsilon)
     attacks = [(rate, profile.true_positive_rate(rate)) for rate in conversions.FALSE_POSITIVE_RATES]

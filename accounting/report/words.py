@@ -63,9 +63,12 @@ def mechanism_text(mechanism: Mechanism) -> str:
             f"{noise}, both in whole numbers of 2^-{m.noise.grid_bits} of that noise, whose law hides a unit at least"
             " as well as a Gaussian does but for 2^-99 for each number and step, which delta includes"
         )
+    what, drawn = "unit", f"{m.num_units} units"
+    if m.items_per_unit > 1:
+        what, drawn = "row", f"the rows of {m.num_units} units, {m.items_per_unit} each with empty ones counted"
     return (
-        f"{m.steps} steps of DP-SGD (per-unit gradients clipped to norm {m.clip_norm:g}, {noise}, batches drawn by"
-        f" Poisson sampling with probability {m.sampling_probability:.6g} from {m.num_units} units{cap})"
+        f"{m.steps} steps of DP-SGD (per-{what} gradients clipped to norm {m.clip_norm:g}, {noise}, batches drawn by"
+        f" Poisson sampling with probability {m.sampling_probability:.6g} from {drawn}{cap})"
     )
 
 
@@ -150,6 +153,8 @@ def assumptions(executed: Executed) -> list[str]:
         + (
             ", and shows how many units there are, which this relation would hide."
             if m.neighbouring_relation == ADD_OR_REMOVE
+            else ", and shows how many rows of units are not empty."
+            if m.items_per_unit > 1
             else "."
         ),
     ]

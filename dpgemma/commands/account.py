@@ -27,8 +27,14 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.number("delta", 1e-5, "Target delta; with --compose by default that of the runs.", fv)
     command_flags.number("noise_multiplier", None, "Noise on the sum, in clip norms.", fv)
     command_flags.count("steps", None, "Number of updates.", fv)
-    command_flags.count("batch_size", None, "EXPECTED Poisson batch, in units.", fv)
+    command_flags.count(
+        "batch_size", None, "EXPECTED Poisson batch, in units (with --user_sampling=example in rows).", fv
+    )
     command_flags.count("num_units", None, "Number of privacy units.", fv)
+    command_flags.choice(
+        "user_sampling", choices.USER, choices.USER_SAMPLING, "Whether users are drawn, or each of their rows.", fv
+    )
+    command_flags.count("rows_per_unit", None, "Rows of every user that are drawn with --user_sampling=example.", fv)
     command_flags.count("max_batch_size", None, "Truncation cap of a batch; omitted, plain Poisson sampling.", fv)
     command_flags.count("batch_multiple", None, "Plan the cap, a multiple of this, at a cost of 0.1 % of delta.", fv)
     command_flags.choice("neighbouring_relation", ADD_OR_REMOVE, RELATIONS, "Neighbouring data sets.", fv)
@@ -82,7 +88,8 @@ def _plan(fv: flags.FlagValues) -> int:
     from accounting import tuning
     from accounting.accountant import Accountant
 
-    mechanism = solve(given, fv.delta, _cap(fv, given), fv.neighbouring_relation, fv.sampler)
+    items = _items(fv)
+    mechanism = solve(given, fv.delta, _cap(fv, given, items), fv.neighbouring_relation, fv.sampler, items)
     accountant = Accountant(mechanism)
     result = {
         **_bracket(accountant, fv.delta),
@@ -93,6 +100,7 @@ def _plan(fv: flags.FlagValues) -> int:
         "max_batch_size": mechanism.max_batch_size,
         "sampling_probability": mechanism.sampling_probability,
         "num_units": mechanism.num_units,
+        **({"items_per_unit": items} if items > 1 else {}),
         "neighbouring_relation": mechanism.neighbouring_relation,
         "sampler": mechanism.scheme,
     }
@@ -110,7 +118,18 @@ def _plan(fv: flags.FlagValues) -> int:
     return 0
 
 
-def _cap(fv: flags.FlagValues, given: dict[str, Any]) -> int | None:
+def _items(fv: flags.FlagValues) -> int:
+    """The rows of a unit that are drawn by themselves; 1 where units are drawn."""
+    by_row = fv.user_sampling == choices.BY_EXAMPLE
+    if by_row != (fv.rows_per_unit is not None):
+        raise InputError(
+            "--user_sampling=example and --rows_per_unit belong together: where users are drawn, epsilon does not"
+            " depend on how many rows they have; give both, or neither"
+        )
+    return fv.rows_per_unit if by_row else 1
+
+
+def _cap(fv: flags.FlagValues, given: dict[str, Any], items: int) -> int | None:
     """The truncation cap: none, the one given, or one that is planned."""
     if fv.batch_multiple is None:
         return fv.max_batch_size
@@ -123,12 +142,14 @@ def _cap(fv: flags.FlagValues, given: dict[str, Any]) -> int | None:
 
     target = math.inf if given["epsilon"] is None else given["epsilon"]
     return truncation.plan_max_batch_size(
-        given["num_units"], given["batch_size"], given["steps"], target, fv.delta, multiple=fv.batch_multiple
+        given["num_units"] * items, given["batch_size"], given["steps"], target, fv.delta, multiple=fv.batch_multiple
     )
 
 
-def solve(given: dict[str, Any], delta: float, cap: int | None, relation: str, sampler: str = POISSON) -> Any:
-    """The mechanism with the omitted (None) quantity filled in."""
+def solve(
+    given: dict[str, Any], delta: float, cap: int | None, relation: str, sampler: str = POISSON, items: int = 1
+) -> Any:
+    """The mechanism with the omitted (None) quantity filled in; `items` of every unit are drawn by themselves."""
     from accounting import calibration, support
 
     if cap is not None and sampler == FIXED:
@@ -144,6 +165,7 @@ def solve(given: dict[str, Any], delta: float, cap: int | None, relation: str, s
         steps=given["steps"] or 1,
         neighbouring_relation=relation,
         sampler=sampler,
+        items_per_unit=items,
     )
     support.check(mechanism.sampling, relation)
     if given["noise_multiplier"] is None:
@@ -163,7 +185,8 @@ def _compose(fv: flags.FlagValues) -> int:
     given = [
         name for name in (*_QUANTITIES, "max_batch_size", "batch_multiple", "trials") if fv[name].value is not None
     ]
-    given += [name for name in ("neighbouring_relation", "sampler", "trials_distribution") if fv[name].present]
+    optional = ("neighbouring_relation", "sampler", "trials_distribution", "user_sampling", "rows_per_unit")
+    given += [name for name in optional if fv[name].present]
     if given:
         raise InputError(f"--compose takes everything from the runs' ledgers: drop --{given[0]}")
     from accounting import tuning

@@ -12,7 +12,7 @@ from accounting.errors import InputError
 from dpgemma.commands import command_flags, places
 
 DESCRIPTION = "Check a run: dpgemma audit WORKDIR. Exit code 0: all agrees; 1: findings; 2: no run."
-POSITIONAL = "workdir"
+POSITIONAL = ("workdir",)
 
 
 def define_flags(fv: flags.FlagValues) -> None:

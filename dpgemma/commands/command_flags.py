@@ -73,8 +73,8 @@ def choice(name: str, default: str, choices: tuple[str, ...], text: str, fv: fla
     flags.DEFINE_enum(name, default, choices, text, fv)
 
 
-def switch(name: str, text: str, fv: flags.FlagValues) -> None:
-    flags.DEFINE_boolean(name, False, text, fv)
+def switch(name: str, text: str, fv: flags.FlagValues, default: bool = False) -> None:
+    flags.DEFINE_boolean(name, default, text, fv)
 
 
 def define_from_dataclass(settings: type, fv: flags.FlagValues) -> None:
@@ -84,7 +84,9 @@ def define_from_dataclass(settings: type, fv: flags.FlagValues) -> None:
         text, choices = field.metadata["help"], field.metadata["choices"]
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         default: typing.Any = field.default
-        if choices:
+        if bool in kinds:
+            switch(field.name, text, fv, default)
+        elif choices:
             choice(field.name, default, choices, text, fv)
         else:
             define = count if int in kinds else number if float in kinds else string

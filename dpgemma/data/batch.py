@@ -62,6 +62,11 @@ class Batch:
         return int(self.real.shape[0])
 
     @property
+    def places(self) -> int:
+        """k, places for rows in a slot."""
+        return int(self.real.shape[1])
+
+    @property
     def mask(self) -> Any:
         """Bool [B]: the slots that hold a unit."""
         return self.real[:, 0]
@@ -85,11 +90,12 @@ class Batch:
 
 
 def collate(source: UnitSource, units: np.ndarray, slots: int, part: tuple[int, int] = (0, 1)) -> Batch:
-    """The drawn units, or one part of them, in front and zeros behind.
+    """The drawn units, or one part of them, in front and zeros behind. Units without a row take no slot.
 
     Where more units were declared than there are, the numbers beyond the last one stand for units without content.
 
-    Formal guarantee: each drawn unit below `source.num_units` is in exactly one of the parts 0 .. n-1, once. Tested by
+    Formal guarantee: each drawn unit below `source.num_units` that has rows is in exactly one of the parts 0 .. n-1,
+    once. Tested by
     tests/data/data_test.py::test_parts_hold_every_drawn_unit_once.
 
     Args:
@@ -107,10 +113,11 @@ def collate(source: UnitSource, units: np.ndarray, slots: int, part: tuple[int, 
         raise ValueError(f"a source gave rows out of order, or more than max_rows={source.max_rows} of one unit")
     # Rows of a unit are adjacent: the place of a row is its distance from the first one of the same unit.
     place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    slot = np.cumsum(place == 0) - 1
     real = np.zeros((slots, source.max_rows), bool)
-    real[owner, place] = True
+    real[slot, place] = True
     padded = {}
     for name, column in source.spec.items():
         padded[name] = np.zeros((slots, source.max_rows, *column.shape), column.dtype)
-        padded[name][owner, place] = rows[name]
+        padded[name][slot, place] = rows[name]
     return Batch(padded, real)

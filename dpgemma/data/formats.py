@@ -1,5 +1,8 @@
 """Files of records: of which kind one is, and its records one after the other.
 
+A record that cannot be read is refused, or given to `on_bad` and left out; a file that cannot be read is refused in any
+case.
+
 The kind is told by what a file begins with, and where that leaves it open by its ending: .jsonl, .ndjson and .json,
 .csv and .tsv; everything else that is text is one record. Files compressed by gzip or zstd are read as what they hold.
 What is no text, or broken, is refused with the file's name and the line or record.
@@ -10,7 +13,8 @@ import csv
 import io
 import json
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from accounting.errors import InputError
@@ -25,18 +29,43 @@ _NAMED = {
 }
 _LINES, _LIST, _TABLES = (".jsonl", ".ndjson"), ".json", {".csv": ",", ".tsv": "\t"}
 _COMPRESSED = (".gz", ".zst")
+_ARRAY_RECORD = re.compile(r"\.(array_record|arrayrecord|arecord)(-\d+-of-\d+)?$")
 _LOOKED_AT, _AT_ONCE = 8192, 1024
 
 
-def records(path: pathlib.Path, text_field: str) -> Iterator[dict[str, Any]]:
+OnBad = Callable[[InputError], None]
+
+
+def refuse(bad: InputError) -> None:
+    """Raises what is wrong with a record."""
+    raise bad
+
+
+class BadRecords:
+    """Records that cannot be read: refused, or left out and counted."""
+
+    def __init__(self, skip: bool) -> None:
+        self.skip, self.count = skip, 0
+
+    def __call__(self, bad: InputError) -> None:
+        if not self.skip:
+            raise bad
+        self.count += 1
+
+
+def records(path: pathlib.Path, text_field: str, on_bad: OnBad = refuse) -> Iterator[dict[str, Any]]:
     """The records of a file.
 
     Args:
       text_field: what the only field of a text file is called.
+      on_bad: told what is wrong with a record that cannot be read.
 
     Raises:
       InputError: names the file, and the line or record, that cannot be read.
     """
+    if _ARRAY_RECORD.search(path.name):
+        yield from _array_records(path, text_field, on_bad)
+        return
     with _opened(path) as file:
         start = file.peek(_LOOKED_AT)[:_LOOKED_AT]
         ending = pathlib.Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
@@ -48,11 +77,11 @@ def records(path: pathlib.Path, text_field: str) -> Iterator[dict[str, Any]]:
             return
         _check_text(path, start)
         if ending in _TABLES:
-            yield from _rows(path, file, _TABLES[ending])
+            yield from _rows(path, file, _TABLES[ending], on_bad)
         elif ending == _LIST and start.removeprefix(_BOM).lstrip().startswith(b"["):
-            yield from _list(path, file)
+            yield from _list(path, file, on_bad)
         elif ending in (*_LINES, _LIST):
-            yield from _lines(path, file)
+            yield from _lines(path, file, on_bad)
         else:
             yield {text_field: file.read().removeprefix(_BOM).replace(b"\r\n", b"\n")}
 
@@ -96,10 +125,15 @@ def _wrong(path: pathlib.Path, place: str, number: int, what: str) -> InputError
     return InputError(f"{path}, {place} {number}: {what}")
 
 
-def _lines(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+def _lines(path: pathlib.Path, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(file, start=1):
         if line := line.removeprefix(_BOM).strip() if number == 1 else line.strip():
-            yield _object(path, "line", number, line)
+            try:
+                record = _object(path, "line", number, line)
+            except InputError as bad:
+                on_bad(bad)
+            else:
+                yield record
 
 
 def _object(path: pathlib.Path, place: str, number: int, text: bytes) -> dict[str, Any]:
@@ -127,7 +161,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _list(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+def _list(path: pathlib.Path, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any]]:
     try:
         found = json.loads(file.read().removeprefix(_BOM).decode(), object_pairs_hook=_once)
     except _TwiceError:
@@ -135,12 +169,13 @@ def _list(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     except (ValueError, RecursionError):
         raise InputError(f"{path} is no JSON: give a list of objects, or one object on each line") from None
     for number, record in enumerate(found, start=1):
-        if not isinstance(record, dict):
-            raise _wrong(path, "record", number, "no JSON object")
-        yield record
+        if isinstance(record, dict):
+            yield record
+        else:
+            on_bad(_wrong(path, "record", number, "no JSON object"))
 
 
-def _rows(path: pathlib.Path, file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
+def _rows(path: pathlib.Path, file: IO[bytes], delimiter: str, on_bad: OnBad) -> Iterator[dict[str, Any]]:
     """Of a table whose first row names the fields."""
     limit = csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
@@ -151,8 +186,8 @@ def _rows(path: pathlib.Path, file: IO[bytes], delimiter: str) -> Iterator[dict[
         for values in reader:
             if values and len(values) != len(names):
                 what = f"{len(values)} fields under a header of {len(names)}"
-                raise _wrong(path, "line", reader.line_num, what)
-            if values:
+                on_bad(_wrong(path, "line", reader.line_num, what))
+            elif values:
                 yield dict(zip(names, values, strict=True))
     except UnicodeDecodeError:
         raise _wrong(path, "line", reader.line_num + 1, "no UTF-8, there or in the lines after it") from None
@@ -189,3 +224,52 @@ def _arrow(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None
+
+
+def _array_records(path: pathlib.Path, text_field: str, on_bad: OnBad) -> Iterator[dict[str, Any]]:
+    """Of an ArrayRecord file, whose records are all of the kind of the first: JSON objects, examples of TensorFlow, or
+    text.
+    """
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path))
+        count = reader.num_records()
+        first = reader.read([0])[0] if count else b""
+    except (ValueError, IndexError, RuntimeError, OSError) as error:
+        raise InputError(f"{path} is no ArrayRecord file, or damaged ({str(error).splitlines()[0][:200]})") from None
+    is_json, is_example = first.lstrip().startswith(b"{"), bool(_example(first))
+    for begin in range(0, count, _AT_ONCE):
+        for number, content in enumerate(reader.read(begin, min(begin + _AT_ONCE, count)), begin + 1):
+            try:
+                if is_json:
+                    record = _object(path, "record", number, content)
+                elif is_example:
+                    record = _example(content)
+                    if not record:
+                        raise _wrong(path, "record", number, "no example of TensorFlow, as the first one is")
+                else:
+                    content.decode()
+                    record = {text_field: content}
+            except UnicodeDecodeError:
+                on_bad(_wrong(path, "record", number, "no UTF-8"))
+            except InputError as bad:
+                on_bad(bad)
+            else:
+                yield record
+
+
+def _example(content: bytes) -> dict[str, Any]:
+    """The features of a tf.train.Example, single values by themselves; empty where it is none, or has none."""
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    try:
+        features = tf_example_pb2.Example.FromString(content).features.feature
+    except DecodeError:
+        return {}
+    found = {}
+    for name, feature in features.items():
+        values = list(getattr(feature, feature.WhichOneof("kind") or "int64_list").value)
+        found[name] = values[0] if len(values) == 1 else values
+    return found

@@ -1,8 +1,7 @@
-"""Where documents come from: the synthetic corpus, files of records, folders of them, and data sets of TFDS and Hugging
+"""Where records come from: the synthetic corpus, files of records, folders of them, and data sets of TFDS and Hugging
 Face that are on disk already.
 
-Every source yields records, or the documents in one of their fields as bytes, in a fixed order. Nothing is ever
-downloaded.
+Every source yields its records in a fixed order. Nothing is ever downloaded.
 """
 
 import glob
@@ -14,51 +13,47 @@ from typing import Any
 
 from accounting.errors import InputError
 from dpgemma.data import formats
-from dpgemma.data.text.tokenizer import utf8
+from dpgemma.data.formats import OnBad, refuse
 
 SYNTHETIC = "synthetic"
 TFDS_PREFIX = "tfds:"
 _READ_BATCH = 1024
 # Of Hugging Face's datasets: a set of several parts, and the files of one.
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
+_TFDS = "features.json"  # in a folder that TFDS prepared
 
 
-def documents(data: str, text_field: str = "text") -> Iterator[bytes]:
-    """The documents that `data` names: one field of every record.
-
-    Raises:
-      InputError: nothing there, or a record without text in that field.
-    """
-    for number, record in enumerate(records(data, text_field), start=1):
-        text = record.get(text_field)
-        if not isinstance(text, (bytes, str)):
-            raise InputError(
-                f"record {number} of `data`={data} has no text in field {text_field!r}: see `text_field`, or"
-                " `privacy_unit`=example for records with prompt and response or with messages"
-            )
-        yield text if isinstance(text, bytes) else utf8(text)
-
-
-def records(data: str, text_field: str = "text") -> Iterator[dict[str, Any]]:
+def records(data: str, text_field: str = "text", on_bad: OnBad = refuse) -> Iterator[dict[str, Any]]:
     """The records that `data` names.
 
     Args:
       data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", or files of the kinds that data.formats knows: a path, a glob
         (** for folders within folders), a folder with all that is in it, or one that Hugging Face's datasets saved.
       text_field: what the only field is called where the source has no names for fields.
+      on_bad: told what is wrong with a record that cannot be read.
 
     Raises:
       InputError: nothing there, or a line that is no JSON object.
     """
-    if data == SYNTHETIC:
-        from dpgemma.data import synthetic
-
-        yield from ({text_field: record["text"]} for record in _tfds_records(synthetic.prepared()))
-    elif data.startswith(TFDS_PREFIX):
-        yield from _tfds_records(_prepared_builder(data.removeprefix(TFDS_PREFIX)))
+    builder = _builder(data)
+    if builder is not None:
+        for record in _tfds_records(builder):
+            yield {text_field: record["text"]} if data == SYNTHETIC else record
     else:
         for path in _files(data):
-            yield from formats.records(path, text_field)
+            yield from formats.records(path, text_field, on_bad)
+
+
+def files(data: str) -> list[pathlib.Path]:
+    """The files that hold the records of `data`, in a fixed order.
+
+    Raises:
+      InputError: nothing there.
+    """
+    builder = _builder(data)
+    if builder is None:
+        return _files(data)
+    return sorted(path for path in pathlib.Path(builder.data_path).iterdir() if path.is_file())
 
 
 def _files(data: str) -> list[pathlib.Path]:
@@ -91,6 +86,17 @@ def _of_data_set(folder: pathlib.Path) -> list[pathlib.Path]:
     if not (folder / _STATE).is_file():
         return []
     return [folder / part["filename"] for part in json.loads((folder / _STATE).read_text())["_data_files"]]
+
+
+def _builder(data: str) -> Any:
+    """The TFDS builder of data that TFDS prepared; None for other files."""
+    if data == SYNTHETIC:
+        from dpgemma.data import synthetic
+
+        return synthetic.prepared()
+    if data.startswith(TFDS_PREFIX):
+        return _prepared_builder(data.removeprefix(TFDS_PREFIX))
+    return _prepared_builder(data) if (pathlib.Path(os.path.expanduser(data)) / _TFDS).is_file() else None
 
 
 def _prepared_builder(name: str) -> Any:

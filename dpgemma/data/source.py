@@ -1,4 +1,4 @@
-"""Where privacy units come from. Hold-out, users and canaries are sources that wrap another one."""
+"""Where privacy units come from. Hold-out and rows that are drawn one by one are sources that wrap another one."""
 
 import dataclasses
 import hashlib
@@ -48,7 +48,7 @@ class UnitSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Units whose rows lie in memory.
+    """Units whose rows lie in memory, as a source of all of them and as a store of rows (dpgemma.data.limits).
 
     Attributes:
       columns: arrays [R, ...] by name, the rows of a unit adjacent.
@@ -79,15 +79,18 @@ class InMemory:
     def num_units(self) -> int:
         return len(next(iter(self.columns.values()))) if self.first is None else len(self.first) - 1
 
+    def first_rows(self, units: np.ndarray) -> np.ndarray:
+        return units if self.first is None else self.first[units]
+
+    def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: column[numbers] for name, column in self.columns.items()}
+
     def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        if self.first is None:
-            rows, owner = units, np.arange(len(units))
-        else:
-            counts = self.first[units + 1] - self.first[units]
-            owner = np.repeat(np.arange(len(units)), counts)
-            place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-            rows = self.first[units][owner] + place
-        return {name: column[rows] for name, column in self.columns.items()}, owner
+        first = self.first_rows(units)
+        counts = self.first_rows(units + 1) - first
+        owner = np.repeat(np.arange(len(units)), counts)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.rows(first[owner] + place), owner
 
     def fingerprint(self, key: bytes) -> str:
         digest = hashlib.blake2b(key=key, digest_size=32)
@@ -127,3 +130,43 @@ class Subset:
     def fingerprint(self, key: bytes) -> str:
         numbers = hashlib.blake2b(self.numbers.tobytes(), key=key, digest_size=32).hexdigest()
         return f"{self.source.fingerprint(key)} {numbers}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """The k places for rows of every unit of another source as units of their own, to be drawn one by one.
+
+    Formal guarantee: item u k + i holds row i of unit u, or nothing where that unit has fewer rows; so a unit's content
+    decides its own k items and no other. Tested by
+    tests/data/grouped_test.py::test_items_are_the_rows_of_their_unit.
+
+    Attributes:
+      source: the other one; k is its max_rows.
+    """
+
+    source: UnitSource
+
+    @property
+    def spec(self) -> RowSpec:
+        return self.source.spec
+
+    @property
+    def num_units(self) -> int:
+        return self.source.num_units * self.source.max_rows
+
+    @property
+    def max_rows(self) -> int:
+        return 1
+
+    def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        owners, k = np.unique(units // self.source.max_rows), self.source.max_rows
+        rows, owner = self.source.read(owners)
+        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+        held = owners[owner] * k + place
+        # Where an asked item would stand among those that hold a row.
+        at = np.minimum(np.searchsorted(held, units), max(len(held) - 1, 0))
+        found = np.flatnonzero(held[at] == units) if len(held) else np.zeros(0, np.int64)
+        return {name: column[at[found]] for name, column in rows.items()}, found
+
+    def fingerprint(self, key: bytes) -> str:
+        return self.source.fingerprint(key)

@@ -192,10 +192,13 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: str = "none",
     attention: str = "auto",
+    begins: jax.Array | None = None,
 ) -> Any:
     """Final-norm outputs [..., T, D] of tokens [..., T].
 
     Args:
+      begins: int32 [..., T]; where rows hold several texts that must not see each other, the position at which each
+        token's text begins, from which its own position is counted. None where a row is one text.
       dtype: type of the activations and matrix products (float32 or bfloat16); norms, scores and softmax stay float32.
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input, "dots" keeps
         the results of matrix products with weights only.
@@ -211,7 +214,8 @@ def hidden_states(
         raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {remat!r}")
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
-    angles = _angles(config, jnp.arange(length))
+    positions = None if begins is None else jnp.arange(length) - begins
+    angles = _angles(config, jnp.arange(length) if positions is None else positions)
 
     def apply_layer(stack: Any, number: int, x: jax.Array, layers: Any) -> Any:
         layer = _layer(layers, number)
@@ -219,8 +223,8 @@ def hidden_states(
 
         def mix(mixer: Any, y: jax.Array) -> tuple[Any, Any]:
             if stack == RECURRENT_BLOCKS:
-                return mixer(y), None
-            mask = causal(length, config.window, is_sliding)
+                return mixer(y, positions), None
+            mask = causal(length, config.window, is_sliding, begins)
             return mixer(y, angles[is_sliding.astype(jnp.int32)], mask, is_sliding, attention), None
 
         return _bind(config, stack, layer["parameters"])(x, mix)

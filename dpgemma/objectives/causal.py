@@ -31,22 +31,32 @@ def token_losses(
     row: Mapping[str, Any],
     *,
     bos: int,
+    closing: int | None = None,
     vocabulary_is_spread: bool = False,
     **options: Any,
 ) -> Any:
     """Negative log-likelihoods [..., S] of a row's tokens, each given bos and the tokens before it.
+
+    With `closing` a text begins behind every such token, and sees nothing of what stands before it: its tokens are
+    given bos and the tokens of their own text.
 
     Where a token is not scored, its loss is zero.
 
     Args:
       row: tokens and scored, each [..., S], as in data.text.rows.
       bos: number of the token that rows begin after.
+      closing: number of the token that ends a text.
       vocabulary_is_spread: over devices, as cross_entropy takes it.
       options: of decoder.hidden_states.
     """
     tokens = row[TOKENS]
     bos_column = jnp.full((*tokens.shape[:-1], 1), bos, tokens.dtype)
     inputs = jnp.concatenate([bos_column, tokens[..., :-1]], axis=-1)
+    if closing is not None:
+        is_first = (inputs == closing).at[..., 0].set(True)
+        places = jnp.where(is_first, jnp.arange(tokens.shape[-1], dtype=jnp.int32), 0)
+        options["begins"] = jax.lax.cummax(places, axis=places.ndim - 1)
+        inputs = jnp.where(is_first, bos, inputs)
     hidden = decoder.hidden_states(config, parameters, inputs, **options)
     words = parameters["embedder"]["embedding"]
     losses = cross_entropy(hidden, words, tokens, final_cap=config.final_cap, is_spread=vocabulary_is_spread)
@@ -63,6 +73,8 @@ class CausalLM:
       length: S, tokens of a row.
       dtype, remat, attention: as decoder.hidden_states takes them; dtype by its name.
       vocabulary_is_spread: whether devices along a model axis share the words among them.
+      across_documents: whether a token sees the texts before its own in a row. If not, attention, positions and
+        recurrent states begin anew behind every eos.
     """
 
     start: StartingPoint
@@ -72,6 +84,7 @@ class CausalLM:
     remat: str = "none"
     attention: str = "auto"
     vocabulary_is_spread: bool = False
+    across_documents: bool = True
 
     name = "causal"
 
@@ -95,6 +108,7 @@ class CausalLM:
     @property
     def identity(self) -> dict[str, Any]:
         settings = [self.length, self.dtype, self.remat, self.attention, self.vocabulary_is_spread]
+        settings += [] if self.across_documents else ["documents apart"]
         return {"model": dataclasses.asdict(self.model), "settings": settings}
 
     @property
@@ -110,6 +124,7 @@ class CausalLM:
     def _options(self) -> dict[str, Any]:
         return {
             "bos": self.tokenizer.bos,
+            "closing": None if self.across_documents else self.tokenizer.eos,
             "dtype": jnp.dtype(self.dtype),
             "remat": self.remat,
             "attention": self.attention,

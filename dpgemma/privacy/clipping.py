@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from accounting.mechanism.clip import AUTOMATIC, CLIP, Clip
 from dpgemma.choices import EXAMPLE_SCAN, GHOST, PER_LAYER, STRATEGIES, UNIFORM, VMAP
 from dpgemma.data.batch import Batch, Unit
-from dpgemma.privacy import book_keeping, example_gradient, norms
+from dpgemma.privacy import book_keeping, example_gradient, norms, row_by_row
 
 # Bu et al. 2023, "Automatic clipping" (arXiv 2206.07136), section 4: what keeps small gradients small.
 STABILISER = 0.01
@@ -251,7 +251,8 @@ def clipped_sum(
 ) -> ClippedSum:
     """Sum over the units of the batch of factor * grad(loss)(params, unit), in float32 or on a grid.
 
-    Trailing padding is not computed at all: the loop ends after the last microbatch that holds a unit.
+    Trailing padding is not computed at all: the loop ends after the last microbatch that holds a unit. Of units with
+    several rows, "example_scan" computes the rows that are there, the other strategies all places.
 
     >>> rows = {"x": jnp.array([[3.0, 4.0], [0.3, 0.4], [9.0, 9.0]])}
     >>> batch = Batch.of_rows(rows, jnp.array([True, True, False]))  # the third slot is padding
@@ -264,7 +265,8 @@ def clipped_sum(
     True
 
     Args:
-      loss: scalar loss of one unit; must not depend on any other one.
+      loss: scalar loss of one unit; must not depend on any other one. Of several rows, it is the mean of the losses of
+        units that have one of the rows each.
       params: tree of parameters; exactly these are differentiated.
       batch: the drawn units.
       clip: the L2 bound per unit; inf turns clipping off (non-finite gradients are dropped all the same).
@@ -295,6 +297,9 @@ def clipped_sum(
     mask, size, slots = batch.mask, how.microbatch_size, batch.slots
     if slots % size:
         raise ValueError(f"a batch of {slots} slots does not divide into microbatches of {size}")
+    by_rows = how.name == EXAMPLE_SCAN and batch.places > 1
+    if by_rows and size > 1:
+        raise ValueError(f"{EXAMPLE_SCAN} takes the rows of units one by one: its microbatches have one unit")
     method = {
         EXAMPLE_SCAN: _held(example_gradient.gradient),
         GHOST: functools.partial(_ghost, shards=shards, platform=platform),
@@ -319,7 +324,9 @@ def clipped_sum(
     kind = jnp.float32 if steps is None else jnp.int32
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, kind), params)
     start = (zeros, jnp.zeros(slots), jnp.zeros(slots))
-    if size == slots:  # no loop, whose windows a compiler could not keep sharded
+    if by_rows:
+        total, lengths, losses = row_by_row.scaled_sum(loss, params, batch, factor, factor.placed, zeros, together)
+    elif size == slots:  # no loop, whose windows a compiler could not keep sharded
         total, lengths, losses = add_microbatch(0, start)
     else:
         used = jnp.max(jnp.where(mask, jnp.arange(slots) // size + 1, 0), initial=0)

@@ -3,11 +3,11 @@ registry.
 
 Poisson sampling takes time and memory proportional to the batch.
 
-Formal guarantee: in every step each of the N units is drawn independently with probability q, up to a relative error of
-about 1e-15 + 2^-64 / q in q (float64 rounding, and 64 random bits for each gap); where more than `max_batch_size` are
-drawn, a uniformly random subset of that size is kept. The draw of step t is a function of (secret key, t, N, q,
-max_batch_size) alone and independent of every other step, under the assumption that ChaCha20 is a pseudo-random
-function.
+Formal guarantee: in every step each of the N items (units, or the rows of units that are drawn one by one) is drawn
+independently with probability q, up to a relative error of about 1e-15 + 2^-64 / q in q (float64 rounding, and 64
+random bits for each gap); where more than `max_batch_size` are drawn, a uniformly random subset of that size is kept.
+The draw of step t is a function of (secret key, t, N, q, max_batch_size) alone and independent of every other step,
+under the assumption that ChaCha20 is a pseudo-random function.
 Tested by tests/privacy/poisson_test.py::test_inclusion_is_uniform, ::test_pairs_are_independent,
 ::test_batch_size_is_binomial, ::test_small_probabilities_are_resolved and
 ::test_pitfall_6_truncation_keeps_a_uniform_subset.
@@ -25,10 +25,10 @@ from dpgemma.privacy import keystream
 
 
 class Sampler(Protocol):
-    """Draws the units of every step."""
+    """Draws the items of every step."""
 
     def draw(self, secret: bytes, step: int) -> np.ndarray:
-        """Sorted distinct unit numbers int64 [k]: a function of the secret key, the step and public facts alone."""
+        """Sorted distinct numbers of items int64 [k]: a function of the secret key, the step and public facts alone."""
         ...
 
 
@@ -37,18 +37,18 @@ class PoissonSampler:
     """The public facts of the sampler; the key is an argument of `draw`.
 
     Attributes:
-      num_units: N, up to 1e12.
+      num_items: N, up to 1e12.
       sampling_probability: q in (0, 1].
       max_batch_size: truncation cap, or None.
     """
 
-    num_units: int
+    num_items: int
     sampling_probability: float
     max_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_units < 1 or not 0 < self.sampling_probability <= 1:
-            raise ValueError(f"cannot draw from {self.num_units} units with probability {self.sampling_probability}")
+        if self.num_items < 1 or not 0 < self.sampling_probability <= 1:
+            raise ValueError(f"cannot draw from {self.num_items} items with probability {self.sampling_probability}")
 
     def draw(self, secret: bytes, step: int) -> np.ndarray:
         """Sorted distinct indices int64 [k] of step `step`, with k <= max_batch_size."""
@@ -60,22 +60,22 @@ class PoissonSampler:
         return np.sort(drawn[np.argpartition(tickets, cap)[:cap]])
 
     def _poisson(self, key: bytes, step: int) -> np.ndarray:
-        """Walks over the units in geometric gaps: P[gap > k] = (1 - q)^k (Devroye 1986, chapter X.2)."""
+        """Walks over the items in geometric gaps: P[gap > k] = (1 - q)^k (Devroye 1986, chapter X.2)."""
         if self.sampling_probability == 1:
-            return np.arange(self.num_units)
-        mean = self.num_units * self.sampling_probability
+            return np.arange(self.num_items)
+        mean = self.num_items * self.sampling_probability
         count = math.ceil(mean + 8 * math.sqrt(mean)) + 32
         while True:
             gaps = geometric_gaps(keystream.uniform_uint64(key, step, count), self.sampling_probability)
             # A gap beyond the data ends the walk wherever it is; the bound keeps the running sum inside 64 bits.
-            positions = np.cumsum(np.minimum(gaps, self.num_units).astype(np.int64) + 1) - 1
-            if positions[-1] >= self.num_units:
-                return positions[: np.searchsorted(positions, self.num_units)]
+            positions = np.cumsum(np.minimum(gaps, self.num_items).astype(np.int64) + 1) - 1
+            if positions[-1] >= self.num_items:
+                return positions[: np.searchsorted(positions, self.num_items)]
             count *= 2
 
 
 def geometric_gaps(words: np.ndarray, probability: float) -> np.ndarray:
-    """Numbers of units that are passed over before each drawn one, float64 [n], from random words uint64 [n].
+    """Numbers of items that are passed over before each drawn one, float64 [n], from random words uint64 [n].
 
     U = (word + 1/2) / 2^64 is taken from its nearer end, 0 or 1: so that long gaps, and the short ones that a small
     probability depends on, are resolved by all 64 bits.
@@ -99,5 +99,5 @@ def sampler_of(sampling: Sampling) -> Sampler:
       InputError: a way of forming batches that is there to be accounted for only.
     """
     if type(sampling) in (Poisson, TruncatedPoisson):
-        return PoissonSampler(sampling.num_units, sampling.sampling_probability, sampling.max_batch_size)
+        return PoissonSampler(sampling.num_items, sampling.sampling_probability, sampling.max_batch_size)
     raise InputError(f"{sampling.scheme} batches can be accounted for, but not drawn: use Poisson sampling")

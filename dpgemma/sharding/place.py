@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -173,19 +173,22 @@ def over_units(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spread(mesh))
 
 
-def from_rows(mesh: Mesh, of_row: Callable[[int], Any]) -> Any:
+def rows_here(mesh: Mesh) -> list[int]:
+    """The numbers of the rows of devices of which this process has some."""
+    here: Any = over_units(mesh).addressable_devices_indices_map((rows(mesh),)).values()
+    return sorted({int(index[0].start or 0) for index in here})
+
+
+def from_rows(mesh: Mesh, parts: Mapping[int, Any]) -> Any:
     """The tree of arrays whose leading axis is spread over the rows of devices, from the parts of single rows.
 
     Args:
-      of_row: of_row(number) gives a tree of arrays of one shape. It is asked for rows with devices of this process.
+      parts: for every row of `rows_here` a tree of arrays of one shape.
     """
     sharding, count = over_units(mesh), rows(mesh)
 
     def row_of(index: Any, size: int) -> int:
         return int(index[0].start or 0) // size
-
-    here = sharding.addressable_devices_indices_map((count,)).values()
-    parts = {number: of_row(number) for number in sorted({row_of(index, 1) for index in here})}
 
     def spread_leaf(*leaves: np.ndarray) -> jax.Array:
         by_row, size = dict(zip(parts, leaves, strict=True)), len(leaves[0])

@@ -198,11 +198,19 @@ def resolve(
       measure: the trial.
     """
     wanted = settings.microbatch_size
+    several = bool(settings.units) and settings.items_per_unit == 1
+    if several and settings.clipping in (AUTO, EXAMPLE_SCAN) and wanted not in (None, 1):
+        raise InputError(
+            f"`clipping`={EXAMPLE_SCAN} takes the rows of a {settings.privacy_unit} one by one: drop `microbatch_size`,"
+            f" or give `clipping`={GHOST}, which costs all of its `rows_per_unit` rows"
+        )
     if settings.clipping != AUTO:
         return Strategy(settings.clipping, wanted or 1, settings.clip_thresholds), None
     possible = {GHOST} if mesh_lib.shape(mesh).fully_sharded else {EXAMPLE_SCAN, GHOST}
     ways = [way for way in CANDIDATES if way[0] in possible and wanted in (None, way[1])]
     ways = ways or [(min(possible), wanted or 1)]
+    if several and EXAMPLE_SCAN in possible:
+        return _chosen(settings, (EXAMPLE_SCAN, 1), "units of several rows then cost no more rows than they have")
     operations = objective.operations_per_row * settings.batch_size * settings.steps
     if jax.default_backend() == "cpu" and operations < WORTH_A_TRIAL:
         return _chosen(settings, ways[0], "the run is too short for a trial to pay")

@@ -89,7 +89,7 @@ def resolve(
     Raises:
       InputError: a combination that cannot be trained or has no guarantee.
     """
-    num_units, target = check(settings, counted_units), settings.epsilon
+    num_units, items, target = check(settings, counted_units), settings.items_per_unit, settings.epsilon
     _check_delta(settings)
     given_noise = settings.noise_multiplier
     # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
@@ -100,7 +100,7 @@ def resolve(
         expected_batch_size=settings.batch_size,
         max_batch_size=begun["max_batch_size"]
         if begun and settings.max_batch_size in (None, begun["max_batch_size"])
-        else _cap(settings, num_units, math.inf if follows else target, mesh, strategy),
+        else _cap(settings, num_units * items, math.inf if follows else target, mesh, strategy),
         noise_multiplier=given_noise or 0.0,
         clip_norm=settings.clip_norm,
         steps=settings.steps,
@@ -108,6 +108,7 @@ def resolve(
         clip_scaling=settings.clip_scaling,
         clip_quantile=settings.clip_quantile,
         grid_bits=grid.LAW_BITS if settings.release == EXACT else None,  # until noise is known, any grid costs as much
+        items_per_unit=items,
     )
     if given_noise is None:
         solved = calibration.noise_multiplier(mechanism, target, settings.delta)
@@ -174,13 +175,13 @@ def _on_fitting_grid(mechanism: Mechanism, trained: int) -> Mechanism:
     return mechanism.replace(grid_bits=bits)
 
 
-def _cap(settings: Settings, num_units: int, target: float, mesh: str, strategy: Strategy) -> int:
+def _cap(settings: Settings, num_items: int, target: float, mesh: str, strategy: Strategy) -> int:
     """The truncation cap: the one given, or the smallest that costs little."""
     devices, size = mesh_lib.shape(mesh).rows, strategy.microbatch_size
     multiple, cap = devices * size, settings.max_batch_size
     if cap is None:
         return truncation.plan_max_batch_size(
-            num_units, settings.batch_size, settings.steps, target, settings.delta, multiple=multiple
+            num_items, settings.batch_size, settings.steps, target, settings.delta, multiple=multiple
         )
     if cap < settings.batch_size:
         raise InputError(
@@ -201,10 +202,10 @@ def check(settings: Settings, counted_units: int) -> int:
       InputError: data, batch size or clip norm that do not go together.
     """
     num_units = _units(settings, counted_units)
-    if settings.batch_size > num_units:
-        raise InputError(
-            f"`batch_size`={settings.batch_size} exceeds the {num_units} training units: lower it or use more data"
-        )
+    most, items = num_units * settings.items_per_unit, settings.items_per_unit
+    if settings.batch_size > most:
+        what = "training units" if items == 1 else f"rows of {num_units} training units, {items} each"
+        raise InputError(f"`batch_size`={settings.batch_size} exceeds the {most} {what}: lower it or use more data")
     if settings.clip_norm < SMALLEST_CLIP_NORM:
         raise InputError(
             f"`clip_norm`={settings.clip_norm:g} is too small for float32 norms: use at least {SMALLEST_CLIP_NORM:g}"
@@ -248,7 +249,8 @@ def summary(plan: Plan, name: str, place: Any) -> str:
     if m.noise.is_exact and m.max_batch_size and m.noise.grid_bits:
         room = grid.largest_mean(m.noise.grid_bits, m.gradient_noise_multiplier, m.max_batch_size)
         narrow = f"; a number whose mean gradient exceeds {room:.2g} clip norms wraps around" if room < 1 else ""
-    size = f"{m.num_units} units, batch {m.expected_batch_size} (at most {m.max_batch_size}), {m.steps} steps"
+    rows = f" of {m.items_per_unit} rows that are drawn one by one" if m.items_per_unit > 1 else ""
+    size = f"{m.num_units} units{rows}, batch {m.expected_batch_size} (at most {m.max_batch_size}), {m.steps} steps"
     if not m.is_private:
         privacy = "NO PRIVACY (baseline)"
     elif math.isinf(plan.epsilon):

@@ -15,11 +15,9 @@ from accounting.mechanism import ZERO_OUT
 from dpgemma import user_cache
 from dpgemma.choices import OF_SEVERAL_ROWS
 from dpgemma.data import holdout
-from dpgemma.data.source import InMemory
+from dpgemma.data.source import Items
 from dpgemma.data.text import tokenizer as tokenizer_lib
-from dpgemma.data.text import units
-from dpgemma.data.text.grouped import Limits
-from dpgemma.data.text.tokenizer import Tokenizer
+from dpgemma.data.text.units import Found
 from dpgemma.gemma import decoder
 from dpgemma.gemma import start as start_lib
 from dpgemma.objectives.causal import CausalLM
@@ -31,7 +29,7 @@ from dpgemma.sharding.rules import MeshShape, wanted
 from dpgemma.storage import mirror as mirror_lib
 from dpgemma.storage.mirror import Mirror
 from dpgemma.storage.objects import is_address
-from dpgemma.training import agreement, clipping_choice, environment, memory
+from dpgemma.training import agreement, clipping_choice, data, environment, memory
 from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
 from dpgemma.training.observers import Observer
@@ -41,7 +39,7 @@ from dpgemma.training.settings import Settings
 from dpgemma.training.trainer import Trainer
 
 # Settings of units of several rows that a ledger records.
-_OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user")
+_OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling")
 
 
 @contextlib.contextmanager
@@ -114,7 +112,7 @@ def _prepare(
     objective = objective_of(settings)
     start, tokenizer = objective.start, objective.tokenizer
     named = dataclasses.replace(
-        settings, model=start.name, tokenizer=tokenizer_of(settings), mesh=memory.resolve_mesh(settings, objective)
+        settings, model=start.name, tokenizer=data.tokenizer_of(settings), mesh=memory.resolve_mesh(settings, objective)
     )
     shape = mesh_lib.shape(named.mesh)
     clipping_choice.check(settings.clipping, settings.remat, shape)
@@ -148,7 +146,8 @@ def _prepare(
     told = processes.from_first(begin)
     keys, begun = Keys.of_hex(told["keys"]), told["config"]
 
-    privacy_unit, source, remarks = _read(settings, tokenizer, start.model.vocab_size, keys)
+    found = data.read(settings, tokenizer, start.model.vocab_size, keys.holdout)
+    privacy_unit, source, remarks = found.privacy_unit, found.units, _remarks(settings, found)
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     plan_lib.check(settings, training.num_units)
     # Chosen once: a run that goes on computes as it began.
@@ -191,7 +190,8 @@ def _prepare(
             observer.inform(choice)
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
-    return Trainer(plan, objective, training, run, observers, held_out=held_out)
+    drawn = Items(training) if settings.items_per_unit > 1 else training
+    return Trainer(plan, objective, drawn, run, observers, held_out=held_out)
 
 
 def _mirror_of(address: str) -> Mirror:
@@ -208,34 +208,13 @@ def _mirror_of(address: str) -> Mirror:
     return Mirror(address, user_cache.folder() / "copies")
 
 
-def _read(settings: Settings, tokenizer: Tokenizer, vocab_size: int, keys: Keys) -> tuple[str, InMemory, list[str]]:
-    """The name of the privacy unit, the units, and what is worth knowing of single records or units: for the operator
-    alone, because one of them decides it.
-
-    Raises:
-      InputError: data that cannot be read as such units.
-    """
-    asked = (settings.privacy_unit, settings.data, settings.text_field, tokenizer, settings.sequence_length, vocab_size)
-    remarks = []
-    if settings.units:
-        rules = settings.units
-        limits = Limits(rules.pop("rows_per_unit"), rules.pop("rows_kept"), keys.holdout)
-        found = units.read_grouped(*asked, limits, **rules)
-        privacy_unit, source = settings.privacy_unit, found.units
-        if found.units_cut:
-            remarks.append(
-                f"{found.units_cut} of {source.num_units} units have more than {limits.rows_per_unit} rows:"
-                f" {found.rows_left_out} rows are left out, by `rows_kept`={limits.rows_kept}"
-            )
-    else:
-        privacy_unit, source = units.read(*asked)
-    which = units.with_nothing_to_learn(source)
-    if which is not None:
-        remarks.append(
-            f"{which} records have nothing to learn within `sequence_length`: their prompts fill it; raise it or"
-            " shorten them"
-        )
-    return privacy_unit, source, remarks
+def _remarks(settings: Settings, found: Found) -> list[str]:
+    """What is worth knowing of single records or units: for the operator alone, because one of them decides it."""
+    items = settings.items_per_unit
+    if items == 1:
+        return found.remarks
+    filled = found.rows / (found.units.num_units * items)
+    return [f"{filled:.0%} of the rows that are drawn hold text, the others are empty", *found.remarks]
 
 
 def objective_of(settings: Settings) -> CausalLM:
@@ -244,9 +223,17 @@ def objective_of(settings: Settings) -> CausalLM:
     Raises:
       InputError: a model or tokenizer that does not exist, or that does not fit the other settings.
     """
-    start, tokenizer = start_of(settings), tokenizer_lib.load(tokenizer_of(settings))
+    start, tokenizer = start_of(settings), tokenizer_lib.load(data.tokenizer_of(settings))
     tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
-    objective = CausalLM(start, tokenizer, settings.sequence_length, settings.dtype, settings.remat, settings.attention)
+    objective = CausalLM(
+        start,
+        tokenizer,
+        settings.sequence_length,
+        settings.dtype,
+        settings.remat,
+        settings.attention,
+        across_documents=settings.attend_across_documents,
+    )
     shape = wanted(settings.mesh)
     return objective if shape is None else _on(objective, shape)
 
@@ -254,11 +241,6 @@ def objective_of(settings: Settings) -> CausalLM:
 def _on(objective: CausalLM, mesh: MeshShape) -> CausalLM:
     """The objective as it is computed on a mesh."""
     return dataclasses.replace(objective, vocabulary_is_spread=mesh.model > 1)
-
-
-def tokenizer_of(settings: Settings) -> str:
-    """What `tokenizer` means where it is omitted: that of `init_from`, else bytes."""
-    return settings.tokenizer or settings.init_from or tokenizer_lib.BYTE
 
 
 def start_of(settings: Settings) -> start_lib.StartingPoint:

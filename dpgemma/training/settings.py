@@ -57,9 +57,11 @@ class Settings:
     )
     data: str = _setting(
         "synthetic",
-        "synthetic, tfds:NAME prepared on disk, or a file, glob or folder: text, JSON lines, CSV, Parquet, Arrow.",
+        "synthetic, tfds:NAME prepared on disk, a token cache, or a file, glob or folder: text, JSON lines, CSV,"
+        " Parquet, Arrow, ArrayRecord; random:N rehearses a run with N units of no meaning.",
     )
     text_field: str = _setting("text", "Field of a record that holds the text.")
+    skip_bad_records: bool = _setting(False, "Leave out records that cannot be read; private/ says how many.")
     tokenizer: str | None = _setting(
         None,
         "byte, a SentencePiece .model file, or a Hugging Face directory; by default that of `init_from`, else byte.",
@@ -78,8 +80,16 @@ class Settings:
     records_without_user: str | None = _setting(
         None, "Records without a user: refuse (by default), or own, which makes each a unit.", choices.WITHOUT_USER
     )
+    user_sampling: str | None = _setting(
+        None,
+        "What is drawn where units are users: user (by default; the mean gradient of his rows is clipped), or example"
+        " (each of his `rows_per_unit` rows by itself, empty ones included, with noise that hides all of them).",
+        choices.USER_SAMPLING,
+    )
     rows_per_unit: int | None = _setting(
-        None, f"Most rows of a document or user, by default {ROWS_PER_UNIT}; every unit costs as much as so many."
+        None,
+        f"Most rows of a document or user, by default {ROWS_PER_UNIT}; with `clipping`=example_scan a unit costs the"
+        " rows that it has, otherwise as many as these.",
     )
     rows_kept: str | None = _setting(
         None, "Which rows of a unit with more: uniform (at random, by default) or first.", choices.ROWS_KEPT
@@ -101,7 +111,7 @@ class Settings:
         None, "Noise on the sum, in clip norms; omitted, it is solved from epsilon and delta."
     )
     clip_norm: float = _setting(1.0, "L2 bound of each unit's gradient.")
-    batch_size: int = _setting(512, "EXPECTED Poisson batch, in units.")
+    batch_size: int = _setting(512, "EXPECTED Poisson batch, in units; in rows with `user_sampling`=example.")
     max_batch_size: int | None = _setting(
         None, "Truncation cap of a batch; omitted, it is planned to cost 0.1 % of delta."
     )
@@ -156,6 +166,11 @@ class Settings:
         " soft-caps); auto is dense for rows of up to 1024 and blockwise for longer ones.",
         choices.ATTENTION,
     )
+    attend_across_documents: bool = _setting(
+        True,
+        "Whether a token sees the texts before its own in a row (as VaultGemma was trained); if not, attention and"
+        " positions begin anew with each text.",
+    )
     mesh: str = _setting(AUTO, f"Devices: {SYNTAX}. On a CPU, auto makes one device per core, up to 8.")
     seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
     ledger_seal: str = _setting(
@@ -176,7 +191,8 @@ class Settings:
                 value = int(value) if isinstance(value, numbers.Integral) else float(value)
                 object.__setattr__(self, field.name, value)
             kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-            if isinstance(value, bool) or not isinstance(value, (*kinds, int) if float in kinds else kinds):
+            fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+            if not fits or (isinstance(value, bool) and bool not in kinds):
                 raise InputError(f"`{field.name}` must be of type {kinds[0].__name__}, got {value!r}")
         for name in (
             "sequence_length",
@@ -190,6 +206,11 @@ class Settings:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         self._check_units()
+        if self.attention == choices.FUSED and not self.attend_across_documents:
+            raise InputError(
+                "`attention`=fused is attention over whole rows, which `attend_across_documents`=false is not: use"
+                " dense or blockwise"
+            )
         if self.lora_rank is not None and self.init_from is None:
             raise InputError("adapters need weights to adapt: give `init_from`=FOLDER, or drop `lora_rank`")
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets != "all"):
@@ -231,7 +252,7 @@ class Settings:
             )
 
     def _check_units(self) -> None:
-        of_rows, of_users = ("rows_per_unit", "rows_kept"), ("user_field", "records_without_user")
+        of_rows, of_users = ("rows_per_unit", "rows_kept"), ("user_field", "records_without_user", "user_sampling")
         unknown = [*(of_rows if self.privacy_unit not in choices.OF_SEVERAL_ROWS else [])]
         unknown += of_users if self.privacy_unit != choices.USER else []
         given = [name for name in unknown if getattr(self, name) is not None]
@@ -252,7 +273,13 @@ class Settings:
             "rows_kept": self.rows_kept or choices.UNIFORM_ROWS,
             "user_field": self.user_field,
             "records_without_user": (self.records_without_user or choices.REFUSE) if of_users else None,
+            "user_sampling": (self.user_sampling or choices.USER) if of_users else None,
         }
+
+    @property
+    def items_per_unit(self) -> int:
+        """Items of a unit that are drawn by themselves: its rows, empty ones included, or 1 for the whole of it."""
+        return (self.rows_per_unit or ROWS_PER_UNIT) if self.user_sampling == choices.BY_EXAMPLE else 1
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

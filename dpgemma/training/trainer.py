@@ -1,10 +1,12 @@
 """A training run from its first or its resumed step to its report."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from dpgemma.data import pipeline
 from dpgemma.data.batch import Batch, collate
 from dpgemma.data.source import UnitSource
 from dpgemma.objectives.protocol import Objective
@@ -155,14 +157,16 @@ class Trainer:
             return first, state
         keys = self.record.step_keys()
         with self.record.of_steps(first, self.objective.volume) as record:
-            drawn = self._draw(keys.sampling, first)
+            prepared = pipeline.prepared(functools.partial(self._draw, keys.sampling), first, steps)
+            batches = ((count, place.from_rows(self.mesh, parts)) for count, parts in prepared)
+            drawn = next(batches)
             for t in range(first, steps):
                 done, (count, batch) = t + 1, drawn
                 due = done % plan.checkpoint_every == 0 or done == steps
                 record.before(t)
                 result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))
                 if not due:
-                    drawn = self._draw(keys.sampling, done)  # while the devices compute
+                    drawn = next(batches)  # while the devices compute
                 state, stats = jax.block_until_ready(result)
                 record.after(t, stats, count)
                 checkpoints.tidy()
@@ -176,11 +180,11 @@ class Trainer:
                 if stopped:
                     return done, state
                 if due and done < steps:
-                    drawn = self._draw(keys.sampling, done)  # data that cannot be read cost no step that was saved
+                    drawn = next(batches)  # data that cannot be read cost no step that was saved
         return steps, state
 
-    def _draw(self, key: bytes, t: int) -> tuple[int, Batch]:
-        """The number of units of batch t, and the batch on its way to the devices.
+    def _draw(self, key: bytes, t: int) -> tuple[int, dict[int, Batch]]:
+        """The number of units of batch t, and the part of the batch for each row of devices here.
 
         Every process draws the whole batch, and reads the units of its own devices.
 
@@ -192,10 +196,9 @@ class Trainer:
         rows = place.rows(self.mesh)
         slots = self.plan.slots // rows
 
-        def of_row(number: int) -> Batch:
-            return collate(self.source, units, slots, (number, rows))
-
-        return len(units), place.from_rows(self.mesh, of_row)
+        return len(units), {
+            number: collate(self.source, units, slots, (number, rows)) for number in place.rows_here(self.mesh)
+        }
 
     def _measure(self, trainable: Any, frozen: Any) -> dict[str, float]:
         if self.held_out is None:

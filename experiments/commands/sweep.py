@@ -16,7 +16,7 @@ DESCRIPTION = (
     "Run a grid of trainings and fit the scaling law: dpgemma sweep CONFIG.toml. Run the same command again to go on."
     " Exit code 1: some run failed."
 )
-POSITIONAL = "config"
+POSITIONAL = ("config",)
 
 
 def define_flags(fv: flags.FlagValues) -> None:

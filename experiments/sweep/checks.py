@@ -15,13 +15,14 @@ def check(grid: Grid) -> None:
     """
     from dpgemma.data import readers
     from dpgemma.data.text import tokenizer as tokenizer_lib
+    from dpgemma.training import data as data_lib
     from dpgemma.training import prepare
 
     for run in grid.runs:
         parameters(run.config.model)
         devices(run)
         prepare.start_of(run.config)
-    for spec in dict.fromkeys(prepare.tokenizer_of(run.config) for run in grid.runs):
+    for spec in dict.fromkeys(data_lib.tokenizer_of(run.config) for run in grid.runs):
         tokenizer_lib.load(spec)
     for data, field in dict.fromkeys((run.config.data, run.config.text_field) for run in grid.runs):
         # The synthetic corpus is made when it is needed.
@@ -38,13 +39,13 @@ def check_sum(grid: Grid) -> None:
     Raises:
       InputError: names the setting in which they differ.
     """
-    from dpgemma.training import prepare
+    from dpgemma.training import data
 
     if grid.public_data:
         return
     for what in ("data", "text_field", "privacy_unit", "sequence_length", "neighbouring_relation", "tokenizer"):
         found = {
-            prepare.tokenizer_of(run.config) if what == "tokenizer" else getattr(run.config, what) for run in grid.runs
+            data.tokenizer_of(run.config) if what == "tokenizer" else getattr(run.config, what) for run in grid.runs
         }
         if len(found) > 1:
             raise InputError(

@@ -151,6 +151,7 @@ def test_the_contour_integral_knows_closed_forms():
     assert one_release_epsilon(1.0, 1, 1e-5) == pytest.approx(gaussian_epsilon(1.0, 1e-5), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_renyi_is_never_reported_where_its_sums_round_to_nothing():
     """dp-accounting says epsilon 0 there, which is no bound."""
     assert bracket(1e6, 1e-3, 10**12, 1e-9).cross_check == math.inf

@@ -8,7 +8,6 @@ from scipy import optimize, stats
 
 from accounting import conversions
 from accounting.accountant import Accountant
-from accounting.errors import InputError
 from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, dp_sgd
 
 
@@ -107,8 +106,3 @@ def test_it_lies_between_presence_and_two_steps_over_the_empty_unit(cap, relatio
     assert once.epsilon(1e-6).lower <= content
     if cap != 260:
         assert content <= min(reached)
-
-
-def test_contents_of_groups_are_refused():
-    with pytest.raises(InputError, match="group of one"):
-        Accountant(dp_sgd(1000, 100, None, 1.0, 1.0, 1), replaced=True, group_size=2)

@@ -41,7 +41,7 @@ def test_pitfall_28_only_proven_combinations_are_accounted(scheme, relation, bou
 @pytest.mark.parametrize("bound", ["renyi", "truncated_loss"])
 def test_bounds_for_one_unit_are_refused_for_groups(bound):
     m = dp_sgd(100, 10, 40, 2.0, 1.0, 3, ZERO_OUT)
-    with pytest.raises(InputError, match="derived for one unit"):
+    with pytest.raises(InputError, match="derived for a unit of one item"):
         Accountant(m, bounds=(bound,), group_size=2)
 
 

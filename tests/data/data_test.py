@@ -1,13 +1,15 @@
 import json
+import threading
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from accounting.errors import InputError
-from dpgemma.data import holdout, readers
+from dpgemma.data import holdout, pipeline, readers
 from dpgemma.data.batch import collate
-from dpgemma.data.text import packing
+from dpgemma.data.text import units
+from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.rows import units_of_one_row
 from dpgemma.data.text.tokenizer import ByteTokenizer
 from dpgemma.sharding import mesh as mesh_lib
@@ -20,10 +22,18 @@ def rows_of(tokens):
     return units_of_one_row(tokens, np.ones(tokens.shape, bool))
 
 
+def packed(documents):
+    return units.in_memory([{"text": text} for text in documents], TOKENIZER, Reading("sequence", 8, "text"))
+
+
+def documents_of(data, field="text"):
+    return [record[field] for record in readers.records(data, field)]
+
+
 def test_pitfall_19_every_token_lies_in_exactly_one_row():
     # pitfall 19: no overlap between units, nothing lost.
     documents = [b"alpha", b"", b"a much longer document than one row", b"z"]
-    rows = packing.pack(documents, TOKENIZER, 8).columns
+    rows = packed(documents).columns
     stream = [t for d in documents if d for t in [*TOKENIZER.encode(d), TOKENIZER.eos]]
     assert rows["tokens"].shape[1] == 8 and rows["tokens"].dtype == np.int32
     flat = rows["tokens"].ravel()
@@ -35,7 +45,7 @@ def test_pitfall_19_every_token_lies_in_exactly_one_row():
 @pytest.mark.parametrize("documents", [[], [b""], [b"", b""]])
 def test_empty_data_are_refused(documents):
     with pytest.raises(InputError, match="empty"):
-        packing.pack(documents, TOKENIZER, 8)
+        packed(documents)
 
 
 def test_pitfall_3_assignment_ignores_content():
@@ -91,7 +101,8 @@ def test_the_rows_of_devices_hold_their_own_parts():
     mesh = mesh_lib.make("data:2")
     data, _ = holdout.split(rows_of(np.arange(400, dtype=np.int32).reshape(-1, 4)), b"k" * 32, 0.0)
     units = np.array([1, 5, 6, 7, 30])
-    batch = place.from_rows(mesh, lambda number: collate(data, units, 4, (number, 2)))
+    assert place.rows_here(mesh) == [0, 1]
+    batch = place.from_rows(mesh, {number: collate(data, units, 4, (number, 2)) for number in (0, 1)})
     for shard, held in zip(batch.rows["tokens"].addressable_shards, (units[::2], units[1::2]), strict=True):
         assert shard.device == mesh.devices[shard.index[0].start // 4]
         np.testing.assert_array_equal(np.asarray(shard.data)[: len(held), 0, 0], 4 * held)
@@ -112,33 +123,53 @@ def test_declared_units_beyond_the_data_are_empty():
 def test_sources_read_text_globs_and_jsonl(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n")
     (tmp_path / "b.txt").write_bytes(b"two \xff")
-    assert list(readers.documents(str(tmp_path / "*.txt"))) == [b"one\n", b"two \xff"]
+    assert documents_of(str(tmp_path / "*.txt")) == [b"one\n", b"two \xff"]
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"note": "é"}) + "\n\n" + json.dumps({"note": "x"}) + "\n")
-    assert list(readers.documents(str(path), "note")) == ["é".encode(), b"x"]
+    assert documents_of(str(path), "note") == ["é", "x"]
     with pytest.raises(InputError, match=r"record 1 .*'text'"):
-        list(readers.documents(str(path)))
+        units.in_memory(readers.records(str(path)), TOKENIZER, Reading("sequence", 8, "text"))
 
 
 @pytest.mark.parametrize("spec", ["/nowhere/x.txt", "tfds:no_such_data_set"])
 def test_missing_data_are_one_sentence(spec, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(InputError):
-        list(readers.documents(spec))
+        documents_of(spec)
 
 
 def test_synthetic_corpus_is_built_once_without_download(tmp_path, monkeypatch, capsys):
     import tensorflow_datasets as tfds
 
     monkeypatch.setenv("DPGEMMA_CACHE", str(tmp_path))
-    first = list(readers.documents("synthetic"))
+    first = documents_of("synthetic")
     monkeypatch.setattr(
         tfds.core.GeneratorBasedBuilder, "_download_and_prepare", lambda *a, **k: pytest.fail("built again")
     )
-    assert list(readers.documents("synthetic")) == first
+    assert documents_of("synthetic") == first
     assert capsys.readouterr().out == ""
     assert list(tmp_path.rglob("*.array_record*"))
     assert len(first) == len(set(first)) == 6000
     assert all(80 < len(note) < 900 for note in first)
-    by_directory = list(readers.documents(f"tfds:{next(tmp_path.glob('clinic_notes/*'))}"))
+    by_directory = documents_of(f"tfds:{next(tmp_path.glob('clinic_notes/*'))}")
     assert by_directory == first
+
+
+@pytest.mark.parametrize("first", [0, 3, 9])
+def test_batches_are_prepared_in_order(first):
+    """Whatever thread makes them, wherever a run goes on; few are made ahead, and what fails is raised in its turn."""
+    made = []
+
+    def make(t):
+        made.append(t)
+        if t == 12:
+            raise InputError("unit 5 cannot be read")
+        return t, threading.get_ident()
+
+    batches = pipeline.prepared(make, first, 20)
+    for t in range(first, 12):
+        number, thread = next(batches)
+        assert number == t and thread != threading.get_ident()
+        assert made == list(range(first, len(made) + first)) and len(made) <= t - first + 4
+    with pytest.raises(InputError, match="unit 5 cannot be read"):
+        next(batches)

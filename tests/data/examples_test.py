@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from accounting.errors import InputError
-from dpgemma.data.text import examples, units
+from dpgemma.data.text import units
+from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
+from dpgemma.data.text.units import Found
 
 TOKENIZER = ByteTokenizer()
 RECORDS = [
@@ -18,7 +20,7 @@ RECORDS = [
 
 
 def to_rows(records, length=20):
-    return examples.to_rows(records, TOKENIZER, length, "text")
+    return units.in_memory(records, TOKENIZER, Reading("example", length, "text"))
 
 
 def test_a_response_and_its_end_are_scored():
@@ -65,8 +67,10 @@ def test_a_record_without_its_fields_is_named(record):
 
 def test_rows_with_nothing_to_learn_are_noticed_and_not_refused():
     """Whether the last record that has something to learn is there must not show in whether training begins."""
-    found = [units.with_nothing_to_learn(to_rows([RECORDS[i] for i in numbers])) for numbers in ((2, 2), (0, 2), (0,))]
-    assert found == ["all", "some", None]
+    for numbers, which in (((2, 2), "all records"), ((0, 2), "some records"), ((0,), None)):
+        rows = to_rows([RECORDS[i] for i in numbers])
+        found = Found("example", rows, len(numbers), int(rows.columns["scored"].any(axis=1).sum()), len(numbers))
+        assert [remark.startswith(f"{which} have nothing to learn") for remark in found.remarks] == [True] * bool(which)
 
 
 def test_halves_of_surrogate_pairs_are_no_crash():
@@ -80,14 +84,15 @@ def test_auto_takes_the_unit_from_the_fields(tmp_path):
     def unit(records, privacy_unit="auto", text_field="text", vocab_size=260):
         path = tmp_path / "data.jsonl"
         path.write_text("\n".join(map(json.dumps, records)))
-        return units.read(privacy_unit, str(path), text_field, TOKENIZER, 8, vocab_size)
+        found = units.read(str(path), TOKENIZER, Reading(privacy_unit, 8, text_field), vocab_size)
+        return found.privacy_unit, found.units
 
     texts = [{"text": "some"}, {"text": "more"}]
     assert unit(RECORDS[:4])[0] == "example" and unit(RECORDS[:4])[1].num_units == 4
     kind, rows = unit(texts)
     assert kind == "sequence" and rows.num_units == 2  # ten tokens in rows of eight
     kind, rows = unit(texts, "example")
-    assert kind == "example" and rows.columns["scored"].sum(axis=1).tolist() == [5, 5]
+    assert kind == "example" and rows.store.columns["scored"].sum(axis=1).tolist() == [5, 5]
     with pytest.raises(InputError, match="tokens beyond the 100 that the model knows"):
         unit(texts, vocab_size=100)
     with pytest.raises(InputError, match="`privacy_unit`=example"):

@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accounting.errors import InputError
-from dpgemma.data.text import grouped
-from dpgemma.data.text.grouped import Limits
+from dpgemma.data.batch import collate
+from dpgemma.data.limits import Kept, Limits
+from dpgemma.data.source import Items, Subset
+from dpgemma.data.text import units as units_lib
+from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
 
 TOKENIZER, LENGTH = ByteTokenizer(), 8
@@ -19,11 +22,11 @@ FIRST, UNIFORM = (Limits(3, kept, SECRET) for kept in ("first", "uniform"))
 
 
 def by_user(records, limits=FIRST, without="refuse", field="who"):
-    return grouped.by_user(records, TOKENIZER, LENGTH, "text", field, without, limits)
+    return Kept(units_lib.in_memory(records, TOKENIZER, Reading("user", LENGTH, "text", field, without)), limits)
 
 
 def by_document(records, limits=FIRST):
-    return grouped.by_document(records, TOKENIZER, LENGTH, "text", limits)
+    return Kept(units_lib.in_memory(records, TOKENIZER, Reading("document", LENGTH, "text")), limits)
 
 
 def rows_of(units, number):
@@ -37,7 +40,7 @@ def test_a_users_texts_follow_each_other_in_rows_of_his_own():
         {"who": "a", "text": "12345"}, {"who": 7, "text": "abc"}, {"who": "a", "text": "678"}, {"who": "7", "text": ""},
         {"who": "b", "prompt": "ask", "response": "yes"}, {"who": "b", "text": "zz"},
     ]  # fmt: skip
-    units = by_user(records).units
+    units = by_user(records)
     assert units.num_units == 3 and units.max_rows == 3
     whole = b"".join(rows_of(units, 0))
     assert whole == b"12345678" and len(rows_of(units, 0)) == 2  # with an eos behind each text: ten tokens
@@ -48,10 +51,10 @@ def test_a_users_texts_follow_each_other_in_rows_of_his_own():
 def test_a_document_has_as_many_rows_as_are_kept_of_it():
     text = "".join(chr(ord("a") + i // 8) for i in range(80))
     found = by_document([{"text": "short"}, {"text": text}, {"text": ""}])
-    assert found.units.num_units == 3 and (found.units_cut, found.rows_left_out) == (1, 8)
-    assert rows_of(found.units, 0) == [b"short"]
-    assert rows_of(found.units, 1) == [b"a" * 8, b"b" * 8, b"c" * 8]
-    assert rows_of(found.units, 2) == [b""]  # a unit without anything to learn
+    assert found.num_units == 3 and found.left_out() == (1, 8)
+    assert rows_of(found, 0) == [b"short"]
+    assert rows_of(found, 1) == [b"a" * 8, b"b" * 8, b"c" * 8]
+    assert rows_of(found, 2) == [b""]  # a unit without anything to learn
 
 
 def test_rows_beyond_the_limit_are_chosen_uniformly_by_the_secret_key():
@@ -59,14 +62,14 @@ def test_rows_beyond_the_limit_are_chosen_uniformly_by_the_secret_key():
     counts, trials = np.zeros(7), 1400
     for secret in range(trials):
         limits = dataclasses.replace(UNIFORM, secret=secret.to_bytes(32, "little"))
-        units = by_document([{"text": text}], limits).units
+        units = by_document([{"text": text}], limits)
         rows, _ = units.read(np.array([0]))
         kept = [int(row[0]) for row in rows["tokens"]]
         assert len(kept) == 3 and kept == sorted(kept[:-1]) + kept[-1:]  # in their order; eos has a row of its own
         counts += [bytes([ord("a") + i]) in b"".join(rows_of(units, 0)) for i in range(6)] + [0]
     # Each row is kept with probability 3/7: 5.5 standard deviations are exceeded with probability below 1e-6 in all.
     assert np.abs(counts[:6] - trials * 3 / 7).max() < 5.5 * np.sqrt(trials * 3 / 7 * 4 / 7)
-    again = [rows_of(by_document([{"text": text}], UNIFORM).units, 0) for _ in range(2)]
+    again = [rows_of(by_document([{"text": text}], UNIFORM), 0) for _ in range(2)]
     assert again[0] == again[1]
 
 
@@ -90,7 +93,7 @@ def test_a_unit_s_records_touch_no_other_unit(records, whose, texts):
             changed.append({**record, "text": next(replaced, "")})
     changed += [{"who": whose, "text": text} for text in replaced if whose in users]
     for limits in (FIRST, UNIFORM):
-        one, other = (by_user(each, limits).units for each in (records, changed))
+        one, other = (by_user(each, limits) for each in (records, changed))
         assert one.num_units == other.num_units == len(users)
         for number, user in enumerate(users):
             if user != whose:
@@ -108,7 +111,7 @@ def test_records_without_a_user_are_refused_or_units_of_their_own():
     records = [{"who": "a", "text": "1"}, {"text": "2"}, {"who": None, "text": "3"}, {"who": "a", "text": "4"}]
     with pytest.raises(InputError, match=r"record 2 of the data has no user in the field 'who'.*records_without_user"):
         by_user(records)
-    units = by_user(records, without="own").units
+    units = by_user(records, without="own")
     assert [rows_of(units, i) for i in range(units.num_units)] == [[b"14"], [b"2"], [b"3"]]
     for value in (["a", "b"], {"id": 1}):
         with pytest.raises(InputError, match="record 1 of the data has no single user"):
@@ -117,6 +120,28 @@ def test_records_without_a_user_are_refused_or_units_of_their_own():
 
 def test_fields_within_fields_name_users():
     records = [{"note": {"by": {"id": user}}, "text": "x"} for user in (1, 1.0, "1", 2)]
-    assert by_user(records, field="note.by.id").units.num_units == 2
+    assert by_user(records, field="note.by.id").num_units == 2
     dotted = [{"note.by": user, "text": json.dumps(user)} for user in (1, 2)]
-    assert by_user(dotted, field="note.by").units.num_units == 2
+    assert by_user(dotted, field="note.by").num_units == 2
+
+
+def test_items_are_the_rows_of_their_unit():
+    """Of any items, drawn in any number: those with a row hold the unit's own row of that place."""
+    rng = np.random.default_rng(3)
+    records = [{"who": int(who), "text": "abcdefgh" * int(rng.integers(4))} for who in rng.choice(9, 20)]
+    units = by_user(records)
+    kept = Subset(units, np.arange(1, units.num_units))
+    items = Items(kept)
+    assert items.num_units == 3 * kept.num_units and items.max_rows == 1
+    for _ in range(50):
+        asked = np.flatnonzero(rng.random(items.num_units) < rng.choice([0.0, 0.1, 0.5, 1.0]))
+        rows, owner = items.read(asked)
+        expected = []
+        for number, item in enumerate(asked):
+            own = kept.read(np.array([item // 3]))[0]["tokens"]
+            if item % 3 < len(own):
+                expected.append((number, own[item % 3]))
+        assert list(owner) == [number for number, _ in expected]
+        np.testing.assert_array_equal(rows["tokens"], np.array([row for _, row in expected]).reshape(-1, LENGTH))
+        batch = collate(items, asked, items.num_units)  # empty items take no slot
+        assert batch.mask.sum() == len(expected) and batch.mask[: len(expected)].all()

@@ -236,6 +236,7 @@ QUICK = page.Detail(
 )
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_figure_and_needs_nothing_else(fitted, tmp_path):
     budget = Budget(1e13, UNITS, 4.0, DELTA, LENGTH)
     path = page.write(fitted, budget, tmp_path / "figures", detail=QUICK)

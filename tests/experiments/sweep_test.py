@@ -178,6 +178,7 @@ os.execv(command[0], command)
 """
 
 
+@pytest.mark.slow
 def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_path, monkeypatch, capfd):
     many = GRID | dict(noise_batch_ratio=0, batch_size=100_000, max_batch_size=100_000)
     config = toml(tmp_path / "bad.toml", text, GRID | dict(noise_batch_ratio=["2^-7", "2^-5"]), many)

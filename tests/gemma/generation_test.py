@@ -122,6 +122,7 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     np.testing.assert_allclose(generation.filtered(logits, Sampling(temperature=2.0)), logits / 2)
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_models_distribution():
     config, params = imported("gemma")
     prompts = [PROMPTS[1]] * 4000

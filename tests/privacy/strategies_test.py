@@ -130,6 +130,7 @@ def test_every_way_equals_the_definition(name, adapters=False):
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families("gemma"))
 def test_every_way_equals_the_definition_with_adapters(name):
     test_every_way_equals_the_definition(name, adapters=True)

@@ -62,7 +62,7 @@ def test_adapters_of_spread_weights_have_the_sums_of_adapters_of_whole_ones(stra
 @pytest.mark.parametrize(
     "family, meshes",
     [
-        ("gemma3_1b", ["data:1", "data:2,model:4", "fsdp:8"]),
+        pytest.param("gemma3_1b", ["data:1", "data:2,model:4", "fsdp:8"], marks=slow),
         *(pytest.param(name, MESHES + FULLY_SHARDED, marks=slow) for name in FAMILIES),
     ],
 )

@@ -4,6 +4,8 @@ import random
 import shutil
 import subprocess
 
+import pytest
+
 from accounting import rounding, run_files
 from accounting.accountant import Accountant
 from accounting.audit.audit import audit
@@ -151,6 +153,7 @@ def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tm
     assert done.returncode == 0 and "set aside" in done.stderr and "resuming at step 4" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_damaged_arrays_are_said_once(workdir):
     """The storage layers would print a traceback for every array that is not read because another cannot be."""
     for path in (workdir / "checkpoints/6/state").rglob("d/*"):

@@ -74,6 +74,7 @@ def test_a_short_run_needs_no_trial():
     assert resolve(Settings(mesh="data:1"), measure=lambda *_: pytest.fail("measured"))[0].name == "example_scan"
 
 
+@pytest.mark.slow
 def test_real_trials_are_timed_and_held_against_the_memory(quick_compiles):
     ways = (("example_scan", 1), ("ghost", 2))
     measured = clipping_choice.measure(OBJECTIVE, LONG.mesh, ways)

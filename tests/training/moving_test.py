@@ -94,6 +94,7 @@ def run_elsewhere(arguments, **variables):
     )
 
 
+@pytest.mark.slow
 def test_lost_steps_are_not_repeated_elsewhere_beyond_the_target(finished, text, tmp_path):
     """Noise of the same key on sums that are rounded differently could be subtracted; other noise costs."""
     workdir = copy_of(finished, tmp_path)

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dpgemma.data.text import tokenizer, units
+from dpgemma.data.text.pieces import Reading
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy import integer_noise, keystream
 from dpgemma.privacy.samplers import PoissonSampler
@@ -107,7 +108,8 @@ def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, unit, text, tmp_pa
     start, keys = ledger[0], json.loads((workdir / "private/keys.json").read_text())
     assert start["clip_norm"] == clip_norm and start["expected_batch_size"] == 12
 
-    _, rows = units.read(unit, str(data), "text", tokenizer.ByteTokenizer(), LENGTH, PRESETS[MODEL].vocab_size)
+    asked = Reading(unit, LENGTH, "text")
+    rows = units.read(str(data), tokenizer.ByteTokenizer(), asked, PRESETS[MODEL].vocab_size).units.store
     # A unit is held out where the 64-bit hash of its number lies below a tenth of the range.
     hashes = keystream.uniform_uint64(keystream.derive(bytes.fromhex(keys["holdout"]), "hold-out"), 0, rows.num_units)
     training = [i for i, h in enumerate(hashes.tolist()) if h >= int(0.1 * 2**64)]

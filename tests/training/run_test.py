@@ -197,6 +197,7 @@ def test_signals_save_and_exit_cleanly(number, text, tmp_path):
     assert not report["finished"] and report["epsilon"] < report["target_epsilon"]
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_step_is_remembered(text, tmp_path):
     """A signal that comes while a step is taken, here the first of one or of two."""
     settings = dict(data=str(text), **SETTINGS)
@@ -232,6 +233,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_p
     assert len(step_records(workdir)) == 6
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_loses_nothing(finished, text, tmp_path):
     workdir = tmp_path / "run"
     # Compiled programs, too, would be larger than a file may be: all are in the cache, since a finished run is there.

@@ -16,7 +16,7 @@ from tests.training.forgery import audited, rewrite_chain, rewrite_report, write
 from tests.training.runs import call, flags
 
 
-@pytest.fixture(scope="module", params=["hmac", "signature"])
+@pytest.fixture(scope="module", params=[pytest.param("hmac", marks=pytest.mark.slow), "signature"])
 def sealed(request, text, tmp_path_factory):
     """A finished run with an export in its folder; never changed."""
     workdir = tmp_path_factory.mktemp(request.param) / "run"

@@ -1,23 +1,29 @@
 """Runs whose privacy unit is a document or a user, from the records to the report."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
+from scipy import stats
 
 from accounting.errors import InputError
 from accounting.mechanism import Clip
 from accounting.report import words
 from dpgemma.data.batch import collate
-from dpgemma.data.text import grouped
-from dpgemma.data.text.grouped import Limits
+from dpgemma.data.limits import Kept, Limits
+from dpgemma.data.source import Items
+from dpgemma.data.text import units as units_lib
+from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
 from dpgemma.gemma import decoder
 from dpgemma.privacy import clipping
 from dpgemma.privacy.clipping import Strategy
+from dpgemma.privacy.samplers import PoissonSampler
 from tests.objectives import causal
-from tests.training import runs
+from tests.training import forgery, runs
 from tests.training.step_test import MODEL, flat
 
 
@@ -52,9 +58,7 @@ def test_a_report_says_what_holds_for_a_patient(notes, tmp_path):
     assert "Somebody whose records carry several values is several units" in said
     # How much was left out is a fact about the data: it goes to private/, and to terminals alone.
     remarks = (tmp_path / "run" / "private" / "remarks.txt").read_text()
-    assert "units have more than 3 rows" in remarks and "rows are left out, by --rows_kept=uniform" in remarks.replace(
-        "`rows_kept`", "--rows_kept"
-    )
+    assert "units have more than 3 rows" in remarks and "rows are left out, by `rows_kept`" in remarks
     public = [path for path in (tmp_path / "run").iterdir() if path.is_file()]
     assert not any("left out, by" in path.read_text() for path in public) and "left out, by" not in done.stderr
     assert runs.call("audit", tmp_path / "run").returncode == 0
@@ -66,6 +70,48 @@ def test_a_report_says_what_holds_for_a_patient(notes, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(edited))
     found = runs.call("audit", tmp_path / "run")
     assert found.returncode == 1 and "config.json rows_per_unit" in found.stdout
+
+
+def test_rows_that_are_drawn_one_by_one_are_charged_as_a_group(notes, tmp_path, capsys):
+    """Epsilon by dp-accounting's mixture of Gaussians, batches by the sampler alone, and ledgers that say otherwise."""
+    work = tmp_path / "run"
+    done = trained(notes, work, user_sampling="example", noise_multiplier=1.5)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (work / "ledger.jsonl").read_text().splitlines()]
+    start, steps = lines[0], [line for line in lines if line["kind"] == "step"]
+    units, q, noise = start["num_units"], steps[0]["sampling_probability"], steps[0]["noise_multiplier"]
+    assert start["items_per_unit"] == 3 and start["user_sampling"] == "example" and q == 12 / (3 * units)
+    step = privacy_loss_distribution.from_mixture_gaussian_mechanism(
+        noise, list(range(4)), stats.binom.pmf(range(4), 3, q), value_discretization_interval=1e-4
+    )
+    report = json.loads((work / "report.json").read_text())
+    spent = step.self_compose(len(steps)).get_epsilon_for_delta(start["delta"])
+    assert report["epsilon"] == pytest.approx(spent, rel=1e-3) and len(steps) == 2
+    assert report["items_per_unit"] == 3 and report["epsilon_replace_one"] > report["epsilon"]
+    assert f"from the rows of {units} units, 3 each with empty ones counted" in report["statement"]
+    drawn = [json.loads(line)["units"] for line in (work / "private" / "metrics.jsonl").read_text().splitlines()]
+    sampler, key = PoissonSampler(3 * units, q, start["max_batch_size"]), runs.step_secrets(work)["sampling"]
+    assert drawn == [len(sampler.draw(key, t)) for t in range(2)]
+    assert "of the rows that are drawn hold text" in (work / "private" / "remarks.txt").read_text()
+    assert forgery.audited(capsys, work)[0] == 0
+
+    def says(**changes):
+        def change(records):
+            return [records[0] | changes, *records[1:]]
+
+        return change
+
+    original = (work / "ledger.jsonl").read_text()
+    for changes in (
+        dict(items_per_unit=1),
+        dict(items_per_unit=1, user_sampling="user"),
+        dict(items_per_unit=2, rows_per_unit=2),
+        dict(user_sampling="user"),
+    ):
+        forgery.rewrite_chain(work, says(**changes))
+        code, found = forgery.audited(capsys, work)
+        assert code == 1, (changes, found)
+        (work / "ledger.jsonl").write_text(original)
 
 
 def test_a_report_names_no_unit_that_its_ledger_does_not_describe():
@@ -122,16 +168,16 @@ def test_without_a_user_the_sum_differs_by_the_clip_norm_at_most(how, trials, qu
         limits = Limits(int(rng.integers(1, 4)), str(rng.choice(["uniform", "first"])), bytes([trial % 256] * 32))
 
         def units_of(records, limits=limits):
-            return grouped.by_user(records, ByteTokenizer(), 10, "text", "who", "refuse", limits).units
+            return kept(records, limits)
 
         units = units_of(records)
         whose = int(rng.integers(units.num_units))
         users = list(dict.fromkeys(int(user) for user in owner))
         emptied = [r | {"text": b""} if r["who"] == users[whose] else r for r in records]
         numbers = np.arange(units.num_units)
-        whole = flat(total(params, collate(wide(units), numbers, 8)))
-        empty = flat(total(params, collate(wide(units_of(emptied)), numbers, 8)))
-        absent = flat(total(params, collate(wide(units), np.delete(numbers, whose), 8)))
+        whole = flat(total(params, collate(Wide(units), numbers, 8)))
+        empty = flat(total(params, collate(Wide(units_of(emptied)), numbers, 8)))
+        absent = flat(total(params, collate(Wide(units), np.delete(numbers, whose), 8)))
         for other in (empty, absent):
             difference = np.linalg.norm(whole.astype(np.float64) - other)
             largest = max(largest, difference)
@@ -139,6 +185,46 @@ def test_without_a_user_the_sum_differs_by_the_clip_norm_at_most(how, trials, qu
     assert largest > (0.9 if how.name != "per_layer" else 0.01) * 0.05
 
 
-def wide(units):
+def kept(records, limits):
+    return Kept(units_lib.in_memory(records, ByteTokenizer(), Reading("user", 10, "text", "who")), limits)
+
+
+@dataclasses.dataclass
+class Wide:
     """Units with places for three rows, so that one program serves all."""
-    return type(units)(units.columns, units.first, max_rows=3)
+
+    units: Kept
+    max_rows: int = 3
+
+    def __getattr__(self, name):
+        return getattr(self.units, name)
+
+
+@pytest.mark.parametrize("trials", [8, pytest.param(120, marks=pytest.mark.slow)])
+def test_without_a_user_each_of_his_drawn_rows_differs_by_the_clip_norm_at_most(trials, quick_compiles):
+    """Rows that are drawn one by one: the sum differs by C for each drawn row of the user, and by nothing else."""
+    rng, params, clip = np.random.default_rng(8), decoder.init_parameters(MODEL, jax.random.key(0)), Clip(0.05)
+
+    @jax.jit
+    def total(params, batch):
+        return clipping.clipped_sum(lambda p, unit: OBJECTIVE.loss(p, {}, unit), params, batch, clip).total
+
+    most = 0.0
+    for trial in range(trials):
+        texts = [b"", b"\xff", b"some words", b"a text of several rows, beyond those that are kept of it"]
+        owner = rng.choice(4, 10, p=[0.7, 0.1, 0.1, 0.1])
+        records = [{"who": int(user), "text": texts[rng.integers(len(texts))]} for user in owner]
+        users = list(dict.fromkeys(int(user) for user in owner))
+        whose = int(rng.integers(len(users)))
+        emptied = [r | {"text": b""} if r["who"] == users[whose] else r for r in records]
+        limits = Limits(3, "uniform", bytes([trial] * 32))
+        one, other = (Items(kept(each, limits)) for each in (records, emptied))
+        drawn = np.flatnonzero(rng.random(one.num_units) < 0.6)
+        difference = np.linalg.norm(
+            flat(total(params, collate(one, drawn, 12))).astype(np.float64)
+            - flat(total(params, collate(other, drawn, 12)))
+        )
+        own = int((drawn // 3 == whose).sum())
+        assert difference <= 0.05 * own * (1 + 1e-6)
+        most = max(most, difference / 0.05)
+    assert most > 1.2  # more than one row of a user was there

@@ -3,6 +3,7 @@ unk 3.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import Any, Protocol
@@ -176,6 +177,15 @@ def _siblings(path: pathlib.Path) -> list[pathlib.Path]:
     if path.name not in FILES:
         return [path]
     return [path.parent / name for name in FILES if (path.parent / name).is_file()]
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what decides the ids of a text: the tokenizer's kind, special ids and files."""
+    hashed = hashlib.sha256(repr((type(tokenizer).__name__, tokenizer.pad, tokenizer.eos, tokenizer.bos)).encode())
+    for path in tokenizer.files():
+        if path.name in (MODEL_FILE, JSON_FILE) or path.suffix == ".model":
+            hashed.update(hashlib.sha256(path.read_bytes()).digest())
+    return hashed.hexdigest()
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:

@@ -1,73 +1,147 @@
 """From `data` and `privacy_unit` to privacy units of text."""
 
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpgemma.choices import AUTO, EXAMPLE, REFUSE, SEQUENCE, USER
+import numpy as np
+
+from accounting.errors import InputError
+from dpgemma.choices import AUTO, EXAMPLE, OF_SEVERAL_ROWS, SEQUENCE
 from dpgemma.data import readers
-from dpgemma.data.source import InMemory
-from dpgemma.data.text import examples, grouped, packing
-from dpgemma.data.text.grouped import Grouped, Limits
-from dpgemma.data.text.rows import SCORED, TOKENS
+from dpgemma.data.formats import BadRecords, OnBad, refuse
+from dpgemma.data.limits import ONE_ROW, Kept, Limits, RowStore
+from dpgemma.data.random_rows import RandomRows
+from dpgemma.data.source import InMemory, UnitSource
+from dpgemma.data.text import cache, examples
+from dpgemma.data.text.layout import Layout
+from dpgemma.data.text.pieces import InMemoryPieces, Reading, lengths_of_records, of_records, unsigned
+from dpgemma.data.text.rows import SCORED, TOKENS, spec
 from dpgemma.data.text.tokenizer import Tokenizer, check_ids
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The units of some data, and facts about them that are private.
+
+    Attributes:
+      privacy_unit: its name, "auto" resolved.
+      units: with the rows that are kept of each.
+      rows: how many are kept, of all units.
+      rows_to_learn: rows, kept or not, in which something is learned.
+      all_rows: rows, kept or not.
+      units_cut: units that have more rows than are kept.
+      skipped: records that were left out because they cannot be read.
+      lengths: of records, as pieces.lengths_of_records gives them; empty where there are no records.
+    """
+
+    privacy_unit: str
+    units: UnitSource
+    rows: int
+    rows_to_learn: int
+    all_rows: int
+    units_cut: int = 0
+    skipped: int = 0
+    lengths: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What an operator should know: facts about private data, one sentence each."""
+        found = []
+        if self.skipped:
+            found.append(f"{self.skipped} records cannot be read and are left out, by `skip_bad_records`")
+        if self.units_cut:
+            found.append(
+                f"{self.units_cut} of {self.units.num_units} units have more than {self.units.max_rows} rows:"
+                f" {self.all_rows - self.rows} rows are left out, by `rows_kept`"
+            )
+        if self.rows_to_learn < self.all_rows:
+            found.append(
+                f"{'some' if self.rows_to_learn else 'all'} records have nothing to learn within `sequence_length`:"
+                " their prompts fill it; raise it or shorten them"
+            )
+        return found
+
+
+def resolved(privacy_unit: str, data: str, text_field: str) -> str:
+    """The name of the privacy unit: "auto" takes "example" where the first record has the fields of one, otherwise
+    "sequence". The choice is one of format and never depends on what the fields hold.
+
+    Raises:
+      InputError: no data.
+    """
+    if privacy_unit != AUTO:
+        return privacy_unit
+    first: dict[str, Any] = next(iter(readers.records(data, text_field)), {})
+    return EXAMPLE if examples.is_example(first) else SEQUENCE
+
+
+def in_memory(
+    records: Iterable[dict[str, Any]], tokenizer: Tokenizer, reading: Reading, on_bad: OnBad = refuse
+) -> InMemory:
+    """All rows of all units.
+
+    Args:
+      on_bad: told what is wrong with a record that cannot be read.
+
+    Raises:
+      InputError: no records, or one that cannot be read; names it by its number.
+    """
+    return _laid_out(InMemoryPieces(list(of_records(records, tokenizer, reading, on_bad))), tokenizer, reading)
+
+
+def _laid_out(pieces: InMemoryPieces, tokenizer: Tokenizer, reading: Reading) -> InMemory:
+    layout = Layout(pieces, reading.privacy_unit, reading.length, tokenizer.pad)
+    if len(layout.first) == 1:
+        raise InputError("the data are empty: there is no text to train on")
+    tokens, scored = unsigned(layout.rows(0, int(layout.first[-1])))
+    columns = {TOKENS: tokens, SCORED: scored}
+    if reading.privacy_unit not in OF_SEVERAL_ROWS:
+        return InMemory(columns)
+    return InMemory(columns, layout.first, int(np.diff(layout.first).max()))
+
+
 def read(
-    privacy_unit: str, data: str, text_field: str, tokenizer: Tokenizer, length: int, vocab_size: int
-) -> tuple[str, InMemory]:
-    """Returns the name of the privacy unit ("auto" resolved) and the units of `data`.
-
-    Args:
-      privacy_unit: "sequence" packs documents into rows; "example" gives every record a row; "auto" takes the latter
-        where the first record has the fields of an example. The choice is one of format and never depends on what the
-        fields hold.
-
-    Raises:
-      InputError: no data, records without the fields, or tokens that the model's embedding of `vocab_size` rows does
-        not have.
-    """
-    if privacy_unit == AUTO:
-        first: dict[str, Any] = next(iter(readers.records(data, text_field)), {})
-        privacy_unit = EXAMPLE if examples.is_example(first) else SEQUENCE
-    if privacy_unit == EXAMPLE:
-        made = examples.to_rows(readers.records(data, text_field), tokenizer, length, text_field)
-    else:
-        made = packing.pack(readers.documents(data, text_field), tokenizer, length)
-    check_ids(made.columns[TOKENS], vocab_size)
-    return privacy_unit, made
-
-
-def read_grouped(
-    privacy_unit: str,
     data: str,
-    text_field: str,
     tokenizer: Tokenizer,
-    length: int,
+    reading: Reading,
     vocab_size: int,
-    limits: Limits,
-    *,
-    user_field: str | None = None,
-    records_without_user: str | None = None,
-) -> Grouped:
-    """The units of `data` that may have several rows.
+    limits: Limits = ONE_ROW,
+    skip_bad_records: bool = False,
+) -> Found:
+    """The units of `data`: records, a token cache, or "random:N".
 
     Args:
-      privacy_unit: "document", or "user" with the field that names a record's user.
+      limits: of units that may have several rows.
+      skip_bad_records: whether records that cannot be read are left out.
 
     Raises:
-      InputError: as read; or records without a user, unless they are to be units of their own.
+      InputError: no data, records without the fields, a cache that was made otherwise, or tokens that the model's
+        embedding of `vocab_size` rows does not have.
     """
-    records = readers.records(data, text_field)
-    if privacy_unit == USER:
-        assert user_field is not None
-        without = records_without_user or REFUSE
-        made = grouped.by_user(records, tokenizer, length, text_field, user_field, without, limits)
-    else:
-        made = grouped.by_document(records, tokenizer, length, text_field, limits)
-    check_ids(made.units.columns[TOKENS], vocab_size)
-    return made
+    if data.startswith(RandomRows.PREFIX):
+        made = RandomRows.named(data, spec(reading.length), tokenizer.vocab_size)
+        return Found(SEQUENCE, made, made.num_units, made.num_units, made.num_units)
+    if cache.is_cache(data):
+        stored = cache.opened(pathlib.Path(data), tokenizer, reading)
+        check_ids(np.array([stored.largest_id]), vocab_size)
+        unit, facts = stored.reading.privacy_unit, stored.facts
+        return _kept(unit, stored, facts["rows"], facts["rows_to_learn"], limits, facts["skipped"], facts["lengths"])
+    reading = dataclasses.replace(reading, privacy_unit=resolved(reading.privacy_unit, data, reading.text_field))
+    bad = BadRecords(skip_bad_records)
+    records = readers.records(data, reading.text_field, bad)
+    pieces = InMemoryPieces(list(of_records(records, tokenizer, reading, bad)))
+    held = _laid_out(pieces, tokenizer, reading)
+    check_ids(held.columns[TOKENS], vocab_size)
+    rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
+    lengths = lengths_of_records(pieces.lengths, reading.length)
+    return _kept(reading.privacy_unit, held, rows, to_learn, limits, bad.count, lengths)
 
 
-def with_nothing_to_learn(units: InMemory) -> str | None:
-    """Whether "some" or "all" rows have no scored token; None where each has one. This is a fact about private data."""
-    learn = units.columns[SCORED].any(axis=1)
-    return None if learn.all() else "some" if learn.any() else "all"
+def _kept(
+    unit: str, store: RowStore, rows: int, to_learn: int, limits: Limits, skipped: int, lengths: Mapping[str, Any]
+) -> Found:
+    kept = Kept(store, limits if unit in OF_SEVERAL_ROWS else ONE_ROW)
+    cut, left_out = kept.left_out()
+    return Found(unit, kept, rows - left_out, to_learn, rows, cut, skipped, lengths)

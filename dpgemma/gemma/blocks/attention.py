@@ -113,13 +113,14 @@ def attend(
 ) -> Any:
     """Attention of scaled queries [..., T, K, G, H] over keys and values [..., T, K, H], shaped like the queries."""
     length = q.shape[-4]
-    if implementation == AUTO and not mask.after and config.attention_cap is None and _cudnn_takes(q, k, v, config):
+    plain = not mask.after and mask.begins is None
+    if implementation == AUTO and plain and config.attention_cap is None and _cudnn_takes(q, k, v, config):
         implementation = FUSED
     elif implementation == AUTO:
         implementation = DENSE if length <= LONGEST_DENSE else BLOCKWISE
     if implementation == FUSED:
-        if mask.after:
-            raise ValueError("fused attention is causal: use blockwise or dense")
+        if not plain:
+            raise ValueError("fused attention is causal, over whole rows: use blockwise or dense")
         return _fused(q, k, v, config, is_sliding)
     if implementation == BLOCKWISE:
         return _blockwise(config.attention_cap, q, k, v, mask)

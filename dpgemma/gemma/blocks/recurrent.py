@@ -38,14 +38,23 @@ class CausalConvolution(nnx.Module):
         self.w = nnx.Param(jax.random.normal(rngs.params(), (width, taps)) * (0.01 / taps) ** 0.5)
         self.bias = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x: jax.Array, before: jax.Array) -> Any:
-        """Args: x [..., T, W]; before [..., C - 1, W], the inputs before the first."""
+    def __call__(self, x: jax.Array, before: jax.Array, positions: jax.Array | None = None) -> Any:
+        """The convolution over inputs.
+
+        Args:
+          x: [..., T, W].
+          before: [..., C - 1, W], the inputs before the first.
+          positions: [..., T] within texts that follow each other in a row, where none may see another.
+        """
         w, length = operations.vector(self.w[...]).astype(x.dtype), x.shape[-2]
         joined = jnp.concatenate([before.astype(x.dtype), x], axis=-2)
-        taps = range(w.shape[1])
-        return sum(joined[..., k : k + length, :] * w[:, k] for k in taps) + operations.vector(self.bias[...]).astype(
-            x.dtype
-        )
+        taps = w.shape[1]
+
+        def term(k: int) -> Any:
+            product = joined[..., k : k + length, :] * w[:, k]
+            return product if positions is None else jnp.where((positions >= taps - 1 - k)[..., None], product, 0)
+
+        return sum(map(term, range(taps))) + operations.vector(self.bias[...]).astype(x.dtype)
 
 
 class BlockDiagonal(nnx.Module):
@@ -116,26 +125,35 @@ class Recurrent(nnx.Module):
         self.conv = CausalConvolution(c.lru_width, c.conv_width, rngs=rngs)
         self.rg_lru = RgLru(c, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> Any:
-        """Mixing within rows x [..., T, D] that start at position 0."""
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> Any:
+        """Mixing within rows x [..., T, D].
+
+        Args:
+          positions: [..., T] within texts that follow each other in a row; None where a row is one text.
+        """
         batch, length = x.shape[:-2], x.shape[-2]
         start = jnp.zeros((*batch, self.width)), jnp.zeros((*batch, self.taps - 1, self.width), x.dtype)
-        return self.cached(x, start, jnp.arange(length), jnp.ones(length, bool))[0]
+        own = jnp.arange(length) if positions is None else positions
+        return self.cached(x, start, own, jnp.ones(length, bool), several_texts=positions is not None)[0]
 
-    def cached(self, x: jax.Array, cache: Any, positions: jax.Array, valid: jax.Array) -> tuple[Any, Any]:
+    def cached(
+        self, x: jax.Array, cache: Any, positions: jax.Array, valid: jax.Array, several_texts: bool = False
+    ) -> tuple[Any, Any]:
         """Mixes tokens that follow others, from the state that those left.
 
         Args:
           x: [..., T, D].
           cache: state float32 [..., W], and the convolution's last inputs [..., C - 1, W].
           positions, valid: [..., T]; tokens that are not valid come last and change nothing.
+          several_texts: whether a text may begin, at position 0, behind another one.
 
         Returns:
           Output [..., T, D] and the new cache.
         """
         state, before = cache
         inputs = self.linear_x(x)
-        states = self.rg_lru(self.conv(inputs, before), state, positions, valid)
+        mixed = self.conv(inputs, before, positions if several_texts else None)
+        states = self.rg_lru(mixed, state, positions, valid)
         out = self.linear_out(states.astype(x.dtype) * jax.nn.gelu(self.linear_y(x), approximate=True))
         joined = jnp.concatenate([before, inputs.astype(before.dtype)], axis=-2)
         last = jnp.sum(valid, axis=-1)[..., None] + jnp.arange(self.taps - 1)

@@ -1,0 +1,91 @@
+"""dpgemma data: looks at data before they are trained on, or tokenises them once for many runs."""
+
+import dataclasses
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from accounting.errors import InputError
+from dpgemma.commands import command_flags
+from dpgemma.training.settings import Settings
+
+DESCRIPTION = (
+    "data stats PATH says what a run with these flags would train on; data tokenize PATH --out=FOLDER writes a token"
+    " cache, which --data may name. What both print is private."
+)
+POSITIONAL = ("action", "data")
+_ACTIONS = (STATS, TOKENIZE) = ("stats", "tokenize")
+
+
+def define_flags(fv: flags.FlagValues) -> None:
+    command_flags.define_from_dataclass(Settings, fv)
+    command_flags.string("action", None, f"{STATS} or {TOKENIZE}.", fv)
+    command_flags.string("out", None, f"Folder of the token cache that {TOKENIZE} writes, or goes on writing.", fv)
+    command_flags.count("processes", None, "Processes that tokenize; by default one for each core.", fv)
+    command_flags.switch("json", "Print one JSON object.", fv)
+
+
+def run(fv: flags.FlagValues) -> int:
+    if fv.action not in _ACTIONS:
+        raise InputError(f"say what to do with the data: dpgemma data {STATS} PATH or dpgemma data {TOKENIZE} PATH")
+    given: dict[str, Any] = {field.name: fv[field.name].value for field in dataclasses.fields(Settings)}
+    settings = Settings(**given)
+    if fv.action == STATS:
+        from dpgemma.commands import data_stats
+
+        return data_stats.run(settings, epsilon_given=bool(fv["epsilon"].present), as_json=fv.json)
+    return _tokenize(settings, fv.out, fv.processes or os.cpu_count() or 1)
+
+
+def _tokenize(settings: Settings, out: str | None, processes: int) -> int:
+    if out is None:
+        raise InputError("say where the token cache shall lie: give --out=FOLDER")
+    if processes < 1:
+        raise InputError(f"--processes must be at least 1, got {processes}")
+    from dpgemma.data.text import caching, units
+    from dpgemma.training import data
+
+    reading = data.reading(settings)
+    unit = units.resolved(reading.privacy_unit, settings.data, settings.text_field)
+    made = caching.make(
+        pathlib.Path(out),
+        settings.data,
+        data.tokenizer_of(settings),
+        dataclasses.replace(reading, privacy_unit=unit),
+        processes,
+        _Bar(),
+        settings.skip_bad_records,
+    )
+    cache = made.cache
+    skipped = f", {made.skipped} records left out" if made.skipped else ""
+    print(
+        f"{cache.folder}: {made.records} records{skipped}, {cache.num_units} units, {cache.num_rows} rows of"
+        f" {cache.reading.length}"
+    )
+    flag = "" if unit in ("sequence", "example") else f" --privacy_unit={unit}"
+    flag += f" --user_field={reading.user_field}" if reading.user_field else ""
+    print(f"train on it with --data={cache.folder} --sequence_length={cache.reading.length}{flag}")
+    return 0
+
+
+class _Bar:
+    """Progress on the terminal, one bar for each phase, with the time that is left."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def phase(self, name: str, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = tqdm(
+            total=total, desc=name, unit=unit, unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
+        )
+
+    def advance(self, count: int) -> None:
+        # A part's size is estimated from its records: the bar never runs beyond its end.
+        self._bar.update(min(count, self._bar.total - self._bar.n))

@@ -1,0 +1,41 @@
+"""What the settings say of data: how records are read, and the privacy units that they make."""
+
+from dpgemma.data.limits import ONE_ROW, Limits
+from dpgemma.data.text import tokenizer as tokenizer_lib
+from dpgemma.data.text import units
+from dpgemma.data.text.pieces import Reading
+from dpgemma.data.text.tokenizer import Tokenizer
+from dpgemma.data.text.units import Found
+from dpgemma.training.settings import Settings
+
+
+def tokenizer_of(settings: Settings) -> str:
+    """What `tokenizer` means where it is omitted: that of `init_from`, else bytes."""
+    return settings.tokenizer or settings.init_from or tokenizer_lib.BYTE
+
+
+def reading(settings: Settings) -> Reading:
+    """How records become rows; the privacy unit may be "auto"."""
+    asked = settings.units
+    return Reading(
+        settings.privacy_unit,
+        settings.sequence_length,
+        settings.text_field,
+        asked.get("user_field"),
+        asked.get("records_without_user"),
+    )
+
+
+def read(settings: Settings, tokenizer: Tokenizer, vocab_size: int, secret: bytes) -> Found:
+    """The privacy units.
+
+    Args:
+      vocab_size: rows of the model's embedding.
+      secret: key by which rows are chosen of units that have too many.
+
+    Raises:
+      InputError: data that cannot be read as such units.
+    """
+    asked = settings.units
+    limits = Limits(asked["rows_per_unit"], asked["rows_kept"], secret) if asked else ONE_ROW
+    return units.read(settings.data, tokenizer, reading(settings), vocab_size, limits, settings.skip_bad_records)
