@@ -73,7 +73,7 @@ ARROWS = {
     "dpgemma.user_cache": set(),
     "dpgemma.storage": {"accounting"},
     "dpgemma.sharding": {"accounting", "dpgemma.choices"},
-    "dpgemma.data": {"accounting", "dpgemma.choices", "dpgemma.privacy.keystream"},
+    "dpgemma.data": {"accounting", "dpgemma.choices", "dpgemma.privacy.keystream", "dpgemma.storage"},
     "dpgemma.privacy": {"accounting", "dpgemma.choices", "dpgemma.data.batch", "dpgemma.sharding"},
     "dpgemma.gemma": {
         "accounting", "dpgemma.choices", "dpgemma.data.text", "dpgemma.privacy.operations", "dpgemma.sharding",

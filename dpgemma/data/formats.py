@@ -10,12 +10,13 @@ What is no text, or broken, is refused with the file's name and the line or reco
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from accounting.errors import InputError
 
@@ -31,6 +32,48 @@ _LINES, _LIST, _TABLES = (".jsonl", ".ndjson"), ".json", {".csv": ",", ".tsv": "
 _COMPRESSED = (".gz", ".zst")
 _ARRAY_RECORD = re.compile(r"\.(array_record|arrayrecord|arecord)(-\d+-of-\d+)?$")
 _LOOKED_AT, _AT_ONCE = 8192, 1024
+
+
+class File(Protocol):
+    """A file, wherever it lies. Its `str` is what messages call it.
+
+    Attributes:
+      name: without folders.
+      size: bytes.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def open(self) -> contextlib.AbstractContextManager[io.BufferedReader]:
+        """Its bytes, from the first on."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalFile:
+    """A file on a disk."""
+
+    path: pathlib.Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[io.BufferedReader]:
+        with open(self.path, "rb") as file:
+            yield file
 
 
 OnBad = Callable[[InputError], None]
@@ -53,7 +96,7 @@ class BadRecords:
         self.count += 1
 
 
-def records(path: pathlib.Path, text_field: str, on_bad: OnBad = refuse) -> Iterator[dict[str, Any]]:
+def records(path: File, text_field: str, on_bad: OnBad = refuse) -> Iterator[dict[str, Any]]:
     """The records of a file.
 
     Args:
@@ -68,7 +111,8 @@ def records(path: pathlib.Path, text_field: str, on_bad: OnBad = refuse) -> Iter
         return
     with _opened(path) as file:
         start = file.peek(_LOOKED_AT)[:_LOOKED_AT]
-        ending = pathlib.Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+        name = pathlib.PurePath(path.name)
+        ending = pathlib.PurePath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
         if start.startswith((_PARQUET, _ARROW_FILE)):
             yield from _tables(path, start)
             return
@@ -87,14 +131,14 @@ def records(path: pathlib.Path, text_field: str, on_bad: OnBad = refuse) -> Iter
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
+def _opened(path: File) -> Iterator[io.BufferedReader]:
     """The file's bytes, decompressed.
 
     Raises:
       InputError: it cannot be read, or not to its end.
     """
     try:
-        with open(path, "rb") as file:
+        with path.open() as file:
             start = file.peek(4)
             if not start.startswith((_GZIP, _ZSTD)):
                 yield file
@@ -108,7 +152,7 @@ def _opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
         raise InputError(f"{path} cannot be read ({error.strerror or str(error)[:200]})") from None
 
 
-def _check_text(path: pathlib.Path, start: bytes) -> None:
+def _check_text(path: File, start: bytes) -> None:
     what = next((name for magic, name in _NAMED.items() if start.startswith(magic)), None)
     if what is None and start.startswith(_OTHER_UNICODE):
         what = "UTF-16"
@@ -121,11 +165,11 @@ def _check_text(path: pathlib.Path, start: bytes) -> None:
         )
 
 
-def _wrong(path: pathlib.Path, place: str, number: int, what: str) -> InputError:
+def _wrong(path: File, place: str, number: int, what: str) -> InputError:
     return InputError(f"{path}, {place} {number}: {what}")
 
 
-def _lines(path: pathlib.Path, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any]]:
+def _lines(path: File, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(file, start=1):
         if line := line.removeprefix(_BOM).strip() if number == 1 else line.strip():
             try:
@@ -136,7 +180,7 @@ def _lines(path: pathlib.Path, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[
                 yield record
 
 
-def _object(path: pathlib.Path, place: str, number: int, text: bytes) -> dict[str, Any]:
+def _object(path: File, place: str, number: int, text: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text.decode(), object_pairs_hook=_once)
     except UnicodeDecodeError:
@@ -161,7 +205,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _list(path: pathlib.Path, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any]]:
+def _list(path: File, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any]]:
     try:
         found = json.loads(file.read().removeprefix(_BOM).decode(), object_pairs_hook=_once)
     except _TwiceError:
@@ -175,7 +219,7 @@ def _list(path: pathlib.Path, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[s
             on_bad(_wrong(path, "record", number, "no JSON object"))
 
 
-def _rows(path: pathlib.Path, file: IO[bytes], delimiter: str, on_bad: OnBad) -> Iterator[dict[str, Any]]:
+def _rows(path: File, file: IO[bytes], delimiter: str, on_bad: OnBad) -> Iterator[dict[str, Any]]:
     """Of a table whose first row names the fields."""
     limit = csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
@@ -197,25 +241,25 @@ def _rows(path: pathlib.Path, file: IO[bytes], delimiter: str, on_bad: OnBad) ->
         csv.field_size_limit(limit)
 
 
-def _tables(path: pathlib.Path, start: bytes) -> Iterator[dict[str, Any]]:
+def _tables(path: File, start: bytes) -> Iterator[dict[str, Any]]:
     """Of a file whose parts are found from its end."""
     import pyarrow
     from pyarrow import ipc, parquet
 
     try:
-        if start.startswith(_PARQUET):
-            for batch in parquet.ParquetFile(path).iter_batches(_AT_ONCE):
-                yield from batch.to_pylist()
-            return
-        with pyarrow.memory_map(str(path)) as mapped:
-            file = ipc.open_file(mapped)
+        with path.open() as opened:
+            if start.startswith(_PARQUET):
+                for batch in parquet.ParquetFile(opened).iter_batches(_AT_ONCE):
+                    yield from batch.to_pylist()
+                return
+            file = ipc.open_file(opened)
             for number in range(file.num_record_batches):
                 yield from file.get_batch(number).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None
 
 
-def _arrow(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+def _arrow(path: File, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     import pyarrow
     from pyarrow import ipc
 
@@ -226,12 +270,14 @@ def _arrow(path: pathlib.Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None
 
 
-def _array_records(path: pathlib.Path, text_field: str, on_bad: OnBad) -> Iterator[dict[str, Any]]:
+def _array_records(path: File, text_field: str, on_bad: OnBad) -> Iterator[dict[str, Any]]:
     """Of an ArrayRecord file, whose records are all of the kind of the first: JSON objects, examples of TensorFlow, or
     text.
     """
     from array_record.python import array_record_module
 
+    if not isinstance(path, LocalFile):
+        raise InputError(f"{path} is an ArrayRecord file, which can be read from a disk only: copy it to one")
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         count = reader.num_records()

@@ -8,12 +8,14 @@ import glob
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accounting.errors import InputError
 from dpgemma.data import formats
-from dpgemma.data.formats import OnBad, refuse
+from dpgemma.data.formats import File, LocalFile, OnBad, refuse
+from dpgemma.storage import objects
+from dpgemma.storage.objects import StoredFile, is_address
 
 SYNTHETIC = "synthetic"
 TFDS_PREFIX = "tfds:"
@@ -21,14 +23,16 @@ _READ_BATCH = 1024
 # Of Hugging Face's datasets: a set of several parts, and the files of one.
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 _TFDS = "features.json"  # in a folder that TFDS prepared
+_CACHE = "cache.json"  # in a token cache
 
 
 def records(data: str, text_field: str = "text", on_bad: OnBad = refuse) -> Iterator[dict[str, Any]]:
     """The records that `data` names.
 
     Args:
-      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", or files of the kinds that data.formats knows: a path, a glob
-        (** for folders within folders), a folder with all that is in it, or one that Hugging Face's datasets saved.
+      data: "synthetic", "tfds:NAME" or "tfds:DIRECTORY", or files of the kinds that data.formats knows, on a disk or at
+        gs:// or s3://: a path, a glob (** for folders within folders), a folder with all that is in it, or (on a disk)
+        one that Hugging Face's datasets saved.
       text_field: what the only field is called where the source has no names for fields.
       on_bad: told what is wrong with a record that cannot be read.
 
@@ -44,7 +48,7 @@ def records(data: str, text_field: str = "text", on_bad: OnBad = refuse) -> Iter
             yield from formats.records(path, text_field, on_bad)
 
 
-def files(data: str) -> list[pathlib.Path]:
+def files(data: str) -> Sequence[File]:
     """The files that hold the records of `data`, in a fixed order.
 
     Raises:
@@ -53,10 +57,13 @@ def files(data: str) -> list[pathlib.Path]:
     builder = _builder(data)
     if builder is None:
         return _files(data)
-    return sorted(path for path in pathlib.Path(builder.data_path).iterdir() if path.is_file())
+    folder = pathlib.Path(builder.data_path)
+    return [LocalFile(path) for path in sorted(folder.iterdir()) if path.is_file()]
 
 
-def _files(data: str) -> list[pathlib.Path]:
+def _files(data: str) -> Sequence[File]:
+    if is_address(data):
+        return _stored(data)
     found = pathlib.Path(os.path.expanduser(data))
     if found.is_dir():
         paths = _of_data_set(found) or sorted(path for path in found.rglob("*") if _is_meant(path, found))
@@ -64,7 +71,24 @@ def _files(data: str) -> list[pathlib.Path]:
         paths = [pathlib.Path(p) for p in sorted(glob.glob(str(found), recursive=True)) if os.path.isfile(p)]
     if not paths:
         raise InputError(f"no file matches `data`={data}: give a file, a folder, a glob, tfds:NAME, or {SYNTHETIC}")
-    return paths
+    return [LocalFile(path) for path in paths]
+
+
+def _stored(address: str) -> list[StoredFile]:
+    """Files in an object storage.
+
+    Raises:
+      InputError: none, or those of a data set whose parts are told apart by files that lie beside them.
+    """
+    found = [file for file in objects.files(address) if not any(p.startswith(".") for p in str(file).split("/"))]
+    if not found:
+        raise InputError(f"no object matches `data`={address}: give an object, a folder or a glob")
+    if marks := sorted({_SPLITS, _STATE, _TFDS, _CACHE} & {file.name for file in found}):
+        raise InputError(
+            f"`data`={address} is a data set of several files ({marks[0]} among them), which can be read from a disk"
+            " only: copy it to one, or name the files of records by a glob"
+        )
+    return found
 
 
 def _is_meant(path: pathlib.Path, folder: pathlib.Path) -> bool:
@@ -96,6 +120,8 @@ def _builder(data: str) -> Any:
         return synthetic.prepared()
     if data.startswith(TFDS_PREFIX):
         return _prepared_builder(data.removeprefix(TFDS_PREFIX))
+    if is_address(data):
+        return None
     return _prepared_builder(data) if (pathlib.Path(os.path.expanduser(data)) / _TFDS).is_file() else None
 
 

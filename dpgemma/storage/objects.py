@@ -1,7 +1,9 @@
 """Objects under one address of an object storage: gs:// or s3://, by fsspec."""
 
 import contextlib
+import dataclasses
 import hashlib
+import io
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +21,84 @@ def is_address(place: str) -> bool:
     (True, False)
     """
     return "://" in place
+
+
+def _storage_of(address: str) -> tuple[Any, str]:
+    """(fsspec's file system, path in it) of an address.
+
+    Raises:
+      InputError: another kind of address, or a package that is not installed.
+    """
+    import fsspec
+
+    scheme = address.partition("://")[0]
+    if scheme not in _EXTRAS:
+        raise InputError(f"{address} is no address that can be used: give gs://BUCKET/... or s3://BUCKET/...")
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
+    except ImportError:
+        raise InputError(f"{address} needs another package: pip install 'dpgemma[{_EXTRAS[scheme]}]'") from None
+    return found
+
+
+@contextlib.contextmanager
+def _reported(address: str, what: str, passed: type[Exception] = InputError) -> Iterator[None]:
+    """One sentence for whatever goes wrong but `passed`, which the user of the content raises."""
+    try:
+        yield
+    except passed:
+        raise
+    except Exception as error:  # each storage has exceptions of its own
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise InputError(
+            f"{address} cannot be {what} ({reason}): check that the bucket exists, that you may read and write"
+            " it, and that the network is up, and run the same command again"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """An object that is read like a file.
+
+    Attributes:
+      address: its own.
+      size: bytes.
+    """
+
+    address: str
+    size: int
+    storage: Any = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return self.address
+
+    @property
+    def name(self) -> str:
+        return self.address.rpartition("/")[2]
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[io.BufferedReader]:
+        """Its bytes.
+
+        Raises:
+          InputError: the storage does not let them be read.
+        """
+        with _reported(self.address, "read", ValueError), self.storage.open(self.address, "rb") as file:
+            yield io.BufferedReader(file)
+
+
+def files(address: str) -> list[StoredFile]:
+    """The objects at an address, sorted: the one of that name, those below it, or those that match its * and **.
+
+    Raises:
+      InputError: the storage cannot be read.
+    """
+    storage, root = _storage_of(address)
+    scheme = address.partition("://")[0]
+    with _reported(address, "read"):
+        found = storage.glob(root, detail=True) if set(root) & set("*?[") else storage.find(root, detail=True)
+    sizes = {path: facts["size"] for path, facts in found.items() if facts["type"] == "file"}
+    return [StoredFile(f"{scheme}://{path}", sizes[path], storage) for path in sorted(sizes) if not path.endswith("/")]
 
 
 class Objects:
@@ -41,26 +121,11 @@ class Objects:
                 f"{address} is no folder that can be used: give one on a disk, or gs://BUCKET/FOLDER or"
                 " s3://BUCKET/FOLDER without any of * ? [ ] :"
             )
-        import fsspec
+        self._storage: Any
+        self._storage, self._root = _storage_of(self.address)
 
-        try:
-            self._storage: Any
-            self._storage, self._root = fsspec.core.url_to_fs(
-                self.address, use_listings_cache=False, skip_instance_cache=True
-            )
-        except ImportError:
-            raise InputError(f"{address} needs another package: pip install 'dpgemma[{_EXTRAS[scheme]}]'") from None
-
-    @contextlib.contextmanager
-    def _reported(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # each storage has exceptions of its own
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-            raise InputError(
-                f"{self.address} cannot be {what} ({reason}): check that the bucket exists, that you may read and write"
-                " it, and that the network is up, and run the same command again"
-            ) from None
+    def _reported(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return _reported(self.address, what)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -315,3 +315,14 @@ def test_the_command_makes_what_train_takes(tmp_path):
     ):
         refused = runs.call("data", *arguments)
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr
+
+
+def test_users_are_told_apart_by_all_bits_of_their_digests(tmp_path):
+    """Users whose digests agree in one half or the other are several, and are numbered as their records come."""
+    halves = np.array([[1, 2], [1, 3], [4, 2], [1, 2], [4, 2], [1, 3], [0, 9], [1, 2]], np.uint64)
+    for number, users in enumerate(np.split(halves, [3, 5])):
+        kinds = dict(lengths=np.int64, is_text=bool, rows=np.int64)
+        numbers = {name: np.ones(len(users), kind) for name, kind in kinds.items()}
+        np.savez(tmp_path / f"part-{number:06d}.npz", **numbers, users=users, width=2, largest=1, skipped=0)
+    found = caching.FilePieces(tmp_path)
+    assert found.owners().tolist() == [0, 1, 2, 0, 2, 1, 3, 0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gzip
 import http.server
 import json
 import logging
@@ -18,11 +19,15 @@ import pytest
 
 from accounting import run_files
 from accounting.errors import InputError
+from dpgemma.data import readers
+from dpgemma.data.text import caching
+from dpgemma.data.text.pieces import Reading
 from dpgemma.storage import mirror as mirror_lib
 from dpgemma.storage.mirror import Mirror
 from dpgemma.storage.objects import Objects
 from dpgemma.training.prepare import prepare
 from dpgemma.training.settings import Settings
+from tests.data.cache_test import Silent
 from tests.training import runs
 
 
@@ -406,3 +411,42 @@ def test_processes_write_their_parts_of_checkpoints_into_the_storage(text, googl
     assert next(line["step"] for line in after if line["kind"] == "resume") in (2, 4)
     assert sorted(line["step"] for line in after if line["kind"] == "step") == list(range(6))
     assert audited(address)["consistent"]
+
+
+def test_data_are_read_where_they_lie(address, tmp_path):
+    """Objects, folders and globs give the records of files on a disk; what is wrong is named by its address."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder, there = tmp_path / "data", address.removesuffix("/runs/one") + "/data"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (folder / "b.txt.gz").write_bytes(gzip.compress(b"three"))
+    (folder / ".hidden").write_text("no")
+    parquet.write_table(pa.table({"text": ["four", "five"]}), folder / "more" / "c.parquet")
+    storage = Objects(there)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.upload(path, str(path.relative_to(folder)))
+    for what in ("", "/a.jsonl", "/*.gz", "/**/*.parquet", "/more"):
+        assert list(readers.records(there + what)) == list(readers.records(f"{folder}{what}")), what
+    for name in ("there", "here"):
+        data = there if name == "there" else str(folder)
+        caching.make(tmp_path / name, data, "byte", Reading("sequence", 8, "text"), 1, Silent())
+    contents = [json.loads((tmp_path / name / "cache.json").read_text())["shards"] for name in ("there", "here")]
+    assert contents[0] == contents[1]
+    storage.write("bad/d.jsonl", b'{"text": "six"}\nnone\n')
+    storage.write("bad/e.parquet", b"PAR1 and nothing else")
+    storage.write("cache/cache.json", b"{}")
+    for what, said in (
+        ("/bad/d.jsonl", r"bad/d\.jsonl, line 2: no JSON object"),
+        ("/bad/e.parquet", r"bad/e\.parquet is damaged"),
+        ("/nothing", "no object matches"),
+        ("/cache", "cache.json among them"),
+    ):
+        with pytest.raises(InputError, match=said):
+            list(readers.records(there + what))
+    with pytest.raises(InputError, match="cannot be read"):
+        list(readers.records("s3://no-bucket-of-this-name/data"))
+    with pytest.raises(InputError, match="no address that can be used"):
+        list(readers.records("ftp://host/data"))

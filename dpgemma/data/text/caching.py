@@ -25,7 +25,7 @@ import numpy as np
 from accounting.errors import InputError
 from dpgemma.choices import OF_SEVERAL_ROWS, SEQUENCE
 from dpgemma.data import readers
-from dpgemma.data.formats import BadRecords, OnBad
+from dpgemma.data.formats import BadRecords, File, OnBad
 from dpgemma.data.text import cache, pieces
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text.cache import FACTS, FIRST, TokenCache, shard_name
@@ -118,7 +118,7 @@ def make(
             return Made(whole, whole.facts["records"], whole.facts["skipped"])
         _claim(parts / _KEY, key, folder)
         records, skipped = _tokenise(parts, data, tokenizer_name, reading, processes, progress, skip_bad_records, sizes)
-        found = _FilePieces(parts)
+        found = FilePieces(parts)
         if not len(found.lengths) or (reading.privacy_unit == SEQUENCE and not found.lengths.any()):
             raise InputError("the data are empty: there is no text to train on")
         facts = {
@@ -163,13 +163,13 @@ def _claim(path: pathlib.Path, key: dict[str, Any], folder: pathlib.Path) -> Non
         _write(path, json.dumps(key).encode())
 
 
-def _digest_of_files(files: Sequence[pathlib.Path], progress: Progress) -> str:
+def _digest_of_files(files: Sequence[File], progress: Progress) -> str:
     """A hash of names and contents."""
-    progress.phase("reading", sum(path.stat().st_size for path in files), "B")
+    progress.phase("reading", sum(file.size for file in files), "B")
     digest = hashlib.blake2b(digest_size=32)
-    for path in files:
-        digest.update(repr((path.name, path.stat().st_size)).encode())
-        with open(path, "rb") as file:
+    for named in files:
+        digest.update(repr((named.name, named.size)).encode())
+        with named.open() as file:
             while content := file.read(_HASHED_AT_ONCE):
                 digest.update(content)
                 progress.advance(len(content))
@@ -191,7 +191,7 @@ def _tokenise(
     skip: bool, sizes: Sizes,
 ) -> tuple[int, int]:  # fmt: skip
     """Writes the parts that are not there: (records that were read, records that were left out)."""
-    progress.phase("tokenising", sum(path.stat().st_size for path in readers.files(data)), "B")
+    progress.phase("tokenising", sum(file.size for file in readers.files(data)), "B")
     bad, count = BadRecords(skip), 0
     with _Workers(processes) as workers:
         for number, (records, size) in enumerate(_chunks(data, reading.text_field, bad, sizes)):
@@ -323,7 +323,7 @@ def _numbers(path: pathlib.Path) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-class _FilePieces:
+class FilePieces:
     """All pieces, in the files of the parts; numbers of them in memory (14 bytes each), tokens read when they are asked
     for.
     """
@@ -355,12 +355,14 @@ class _FilePieces:
         for number, path in enumerate(_all_parts(self._parts)):
             here = slice(self._first[number], self._first[number + 1])
             low[here], high[here] = _numbers(path)["users"].T
-        # Equal users stand next to each other, the first piece of each in front. Users of one low half are rare.
+        # Equal users stand next to each other, the first piece of each in front.
         order = np.argsort(low, kind="stable")
-        if ((low[order[1:]] == low[order[:-1]]) & (high[order[1:]] != high[order[:-1]])).any():
-            order = np.lexsort((np.arange(count), high, low))
+        low, high = low[order], high[order]
+        if ((low[1:] == low[:-1]) & (high[1:] != high[:-1])).any():  # two users of one lower half, which is rare
+            again = np.lexsort((order, high, low))
+            order, low, high = order[again], low[again], high[again]
         is_new = np.ones(count, bool)
-        is_new[1:] = (low[order[1:]] != low[order[:-1]]) | (high[order[1:]] != high[order[:-1]])
+        is_new[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
         del low, high
         firsts = order[is_new]
         rank = np.empty(len(firsts), np.int32)
@@ -402,7 +404,7 @@ class _FilePieces:
 
 
 def _write_rows(
-    folder: pathlib.Path, found: _FilePieces, reading: Reading, tokenizer: Tokenizer, progress: Progress, sizes: Sizes
+    folder: pathlib.Path, found: FilePieces, reading: Reading, tokenizer: Tokenizer, progress: Progress, sizes: Sizes
 ) -> dict[str, Any]:
     """Writes the shards that are not there and the index: what cache.json says of them."""
     layout = Layout(found, reading.privacy_unit, reading.length, tokenizer.pad)
