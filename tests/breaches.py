@@ -400,6 +400,35 @@ MUTATIONS = (
         ("tests/data/grouped_test.py", "-k", "items"),
     ),
     Mutation(
+        "users", "every row of a user is clipped by itself", "dpgemma/privacy/row_by_row.py",
+        "ends = is_here & ((i + 1 >= count) | (after != slot))", "ends = is_here",
+        ("tests/training/users_test.py", "-k", "without_a_user_the_sum and example_scan"),
+    ),
+    Mutation(
+        "users", "a user's gradient goes on into the next user's", "dpgemma/privacy/row_by_row.py",
+        "jnp.where(ends, jnp.zeros_like(leaf), leaf)", "leaf",
+        ("tests/training/users_test.py", "-k", "without_a_user_the_sum and example_scan"),
+    ),
+    Mutation(
+        "users", "the norm of a user's gradient is taken before its last row", "dpgemma/privacy/row_by_row.py",
+        "add_unit, lambda total, _: (total, jnp.float32(0)), total, gradient)",
+        "lambda total, new: (jax.tree.map(lambda s, g: s + placed(g * factor(norms.l2_norm(carry[1]) + 1e-9, margin)),"
+        " total, new), norms.l2_norm(new)), lambda total, _: (total, jnp.float32(0)), total, gradient)",
+        ("tests/training/users_test.py", "-k", "without_a_user_the_sum and example_scan"),
+    ),
+    Mutation(
+        "token cache", "rows of other units are read without a word", "dpgemma/data/text/cache.py",
+        "if not ((own == numbers) & (first <= numbers) & (numbers < end) & (units == units % self.num_units)).all():",
+        "if False:",
+        ("tests/data/cache_test.py", "-k", "never_read"),
+    ),
+    Mutation(
+        "which rows are trained on", "of very many units, those that are held out are trained on",
+        "dpgemma/data/holdout.py",
+        "Reordered(source, order, training, count - training)", "Reordered(source, order, 0, count - training)",
+        ("tests/data/holdout_test.py", "-k", "without_a_list"),
+    ),
+    Mutation(
         "object storage", "steps are computed before their lines are stored", "accounting/ledger/chain.py",
         "            self._copy(self.length, text)\n", "            pass\n",
         (STORAGE, "-k", "before_its_step_is_computed"),

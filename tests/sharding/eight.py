@@ -63,11 +63,13 @@ def places_of(model, mesh):
     return Layout(mesh).places((weights.axes(model), {}), (decoder.parameter_shapes(model), {}))
 
 
-def batch(mesh):
-    """Sixteen slots, the last three of them padding."""
+def batch(mesh, places=1):
+    """Sixteen slots, the last three of them padding; the others have up to `places` rows."""
     _, rows = step_test.problem()
     twice = {name: np.concatenate([column, column]) for name, column in rows.items()}
-    return Batch.of_rows(twice, np.arange(16) < 13).dealt(mesh_lib.shape(mesh).rows)
+    several = {name: np.stack([np.roll(column, i, 0) for i in range(places)], 1) for name, column in twice.items()}
+    real = np.arange(places) < np.where(np.arange(16) < 13, 1 + np.arange(16) % places, 0)[:, None]
+    return Batch(several, real).dealt(mesh_lib.shape(mesh).rows)
 
 
 class Step:
@@ -107,12 +109,13 @@ class Step:
         return max(leaf.addressable_shards[0].data.size / leaf.size for leaf in leaves)
 
 
-def sums(meshes, family, dtype="float32", strategy="example_scan", rank=None):
+def sums(meshes, family, dtype="float32", strategy="example_scan", rank=None, rows_per_unit=1):
     """Of the first mesh's clipped sum without noise: its norm, and how far those of all meshes are from it; the largest
     difference of a unit's norm; and the largest norm that one unit contributes, in clip norms, on any of them.
 
     Args:
       rank: of adapters, which then are all that is trained.
+      rows_per_unit: most rows of a unit.
     """
     model = small(family)
     if rank:
@@ -133,7 +136,7 @@ def sums(meshes, family, dtype="float32", strategy="example_scan", rank=None):
             cast = objective.cast(trained)
             return sharded_clipped_sum(objective.loss, cast, others, batch, clip, how, devices, places=places)
 
-        whole = batch(mesh)
+        whole = batch(mesh, rows_per_unit)
         here = jax.device_put((trained, others), (places.at_rest, places.frozen))
         clipped = run(*here, whole)
         norms, mask = np.asarray(clipped.stats.norms), np.asarray(whole.mask)

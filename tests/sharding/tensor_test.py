@@ -31,6 +31,15 @@ def test_a_sum_does_not_depend_on_the_mesh(family, meshes):
     assert 0.99 < alone <= 1
 
 
+@slow
+@pytest.mark.parametrize("family", ["vaultgemma_1b", "recurrentgemma_2b"])
+def test_units_of_several_rows_have_the_same_sums_on_every_mesh(family):
+    """Devices have different numbers of rows, and where layers are spread go through them together."""
+    norm, away, norms_away, alone = eight.result_of(f"sums({MESHES!r}, {family!r}, rows_per_unit=3)")
+    assert 0.05 < norm < 13 * 0.05 and max(away) < 1e-5 * norm and max(norms_away) < 1e-5
+    assert 0.99 < alone <= 1
+
+
 @pytest.mark.parametrize("family", ["vaultgemma_1b", *(pytest.param(name, marks=slow) for name in FAMILIES[1:])])
 @pytest.mark.parametrize("dtype, far", [("float32", 1e-5), pytest.param("bfloat16", 0.1, marks=slow)])
 def test_fully_sharded_parameters_give_the_sums_of_whole_ones(family, dtype, far):
