@@ -357,7 +357,8 @@ class FilePieces:
             low[here], high[here] = _numbers(path)["users"].T
         # Equal users stand next to each other, the first piece of each in front.
         order = np.argsort(low, kind="stable")
-        low, high = low[order], high[order]
+        low = low[order]
+        high = high[order]
         if ((low[1:] == low[:-1]) & (high[1:] != high[:-1])).any():  # two users of one lower half, which is rare
             again = np.lexsort((order, high, low))
             order, low, high = order[again], low[again], high[again]
@@ -437,7 +438,7 @@ def _write_shard(path: pathlib.Path, layout: Layout, begin: int, end: int, progr
     from array_record.python import array_record_module
 
     learned = 0
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:1")
     for first in range(begin, end, at_once):
         last = min(first + at_once, end)
         rows = layout.rows(first, last)

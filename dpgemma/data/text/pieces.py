@@ -59,8 +59,7 @@ def unsigned(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     >>> unsigned(np.array([5, -1, -8], np.int32))
     (array([5, 0, 7], dtype=int32), array([ True, False, False]))
     """
-    learned = stored >= 0
-    return np.where(learned, stored, -1 - stored), learned
+    return stored ^ (stored >> 31), stored >= 0  # -1 - t has the bits of t, each reversed
 
 
 def of_record(record: dict[str, Any], number: int, tokenizer: Tokenizer, reading: Reading) -> Piece:
