@@ -10,6 +10,8 @@ from accounting.mechanism.sampling import ADD_OR_REMOVE, Fixed, Sampling, Trunca
 
 
 def _reason(sampling: Sampling, relation: str, bound: str, group_size: int) -> str:
+    if sampling.shared_items is not None and relation == ADD_OR_REMOVE:
+        return "what a unit shares with others does not go with it: use zero_out"
     if isinstance(sampling, Fixed) and sampling.items_per_unit > 1:
         return "batches that are laid out beforehand have no proof for several items of a unit: use Poisson sampling"
     if isinstance(sampling, Fixed) and relation == ADD_OR_REMOVE:

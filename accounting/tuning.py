@@ -48,6 +48,7 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
     for what in (
         "privacy_unit",
         "user_field",
+        "ownership",
         "sequence_length",
         "neighbouring_relation",
         "vocab_size",
@@ -102,7 +103,7 @@ def _compared(run: Executed, what: str) -> Any:
     if what == "vocab_size":
         # Rows of packed text are cut by tokens.
         return facts["architecture"].get(what) if facts["privacy_unit"] == "sequence" else None
-    if what in facts or what == "user_field":
+    if what in facts or what in ("user_field", "ownership"):
         return facts.get(what)
     held_out = facts.get("held_out_units")
     return None if held_out is None else run.planned.num_units + held_out

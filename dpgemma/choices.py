@@ -21,6 +21,10 @@ ROWS_KEPT = (UNIFORM_ROWS, FIRST_ROWS)
 BY_EXAMPLE = "example"
 USER_SAMPLING = (USER, BY_EXAMPLE)
 
+# Whose a record is: one user's; or several users', where it is public whose.
+ONE_OWNER, PUBLIC_OWNERS = "one", "public"
+OWNERSHIP = (ONE_OWNER, PUBLIC_OWNERS)
+
 # What becomes of a record that names no user.
 REFUSE, OWN = "refuse", "own"
 WITHOUT_USER = (REFUSE, OWN)

@@ -29,7 +29,7 @@ _CONFIG_FIELDS = (
     "privacy_unit", "sequence_length", "model",
 )  # fmt: skip
 # Of units that may have several rows.
-_UNIT_FIELDS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling")
+_UNIT_FIELDS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling", "ownership")
 _METRICS = {"step", "epsilon", "learning_rate"}
 
 Derive = Callable[[Executed], Spent]

@@ -31,7 +31,7 @@ def figures(lines: Sequence[Line], executed: Executed, accountant: Callable[...,
     claimed = facts["secret_keys"] and math.isfinite(executed.declared["epsilon"])
     known = accountant(tuple(parts) or (executed.planned,), claimed=claimed)
     epsilon = known.epsilon(executed.delta).upper if parts else 0.0
-    items = facts["num_units"] * facts.get("items_per_unit", 1)
+    items = _items(facts)
     found = {
         "run_id": facts["run_id"],
         "epsilon": epsilon,
@@ -58,7 +58,7 @@ def figures(lines: Sequence[Line], executed: Executed, accountant: Callable[...,
 def _mechanism(
     facts: dict[str, Any], executed: Executed, probability: float, noise: float, cap: int | None, steps: int
 ) -> Mechanism:
-    items = facts["num_units"] * facts.get("items_per_unit", 1)
+    items = _items(facts)
     batch = probability * items
     declared = executed.declared["expected_batch_size"]
     return dp_sgd(
@@ -74,7 +74,14 @@ def _mechanism(
         facts.get("clip_quantile"),
         facts.get("grid_bits"),
         facts.get("items_per_unit", 1),
+        facts.get("shared_items"),
     )
+
+
+def _items(facts: dict[str, Any]) -> int:
+    """What batches are drawn from, by the facts of a start event."""
+    shared = facts.get("shared_items")
+    return facts["num_units"] * facts.get("items_per_unit", 1) if shared is None else shared
 
 
 def disagreements(where: str, kind: str, stated: Stated, own: dict[str, Any]) -> Iterator[Finding]:

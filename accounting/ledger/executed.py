@@ -146,6 +146,8 @@ def of(records: Sequence[dict[str, Any]]) -> Executed:
     by_itself = declared.get("user_sampling") == "example"
     if declared.get("items_per_unit", 1) != (declared.get("rows_per_unit") if by_itself else 1):
         raise InputError("the ledger's start event has no sound items_per_unit: rows are drawn by themselves, or not")
+    if (declared.get("shared_items") is not None) != (declared.get("ownership") == "public"):
+        raise InputError("the ledger's start event has no sound shared_items: records have several users, or not")
     try:
         planned = dp_sgd(**{name: declared[name] for name in FACTS if name in declared})
         steps = [record for record in records if record["kind"] == events.STEP]

@@ -12,6 +12,7 @@ from accounting.mechanism.sampling import ADD_OR_REMOVE, MOST_STEPS, POISSON, RE
 FACTS = (
     "num_units", "expected_batch_size", "max_batch_size", "noise_multiplier", "clip_norm", "steps",
     "neighbouring_relation", "sampler", "clip_scaling", "clip_quantile", "grid_bits", "items_per_unit",
+    "shared_items",
 )  # fmt: skip
 # What one step releases, as its line in the ledger records it.
 GROUP = ("sampling_probability", "noise_multiplier", "max_batch_size")
@@ -62,7 +63,7 @@ class Mechanism:
 
     @property
     def expected_batch_size(self) -> float:
-        """B = q N k, in items; the public divisor of the noised sum."""
+        """B, in items; the public divisor of the noised sum."""
         return self.sampling.expected_batch_size
 
     @property
@@ -72,7 +73,7 @@ class Mechanism:
 
     @property
     def num_items(self) -> int:
-        """N k, what batches are drawn from."""
+        """What batches are drawn from: N k items, or those that units share."""
         return self.sampling.num_items
 
     @property
@@ -82,7 +83,7 @@ class Mechanism:
 
     @property
     def sampling_probability(self) -> float:
-        """q = B / (N k)."""
+        """q = B / num_items."""
         return self.sampling.sampling_probability
 
     @property
@@ -143,6 +144,7 @@ class Mechanism:
             "clip_quantile": self.clip.quantile,
             "grid_bits": self.noise.grid_bits,
             "items_per_unit": self.items_per_unit,
+            "shared_items": self.sampling.shared_items,
         }
 
     def replace(self, **changes: Any) -> "Mechanism":
@@ -171,22 +173,24 @@ def dp_sgd(
     clip_quantile: float | None = None,
     grid_bits: int | None = None,
     items_per_unit: int = 1,
+    shared_items: int | None = None,
 ) -> Mechanism:
     """The mechanism with these facts, by the names under which a ledger records them.
 
     >>> dp_sgd(60_000, 256, None, noise_multiplier=1.1, clip_norm=1.0, steps=1000).sampling
-    Poisson(num_units=60000, expected_batch_size=256, items_per_unit=1)
+    Poisson(num_units=60000, expected_batch_size=256, items_per_unit=1, shared_items=None)
 
     Args:
       max_batch_size: truncation cap, or None for plain Poisson sampling.
       grid_bits: fineness of an exact release (accounting.mechanism.grid); None for sums and noise of floats.
       items_per_unit: k, items of a unit that are drawn by themselves, as in example-level sampling of users' rows.
+      shared_items: number of items where one may be that of several units.
 
     Raises:
       InputError: facts out of range, or that do not go together.
     """
     return Mechanism(
-        sampling=sampling_of(sampler, num_units, expected_batch_size, max_batch_size, items_per_unit),
+        sampling=sampling_of(sampler, num_units, expected_batch_size, max_batch_size, items_per_unit, shared_items),
         noise=Gaussian(noise_multiplier, grid_bits),
         clip=Clip(clip_norm, clip_scaling, clip_quantile),
         steps=steps,

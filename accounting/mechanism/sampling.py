@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from accounting.errors import InputError
 from accounting.mechanism.bounds import ADDITIVE, DISPLACEMENT, LOSS, RENYI, TRUNCATED_LOSS
@@ -25,14 +25,17 @@ class Sampling:
     Attributes:
       num_units: N, privacy units. Public: under zero_out because neighbours have the same N, under add_or_remove
         because the user declares it.
-      expected_batch_size: B = q N k, in items; also the divisor of the noised sum.
+      expected_batch_size: B, in items; also the divisor of the noised sum.
       items_per_unit: k, items of every unit that are drawn independently of each other; 1 where units are drawn. It
         counts empty ones, so that how many of its k items a unit fills is not public.
+      shared_items: where one item may be that of several units, so that it is public which items a unit has: their
+        number. None where every unit has k items of its own.
     """
 
     num_units: int
     expected_batch_size: float
     items_per_unit: int = dataclasses.field(default=1, kw_only=True)
+    shared_items: int | None = dataclasses.field(default=None, kw_only=True)
 
     name: ClassVar[str]
 
@@ -45,6 +48,11 @@ class Sampling:
             raise InputError(
                 f"the items of a unit must be at least 1 and at most {MOST_ITEMS}, got {self.items_per_unit}"
             )
+        if self.shared_items is not None and not 1 <= self.shared_items <= self.num_units * self.items_per_unit:
+            raise InputError(
+                f"{self.num_units} units with at most {self.items_per_unit} items each cannot share"
+                f" {self.shared_items} items"
+            )
         if not 0 < self.expected_batch_size <= self.num_items:
             raise InputError(
                 f"expected batch size {self.expected_batch_size:g} must be above 0 and at most the {self.num_items}"
@@ -54,12 +62,12 @@ class Sampling:
 
     @property
     def num_items(self) -> int:
-        """N k, what batches are drawn from."""
-        return self.num_units * self.items_per_unit
+        """N k, or the number of shared items: what batches are drawn from."""
+        return self.num_units * self.items_per_unit if self.shared_items is None else self.shared_items
 
     @property
     def sampling_probability(self) -> float:
-        """q = B / (N k)."""
+        """q = B / num_items."""
         return self.expected_batch_size / self.num_items
 
     @property
@@ -97,7 +105,7 @@ class Poisson(Sampling):
         return "full_batch" if self.sampling_probability == 1 else POISSON
 
     def bounds(self, relation: str) -> tuple[str, ...]:
-        return (LOSS, RENYI)
+        return () if self.shared_items is not None and relation == ADD_OR_REMOVE else (LOSS, RENYI)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +132,7 @@ class TruncatedPoisson(Sampling):
     def bounds(self, relation: str) -> tuple[str, ...]:
         if relation == ZERO_OUT:
             return (LOSS, ADDITIVE, DISPLACEMENT, TRUNCATED_LOSS, RENYI)
-        return (LOSS, ADDITIVE, RENYI)
+        return () if self.shared_items is not None else (LOSS, ADDITIVE, RENYI)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +151,7 @@ class Fixed(Sampling):
         return min(steps, math.ceil(steps * self.sampling_probability))
 
     def bounds(self, relation: str) -> tuple[str, ...]:
-        return (LOSS, RENYI) if relation == ZERO_OUT and self.items_per_unit == 1 else ()
+        return (LOSS, RENYI) if relation == ZERO_OUT and self.items_per_unit == 1 and not self.shared_items else ()
 
 
 SAMPLERS = (POISSON, FIXED)
@@ -155,6 +163,7 @@ def sampling_of(
     expected_batch_size: float,
     max_batch_size: int | None = None,
     items_per_unit: int = 1,
+    shared_items: int | None = None,
 ) -> Poisson | TruncatedPoisson | Fixed:
     """The sampling that flags and ledgers name.
 
@@ -163,10 +172,11 @@ def sampling_of(
     """
     if name not in SAMPLERS:
         raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    items: dict[str, Any] = {"items_per_unit": items_per_unit, "shared_items": shared_items}
     if name == FIXED:
         if max_batch_size is not None:
             raise InputError("a cap truncates Poisson batches: drop `max_batch_size` under `sampler`=fixed")
-        return Fixed(num_units, expected_batch_size, items_per_unit=items_per_unit)
+        return Fixed(num_units, expected_batch_size, **items)
     if max_batch_size is None:
-        return Poisson(num_units, expected_batch_size, items_per_unit=items_per_unit)
-    return TruncatedPoisson(num_units, expected_batch_size, max_batch_size, items_per_unit=items_per_unit)
+        return Poisson(num_units, expected_batch_size, **items)
+    return TruncatedPoisson(num_units, expected_batch_size, max_batch_size, **items)

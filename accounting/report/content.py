@@ -32,6 +32,7 @@ def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
         "privacy_unit": declared["privacy_unit"],
         "num_units": m.num_units,
         **({"items_per_unit": m.items_per_unit} if m.items_per_unit > 1 else {}),
+        **({} if m.sampling.shared_items is None else {"shared_items": m.num_items}),
         "held_out_units": declared["held_out_units"],
         "neighbouring_relation": m.neighbouring_relation,
         "sampler": m.scheme,

@@ -19,6 +19,11 @@ _UNITS = {
     "user": "all records of the training data whose field {user_field!r} has one value, of which at most"
     " {rows_per_unit} rows of {sequence_length} tokens are used ({which})",
 }
+_OF_SEVERAL_USERS = (
+    "all records of the training data whose field {user_field!r} names one user, beside others or not, of which at most"
+    " {rows_per_unit} are used, the first {sequence_length} tokens of each; whom a record names is public, and not"
+    " protected"
+)
 _ROWS_KEPT = {
     "uniform": "where there are more, rows chosen at random",
     "first": "where there are more, the first ones",
@@ -41,7 +46,7 @@ def unit_text(declared: dict[str, Any]) -> str:
     """
     if declared["privacy_unit"] not in _UNITS:
         raise InputError(f"the ledger names an unknown privacy unit {declared['privacy_unit']!r}")
-    text = _UNITS[declared["privacy_unit"]]
+    text = _OF_SEVERAL_USERS if declared.get("ownership") == "public" else _UNITS[declared["privacy_unit"]]
     try:
         which = _ROWS_KEPT[declared["rows_kept"]] if "{which}" in text else None
         return text.format(which=which, **declared)
@@ -66,6 +71,8 @@ def mechanism_text(mechanism: Mechanism) -> str:
     what, drawn = "unit", f"{m.num_units} units"
     if m.items_per_unit > 1:
         what, drawn = "row", f"the rows of {m.num_units} units, {m.items_per_unit} each with empty ones counted"
+    if m.sampling.shared_items is not None:
+        what, drawn = "record", f"{m.num_items} records of {m.num_units} units"
     return (
         f"{m.steps} steps of DP-SGD (per-{what} gradients clipped to norm {m.clip_norm:g}, {noise}, batches drawn by"
         f" Poisson sampling with probability {m.sampling_probability:.6g} from {drawn}{cap})"
@@ -154,7 +161,7 @@ def assumptions(executed: Executed) -> list[str]:
             ", and shows how many units there are, which this relation would hide."
             if m.neighbouring_relation == ADD_OR_REMOVE
             else ", and shows how many rows of units are not empty."
-            if m.items_per_unit > 1
+            if m.items_per_unit > 1 and m.sampling.shared_items is None
             else "."
         ),
     ]
@@ -166,7 +173,7 @@ def assumptions(executed: Executed) -> list[str]:
     if declared["privacy_unit"] == "user":
         found.append(
             "Users: whom a record belongs to is what its field says. Somebody whose records carry several values is"
-            " several units, and what a record says of somebody else is protected with the user that it belongs to."
+            " several units, and what a record says of somebody else is protected with the users that it belongs to."
             + (
                 " A record that names no user is a unit of its own."
                 if declared.get("records_without_user") == "own"

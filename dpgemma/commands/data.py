@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from accounting.errors import InputError
+from dpgemma.choices import PUBLIC_OWNERS
 from dpgemma.commands import command_flags
 from dpgemma.training.settings import Settings
 
@@ -45,6 +46,8 @@ def _tokenize(settings: Settings, out: str | None, processes: int) -> int:
         raise InputError("say where the token cache shall lie: give --out=FOLDER")
     if processes < 1:
         raise InputError(f"--processes must be at least 1, got {processes}")
+    if settings.ownership == PUBLIC_OWNERS:
+        raise InputError("a token cache holds records of one user each: drop --ownership, or train on the records")
     from dpgemma.data.text import caching, units
     from dpgemma.training import data
 

@@ -1,5 +1,6 @@
 """What the settings say of data: how records are read, and the privacy units that they make."""
 
+from dpgemma.choices import PUBLIC_OWNERS
 from dpgemma.data.limits import ONE_ROW, Limits
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text import units
@@ -23,6 +24,7 @@ def reading(settings: Settings) -> Reading:
         settings.text_field,
         asked.get("user_field"),
         asked.get("records_without_user"),
+        asked.get("ownership") == PUBLIC_OWNERS,
     )
 
 

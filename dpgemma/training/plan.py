@@ -74,6 +74,7 @@ def resolve(
     *,
     epsilon_given: bool,
     begun: dict[str, Any] | None = None,
+    shared_items: int | None = None,
 ) -> Plan:
     """The plan, with units, cap, noise, target, steps and grid filled in.
 
@@ -85,11 +86,14 @@ def resolve(
       epsilon_given: whether the target was asked for, beside a noise multiplier; then the steps end where the target
         would be passed.
       begun: the settings with which a run began that goes on: where its cap was planned, it stays.
+      shared_items: number of records, where one may be that of several units.
 
     Raises:
       InputError: a combination that cannot be trained or has no guarantee.
     """
-    num_units, items, target = check(settings, counted_units), settings.items_per_unit, settings.epsilon
+    num_units = check(settings, counted_units, shared_items)
+    items, target = settings.items_per_unit, settings.epsilon
+    drawn_from = num_units * items if shared_items is None else shared_items
     _check_delta(settings)
     given_noise = settings.noise_multiplier
     # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
@@ -100,7 +104,7 @@ def resolve(
         expected_batch_size=settings.batch_size,
         max_batch_size=begun["max_batch_size"]
         if begun and settings.max_batch_size in (None, begun["max_batch_size"])
-        else _cap(settings, num_units * items, math.inf if follows else target, mesh, strategy),
+        else _cap(settings, drawn_from, math.inf if follows else target, mesh, strategy),
         noise_multiplier=given_noise or 0.0,
         clip_norm=settings.clip_norm,
         steps=settings.steps,
@@ -109,6 +113,7 @@ def resolve(
         clip_quantile=settings.clip_quantile,
         grid_bits=grid.LAW_BITS if settings.release == EXACT else None,  # until noise is known, any grid costs as much
         items_per_unit=items,
+        shared_items=shared_items,
     )
     if given_noise is None:
         solved = calibration.noise_multiplier(mechanism, target, settings.delta)
@@ -195,16 +200,20 @@ def _cap(settings: Settings, num_items: int, target: float, mesh: str, strategy:
     return cap
 
 
-def check(settings: Settings, counted_units: int) -> int:
+def check(settings: Settings, counted_units: int, shared_items: int | None = None) -> int:
     """Returns the number of units, after the checks that need no computation.
+
+    Args:
+      shared_items: number of records, where one may be that of several units.
 
     Raises:
       InputError: data, batch size or clip norm that do not go together.
     """
     num_units = _units(settings, counted_units)
-    most, items = num_units * settings.items_per_unit, settings.items_per_unit
+    items = settings.items_per_unit
+    most = num_units * items if shared_items is None else shared_items
     if settings.batch_size > most:
-        what = "training units" if items == 1 else f"rows of {num_units} training units, {items} each"
+        what = "training units" if items == 1 else f"rows of {num_units} training units"
         raise InputError(f"`batch_size`={settings.batch_size} exceeds the {most} {what}: lower it or use more data")
     if settings.clip_norm < SMALLEST_CLIP_NORM:
         raise InputError(

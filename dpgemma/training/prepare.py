@@ -39,7 +39,7 @@ from dpgemma.training.settings import Settings
 from dpgemma.training.trainer import Trainer
 
 # Settings of units of several rows that a ledger records.
-_OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling")
+_OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling", "ownership")
 
 
 @contextlib.contextmanager
@@ -149,7 +149,9 @@ def _prepare(
     found = data.read(settings, tokenizer, start.model.vocab_size, keys.holdout)
     privacy_unit, source, remarks = found.privacy_unit, found.units, _remarks(settings, found)
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
-    plan_lib.check(settings, training.num_units)
+    shared = None if found.users is None else training.num_units
+    num_units = training.num_units if found.users is None else found.users
+    plan_lib.check(settings, num_units, shared)
     # Chosen once: a run that goes on computes as it began.
     if begun:
         strategy, choice = clipping_choice.as_before(settings, begun), None
@@ -158,7 +160,14 @@ def _prepare(
     clipping_choice.check(strategy.name, settings.remat, shape)
     trained = decoder.count(objective.shapes()[0])
     plan = plan_lib.resolve(
-        settings, training.num_units, trained, named.mesh, strategy, epsilon_given=epsilon_given, begun=begun
+        settings,
+        num_units,
+        trained,
+        named.mesh,
+        strategy,
+        epsilon_given=epsilon_given,
+        begun=begun,
+        shared_items=shared,
     )
     config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit} | settings.units
     fingerprint = source.fingerprint(keys.fingerprint)
@@ -190,7 +199,7 @@ def _prepare(
             observer.inform(choice)
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
-    drawn = Items(training) if settings.items_per_unit > 1 else training
+    drawn = Items(training) if settings.items_per_unit > 1 and shared is None else training
     return Trainer(plan, objective, drawn, run, observers, held_out=held_out)
 
 
@@ -211,7 +220,7 @@ def _mirror_of(address: str) -> Mirror:
 def _remarks(settings: Settings, found: Found) -> list[str]:
     """What is worth knowing of single records or units: for the operator alone, because one of them decides it."""
     items = settings.items_per_unit
-    if items == 1:
+    if items == 1 or found.users is not None:
         return found.remarks
     filled = found.rows / (found.units.num_units * items)
     return [f"{filled:.0%} of the rows that are drawn hold text, the others are empty", *found.remarks]

@@ -11,7 +11,7 @@ import typing
 from typing import Any
 
 from accounting.errors import InputError
-from accounting.mechanism import RELATIONS
+from accounting.mechanism import RELATIONS, ZERO_OUT
 from accounting.mechanism.clip import SCALINGS
 from dpgemma import choices
 from dpgemma.choices import AUTO
@@ -79,6 +79,12 @@ class Settings:
     )
     records_without_user: str | None = _setting(
         None, "Records without a user: refuse (by default), or own, which makes each a unit.", choices.WITHOUT_USER
+    )
+    ownership: str | None = _setting(
+        None,
+        "Whose a record is: one user's (by default; others are refused), or several users', whose names are public and"
+        " not protected: then records are drawn, at most `rows_per_unit` of each user, in the order of the data.",
+        choices.OWNERSHIP,
     )
     user_sampling: str | None = _setting(
         None,
@@ -252,7 +258,10 @@ class Settings:
             )
 
     def _check_units(self) -> None:
-        of_rows, of_users = ("rows_per_unit", "rows_kept"), ("user_field", "records_without_user", "user_sampling")
+        of_rows, of_users = (
+            ("rows_per_unit", "rows_kept"),
+            ("user_field", "records_without_user", "user_sampling", "ownership"),
+        )
         unknown = [*(of_rows if self.privacy_unit not in choices.OF_SEVERAL_ROWS else [])]
         unknown += of_users if self.privacy_unit != choices.USER else []
         given = [name for name in unknown if getattr(self, name) is not None]
@@ -261,19 +270,37 @@ class Settings:
             raise InputError(f"`{given[0]}` has no meaning with this `privacy_unit`: drop it, or give {units}")
         if self.privacy_unit == choices.USER and not self.user_field:
             raise InputError("`privacy_unit`=user needs the field that names a record's user: give `user_field`")
+        if self.ownership == choices.PUBLIC_OWNERS:
+            self._check_public_ownership()
+
+    def _check_public_ownership(self) -> None:
+        if self.user_sampling != choices.BY_EXAMPLE:
+            raise InputError("a record of several users is drawn by itself: give `user_sampling`=example")
+        if self.neighbouring_relation != ZERO_OUT:
+            raise InputError(
+                "records that users share do not go with one of them: give `neighbouring_relation`=zero_out"
+            )
+        if self.holdout_fraction:
+            raise InputError(
+                "a user may have records on both sides of a hold-out, which would cover only some: give"
+                " `holdout_fraction`=0"
+            )
+        if self.rows_kept is not None:
+            raise InputError("records of several users are kept in the order of the data: drop `rows_kept`")
 
     @property
     def units(self) -> dict[str, Any]:
         """What says which rows a unit of several rows has, with defaults; empty for other units."""
         if self.privacy_unit not in choices.OF_SEVERAL_ROWS:
             return {}
-        of_users = self.privacy_unit == choices.USER
+        of_users, shared = self.privacy_unit == choices.USER, self.ownership == choices.PUBLIC_OWNERS
         return {
             "rows_per_unit": self.rows_per_unit or ROWS_PER_UNIT,
-            "rows_kept": self.rows_kept or choices.UNIFORM_ROWS,
+            "rows_kept": self.rows_kept or (choices.FIRST_ROWS if shared else choices.UNIFORM_ROWS),
             "user_field": self.user_field,
             "records_without_user": (self.records_without_user or choices.REFUSE) if of_users else None,
             "user_sampling": (self.user_sampling or choices.USER) if of_users else None,
+            "ownership": (self.ownership or choices.ONE_OWNER) if of_users else None,
         }
 
     @property

@@ -93,10 +93,14 @@ def of(settings: Settings, *, epsilon_given: bool) -> Statistics:
     tokenizer = tokenizer_lib.load(data.tokenizer_of(settings))
     found = data.read(settings, tokenizer, 2**31, bytes(32))
     counts = _counts(found)
-    training = max(1, round((1 - settings.holdout_fraction) * found.units.num_units))
+    shared = None if found.users is None else found.units.num_units
+    count = found.units.num_units if found.users is None else found.users
+    training = max(1, round((1 - settings.holdout_fraction) * count))
     if settings.num_units is not None:
         training = settings.num_units
-    plan = plan_lib.resolve(settings, training, 1, "data:1", Strategy(), epsilon_given=epsilon_given)
+    plan = plan_lib.resolve(
+        settings, training, 1, "data:1", Strategy(), epsilon_given=epsilon_given, shared_items=shared
+    )
     choices: tuple[Choice, ...] = ()
     if found.privacy_unit == USER and counts is not None and plan.mechanism.is_private:
         choices = tuple(_choices(plan, counts, training, found.units.max_rows))

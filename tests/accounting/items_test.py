@@ -133,3 +133,19 @@ def test_facts_say_how_many_items_a_unit_has():
     assert dp_sgd(**plan.facts()) == plan and plan.facts()["items_per_unit"] == 7
     old = {name: value for name, value in users(1, 0.01, 1.0, 3).facts().items() if name != "items_per_unit"}
     assert dp_sgd(**old).items_per_unit == 1
+
+
+def test_items_that_units_share_are_drawn_from_their_own_number():
+    shared = dp_sgd(500, 60, None, 3.0, 1.0, 20, ZERO_OUT, items_per_unit=4, shared_items=1200)
+    own = dp_sgd(300, 60, None, 3.0, 1.0, 20, ZERO_OUT, items_per_unit=4)
+    assert shared.num_items == own.num_items == 1200 and shared.sampling_probability == 0.05
+    assert Accountant(shared).upper(1e-5) == pytest.approx(Accountant(own).upper(1e-5), rel=1e-12)
+    assert dp_sgd(**shared.facts()) == shared
+    capped = shared.replace(max_batch_size=90)
+    tail = 20 * stats.binom.sf(90 - 4, 1200 - 4, 0.05)
+    assert truncation.displacement_delta(capped, 20) == pytest.approx(tail, rel=1e-12)
+    for facts in (dict(neighbouring_relation=ADD_OR_REMOVE), dict(sampler=FIXED)):
+        with pytest.raises(InputError, match=r"shares|several items"):
+            Accountant(shared.replace(**facts))
+    with pytest.raises(InputError, match="cannot share"):
+        shared.replace(shared_items=2001)

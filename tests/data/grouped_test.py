@@ -1,5 +1,6 @@
 """Documents and users: which rows they have, and that no row holds anything of two of them."""
 
+import collections
 import dataclasses
 import json
 
@@ -15,6 +16,7 @@ from dpgemma.data.source import Items, Subset
 from dpgemma.data.text import units as units_lib
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
+from dpgemma.data.text.users import within_limit
 
 TOKENIZER, LENGTH = ByteTokenizer(), 8
 SECRET = bytes(range(32))
@@ -145,3 +147,32 @@ def test_items_are_the_rows_of_their_unit():
         np.testing.assert_array_equal(rows["tokens"], np.array([row for _, row in expected]).reshape(-1, LENGTH))
         batch = collate(items, asked, items.num_units)  # empty items take no slot
         assert batch.mask.sum() == len(expected) and batch.mask[: len(expected)].all()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=4), max_size=30), st.integers(1, 4))
+def test_records_of_several_users_are_kept_up_to_the_limit_of_each(owners, limit):
+    """At most k of each user, no record left out without need, and nothing but names decides it."""
+    names = [tuple(sorted(set(one))) for one in owners]
+    kept = within_limit(names, limit)
+    counts = collections.Counter(name for number in kept for name in names[number])
+    assert max(counts.values(), default=0) <= limit and kept == sorted(set(kept))
+    for number in set(range(len(names))) - set(kept):
+        before = collections.Counter(name for other in kept if other < number for name in names[other])
+        assert any(before[name] == limit for name in names[number])
+
+
+def test_a_list_names_several_users_only_where_that_is_public(tmp_path):
+    records = [{"to": ["a", "b"], "text": "1"}, {"to": "a", "text": "2"}, {"to": ["b", "c", 3], "text": "3"}]
+    with pytest.raises(InputError, match=r"record 1 of the data has no single user .*`ownership`=public"):
+        by_user(records, field="to")
+    path = tmp_path / "mail.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*records, {"to": [], "text": "4"}])))
+    reading = Reading("user", LENGTH, "text", "to", "own", several_users=True)
+    found = units_lib.read(str(path), TOKENIZER, reading, 260, Limits(1, "first", SECRET))
+    assert (found.privacy_unit, found.users, found.rows, found.all_rows) == ("user", 5, 2, 4)
+    rows, _ = found.units.read(np.arange(found.units.num_units))
+    texts = [TOKENIZER.decode(t[s]) for t, s in zip(rows["tokens"], rows["scored"], strict=True)]
+    assert texts == [b"1", b"4"] and "2 of 4 records are left out" in found.remarks[0]
+    with pytest.raises(InputError, match="has no user in the field 'to'"):
+        units_lib.read(str(path), TOKENIZER, dataclasses.replace(reading, records_without_user="refuse"), 260)

@@ -9,8 +9,9 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from scipy import stats
 
+from accounting.accountant import Accountant
 from accounting.errors import InputError
-from accounting.mechanism import Clip
+from accounting.mechanism import Clip, dp_sgd
 from accounting.report import words
 from dpgemma.data.batch import collate
 from dpgemma.data.limits import Kept, Limits
@@ -18,6 +19,7 @@ from dpgemma.data.source import Items
 from dpgemma.data.text import units as units_lib
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
+from dpgemma.data.text.users import within_limit
 from dpgemma.gemma import decoder
 from dpgemma.privacy import clipping
 from dpgemma.privacy.clipping import Strategy
@@ -112,6 +114,38 @@ def test_rows_that_are_drawn_one_by_one_are_charged_as_a_group(notes, tmp_path, 
         code, found = forgery.audited(capsys, work)
         assert code == 1, (changes, found)
         (work / "ledger.jsonl").write_text(original)
+
+
+def test_records_of_several_users_are_charged_for_each_of_them(tmp_path, capsys):
+    """Mail between few people: whom it names is public, and each has at most two letters in all batches."""
+    rng, work = np.random.default_rng(5), tmp_path / "run"
+    mail = [{"to": [int(i) for i in rng.choice(40, 2, replace=False)], "text": f"letter {n}"} for n in range(90)]
+    (tmp_path / "mail.jsonl").write_text("\n".join(map(json.dumps, mail)))
+    flags = dict(privacy_unit="user", user_field="to", user_sampling="example", rows_per_unit=2, noise_multiplier=1.5)
+    flags |= dict(ownership="public", holdout_fraction=0, model="ladder_20k")
+    done = runs.call(*runs.flags(tmp_path / "mail.jsonl", work, steps=2, **flags))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (work / "ledger.jsonl").read_text().splitlines()]
+    start, (first, *_) = lines[0], [line for line in lines if line["kind"] == "step"]
+    kept = within_limit([tuple(map(str, letter["to"])) for letter in mail], 2)
+    people = len({name for letter in mail for name in letter["to"]})
+    assert (start["num_units"], start["shared_items"], start["items_per_unit"]) == (people, len(kept), 2)
+    assert first["sampling_probability"] == 12 / len(kept) and len(kept) < 45
+    report = json.loads((work / "report.json").read_text())
+    alike = dp_sgd(len(kept), 12, start["max_batch_size"], 1.5, 1.0, 2, "zero_out")
+    assert report["epsilon"] == pytest.approx(Accountant(alike, group_size=2).upper(1e-4), rel=1e-3)
+    assert "whom a record names is public, and not protected" in report["statement"]
+    assert f"from {len(kept)} records of {people} units" in report["statement"]
+    assert forgery.audited(capsys, work)[0] == 0
+    for wrong, said in (
+        (dict(user_sampling="user"), "--user_sampling=example"),
+        (dict(holdout_fraction=0.1), "--holdout_fraction=0"),
+        (dict(rows_kept="first"), "drop --rows_kept"),
+        (dict(neighbouring_relation="add_or_remove", num_units=50), "--neighbouring_relation=zero_out"),
+        (dict(ownership="one"), "give one with a text or a number, or --ownership=public"),
+    ):
+        refused = runs.call(*runs.flags(tmp_path / "mail.jsonl", tmp_path / "no", steps=2, **flags | wrong))
+        assert refused.returncode == 2 and said in refused.stderr, refused.stderr
 
 
 def test_a_report_names_no_unit_that_its_ledger_does_not_describe():

@@ -14,7 +14,7 @@ from dpgemma.choices import REFUSE, SEQUENCE, USER
 from dpgemma.data.formats import OnBad, refuse
 from dpgemma.data.text import examples
 from dpgemma.data.text.tokenizer import Tokenizer, utf8
-from dpgemma.data.text.users import user_of
+from dpgemma.data.text.users import users_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Reading:
       text_field: field of a record that holds its text.
       user_field: field that names a record's user; fields within fields are joined by dots.
       records_without_user: "refuse", or "own" for units of their own.
+      several_users: whether a record may be that of several users.
     """
 
     privacy_unit: str
@@ -34,6 +35,7 @@ class Reading:
     text_field: str
     user_field: str | None = None
     records_without_user: str | None = None
+    several_users: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +46,18 @@ class Piece:
       tokens: int32 [n]; those not to be learned as -1 - t.
       is_text: whether other text may follow it in its row; else it begins a row, and its last row ends with it.
       rows: of a piece that begins a row, rows of it in which something is learned.
-      user: whom it belongs to; None where it names nobody, or nobody asks.
+      users: whom it belongs to; empty where it names nobody, or nobody asks.
     """
 
     tokens: np.ndarray
     is_text: bool
     rows: int
-    user: str | None
+    users: tuple[str, ...] = ()
+
+    @property
+    def user(self) -> str | None:
+        """The only one that it belongs to, if it does."""
+        return self.users[0] if self.users else None
 
 
 def unsigned(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,16 +88,16 @@ def of_record(record: dict[str, Any], number: int, tokenizer: Tokenizer, reading
         tokens = tokenizer.encode(text if isinstance(text, bytes) else utf8(text))
         if tokens.size:
             tokens = np.append(tokens, np.int32(tokenizer.eos))
-        return Piece(tokens, True, 0, None)
+        return Piece(tokens, True, 0)
     try:
         ids, learned = examples.encoded(record, tokenizer, reading.text_field)
     except InputError as error:
         raise InputError(f"record {number} of the data: {error}") from None
-    user = None
+    users: tuple[str, ...] = ()
     if reading.privacy_unit == USER:
         assert reading.user_field is not None
-        user = user_of(record, reading.user_field, number)
-        if user is None and (reading.records_without_user or REFUSE) == REFUSE:
+        users = users_of(record, reading.user_field, number, several=reading.several_users)
+        if not users and (reading.records_without_user or REFUSE) == REFUSE:
             raise InputError(
                 f"record {number} of the data has no user in the field {reading.user_field!r}: give"
                 " `records_without_user`=own to make such records units of their own, or correct `user_field`"
@@ -99,7 +106,7 @@ def of_record(record: dict[str, Any], number: int, tokenizer: Tokenizer, reading
     rows = 0
     if not learned.all():
         rows = int(np.pad(learned, (0, -len(ids) % reading.length)).reshape(-1, reading.length).any(axis=1).sum())
-    return Piece(np.where(learned, ids, -1 - ids), is_text, rows, user)
+    return Piece(np.where(learned, ids, -1 - ids), is_text, rows, users)
 
 
 def of_records(

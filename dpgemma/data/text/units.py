@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from accounting.errors import InputError
-from dpgemma.choices import AUTO, EXAMPLE, OF_SEVERAL_ROWS, SEQUENCE
+from dpgemma.choices import AUTO, EXAMPLE, OF_SEVERAL_ROWS, SEQUENCE, USER
 from dpgemma.data import readers
 from dpgemma.data.formats import BadRecords, OnBad, refuse
 from dpgemma.data.limits import ONE_ROW, Kept, Limits, RowStore
@@ -19,6 +19,7 @@ from dpgemma.data.text.layout import Layout
 from dpgemma.data.text.pieces import InMemoryPieces, Reading, lengths_of_records, of_records, unsigned
 from dpgemma.data.text.rows import SCORED, TOKENS, spec
 from dpgemma.data.text.tokenizer import Tokenizer, check_ids
+from dpgemma.data.text.users import within_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Found:
       units_cut: units that have more rows than are kept.
       skipped: records that were left out because they cannot be read.
       lengths: of records, as pieces.lengths_of_records gives them; empty where there are no records.
+      users: how many there are, where `units` are records that may be those of several; else None.
     """
 
     privacy_unit: str
@@ -44,6 +46,7 @@ class Found:
     units_cut: int = 0
     skipped: int = 0
     lengths: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    users: int | None = None
 
     @property
     def remarks(self) -> list[str]:
@@ -51,6 +54,11 @@ class Found:
         found = []
         if self.skipped:
             found.append(f"{self.skipped} records cannot be read and are left out, by `skip_bad_records`")
+        if self.users is not None and self.rows < self.all_rows:
+            found.append(
+                f"{self.all_rows - self.rows} of {self.all_rows} records are left out, because one of their users has"
+                " `rows_per_unit` records already"
+            )
         if self.units_cut:
             found.append(
                 f"{self.units_cut} of {self.units.num_units} units have more than {self.units.max_rows} rows:"
@@ -123,6 +131,8 @@ def read(
     if data.startswith(RandomRows.PREFIX):
         made = RandomRows.named(data, spec(reading.length), tokenizer.vocab_size)
         return Found(SEQUENCE, made, made.num_units, made.num_units, made.num_units)
+    if reading.several_users:
+        return _shared(data, tokenizer, reading, vocab_size, limits, skip_bad_records)
     if cache.is_cache(data):
         stored = cache.opened(pathlib.Path(data), tokenizer, reading)
         check_ids(np.array([stored.largest_id]), vocab_size)
@@ -137,6 +147,25 @@ def read(
     rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
     lengths = lengths_of_records(pieces.lengths, reading.length)
     return _kept(reading.privacy_unit, held, rows, to_learn, limits, bad.count, lengths)
+
+
+def _shared(
+    data: str, tokenizer: Tokenizer, reading: Reading, vocab_size: int, limits: Limits, skip_bad_records: bool
+) -> Found:
+    """Records that may be those of several users, a row each."""
+    if cache.is_cache(data):
+        raise InputError(f"a token cache ({data}) holds records of one user each: give the records themselves")
+    bad = BadRecords(skip_bad_records)
+    pieces = list(of_records(readers.records(data, reading.text_field, bad), tokenizer, reading, bad))
+    kept = within_limit([piece.users for piece in pieces], limits.rows_per_unit)
+    of_rows = dataclasses.replace(reading, privacy_unit=EXAMPLE)
+    held = _laid_out(InMemoryPieces([pieces[number] for number in kept]), tokenizer, of_rows)
+    check_ids(held.columns[TOKENS], vocab_size)
+    to_learn = int(held.columns[SCORED].any(axis=1).sum()) + len(pieces) - len(kept)
+    # A record that names nobody is a unit of its own.
+    users = len({name for piece in pieces for name in piece.users}) + sum(not piece.users for piece in pieces)
+    lengths = lengths_of_records(InMemoryPieces(pieces).lengths, reading.length)
+    return Found(USER, held, len(kept), to_learn, len(pieces), 0, bad.count, lengths, users)
 
 
 def _kept(
