@@ -92,7 +92,7 @@ class Accountant:
     Args:
       mechanisms: the public facts of a run, or of several runs or parts of one in their order.
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
-      group_size: units that one owner has at most; the items of each are drawn by themselves.
+      group_size: units that one owner has at most; every item of these units is drawn independently.
       replaced: whether one unit's content is compared with any other content, instead of with an empty or absent unit.
       bounds: names from accounting.mechanism.bounds that may be used; by default all that hold.
       claimed: False where noise was added but no guarantee is claimed: every epsilon is then infinite, and nothing is
@@ -121,8 +121,8 @@ class Accountant:
             support.check(m.sampling, m.neighbouring_relation, bounds or (proofs.LOSS,), group_size)
             if group_size * m.items_per_unit > LARGEST_GROUP:
                 raise InputError(
-                    f"{group_size * m.items_per_unit} items of one owner are more than the {LARGEST_GROUP} that are"
-                    " accounted for: use fewer rows of each unit, or draw units"
+                    f"{group_size * m.items_per_unit} items of one owner, each drawn by itself, are more than the"
+                    f" {LARGEST_GROUP} that are accounted for: use fewer"
                 )
             if group_size > m.num_units:
                 raise InputError(f"a group of {group_size} units is larger than the {m.num_units} units that there are")

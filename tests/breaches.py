@@ -385,8 +385,8 @@ MUTATIONS = (
     ),
     Mutation(
         "users", "a cap is paid for by one row of a user", TRUNCATION,
-        "k = mechanism.items_per_unit if group_size is None else group_size",
-        "k = 1 if group_size is None else group_size",
+        "k = mechanism.items_per_unit if group_items is None else group_items",
+        "k = 1 if group_items is None else group_items",
         ("tests/accounting/items_test.py", "-k", "cap_is_paid"),
     ),
     Mutation(

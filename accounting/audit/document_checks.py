@@ -28,8 +28,16 @@ _CONFIG_FIELDS = (
     "epsilon", "delta",
     "privacy_unit", "sequence_length", "model",
 )  # fmt: skip
-# Of units that may have several rows.
-_UNIT_FIELDS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling", "ownership")
+# Of units that may have several rows, and of records that are left out.
+_UNIT_FIELDS = (
+    "skip_bad_records",
+    "rows_per_unit",
+    "rows_kept",
+    "user_field",
+    "records_without_user",
+    "user_sampling",
+    "ownership",
+)
 _METRICS = {"step", "epsilon", "learning_rate"}
 
 Derive = Callable[[Executed], Spent]

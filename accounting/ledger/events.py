@@ -62,12 +62,12 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "expected_batch_size": Fact(_NUMBER, "B = q times the number of items"),
         "max_batch_size": Fact(_COUNT + _OR_NONE, "truncation cap of a batch, in items"),
         "noise_multiplier": Fact(_NUMBER, "sigma, in units of the sensitivity"),
-        "clip_norm": Fact(_NUMBER, "C, L2 bound of one unit's gradient; where it adapts, the first"),
+        "clip_norm": Fact(_NUMBER, "C, L2 bound of one item's gradient; where it adapts, the first"),
         "steps": Fact(_COUNT, "T, planned number of steps"),
         "neighbouring_relation": Fact(_TEXT, "zero_out or add_or_remove"),
         "sampler": Fact(_TEXT, "poisson or fixed"),
         "clip_scaling": Fact(_TEXT, "clip, normalise or automatic", required=False),
-        "clip_quantile": Fact(_NUMBER + _OR_NONE, "share of the units that C follows", required=False),
+        "clip_quantile": Fact(_NUMBER + _OR_NONE, "share of the items that C follows", required=False),
         "grid_bits": Fact(
             _COUNT + _OR_NONE, "sums are exact on a grid of sigma * C / 2^grid_bits; null: floats", since=3
         ),
@@ -80,6 +80,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "rows_kept": Fact(_TEXT, "which rows of a unit with more: uniform or first", required=False),
         "user_field": Fact(_TEXT + _OR_NONE, "field of a record that names its user", required=False),
         "records_without_user": Fact(_TEXT + _OR_NONE, "refuse, or own: each is a unit", required=False),
+        "skip_bad_records": Fact((bool,), "whether records that cannot be read were left out", required=False),
         "ownership": Fact(_TEXT + _OR_NONE, "one: a record has one user; public: several", required=False),
         "user_sampling": Fact(_TEXT + _OR_NONE, "what is drawn: a user, or example: rows", required=False),
         "sequence_length": Fact(_COUNT, "length of a row"),

@@ -143,11 +143,14 @@ def of(records: Sequence[dict[str, Any]]) -> Executed:
         raise InputError(f"the ledger's start event has no sound {', '.join(garbled)}")
     if not (0 < declared["delta"] < 1 and declared["epsilon"] >= 0):
         raise InputError("the ledger's start event has no sound epsilon and delta")
-    by_itself = declared.get("user_sampling") == "example"
-    if declared.get("items_per_unit", 1) != (declared.get("rows_per_unit") if by_itself else 1):
-        raise InputError("the ledger's start event has no sound items_per_unit: rows are drawn by themselves, or not")
+    items, by_row = declared.get("items_per_unit", 1), declared.get("user_sampling") == "example"
+    if items != (expected := declared.get("rows_per_unit") if by_row else 1):
+        raise InputError(
+            f"the ledger's start event contradicts itself: items_per_unit is {items}, and user_sampling and"
+            f" rows_per_unit make it {expected}"
+        )
     if (declared.get("shared_items") is not None) != (declared.get("ownership") == "public"):
-        raise InputError("the ledger's start event has no sound shared_items: records have several users, or not")
+        raise InputError("the ledger's start event contradicts itself: shared_items and ownership do not go together")
     try:
         planned = dp_sgd(**{name: declared[name] for name in FACTS if name in declared})
         steps = [record for record in records if record["kind"] == events.STEP]

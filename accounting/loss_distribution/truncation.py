@@ -34,9 +34,9 @@ def additive_delta(mechanism: Mechanism, epsilon: float, steps: int) -> float:
     )
 
 
-def displacement_delta(mechanism: Mechanism, steps: int, group_size: int | None = None) -> float:
-    """T P[Binomial(N - k, q) > max_batch_size - k], added to delta by truncation at any epsilon, under zero_out. N
-    items are drawn from, and k of them are the group's (by default those of one unit).
+def displacement_delta(mechanism: Mechanism, steps: int, group_items: int | None = None) -> float:
+    """T P[Binomial(N - k, q) > max_batch_size - k], added to delta by truncation at any epsilon, under zero_out.
+    Batches are drawn from N items, k of which belong to the group (by default those of one unit).
 
     An emptied item keeps its place in the draw, so the draws of neighbours are the same. While the items outside the
     group leave room for all k of it, nothing is cut and the step is a plain Poisson step; in the rare other case the
@@ -49,7 +49,7 @@ def displacement_delta(mechanism: Mechanism, steps: int, group_size: int | None 
     """
     if mechanism.max_batch_size is None:
         return 0.0
-    k = mechanism.items_per_unit if group_size is None else group_size
+    k = mechanism.items_per_unit if group_items is None else group_items
     others, room = max(mechanism.num_items - k, 0), mechanism.max_batch_size - k
     return min(1.0, steps * overflow_probability(others, mechanism.sampling_probability, room))
 

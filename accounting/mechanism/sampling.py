@@ -15,7 +15,9 @@ POISSON = "poisson"
 FIXED = "fixed"
 
 # What floating point can still account for.
-MOST_UNITS, MOST_STEPS, MOST_ITEMS = 10**16, 10**12, 10**6
+MOST_UNITS, MOST_STEPS = 10**16, 10**12
+# Of one unit; the accountant takes fewer.
+MOST_ITEMS = 10**6
 
 
 @dataclasses.dataclass(frozen=True)

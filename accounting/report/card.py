@@ -7,7 +7,8 @@ def model_card(report: dict[str, Any], step: int) -> str:
     """README.md of an export: the run's privacy statement and the numbers behind it."""
     rows = [
         "epsilon", "epsilon_replace_one", "epsilon_lower_numeric", "delta", "privacy_unit", "neighbouring_relation",
-        "num_units", "sampler", "expected_batch_size", "max_batch_size", "sampling_probability", "noise_multiplier",
+        "num_units", "items_per_unit", "shared_items", "sampler",
+        "expected_batch_size", "max_batch_size", "sampling_probability", "noise_multiplier",
         "noise_batch_ratio", "clip_norm", "steps", "accountant", "cross_check", "run_id", "ledger_head",
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {report[name]} |" for name in rows if name in report)

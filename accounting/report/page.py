@@ -145,6 +145,7 @@ def _parameters(executed: Executed, content: dict[str, Any]) -> list[tuple[str, 
         ("Privacy unit", words.unit_text(declared)),
         ("Neighbouring data sets", f"{content['neighbouring_relation']}: {words.relation_text(executed.planned)}"),
         ("Units", _number(content["num_units"])),
+        *([("Rows of a unit, drawn one by one", content["items_per_unit"])] if "items_per_unit" in content else []),
         ("Sampling", f"{content['sampler']}, probability {content['sampling_probability']:.6g}"),
         (
             "Expected batch",

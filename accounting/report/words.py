@@ -70,7 +70,10 @@ def mechanism_text(mechanism: Mechanism) -> str:
         )
     what, drawn = "unit", f"{m.num_units} units"
     if m.items_per_unit > 1:
-        what, drawn = "row", f"the rows of {m.num_units} units, {m.items_per_unit} each with empty ones counted"
+        what = "row"
+        drawn = (
+            f"{m.num_items} places for rows, {m.items_per_unit} for each of {m.num_units} units, empty ones included"
+        )
     if m.sampling.shared_items is not None:
         what, drawn = "record", f"{m.num_items} records of {m.num_units} units"
     return (
@@ -84,7 +87,7 @@ def clipping_text(declared: dict[str, Any]) -> str:
     quantile = declared.get("clip_quantile")
     if quantile is not None:
         return (
-            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the units' norms,"
+            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the norms,"
             " by counts whose own noise is part of the noise multiplier."
         )
     if declared.get("clip_scaling") == "automatic":
@@ -160,8 +163,8 @@ def assumptions(executed: Executed) -> list[str]:
         + (
             ", and shows how many units there are, which this relation would hide."
             if m.neighbouring_relation == ADD_OR_REMOVE
-            else ", and shows how many rows of units are not empty."
-            if m.items_per_unit > 1 and m.sampling.shared_items is None
+            else ", and shows how many rows the drawn units have."
+            if declared["privacy_unit"] in ("document", "user") and m.sampling.shared_items is None
             else "."
         ),
     ]
@@ -169,6 +172,11 @@ def assumptions(executed: Executed) -> list[str]:
         found.append(
             "Hold-out: which units are held out is decided by a secret key, so an owner does not know whether a unit is"
             " covered; those that are held out are not."
+        )
+    if declared.get("skip_bad_records"):
+        found.append(
+            "Records left out: records that cannot be read were left out. How many units there are, and which of them"
+            " are held out, depends on which records can be read; that is not covered."
         )
     if declared["privacy_unit"] == "user":
         found.append(

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from accounting.errors import InputError
-from dpgemma.choices import PUBLIC_OWNERS
+from dpgemma.choices import OF_SEVERAL_ROWS, PUBLIC_OWNERS
 from dpgemma.commands import command_flags
 from dpgemma.training.settings import Settings
 
@@ -18,6 +18,8 @@ DESCRIPTION = (
     " cache, which --data may name. What both print is private."
 )
 POSITIONAL = ("action", "data")
+# Settings that a run on a cache needs as the cache was made with them.
+_NEEDED = ("tokenizer", "init_from", "user_field", "records_without_user")
 _ACTIONS = (STATS, TOKENIZE) = ("stats", "tokenize")
 
 
@@ -48,29 +50,36 @@ def _tokenize(settings: Settings, out: str | None, processes: int) -> int:
         raise InputError(f"--processes must be at least 1, got {processes}")
     if settings.ownership == PUBLIC_OWNERS:
         raise InputError("a token cache holds records of one user each: drop --ownership, or train on the records")
-    from dpgemma.data.text import caching, units
+    from dpgemma.data.text import cache, caching, units
     from dpgemma.training import data
 
     reading = data.reading(settings)
-    unit = units.resolved(reading.privacy_unit, settings.data, settings.text_field)
+    if cache.is_cache(settings.data):
+        raise InputError(f"{settings.data} is a token cache already")
+    unit = units.resolved(reading.privacy_unit, settings.data, settings.text_field, settings.skip_bad_records)
+    bar = _Bar()
     made = caching.make(
         pathlib.Path(out),
         settings.data,
         data.tokenizer_of(settings),
         dataclasses.replace(reading, privacy_unit=unit),
         processes,
-        _Bar(),
+        bar,
         settings.skip_bad_records,
     )
-    cache = made.cache
+    bar.close()
+    whole = made.cache
     skipped = f", {made.skipped} records left out" if made.skipped else ""
     print(
-        f"{cache.folder}: {made.records} records{skipped}, {cache.num_units} units, {cache.num_rows} rows of"
-        f" {cache.reading.length}"
+        f"{whole.folder}: {made.records} records{skipped}, {whole.num_units} units, {whole.num_rows} rows of"
+        f" {whole.reading.length}. It holds the text itself, and these numbers are private like it."
     )
-    flag = "" if unit in ("sequence", "example") else f" --privacy_unit={unit}"
-    flag += f" --user_field={reading.user_field}" if reading.user_field else ""
-    print(f"train on it with --data={cache.folder} --sequence_length={cache.reading.length}{flag}")
+    flags = {"data": whole.folder, "sequence_length": whole.reading.length}
+    flags |= {name: value for name in _NEEDED if (value := getattr(settings, name)) is not None}
+    if unit in OF_SEVERAL_ROWS:
+        flags["privacy_unit"] = unit
+    skip = " --skip_bad_records" if made.skipped else ""
+    print("train on it with " + " ".join(f"--{name}={value}" for name, value in flags.items()) + skip)
     return 0
 
 
@@ -88,6 +97,10 @@ class _Bar:
         self._bar = tqdm(
             total=total, desc=name, unit=unit, unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
         )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def advance(self, count: int) -> None:
         # A part's size is estimated from its records: the bar never runs beyond its end.

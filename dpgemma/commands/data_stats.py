@@ -2,15 +2,22 @@
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from accounting import rounding, run_files
 from accounting.errors import as_flags
+from dpgemma.choices import EXAMPLE
 from dpgemma.training.settings import Settings
 
-_PRIVATE = "These numbers are facts about private data: keep them where the data are kept."
+if TYPE_CHECKING:
+    from dpgemma.training.statistics import Statistics
+
+_PRIVATE = (
+    "These numbers are facts about private data: keep them where the data are kept. Settings that are chosen by them"
+    " are public, and reveal something of the data that no report counts."
+)
 
 
 def run(settings: Settings, *, epsilon_given: bool, as_json: bool) -> int:
@@ -23,12 +30,8 @@ def run(settings: Settings, *, epsilon_given: bool, as_json: bool) -> int:
     return 0
 
 
-def as_dict(settings: Settings, found: Any) -> dict[str, Any]:
-    """The statistics by name.
-
-    Args:
-      found: dpgemma.training.statistics.Statistics.
-    """
+def as_dict(settings: Settings, found: "Statistics") -> dict[str, Any]:
+    """The statistics by name."""
     m, units = found.plan.mechanism, found.found
     result: dict[str, Any] = {
         "data": settings.data,
@@ -92,10 +95,11 @@ def _text(result: dict[str, Any]) -> str:
 
         shown = ", ".join(f"{p} %: {n}" for p, n in zip(PERCENTILES, lengths["percentiles"], strict=True))
         lines.append(f"lengths of records: {shown}; {lengths['longer']} are longer than a row")
-        if result["privacy_unit"] == "example" and lengths["beyond"]:
+        if result["privacy_unit"] == EXAMPLE and lengths["beyond"]:
+            enough = lengths["percentiles"][PERCENTILES.index(95)]
             lines.append(
                 f"what is cut at the end of rows: {lengths['beyond'] / lengths['total']:.1%} of everything;"
-                f" --sequence_length={lengths['percentiles'][4]} would keep 95 % of the records whole"
+                f" --sequence_length={enough} would keep 95 % of the records whole"
             )
     lines += result["remarks"]
     if result["rows_per_unit"]:

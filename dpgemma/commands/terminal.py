@@ -32,6 +32,7 @@ class Terminal:
 
     def begin(self, plan: Plan, first_step: int, volume: tuple[str, int]) -> None:
         self._target, self._volume = plan.epsilon, volume
+        self._items = plan.mechanism.items_per_unit
         self._units = plan.mechanism.expected_batch_size  # public, as the drawn batch is not
         self._bar = tqdm.tqdm(
             total=plan.mechanism.steps, initial=first_step, file=sys.stderr, unit="step",
@@ -45,7 +46,7 @@ class Terminal:
         name, number = self._volume
         parts = [
             f"epsilon {released.epsilon:.3g}/{self._target:.3g}",
-            f"{units:.0f} units/s",
+            f"{units:.0f} {'units' if self._items == 1 else 'rows'}/s",
             f"{units * number:.0f} {name}/s",
         ]
         if self._shows_private:

@@ -284,9 +284,16 @@ def _array_records(path: File, text_field: str, on_bad: OnBad) -> Iterator[dict[
         first = reader.read([0])[0] if count else b""
     except (ValueError, IndexError, RuntimeError, OSError) as error:
         raise InputError(f"{path} is no ArrayRecord file, or damaged ({str(error).splitlines()[0][:200]})") from None
+
+    def read(begin: int, end: int) -> list[bytes]:
+        try:
+            return list(reader.read(begin, end))
+        except (ValueError, IndexError, RuntimeError, OSError) as error:
+            raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None
+
     is_json, is_example = first.lstrip().startswith(b"{"), bool(_example(first))
     for begin in range(0, count, _AT_ONCE):
-        for number, content in enumerate(reader.read(begin, min(begin + _AT_ONCE, count)), begin + 1):
+        for number, content in enumerate(read(begin, min(begin + _AT_ONCE, count)), begin + 1):
             try:
                 if is_json:
                     record = _object(path, "record", number, content)

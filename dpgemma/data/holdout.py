@@ -1,7 +1,7 @@
 """Which units are held out: decided by a secret key and the unit's number, never by content.
 
-Formal guarantee: the assignment of every unit is independent of all contents, so replacing one unit's content changes
-neither the assignment nor the number of training units. Tested by
+Formal guarantee: the assignment of every unit is independent of all contents, so replacing one unit's content by
+another that can be read changes neither the assignment nor the number of training units. Tested by
 tests/data/data_test.py::test_pitfall_3_assignment_ignores_content and, for very many units, by
 tests/data/holdout_test.py.
 """
@@ -34,12 +34,15 @@ def split(
     """(training units, held-out units).
 
     Of up to `most_listed` units the numbers of both are listed; of more, the last ones in a secret order are held out,
-    exactly their share, and nothing is listed.
+    exactly their share, and nothing is listed. That share follows the number of units, so where this number is private
+    (add_or_remove) nobody may be held out of so many.
 
     Raises:
       InputError: nothing left to train on.
     """
     count = source.num_units
+    if count > most_listed and fraction == 0:
+        return source, Subset(source, np.zeros(0, np.int64))
     if count > most_listed:
         order = Permutation(keystream.derive(secret, "order of very many units"), count)
         training = count - round(fraction * count)

@@ -41,7 +41,7 @@ class RowStore(Protocol):
         ...
 
     def fingerprint(self, key: bytes) -> str:
-        """A keyed hash of everything that is stored."""
+        """A keyed hash of everything that is stored, as it was made."""
         ...
 
 

@@ -28,10 +28,10 @@ class _Steps(Generic[Prepared]):
 
 
 def prepared(make: Callable[[int], Prepared], first: int, steps: int) -> Iterator[Prepared]:
-    """Yields make(first), .., make(steps - 1), two of them prepared ahead by a thread of its own.
+    """Yields make(first), .., make(steps - 1), prepared up to two steps ahead by one background thread.
 
     Raises:
-      Exception: what `make` raises, where its element would come.
+      Exception: whatever make(t) raises, when element t is asked for.
     """
     import grain
 

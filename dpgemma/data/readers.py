@@ -14,6 +14,7 @@ from typing import Any
 from accounting.errors import InputError
 from dpgemma.data import formats
 from dpgemma.data.formats import File, LocalFile, OnBad, refuse
+from dpgemma.data.text import cache
 from dpgemma.storage import objects
 from dpgemma.storage.objects import StoredFile, is_address
 
@@ -23,7 +24,6 @@ _READ_BATCH = 1024
 # Of Hugging Face's datasets: a set of several parts, and the files of one.
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 _TFDS = "features.json"  # in a folder that TFDS prepared
-_CACHE = "cache.json"  # in a token cache
 
 
 def records(data: str, text_field: str = "text", on_bad: OnBad = refuse) -> Iterator[dict[str, Any]]:
@@ -83,7 +83,7 @@ def _stored(address: str) -> list[StoredFile]:
     found = [file for file in objects.files(address) if not any(p.startswith(".") for p in str(file).split("/"))]
     if not found:
         raise InputError(f"no object matches `data`={address}: give an object, a folder or a glob")
-    if marks := sorted({_SPLITS, _STATE, _TFDS, _CACHE} & {file.name for file in found}):
+    if marks := sorted({_SPLITS, _STATE, _TFDS, cache.FACTS} & {file.name for file in found}):
         raise InputError(
             f"`data`={address} is a data set of several files ({marks[0]} among them), which can be read from a disk"
             " only: copy it to one, or name the files of records by a glob"

@@ -134,7 +134,8 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """The k places for rows of every unit of another source as units of their own, to be drawn one by one.
+    """Every place for a row of every unit of another source, as a unit of one row or none, so that rows can be drawn
+    one by one.
 
     Formal guarantee: item u k + i holds row i of unit u, or nothing where that unit has fewer rows; so a unit's content
     decides its own k items and no other. Tested by

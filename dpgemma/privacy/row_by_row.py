@@ -8,7 +8,7 @@ rows could then decide whether several others take part.
 
 Formal guarantee: as that of dpgemma.privacy.clipping: what one unit adds has norm at most the sensitivity, rounding
 included, because the norm is that of the array which is scaled. Tested by
-tests/privacy/strategies_test.py::test_units_of_several_rows and
+tests/training/units_test.py::test_a_unit_of_several_rows_contributes_its_clipped_mean_gradient and
 tests/training/users_test.py::test_without_a_user_the_sum_differs_by_the_clip_norm_at_most.
 """
 

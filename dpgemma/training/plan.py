@@ -258,7 +258,7 @@ def summary(plan: Plan, name: str, place: Any) -> str:
     if m.noise.is_exact and m.max_batch_size and m.noise.grid_bits:
         room = grid.largest_mean(m.noise.grid_bits, m.gradient_noise_multiplier, m.max_batch_size)
         narrow = f"; a number whose mean gradient exceeds {room:.2g} clip norms wraps around" if room < 1 else ""
-    rows = f" of {m.items_per_unit} rows that are drawn one by one" if m.items_per_unit > 1 else ""
+    rows = f" with places for {m.items_per_unit} rows each, drawn one by one" if m.items_per_unit > 1 else ""
     size = f"{m.num_units} units{rows}, batch {m.expected_batch_size} (at most {m.max_batch_size}), {m.steps} steps"
     if not m.is_private:
         privacy = "NO PRIVACY (baseline)"

@@ -11,7 +11,7 @@ from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger.events import FORMAT
 from accounting.ledger.seals import Signature
-from accounting.mechanism import ZERO_OUT
+from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT
 from dpgemma import user_cache
 from dpgemma.choices import OF_SEVERAL_ROWS
 from dpgemma.data import holdout
@@ -148,6 +148,15 @@ def _prepare(
 
     found = data.read(settings, tokenizer, start.model.vocab_size, keys.holdout)
     privacy_unit, source, remarks = found.privacy_unit, found.units, _remarks(settings, found)
+    if (
+        settings.neighbouring_relation == ADD_OR_REMOVE
+        and settings.holdout_fraction
+        and source.num_units > holdout.MOST_LISTED
+    ):
+        raise InputError(
+            f"of more than {holdout.MOST_LISTED} units a share is held out, which follows their number, and that is"
+            " private under `neighbouring_relation`=add_or_remove: give `holdout_fraction`=0"
+        )
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     shared = None if found.users is None else training.num_units
     num_units = training.num_units if found.users is None else found.users
@@ -297,6 +306,7 @@ def start_event(
         "delta": plan.delta,
         "privacy_unit": config["privacy_unit"],
         **({name: config[name] for name in _OF_UNITS} if config["privacy_unit"] in OF_SEVERAL_ROWS else {}),
+        **({"skip_bad_records": True} if config["skip_bad_records"] else {}),
         **objective.facts,
         "parameters": trained + decoder.count(frozen),
         "trained_parameters": trained,

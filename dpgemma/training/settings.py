@@ -57,8 +57,9 @@ class Settings:
     )
     data: str = _setting(
         "synthetic",
-        "synthetic, tfds:NAME prepared on disk, a token cache, or a file, glob or folder: text, JSON lines, CSV,"
-        " Parquet, Arrow, ArrayRecord; random:N rehearses a run with N units of no meaning.",
+        "synthetic, tfds:NAME prepared on disk, a token cache, or a file, glob or folder, on a disk or at gs:// or"
+        " s3://: text, JSON lines, CSV, Parquet, Arrow, ArrayRecord; random:N rehearses a run with N units of no"
+        " meaning.",
     )
     text_field: str = _setting("text", "Field of a record that holds the text.")
     skip_bad_records: bool = _setting(False, "Leave out records that cannot be read; private/ says how many.")
@@ -95,7 +96,7 @@ class Settings:
     rows_per_unit: int | None = _setting(
         None,
         f"Most rows of a document or user, by default {ROWS_PER_UNIT}; with `clipping`=example_scan a unit costs the"
-        " rows that it has, otherwise as many as these.",
+        " rows that it has, with other ways of clipping as many as these.",
     )
     rows_kept: str | None = _setting(
         None, "Which rows of a unit with more: uniform (at random, by default) or first.", choices.ROWS_KEPT
@@ -116,7 +117,9 @@ class Settings:
     noise_multiplier: float | None = _setting(
         None, "Noise on the sum, in clip norms; omitted, it is solved from epsilon and delta."
     )
-    clip_norm: float = _setting(1.0, "L2 bound of each unit's gradient.")
+    clip_norm: float = _setting(
+        1.0, "L2 bound of the gradient of each unit (with `user_sampling`=example of each row)."
+    )
     batch_size: int = _setting(512, "EXPECTED Poisson batch, in units; in rows with `user_sampling`=example.")
     max_batch_size: int | None = _setting(
         None, "Truncation cap of a batch; omitted, it is planned to cost 0.1 % of delta."

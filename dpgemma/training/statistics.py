@@ -32,13 +32,13 @@ class Choice:
       rows_per_unit: k.
       rows_kept: rows of all users.
       users: M, expected users of a step where users are drawn, each with the mean gradient of his rows.
-      noise_of_users: its noise multiplier.
-      rows: R, expected rows of a step, the same either way.
+      noise_of_users: noise multiplier where users are drawn.
+      rows: R, expected rows of a step, equal for both kinds of drawing.
       noise_of_rows: noise multiplier where rows are drawn one by one.
       epsilon_of_rows: epsilon of drawing rows with the noise of users.
-      largest_ratio: (noise_of_rows / R) / (noise_of_users / M). Drawing users is better where the norms of users' mean
-        gradients are below this share of the norms of rows' gradients: their clip norm, and with it their noise, is
-        smaller by that share (Charles et al. 2024, arXiv 2407.07737).
+      largest_ratio: (noise_of_rows / R) / (noise_of_users / M). If users' mean gradients have this share of the norm of
+        single rows' gradients, and the clip norm of users is smaller by it, both kinds of drawing have equal noise;
+        below it, drawing users has less (compared as in Charles et al. 2024, arXiv 2407.07737).
     """
 
     rows_per_unit: int
@@ -103,7 +103,7 @@ def of(settings: Settings, *, epsilon_given: bool) -> Statistics:
     )
     choices: tuple[Choice, ...] = ()
     if found.privacy_unit == USER and counts is not None and plan.mechanism.is_private:
-        choices = tuple(_choices(plan, counts, training, found.units.max_rows))
+        choices = tuple(_choices(plan, counts, 1 - settings.holdout_fraction, found.units.max_rows))
     return Statistics(found, counts, training, plan, choices)
 
 
@@ -114,16 +114,17 @@ def _counts(found: Found) -> np.ndarray | None:
     return np.diff(store.first_rows(np.arange(store.num_units + 1)))
 
 
-def _choices(plan: plan_lib.Plan, counts: np.ndarray, training: int, own: int) -> list[Choice]:
+def _choices(plan: plan_lib.Plan, counts: np.ndarray, kept_share: float, own: int) -> list[Choice]:
     """One for each power of two, up to what the largest users have.
 
     Args:
+      kept_share: share of the units that are not held out.
       own: k of the plan, from which the rows of a step are taken.
     """
-    m = plan.mechanism
+    m, training = plan.mechanism, plan.mechanism.num_units
     most = min(int(counts.max()), _MOST_ROWS)
     limits = [2**i for i in range(most.bit_length() + 1) if 2**i < 2 * most]
-    share = training / len(counts)
+    share = kept_share
 
     def kept(k: int) -> float:
         return float(np.minimum(counts, k).sum()) * share

@@ -1,6 +1,6 @@
 """How fast rows are read from a token cache, and what training from it costs beside training from memory.
 
-Rows of a text that is repeated are written to a cache in a temporary folder (`--rows` of `--sequence_length`). They are
+Rows of random words are written to a cache in a temporary folder (`--rows` of `--sequence_length`). They are
 read in random order, a batch of `--read_batch` at a time, by one thread, after a first round that fills the page cache.
 Then two runs of `train`, one from the cache and one from memory, take turns of `--steps` steps; the ratio is that of
 their medians. Prints one JSON object.

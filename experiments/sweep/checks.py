@@ -14,6 +14,9 @@ def check(grid: Grid) -> None:
       InputError: the first such setting.
     """
     from dpgemma.data import readers
+    from dpgemma.data.formats import BadRecords
+    from dpgemma.data.random_rows import RandomRows
+    from dpgemma.data.text import cache
     from dpgemma.data.text import tokenizer as tokenizer_lib
     from dpgemma.training import data as data_lib
     from dpgemma.training import prepare
@@ -24,9 +27,12 @@ def check(grid: Grid) -> None:
         prepare.start_of(run.config)
     for spec in dict.fromkeys(data_lib.tokenizer_of(run.config) for run in grid.runs):
         tokenizer_lib.load(spec)
-    for data, field in dict.fromkeys((run.config.data, run.config.text_field) for run in grid.runs):
-        # The synthetic corpus is made when it is needed.
-        if data != readers.SYNTHETIC and next(iter(readers.records(data, field)), None) is None:
+    asked = ((run.config.data, run.config.text_field, run.config.skip_bad_records) for run in grid.runs)
+    for data, field, skip in dict.fromkeys(asked):
+        # The synthetic corpus is made when it is needed, and what holds no records is checked when it is opened.
+        if data == readers.SYNTHETIC or data.startswith(RandomRows.PREFIX) or cache.is_cache(data):
+            continue
+        if next(iter(readers.records(data, field, BadRecords(skip))), None) is None:
             raise InputError(f"`data`={data} is empty: there is nothing to train on")
 
 

@@ -179,7 +179,7 @@ def test_rows_of_other_units_are_never_read(made):
     facts = (folder / cache.FACTS).read_text()
     shards[0].write_bytes(contents[last])  # with other rows, and its size corrected
     changed = json.loads(facts)
-    changed["shards"][shards[0].name]["bytes"] = len(contents[last])
+    changed["files"][shards[0].name]["bytes"] = len(contents[last])
     (folder / cache.FACTS).write_text(json.dumps(changed))
     with pytest.raises(InputError, match="damaged"):
         read()
@@ -239,8 +239,15 @@ def test_another_tokenizer_other_data_and_other_folders_are_refused(made):
         again(tmp_path / "out", 61)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "full").chmod(0o755)
     with pytest.raises(InputError, match=r"holds thesis\.txt"):
         again(tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "full").stat().st_mode & 0o777 == 0o755
+    with pytest.raises(InputError, match="would become a part"):
+        make(tmp_path / "full" / "in it", tmp_path / "full")
+    with pytest.raises(InputError, match="is a token cache already"):
+        make(tmp_path / "again", tmp_path / "out")
 
     class Stopped(Silent):
         def phase(self, name, total, unit):
@@ -265,7 +272,11 @@ def test_bad_records_are_named_or_left_out_and_counted(tmp_path):
     made = make(tmp_path / "skipped", data, reading, skip_bad_records=True)  # goes on behind it
     assert (made.records, made.skipped) == (40, 2)
     expected = units.read(str(data), TOKENIZER, reading, 260, skip_bad_records=True)
-    found = units.read(str(tmp_path / "skipped"), TOKENIZER, reading, 260)
+    found = units.read(str(tmp_path / "skipped"), TOKENIZER, reading, 260, skip_bad_records=True)
+    with pytest.raises(InputError, match="without 2 records that cannot be read"):
+        units.read(str(tmp_path / "skipped"), TOKENIZER, reading, 260)
+    with pytest.raises(InputError, match="without 2 records that cannot be read"):
+        make(tmp_path / "skipped", data, reading)
     assert found.skipped == expected.skipped == 2 and "2 records cannot be read" in found.remarks[0]
     everyone = np.arange(expected.units.num_units)
     np.testing.assert_equal(found.units.read(everyone), expected.units.read(everyone))
@@ -299,7 +310,7 @@ def test_the_command_makes_what_train_takes(tmp_path):
         "--privacy_unit=user", "--user_field=who", "--processes=2",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    assert "300 records, " in made.stdout and "--privacy_unit=user --user_field=who" in made.stdout
+    assert "300 records, " in made.stdout and "--user_field=who --privacy_unit=user" in made.stdout
     unit = dict(privacy_unit="user", user_field="who", rows_per_unit=2, model="ladder_20k")
     done = runs.call(*runs.flags(tmp_path / "out", tmp_path / "run", steps=1, **unit))
     assert done.returncode == 0, done.stderr
@@ -326,3 +337,14 @@ def test_users_are_told_apart_by_all_bits_of_their_digests(tmp_path):
         np.savez(tmp_path / f"part-{number:06d}.npz", **numbers, users=users, width=2, largest=1, skipped=0)
     found = caching.FilePieces(tmp_path)
     assert found.owners().tolist() == [0, 1, 2, 0, 2, 1, 3, 0]
+
+
+def test_a_changed_row_changes_the_fingerprint(tmp_path):
+    """A cache made of other text has another, and one made anew of data at another place has not."""
+    found = []
+    for name, text in (("one", "some text"), ("moved", "some text"), ("other", "some_text")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text)
+        made = make(tmp_path / f"{name} cached", tmp_path / name / "text.txt", Reading("sequence", LENGTH, "text"))
+        found.append(made.cache.fingerprint(bytes(32)))
+    assert found[0] == found[1] != found[2]

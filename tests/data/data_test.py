@@ -8,12 +8,12 @@ from scipy import stats
 from accounting.errors import InputError
 from dpgemma.data import holdout, pipeline, readers
 from dpgemma.data.batch import collate
-from dpgemma.data.text import units
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.rows import units_of_one_row
 from dpgemma.data.text.tokenizer import ByteTokenizer
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
+from tests.data.in_memory import rows_in_memory
 
 TOKENIZER = ByteTokenizer()
 
@@ -23,7 +23,7 @@ def rows_of(tokens):
 
 
 def packed(documents):
-    return units.in_memory([{"text": text} for text in documents], TOKENIZER, Reading("sequence", 8, "text"))
+    return rows_in_memory([{"text": text} for text in documents], TOKENIZER, Reading("sequence", 8, "text"))
 
 
 def documents_of(data, field="text"):
@@ -128,7 +128,7 @@ def test_sources_read_text_globs_and_jsonl(tmp_path):
     path.write_text(json.dumps({"note": "é"}) + "\n\n" + json.dumps({"note": "x"}) + "\n")
     assert documents_of(str(path), "note") == ["é", "x"]
     with pytest.raises(InputError, match=r"record 1 .*'text'"):
-        units.in_memory(readers.records(str(path)), TOKENIZER, Reading("sequence", 8, "text"))
+        rows_in_memory(readers.records(str(path)), TOKENIZER, Reading("sequence", 8, "text"))
 
 
 @pytest.mark.parametrize("spec", ["/nowhere/x.txt", "tfds:no_such_data_set"])

@@ -8,6 +8,7 @@ from dpgemma.data.text import units
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
 from dpgemma.data.text.units import Found
+from tests.data.in_memory import rows_in_memory
 
 TOKENIZER = ByteTokenizer()
 RECORDS = [
@@ -20,7 +21,7 @@ RECORDS = [
 
 
 def to_rows(records, length=20):
-    return units.in_memory(records, TOKENIZER, Reading("example", length, "text"))
+    return rows_in_memory(records, TOKENIZER, Reading("example", length, "text"))
 
 
 def test_a_response_and_its_end_are_scored():
@@ -67,7 +68,7 @@ def test_a_record_without_its_fields_is_named(record):
 
 def test_rows_with_nothing_to_learn_are_noticed_and_not_refused():
     """Whether the last record that has something to learn is there must not show in whether training begins."""
-    for numbers, which in (((2, 2), "all records"), ((0, 2), "some records"), ((0,), None)):
+    for numbers, which in (((2, 2), "all rows"), ((0, 2), "some rows"), ((0,), None)):
         rows = to_rows([RECORDS[i] for i in numbers])
         found = Found("example", rows, len(numbers), int(rows.columns["scored"].any(axis=1).sum()), len(numbers))
         assert [remark.startswith(f"{which} have nothing to learn") for remark in found.remarks] == [True] * bool(which)

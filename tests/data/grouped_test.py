@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from accounting.errors import InputError
 from dpgemma.data.batch import collate
@@ -17,6 +18,7 @@ from dpgemma.data.text import units as units_lib
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
 from dpgemma.data.text.users import within_limit
+from tests.data.in_memory import rows_in_memory
 
 TOKENIZER, LENGTH = ByteTokenizer(), 8
 SECRET = bytes(range(32))
@@ -24,11 +26,11 @@ FIRST, UNIFORM = (Limits(3, kept, SECRET) for kept in ("first", "uniform"))
 
 
 def by_user(records, limits=FIRST, without="refuse", field="who"):
-    return Kept(units_lib.in_memory(records, TOKENIZER, Reading("user", LENGTH, "text", field, without)), limits)
+    return Kept(rows_in_memory(records, TOKENIZER, Reading("user", LENGTH, "text", field, without)), limits)
 
 
 def by_document(records, limits=FIRST):
-    return Kept(units_lib.in_memory(records, TOKENIZER, Reading("document", LENGTH, "text")), limits)
+    return Kept(rows_in_memory(records, TOKENIZER, Reading("document", LENGTH, "text")), limits)
 
 
 def rows_of(units, number):
@@ -61,16 +63,19 @@ def test_a_document_has_as_many_rows_as_are_kept_of_it():
 
 def test_rows_beyond_the_limit_are_chosen_uniformly_by_the_secret_key():
     text = "".join(chr(ord("a") + i) * 8 for i in range(6))
-    counts, trials = np.zeros(7), 1400
+    counts, trials, sets = np.zeros(7), 1400, collections.Counter()
     for secret in range(trials):
         limits = dataclasses.replace(UNIFORM, secret=secret.to_bytes(32, "little"))
         units = by_document([{"text": text}], limits)
         rows, _ = units.read(np.array([0]))
         kept = [int(row[0]) for row in rows["tokens"]]
         assert len(kept) == 3 and kept == sorted(kept[:-1]) + kept[-1:]  # in their order; eos has a row of its own
+        sets[tuple(kept)] += 1
         counts += [bytes([ord("a") + i]) in b"".join(rows_of(units, 0)) for i in range(6)] + [0]
     # Each row is kept with probability 3/7: 5.5 standard deviations are exceeded with probability below 1e-6 in all.
     assert np.abs(counts[:6] - trials * 3 / 7).max() < 5.5 * np.sqrt(trials * 3 / 7 * 4 / 7)
+    # And every set of three of the seven rows is as likely as any other.
+    assert len(sets) == 35 and stats.chisquare(list(sets.values())).pvalue > 1e-7
     again = [rows_of(by_document([{"text": text}], UNIFORM), 0) for _ in range(2)]
     assert again[0] == again[1]
 
@@ -176,3 +181,14 @@ def test_a_list_names_several_users_only_where_that_is_public(tmp_path):
     assert texts == [b"1", b"4"] and "2 of 4 records are left out" in found.remarks[0]
     with pytest.raises(InputError, match="has no user in the field 'to'"):
         units_lib.read(str(path), TOKENIZER, dataclasses.replace(reading, records_without_user="refuse"), 260)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(TEXTS, min_size=2, max_size=8), TEXTS)
+def test_a_document_touches_no_other_document(texts, other):
+    """One record has another text: all rows of all others are as they were."""
+    for limits in (FIRST, UNIFORM):
+        one, two = (by_document([{"text": text} for text in each], limits) for each in (texts, [other, *texts[1:]]))
+        for number in range(1, len(texts)):
+            rows = [units.read(np.array([number]))[0]["tokens"] for units in (one, two)]
+            np.testing.assert_array_equal(*rows)

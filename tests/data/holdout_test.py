@@ -13,6 +13,8 @@ from dpgemma.data import holdout
 from dpgemma.data.permutation import Permutation
 from dpgemma.data.random_rows import RandomRows
 from dpgemma.data.spec import Column
+from dpgemma.training.prepare import prepare
+from dpgemma.training.settings import Settings
 
 SPEC = {"x": Column((3,), "int32"), "seen": Column((3,), "bool")}
 
@@ -45,6 +47,18 @@ def test_very_many_units_are_divided_without_a_list():
     again, _ = holdout.split(source, b"k" * 32, 0.25, most_listed=999)
     assert again.fingerprint(bytes(32)) == training.fingerprint(bytes(32)) != held.fingerprint(bytes(32))
     np.testing.assert_array_equal(again.read(np.array([7]))[0]["x"], parts[0][[7]])
+
+
+def test_where_the_number_of_units_is_private_nobody_is_held_out_of_so_many(tmp_path):
+    source = RandomRows(SPEC, 1000, 50)
+    everyone, nobody = holdout.split(source, b"k" * 32, 0.0, most_listed=999)
+    assert everyone is source and nobody.num_units == 0
+    settings = Settings(data="random:1e8", num_units=10**9, neighbouring_relation="add_or_remove", epsilon=float("inf"))
+    with pytest.raises(InputError, match="give `holdout_fraction`=0"):
+        prepare(settings, str(tmp_path / "run"))
+    with pytest.raises(InputError, match="has units of one row"):
+        prepare(Settings(data="random:1e8", privacy_unit="document"), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_are_computed_from_their_numbers():

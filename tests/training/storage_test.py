@@ -433,7 +433,7 @@ def test_data_are_read_where_they_lie(address, tmp_path):
     for name in ("there", "here"):
         data = there if name == "there" else str(folder)
         caching.make(tmp_path / name, data, "byte", Reading("sequence", 8, "text"), 1, Silent())
-    contents = [json.loads((tmp_path / name / "cache.json").read_text())["shards"] for name in ("there", "here")]
+    contents = [json.loads((tmp_path / name / "cache.json").read_text())["files"] for name in ("there", "here")]
     assert contents[0] == contents[1]
     storage.write("bad/d.jsonl", b'{"text": "six"}\nnone\n')
     storage.write("bad/e.parquet", b"PAR1 and nothing else")

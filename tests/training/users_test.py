@@ -16,7 +16,6 @@ from accounting.report import words
 from dpgemma.data.batch import collate
 from dpgemma.data.limits import Kept, Limits
 from dpgemma.data.source import Items
-from dpgemma.data.text import units as units_lib
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import ByteTokenizer
 from dpgemma.data.text.users import within_limit
@@ -24,6 +23,7 @@ from dpgemma.gemma import decoder
 from dpgemma.privacy import clipping
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.privacy.samplers import PoissonSampler
+from tests.data.in_memory import rows_in_memory
 from tests.objectives import causal
 from tests.training import forgery, runs
 from tests.training.step_test import MODEL, flat
@@ -90,7 +90,7 @@ def test_rows_that_are_drawn_one_by_one_are_charged_as_a_group(notes, tmp_path, 
     spent = step.self_compose(len(steps)).get_epsilon_for_delta(start["delta"])
     assert report["epsilon"] == pytest.approx(spent, rel=1e-3) and len(steps) == 2
     assert report["items_per_unit"] == 3 and report["epsilon_replace_one"] > report["epsilon"]
-    assert f"from the rows of {units} units, 3 each with empty ones counted" in report["statement"]
+    assert f"from {3 * units} places for rows, 3 for each of {units} units" in report["statement"]
     drawn = [json.loads(line)["units"] for line in (work / "private" / "metrics.jsonl").read_text().splitlines()]
     sampler, key = PoissonSampler(3 * units, q, start["max_batch_size"]), runs.step_secrets(work)["sampling"]
     assert drawn == [len(sampler.draw(key, t)) for t in range(2)]
@@ -120,9 +120,9 @@ def test_records_of_several_users_are_charged_for_each_of_them(tmp_path, capsys)
     """Mail between few people: whom it names is public, and each has at most two letters in all batches."""
     rng, work = np.random.default_rng(5), tmp_path / "run"
     mail = [{"to": [int(i) for i in rng.choice(40, 2, replace=False)], "text": f"letter {n}"} for n in range(90)]
-    (tmp_path / "mail.jsonl").write_text("\n".join(map(json.dumps, mail)))
+    (tmp_path / "mail.jsonl").write_text("\n".join([*map(json.dumps, mail), "no record"]))
     flags = dict(privacy_unit="user", user_field="to", user_sampling="example", rows_per_unit=2, noise_multiplier=1.5)
-    flags |= dict(ownership="public", holdout_fraction=0, model="ladder_20k")
+    flags |= dict(ownership="public", holdout_fraction=0, model="ladder_20k", skip_bad_records=True)
     done = runs.call(*runs.flags(tmp_path / "mail.jsonl", work, steps=2, **flags))
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (work / "ledger.jsonl").read_text().splitlines()]
@@ -136,6 +136,11 @@ def test_records_of_several_users_are_charged_for_each_of_them(tmp_path, capsys)
     assert report["epsilon"] == pytest.approx(Accountant(alike, group_size=2).upper(1e-4), rel=1e-3)
     assert "whom a record names is public, and not protected" in report["statement"]
     assert f"from {len(kept)} records of {people} units" in report["statement"]
+    # What was left out is told in private/ alone; that something may have been, is public.
+    assert "1 records cannot be read" in (work / "private" / "remarks.txt").read_text()
+    public = "".join(path.read_text() for path in work.iterdir() if path.is_file()) + done.stdout + done.stderr
+    assert "cannot be read and" not in public and "records are left out" not in public
+    assert start["skip_bad_records"] is True and any("Records left out:" in line for line in report["assumptions"])
     assert forgery.audited(capsys, work)[0] == 0
     for wrong, said in (
         (dict(user_sampling="user"), "--user_sampling=example"),
@@ -220,7 +225,7 @@ def test_without_a_user_the_sum_differs_by_the_clip_norm_at_most(how, trials, qu
 
 
 def kept(records, limits):
-    return Kept(units_lib.in_memory(records, ByteTokenizer(), Reading("user", 10, "text", "who")), limits)
+    return Kept(rows_in_memory(records, ByteTokenizer(), Reading("user", 10, "text", "who")), limits)
 
 
 @dataclasses.dataclass

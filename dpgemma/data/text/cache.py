@@ -87,7 +87,14 @@ class TokenCache:
         return count
 
     @property
+    def skipped(self) -> int:
+        """Records that were left out because they cannot be read."""
+        count: int = self.facts["skipped"]
+        return count
+
+    @property
     def largest_id(self) -> int:
+        """The largest id of a token."""
         largest: int = self.facts["largest_id"]
         return largest
 
@@ -98,7 +105,7 @@ class TokenCache:
 
     @functools.cached_property
     def _shard(self) -> Any:
-        """Returns the reader of a shard; few are kept open."""
+        """Returns a function that opens a shard by its number and keeps the last ones open."""
 
         @functools.lru_cache(maxsize=_OPEN_SHARDS)
         def opened(number: int) -> Any:
@@ -141,7 +148,12 @@ class TokenCache:
         return InputError(f"the token cache {self.folder} is damaged ({what}): make it anew")
 
     def fingerprint(self, key: bytes) -> str:
-        return hashlib.blake2b(json.dumps(self.facts, sort_keys=True).encode(), key=key, digest_size=32).hexdigest()
+        """A keyed hash of what cache.json says, digests of all files included; of the name of the data nothing.
+
+        Files that were changed since they were made are noticed by their sizes and by the numbers of rows alone.
+        """
+        facts = {name: fact for name, fact in self.facts.items() if name != "data"}
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), key=key, digest_size=32).hexdigest()
 
 
 def opened(folder: pathlib.Path, tokenizer: Tokenizer, reading: Reading) -> TokenCache:
@@ -159,11 +171,11 @@ def opened(folder: pathlib.Path, tokenizer: Tokenizer, reading: Reading) -> Toke
         cache = TokenCache(folder, json.loads((folder / FACTS).read_text()))
         if cache.facts["format"] != FORMAT:
             raise InputError(f"the token cache {folder} has another format: make it anew with this version")
-        made, shards = cache.reading, cache.facts["shards"]
-        sizes = {name: (folder / name).stat().st_size for name in shards}
+        made, files = cache.reading, cache.facts["files"]
+        sizes = {name: (folder / name).stat().st_size for name in files}
     except (KeyError, TypeError, ValueError, FileNotFoundError):
         raise InputError(f"the token cache {folder} is damaged ({FACTS}, or files it names): make it anew") from None
-    if wrong := [name for name, facts in shards.items() if facts["bytes"] != sizes[name]]:
+    if wrong := [name for name, facts in files.items() if facts["bytes"] != sizes[name]]:
         raise InputError(f"the token cache {folder} is damaged ({wrong[0]}): make it anew")
     unit = reading.privacy_unit
     if unit == AUTO and made.privacy_unit in (SEQUENCE, EXAMPLE):

@@ -1,8 +1,8 @@
 """Makes a token cache: records are tokenised by several processes, then laid out in rows.
 
 What is finished is kept: a part of the records is written under another name and moved to its place, and so is a shard
-of rows. So a process that is killed at any moment leaves whole parts and whole shards, and the next one goes on behind
-them. Memory holds a few parts' records, and some numbers of every record: at most 45 bytes.
+of rows. So a process that is killed at any moment leaves whole parts and whole shards, and the next one continues after
+the last finished part. Memory holds a few parts' records, and some numbers of every record: at most 90 bytes.
 """
 
 import collections
@@ -87,7 +87,7 @@ def make(
     skip_bad_records: bool = False,
     sizes: Sizes = Sizes(),
 ) -> Made:
-    """Makes the cache, or goes on making it. One that is whole and of the same data and settings is left as it is.
+    """Makes the cache, or goes on making it. A finished cache with equal data and settings is left unchanged.
 
     Args:
       tokenizer_name: as tokenizer.load takes it.
@@ -100,6 +100,7 @@ def make(
     folder = folder.expanduser()
     tokenizer = tokenizer_lib.load(tokenizer_name)
     parts = folder / _PARTS
+    _check_place(folder, data)
     parts.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
     with _alone(folder):
@@ -112,6 +113,11 @@ def make(
         }
         if (folder / FACTS).is_file():
             whole = TokenCache(folder, json.loads((folder / FACTS).read_text()))
+            if whole.skipped and not skip_bad_records:
+                raise InputError(
+                    f"{folder} holds a token cache without {whole.skipped} records that cannot be read: give"
+                    " `skip_bad_records`, or another folder"
+                )
             if whole.facts["key"] != key:
                 raise InputError(f"{folder} holds a token cache of other data or settings: give another folder")
             shutil.rmtree(parts, ignore_errors=True)
@@ -140,6 +146,20 @@ def make(
     return Made(TokenCache(folder, facts), records, skipped)
 
 
+def _check_place(folder: pathlib.Path, data: str) -> None:
+    """Refuses a folder that holds something else, or that lies among the data; nothing is written before."""
+    if cache.is_cache(data):
+        raise InputError(f"{data} is a token cache already")
+    source = pathlib.Path(data).expanduser()
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{folder} lies in the folder of the data, of which it would become a part: give another")
+    if folder.exists() and not (folder / FACTS).is_file() and not (folder / _PARTS / _KEY).is_file():
+        if not folder.is_dir():
+            raise InputError(f"{folder} is a file: give a new or empty folder for a token cache")
+        if others := sorted(found.name for found in folder.iterdir() if found.name not in (_PARTS, _LOCK)):
+            raise InputError(f"{folder} holds {others[0]}: give a new or empty folder for a token cache")
+
+
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[None]:
     with open(folder / _LOCK, "w") as lock:
@@ -157,8 +177,6 @@ def _claim(path: pathlib.Path, key: dict[str, Any], folder: pathlib.Path) -> Non
             raise InputError(
                 f"{folder} holds an unfinished token cache of other data or settings: remove it, or give another folder"
             )
-    elif others := [found.name for found in folder.iterdir() if found.name not in (_PARTS, _LOCK)]:
-        raise InputError(f"{folder} holds {sorted(others)[0]}: give a new or empty folder for a token cache")
     else:
         _write(path, json.dumps(key).encode())
 
@@ -282,7 +300,7 @@ def _write_part(
     """In a process of the pool: tokenises the records of one part and writes them, the numbers last."""
     tokenizer, bad = _loaded(tokenizer_name), BadRecords(skip)
     made = list(pieces.of_records(records, tokenizer, reading, bad, first))
-    # What belongs to nobody has a number that no other record has.
+    # A record without a user gets a digest of its own number, so it shares a unit with no other record.
     users = [_digest_of_user(piece.user, first + place) for place, piece in enumerate(made)]
     for place, piece in enumerate(made):
         if len(piece.tokens) > _LONGEST:
@@ -324,9 +342,7 @@ def _numbers(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 class FilePieces:
-    """All pieces, in the files of the parts; numbers of them in memory (14 bytes each), tokens read when they are asked
-    for.
-    """
+    """All pieces, in the files of the parts; 13 bytes of numbers for each lie in memory, tokens are read on request."""
 
     def __init__(self, parts: pathlib.Path) -> None:
         self._parts, self._files = parts, dict[int, Any]()
@@ -410,13 +426,14 @@ def _write_rows(
     """Writes the shards that are not there and the index: what cache.json says of them."""
     layout = Layout(found, reading.privacy_unit, reading.length, tokenizer.pad)
     units, rows = len(layout.first) - 1, int(layout.first[-1])
+    files: dict[str, dict[str, Any]] = {}
     if reading.privacy_unit in OF_SEVERAL_ROWS:
         temporary = folder / f"{FIRST}.partial"
         with open(temporary, "wb") as file:
             np.save(file, layout.first)
         temporary.replace(folder / FIRST)
+        files[FIRST] = _described(folder / FIRST)
     progress.phase("writing rows", rows, "rows")
-    shards: dict[str, dict[str, Any]] = {}
     to_learn = 0
     for number, begin in enumerate(range(0, rows, sizes.rows_per_shard)):
         end, path = min(begin + sizes.rows_per_shard, rows), folder / shard_name(number)
@@ -428,9 +445,15 @@ def _write_rows(
             _write(counted, str(_write_shard(temporary, layout, begin, end, progress, sizes.rows_at_once)).encode())
             temporary.replace(path)
         to_learn += int(counted.read_text())
-        shards[path.name] = {"bytes": path.stat().st_size}
+        files[path.name] = _described(path)
     found.close()
-    return {"units": units, "rows": rows, "rows_to_learn": to_learn, "shards": shards}
+    return {"units": units, "rows": rows, "rows_to_learn": to_learn, "files": files}
+
+
+def _described(path: pathlib.Path) -> dict[str, Any]:
+    """Size and digest of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _write_shard(path: pathlib.Path, layout: Layout, begin: int, end: int, progress: Progress, at_once: int) -> int:

@@ -24,8 +24,9 @@ class Layout:
     Args:
       pieces: all of them.
       privacy_unit: "sequence" for rows cut from all text joined, "example" for a row of each piece, cut at its end,
-        "document" for as many rows as a piece needs, "user" for as many as his pieces need: his texts follow each
-        other, and what is no text begins a row.
+        "document" for as many rows as a piece needs, "user" first the rows of all texts of the user, joined in the
+        order of the data, then the rows of every other record of his, of which only those with something to learn are
+        kept.
       length: of a row.
       pad: id that fills rows up.
     """

@@ -46,7 +46,7 @@ class Piece:
       tokens: int32 [n]; those not to be learned as -1 - t.
       is_text: whether other text may follow it in its row; else it begins a row, and its last row ends with it.
       rows: of a piece that begins a row, rows of it in which something is learned.
-      users: whom it belongs to; empty where it names nobody, or nobody asks.
+      users: whose record it is; empty where the record names no user, or units are not users.
     """
 
     tokens: np.ndarray
@@ -69,14 +69,31 @@ def unsigned(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return stored ^ (stored >> 31), stored >= 0  # -1 - t has the bits of t, each reversed
 
 
-def of_record(record: dict[str, Any], number: int, tokenizer: Tokenizer, reading: Reading) -> Piece:
-    """The piece of a record.
-
-    Args:
-      number: of the record, from 1, for messages.
+def _users(record: dict[str, Any], number: int, reading: Reading) -> tuple[str, ...]:
+    """Whose record it is.
 
     Raises:
-      InputError: no text in it, or nobody that it belongs to.
+      InputError: nobody's, where it has to be somebody's.
+    """
+    if reading.privacy_unit != USER:
+        return ()
+    assert reading.user_field is not None
+    users = users_of(record, reading.user_field, number, several=reading.several_users)
+    if not users and (reading.records_without_user or REFUSE) == REFUSE:
+        raise InputError(
+            f"record {number} of the data has no user in the field {reading.user_field!r}: give"
+            " `records_without_user`=own to make such records units of their own, or correct `user_field`"
+        )
+    return users
+
+
+def _piece(
+    record: dict[str, Any], number: int, tokenizer: Tokenizer, reading: Reading, users: tuple[str, ...]
+) -> Piece:
+    """The piece of a record.
+
+    Raises:
+      InputError: a record without text.
     """
     if reading.privacy_unit == SEQUENCE:
         text = record.get(reading.text_field)
@@ -93,15 +110,6 @@ def of_record(record: dict[str, Any], number: int, tokenizer: Tokenizer, reading
         ids, learned = examples.encoded(record, tokenizer, reading.text_field)
     except InputError as error:
         raise InputError(f"record {number} of the data: {error}") from None
-    users: tuple[str, ...] = ()
-    if reading.privacy_unit == USER:
-        assert reading.user_field is not None
-        users = users_of(record, reading.user_field, number, several=reading.several_users)
-        if not users and (reading.records_without_user or REFUSE) == REFUSE:
-            raise InputError(
-                f"record {number} of the data has no user in the field {reading.user_field!r}: give"
-                " `records_without_user`=own to make such records units of their own, or correct `user_field`"
-            )
     is_text = bool(learned.all()) and len(ids) > 1  # eos alone is no text
     rows = 0
     if not learned.all():
@@ -115,12 +123,16 @@ def of_records(
     """The pieces of records.
 
     Args:
-      on_bad: told what is wrong with a record without text, or without a user where it needs one.
+      on_bad: told what is wrong with a record without text.
       first: number of the first record, for messages.
+
+    Raises:
+      InputError: a record without the user that it needs; what `on_bad` raises.
     """
     for number, record in enumerate(records, first):
+        users = _users(record, number, reading)
         try:
-            piece = of_record(record, number, tokenizer, reading)
+            piece = _piece(record, number, tokenizer, reading, users)
         except InputError as bad:
             on_bad(bad)
         else:
@@ -156,9 +168,9 @@ class Pieces(Protocol):
     """All pieces of some data.
 
     Attributes:
-      lengths: int64 [n], tokens of each.
+      lengths: whole numbers [n], tokens of each.
       is_text: bool [n].
-      rows: int64 [n].
+      rows: whole numbers [n], of pieces that begin a row.
     """
 
     @property
@@ -171,7 +183,7 @@ class Pieces(Protocol):
     def rows(self) -> np.ndarray: ...
 
     def owners(self) -> np.ndarray:
-        """The unit of each piece where units are users, int64 [n]: numbered as their first pieces come."""
+        """The unit of each piece where units are users, whole numbers [n] in the order of their first pieces."""
         ...
 
     def tokens(self, numbers: np.ndarray, begin: int = 0, end: int | None = None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from accounting.errors import InputError
 from dpgemma.choices import AUTO, EXAMPLE, OF_SEVERAL_ROWS, SEQUENCE, USER
 from dpgemma.data import readers
-from dpgemma.data.formats import BadRecords, OnBad, refuse
+from dpgemma.data.formats import BadRecords
 from dpgemma.data.limits import ONE_ROW, Kept, Limits, RowStore
 from dpgemma.data.random_rows import RandomRows
 from dpgemma.data.source import InMemory, UnitSource
@@ -66,13 +66,13 @@ class Found:
             )
         if self.rows_to_learn < self.all_rows:
             found.append(
-                f"{'some' if self.rows_to_learn else 'all'} records have nothing to learn within `sequence_length`:"
-                " their prompts fill it; raise it or shorten them"
+                f"{'some' if self.rows_to_learn else 'all'} rows have nothing to learn: their texts are empty, or"
+                " prompts fill `sequence_length`"
             )
         return found
 
 
-def resolved(privacy_unit: str, data: str, text_field: str) -> str:
+def resolved(privacy_unit: str, data: str, text_field: str, skip_bad_records: bool = False) -> str:
     """The name of the privacy unit: "auto" takes "example" where the first record has the fields of one, otherwise
     "sequence". The choice is one of format and never depends on what the fields hold.
 
@@ -81,25 +81,16 @@ def resolved(privacy_unit: str, data: str, text_field: str) -> str:
     """
     if privacy_unit != AUTO:
         return privacy_unit
-    first: dict[str, Any] = next(iter(readers.records(data, text_field)), {})
+    first: dict[str, Any] = next(iter(readers.records(data, text_field, BadRecords(skip_bad_records))), {})
     return EXAMPLE if examples.is_example(first) else SEQUENCE
 
 
-def in_memory(
-    records: Iterable[dict[str, Any]], tokenizer: Tokenizer, reading: Reading, on_bad: OnBad = refuse
-) -> InMemory:
-    """All rows of all units.
-
-    Args:
-      on_bad: told what is wrong with a record that cannot be read.
+def in_memory(pieces: InMemoryPieces, tokenizer: Tokenizer, reading: Reading) -> InMemory:
+    """All rows of all units that the pieces make.
 
     Raises:
-      InputError: no records, or one that cannot be read; names it by its number.
+      InputError: there is nothing to learn from.
     """
-    return _laid_out(InMemoryPieces(list(of_records(records, tokenizer, reading, on_bad))), tokenizer, reading)
-
-
-def _laid_out(pieces: InMemoryPieces, tokenizer: Tokenizer, reading: Reading) -> InMemory:
     layout = Layout(pieces, reading.privacy_unit, reading.length, tokenizer.pad)
     if len(layout.first) == 1:
         raise InputError("the data are empty: there is no text to train on")
@@ -129,20 +120,29 @@ def read(
         embedding of `vocab_size` rows does not have.
     """
     if data.startswith(RandomRows.PREFIX):
+        if reading.privacy_unit not in (AUTO, SEQUENCE):
+            raise InputError(f"`data`={data} has units of one row: drop `privacy_unit`")
         made = RandomRows.named(data, spec(reading.length), tokenizer.vocab_size)
         return Found(SEQUENCE, made, made.num_units, made.num_units, made.num_units)
     if reading.several_users:
         return _shared(data, tokenizer, reading, vocab_size, limits, skip_bad_records)
     if cache.is_cache(data):
         stored = cache.opened(pathlib.Path(data), tokenizer, reading)
+        if stored.skipped and not skip_bad_records:
+            raise InputError(
+                f"the token cache {data} was made without {stored.skipped} records that cannot be read: give"
+                " `skip_bad_records`, or make it anew"
+            )
         check_ids(np.array([stored.largest_id]), vocab_size)
-        unit, facts = stored.reading.privacy_unit, stored.facts
-        return _kept(unit, stored, facts["rows"], facts["rows_to_learn"], limits, facts["skipped"], facts["lengths"])
-    reading = dataclasses.replace(reading, privacy_unit=resolved(reading.privacy_unit, data, reading.text_field))
+        unit, lengths = stored.reading.privacy_unit, stored.facts["lengths"]
+        return _kept(unit, stored, stored.num_rows, stored.rows_to_learn, limits, stored.skipped, lengths)
+    reading = dataclasses.replace(
+        reading, privacy_unit=resolved(reading.privacy_unit, data, reading.text_field, skip_bad_records)
+    )
     bad = BadRecords(skip_bad_records)
     records = readers.records(data, reading.text_field, bad)
     pieces = InMemoryPieces(list(of_records(records, tokenizer, reading, bad)))
-    held = _laid_out(pieces, tokenizer, reading)
+    held = in_memory(pieces, tokenizer, reading)
     check_ids(held.columns[TOKENS], vocab_size)
     rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
     lengths = lengths_of_records(pieces.lengths, reading.length)
@@ -159,7 +159,7 @@ def _shared(
     pieces = list(of_records(readers.records(data, reading.text_field, bad), tokenizer, reading, bad))
     kept = within_limit([piece.users for piece in pieces], limits.rows_per_unit)
     of_rows = dataclasses.replace(reading, privacy_unit=EXAMPLE)
-    held = _laid_out(InMemoryPieces([pieces[number] for number in kept]), tokenizer, of_rows)
+    held = in_memory(InMemoryPieces([pieces[number] for number in kept]), tokenizer, of_rows)
     check_ids(held.columns[TOKENS], vocab_size)
     to_learn = int(held.columns[SCORED].any(axis=1).sum()) + len(pieces) - len(kept)
     # A record that names nobody is a unit of its own.
