@@ -69,7 +69,9 @@ def _tokenize(settings: Settings, out: str | None, processes: int) -> int:
     )
     bar.close()
     whole = made.cache
-    skipped = f", {made.skipped} records left out" if made.skipped else ""
+    for what in made.bad.named:
+        print(f"left out: {what}", file=sys.stderr)
+    skipped = f", {made.bad.count} records left out" if made.bad.count else ""
     print(
         f"{whole.folder}: {made.records} records{skipped}, {whole.num_units} units, {whole.num_rows} rows of"
         f" {whole.reading.length}. It holds the text itself, and these numbers are private like it."
@@ -78,7 +80,7 @@ def _tokenize(settings: Settings, out: str | None, processes: int) -> int:
     flags |= {name: value for name in _NEEDED if (value := getattr(settings, name)) is not None}
     if unit in OF_SEVERAL_ROWS:
         flags["privacy_unit"] = unit
-    skip = " --skip_bad_records" if made.skipped else ""
+    skip = " --skip_bad_records" if made.bad.count else ""
     print("train on it with " + " ".join(f"--{name}={value}" for name, value in flags.items()) + skip)
     return 0
 

@@ -15,7 +15,7 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, Protocol
 
 from accounting.errors import InputError
@@ -84,16 +84,28 @@ def refuse(bad: InputError) -> None:
     raise bad
 
 
-class BadRecords:
-    """Records that cannot be read: refused, or left out and counted."""
+MOST_NAMED = 100
 
-    def __init__(self, skip: bool) -> None:
-        self.skip, self.count = skip, 0
+
+@dataclasses.dataclass
+class LeftOut:
+    """Records that cannot be read and are left out. Called with what is wrong with one, it adds that one.
+
+    Attributes:
+      count: how many there are.
+      named: what is wrong with the first MOST_NAMED of them, by file and line or by number.
+    """
+
+    count: int = 0
+    named: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(self, bad: InputError) -> None:
-        if not self.skip:
-            raise bad
-        self.count += 1
+        self.add(1, [str(bad)])
+
+    def add(self, count: int, named: Iterable[str]) -> None:
+        """Adds some that were left out elsewhere."""
+        self.count += count
+        self.named = [*self.named, *named][:MOST_NAMED]
 
 
 def records(path: File, text_field: str, on_bad: OnBad = refuse) -> Iterator[dict[str, Any]]:
@@ -281,7 +293,11 @@ def _array_records(path: File, text_field: str, on_bad: OnBad) -> Iterator[dict[
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         count = reader.num_records()
-        first = reader.read([0])[0] if count else b""
+        if not count:  # so it also reads files that were cut off, and files of another kind
+            raise InputError(f"{path} holds no record: it is no ArrayRecord file, or it was cut off")
+        first = reader.read([0])[0]
+    except InputError:
+        raise
     except (ValueError, IndexError, RuntimeError, OSError) as error:
         raise InputError(f"{path} is no ArrayRecord file, or damaged ({str(error).splitlines()[0][:200]})") from None
 

@@ -14,7 +14,7 @@ def check(grid: Grid) -> None:
       InputError: the first such setting.
     """
     from dpgemma.data import readers
-    from dpgemma.data.formats import BadRecords
+    from dpgemma.data.formats import LeftOut, refuse
     from dpgemma.data.random_rows import RandomRows
     from dpgemma.data.text import cache
     from dpgemma.data.text import tokenizer as tokenizer_lib
@@ -32,7 +32,7 @@ def check(grid: Grid) -> None:
         # The synthetic corpus is made when it is needed, and what holds no records is checked when it is opened.
         if data == readers.SYNTHETIC or data.startswith(RandomRows.PREFIX) or cache.is_cache(data):
             continue
-        if next(iter(readers.records(data, field, BadRecords(skip))), None) is None:
+        if next(iter(readers.records(data, field, LeftOut() if skip else refuse)), None) is None:
             raise InputError(f"`data`={data} is empty: there is nothing to train on")
 
 

@@ -75,7 +75,7 @@ def test_it_holds_the_rows_that_are_made_in_memory(tmp_path_factory, records, re
     made = make(folder / "out", data, reading)
     found = units.read(str(folder / "out"), TOKENIZER, reading, 260, limits)
     assert made.records == len(records)
-    for name in ("privacy_unit", "rows", "rows_to_learn", "all_rows", "units_cut", "skipped"):
+    for name in ("privacy_unit", "rows", "rows_to_learn", "all_rows", "units_cut", "bad"):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.units.num_units == expected.units.num_units
     order = np.random.default_rng(0).permutation(found.units.num_units)
@@ -270,14 +270,18 @@ def test_bad_records_are_named_or_left_out_and_counted(tmp_path):
     with pytest.raises(InputError, match=r"data\.jsonl, line 7: no JSON object"):
         make(tmp_path / "skipped", data, reading, processes=2)
     made = make(tmp_path / "skipped", data, reading, skip_bad_records=True)  # goes on behind it
-    assert (made.records, made.skipped) == (40, 2)
+    assert (made.records, made.bad.count) == (40, 2)
+    assert [what.rpartition("/")[2][:40] for what in made.bad.named] == [
+        "data.jsonl, line 7: no JSON object", "record 21 of the data has no text in fie"
+    ]  # fmt: skip
     expected = units.read(str(data), TOKENIZER, reading, 260, skip_bad_records=True)
     found = units.read(str(tmp_path / "skipped"), TOKENIZER, reading, 260, skip_bad_records=True)
     with pytest.raises(InputError, match="without 2 records that cannot be read"):
         units.read(str(tmp_path / "skipped"), TOKENIZER, reading, 260)
     with pytest.raises(InputError, match="without 2 records that cannot be read"):
         make(tmp_path / "skipped", data, reading)
-    assert found.skipped == expected.skipped == 2 and "2 records cannot be read" in found.remarks[0]
+    assert found.bad == expected.bad and "2 records cannot be read" in found.remarks[0]
+    assert found.remarks[1].endswith("data.jsonl, line 7: no JSON object")
     everyone = np.arange(expected.units.num_units)
     np.testing.assert_equal(found.units.read(everyone), expected.units.read(everyone))
 
@@ -334,7 +338,7 @@ def test_users_are_told_apart_by_all_bits_of_their_digests(tmp_path):
     for number, users in enumerate(np.split(halves, [3, 5])):
         kinds = dict(lengths=np.int64, is_text=bool, rows=np.int64)
         numbers = {name: np.ones(len(users), kind) for name, kind in kinds.items()}
-        np.savez(tmp_path / f"part-{number:06d}.npz", **numbers, users=users, width=2, largest=1, skipped=0)
+        np.savez(tmp_path / f"part-{number:06d}.npz", **numbers, users=users, width=2, largest=1)
     found = caching.FilePieces(tmp_path)
     assert found.owners().tolist() == [0, 1, 2, 0, 2, 1, 3, 0]
 

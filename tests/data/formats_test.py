@@ -8,10 +8,13 @@ import tracemalloc
 import datasets
 import pyarrow
 import pytest
+from array_record.python import array_record_module
 from pyarrow import ipc, parquet
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from accounting.errors import InputError
 from dpgemma.data import readers
+from dpgemma.data.formats import LeftOut
 
 RECORDS = [{"id": "007", "text": "première ligne\nzweite"}, {"id": "1e3", "text": 'with "quotes", and commas'}]
 
@@ -46,7 +49,27 @@ def arrow_file(path):
         writer.write_table(whole)
 
 
+def array_record(*contents):
+    def write(path):
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for content in contents:
+            writer.write(content)
+        writer.close()
+
+    return write
+
+
+def example(record):
+    features = {
+        name: tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value.encode()]))
+        for name, value in record.items()
+    }
+    return tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features)).SerializeToString()
+
+
 WRITERS = {
+    "a.array_record": array_record(*(json.dumps(record).encode() for record in RECORDS)),
+    "notes.array_record-00000-of-00001": array_record(*map(example, RECORDS)),
     "a.jsonl": json_lines,
     "a.ndjson": json_lines,
     "a.json": json_list,
@@ -63,7 +86,10 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_gives_its_records(name, tmp_path):
     WRITERS[name](tmp_path / name)
-    assert list(readers.records(str(tmp_path / name))) == RECORDS
+    found = list(readers.records(str(tmp_path / name)))
+    if name.startswith("notes"):  # TensorFlow's examples know bytes only
+        found = [{field: value.decode() for field, value in record.items()} for record in found]
+    assert found == RECORDS
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])
@@ -156,3 +182,38 @@ def test_what_hugging_faces_datasets_save_is_read_in_its_order(tmp_path):
         assert [record["text"] for record in readers.records(str(tmp_path / name))] == [str(i) for i in range(10)]
     with pytest.raises(InputError, match="has the splits first: give the folder of one of them"):
         list(readers.records(str(tmp_path / "others")))
+
+
+def test_array_records_of_text_are_records_and_what_is_damaged_is_named(tmp_path):
+    array_record(b"one", "zw\u00f6lf".encode())(tmp_path / "a.array_record")
+    assert [record["text"] for record in readers.records(str(tmp_path))] == [b"one", "zw\u00f6lf".encode()]
+    array_record(b"{}", b"none")(tmp_path / "b.array_record")
+    with pytest.raises(InputError, match=r"b\.array_record, record 2: no JSON object"):
+        list(readers.records(str(tmp_path / "b.array_record")))
+    array_record(b"one", b"\xff")(tmp_path / "c.array_record")
+    with pytest.raises(InputError, match=r"c\.array_record, record 2: no UTF-8"):
+        list(readers.records(str(tmp_path / "c.array_record")))
+    whole = (tmp_path / "a.array_record").read_bytes()
+    for damaged in (b"", b"text", whole[:-50], whole[: len(whole) // 2], whole[:80] + bytes(30) + whole[110:]):
+        (tmp_path / "d.array_record").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"d\.array_record (is damaged|is no ArrayRecord|holds no record)"):
+            list(readers.records(str(tmp_path / "d.array_record")))
+
+
+def test_a_folder_that_tfds_prepared_is_read_as_such(tmp_path, monkeypatch):
+    from dpgemma.data import synthetic
+
+    folder = str(synthetic.prepared().data_path)
+    assert next(iter(readers.records(folder))) == next(iter(readers.records(f"tfds:{folder}")))
+
+
+def test_bad_records_are_left_out_named_and_counted(tmp_path):
+    """In files of every kind that has records of its own, the others are read on."""
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n[]\n{"text": "2", "text": "3"}\n{"text": "4"}\n')
+    (tmp_path / "b.json").write_text('[{"text": "5"}, 6]')
+    (tmp_path / "c.csv").write_text("text,id\n7,a\n8\n9,b\n")
+    bad = LeftOut()
+    assert [record["text"] for record in readers.records(str(tmp_path), on_bad=bad)] == ["1", "4", "5", "7", "9"]
+    assert bad.count == 4 and [what.rpartition("/")[2].partition(":")[0] for what in bad.named] == [
+        "a.jsonl, line 2", "a.jsonl, line 3", "b.json, record 2", "c.csv, line 3"
+    ]  # fmt: skip

@@ -22,6 +22,7 @@ import numpy as np
 
 from accounting.errors import InputError
 from dpgemma.choices import AUTO, EXAMPLE, REFUSE, SEQUENCE
+from dpgemma.data.formats import LeftOut
 from dpgemma.data.spec import RowSpec
 from dpgemma.data.text.pieces import Reading, unsigned
 from dpgemma.data.text.rows import SCORED, TOKENS, spec
@@ -87,10 +88,9 @@ class TokenCache:
         return count
 
     @property
-    def skipped(self) -> int:
+    def bad(self) -> LeftOut:
         """Records that were left out because they cannot be read."""
-        count: int = self.facts["skipped"]
-        return count
+        return LeftOut(self.facts["skipped"], list(self.facts["left_out"]))
 
     @property
     def largest_id(self) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from accounting.errors import InputError
 from dpgemma.choices import OF_SEVERAL_ROWS, SEQUENCE
 from dpgemma.data import readers
-from dpgemma.data.formats import BadRecords, File, OnBad
+from dpgemma.data.formats import File, LeftOut, OnBad, refuse
 from dpgemma.data.text import cache, pieces
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text.cache import FACTS, FIRST, TokenCache, shard_name
@@ -69,12 +69,12 @@ class Made:
     Attributes:
       cache: whole.
       records: that were read.
-      skipped: records that were left out because they cannot be read.
+      bad: records that were left out because they cannot be read.
     """
 
     cache: TokenCache
     records: int
-    skipped: int
+    bad: LeftOut
 
 
 def make(
@@ -113,17 +113,17 @@ def make(
         }
         if (folder / FACTS).is_file():
             whole = TokenCache(folder, json.loads((folder / FACTS).read_text()))
-            if whole.skipped and not skip_bad_records:
+            if whole.bad.count and not skip_bad_records:
                 raise InputError(
-                    f"{folder} holds a token cache without {whole.skipped} records that cannot be read: give"
+                    f"{folder} holds a token cache without {whole.bad.count} records that cannot be read: give"
                     " `skip_bad_records`, or another folder"
                 )
             if whole.facts["key"] != key:
                 raise InputError(f"{folder} holds a token cache of other data or settings: give another folder")
             shutil.rmtree(parts, ignore_errors=True)
-            return Made(whole, whole.facts["records"], whole.facts["skipped"])
+            return Made(whole, whole.facts["records"], whole.bad)
         _claim(parts / _KEY, key, folder)
-        records, skipped = _tokenise(parts, data, tokenizer_name, reading, processes, progress, skip_bad_records, sizes)
+        records, bad = _tokenise(parts, data, tokenizer_name, reading, processes, progress, skip_bad_records, sizes)
         found = FilePieces(parts)
         if not len(found.lengths) or (reading.privacy_unit == SEQUENCE and not found.lengths.any()):
             raise InputError("the data are empty: there is no text to train on")
@@ -137,13 +137,14 @@ def make(
             "tokenizer_name": tokenizer_name,
             "data": data,
             "records": records,
-            "skipped": skipped,
+            "skipped": bad.count,
+            "left_out": bad.named,
             "largest_id": found.largest_id,
             "lengths": pieces.lengths_of_records(found.lengths, reading.length),
         }
         _write(folder / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
         shutil.rmtree(parts)
-    return Made(TokenCache(folder, facts), records, skipped)
+    return Made(TokenCache(folder, facts), records, bad)
 
 
 def _check_place(folder: pathlib.Path, data: str) -> None:
@@ -207,18 +208,22 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 def _tokenise(
     parts: pathlib.Path, data: str, tokenizer_name: str, reading: Reading, processes: int, progress: Progress,
     skip: bool, sizes: Sizes,
-) -> tuple[int, int]:  # fmt: skip
-    """Writes the parts that are not there: (records that were read, records that were left out)."""
+) -> tuple[int, LeftOut]:  # fmt: skip
+    """Writes the parts that are not there: (number of records, those that were left out)."""
     progress.phase("tokenising", sum(file.size for file in readers.files(data)), "B")
-    bad, count = BadRecords(skip), 0
+    bad, count = LeftOut(), 0
+    on_bad = bad if skip else refuse
     with _Workers(processes) as workers:
-        for number, (records, size) in enumerate(_chunks(data, reading.text_field, bad, sizes)):
+        for number, (records, size) in enumerate(_chunks(data, reading.text_field, on_bad, sizes)):
             if not _part(parts, number).is_file():
                 workers.do(_write_part, parts, number, count + 1, records, tokenizer_name, reading, skip)
             count += len(records)
             progress.advance(size)
-    skipped = sum(int(_numbers(path)["skipped"]) for path in _all_parts(parts))
-    return count + bad.count, bad.count + skipped
+    total = count + bad.count
+    for path in _all_parts(parts):
+        part = _numbers(path)
+        bad.add(int(part["skipped"]), json.loads(part["left_out"].tobytes()))
+    return total, bad
 
 
 class _Workers:
@@ -298,8 +303,8 @@ def _write_part(
     skip: bool,
 ) -> None:  # fmt: skip
     """In a process of the pool: tokenises the records of one part and writes them, the numbers last."""
-    tokenizer, bad = _loaded(tokenizer_name), BadRecords(skip)
-    made = list(pieces.of_records(records, tokenizer, reading, bad, first))
+    tokenizer, bad = _loaded(tokenizer_name), LeftOut()
+    made = list(pieces.of_records(records, tokenizer, reading, bad if skip else refuse, first))
     # A record without a user gets a digest of its own number, so it shares a unit with no other record.
     users = [_digest_of_user(piece.user, first + place) for place, piece in enumerate(made)]
     for place, piece in enumerate(made):
@@ -316,6 +321,7 @@ def _write_part(
         width=np.int64(2 if narrow else 4),
         largest=np.int64(np.where(tokens < 0, -1 - tokens, tokens).max(initial=0)),
         skipped=np.int64(bad.count),
+        left_out=np.frombuffer(json.dumps(bad.named).encode(), np.uint8),
     )
     temporary = parts / f"numbers-{number:06d}.partial"
     with open(temporary, "wb") as file:

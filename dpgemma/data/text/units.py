@@ -10,7 +10,7 @@ import numpy as np
 from accounting.errors import InputError
 from dpgemma.choices import AUTO, EXAMPLE, OF_SEVERAL_ROWS, SEQUENCE, USER
 from dpgemma.data import readers
-from dpgemma.data.formats import BadRecords
+from dpgemma.data.formats import LeftOut, refuse
 from dpgemma.data.limits import ONE_ROW, Kept, Limits, RowStore
 from dpgemma.data.random_rows import RandomRows
 from dpgemma.data.source import InMemory, UnitSource
@@ -33,7 +33,7 @@ class Found:
       rows_to_learn: rows, kept or not, in which something is learned.
       all_rows: rows, kept or not.
       units_cut: units that have more rows than are kept.
-      skipped: records that were left out because they cannot be read.
+      bad: records that were left out because they cannot be read.
       lengths: of records, as pieces.lengths_of_records gives them; empty where there are no records.
       users: how many there are, where `units` are records that may be those of several; else None.
     """
@@ -44,7 +44,7 @@ class Found:
     rows_to_learn: int
     all_rows: int
     units_cut: int = 0
-    skipped: int = 0
+    bad: LeftOut = dataclasses.field(default_factory=LeftOut)
     lengths: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     users: int | None = None
 
@@ -52,8 +52,9 @@ class Found:
     def remarks(self) -> list[str]:
         """What an operator should know: facts about private data, one sentence each."""
         found = []
-        if self.skipped:
-            found.append(f"{self.skipped} records cannot be read and are left out, by `skip_bad_records`")
+        if self.bad.count:
+            found.append(f"{self.bad.count} records cannot be read and are left out, by `skip_bad_records`")
+            found += [f"left out: {what}" for what in self.bad.named]
         if self.users is not None and self.rows < self.all_rows:
             found.append(
                 f"{self.all_rows - self.rows} of {self.all_rows} records are left out, because one of their users has"
@@ -81,7 +82,7 @@ def resolved(privacy_unit: str, data: str, text_field: str, skip_bad_records: bo
     """
     if privacy_unit != AUTO:
         return privacy_unit
-    first: dict[str, Any] = next(iter(readers.records(data, text_field, BadRecords(skip_bad_records))), {})
+    first: dict[str, Any] = next(iter(readers.records(data, text_field, LeftOut() if skip_bad_records else refuse)), {})
     return EXAMPLE if examples.is_example(first) else SEQUENCE
 
 
@@ -128,25 +129,26 @@ def read(
         return _shared(data, tokenizer, reading, vocab_size, limits, skip_bad_records)
     if cache.is_cache(data):
         stored = cache.opened(pathlib.Path(data), tokenizer, reading)
-        if stored.skipped and not skip_bad_records:
+        if stored.bad.count and not skip_bad_records:
             raise InputError(
-                f"the token cache {data} was made without {stored.skipped} records that cannot be read: give"
+                f"the token cache {data} was made without {stored.bad.count} records that cannot be read: give"
                 " `skip_bad_records`, or make it anew"
             )
         check_ids(np.array([stored.largest_id]), vocab_size)
         unit, lengths = stored.reading.privacy_unit, stored.facts["lengths"]
-        return _kept(unit, stored, stored.num_rows, stored.rows_to_learn, limits, stored.skipped, lengths)
+        return _kept(unit, stored, stored.num_rows, stored.rows_to_learn, limits, stored.bad, lengths)
     reading = dataclasses.replace(
         reading, privacy_unit=resolved(reading.privacy_unit, data, reading.text_field, skip_bad_records)
     )
-    bad = BadRecords(skip_bad_records)
-    records = readers.records(data, reading.text_field, bad)
-    pieces = InMemoryPieces(list(of_records(records, tokenizer, reading, bad)))
+    bad = LeftOut()
+    on_bad = bad if skip_bad_records else refuse
+    records = readers.records(data, reading.text_field, on_bad)
+    pieces = InMemoryPieces(list(of_records(records, tokenizer, reading, on_bad)))
     held = in_memory(pieces, tokenizer, reading)
     check_ids(held.columns[TOKENS], vocab_size)
     rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
     lengths = lengths_of_records(pieces.lengths, reading.length)
-    return _kept(reading.privacy_unit, held, rows, to_learn, limits, bad.count, lengths)
+    return _kept(reading.privacy_unit, held, rows, to_learn, limits, bad, lengths)
 
 
 def _shared(
@@ -155,8 +157,9 @@ def _shared(
     """Records that may be those of several users, a row each."""
     if cache.is_cache(data):
         raise InputError(f"a token cache ({data}) holds records of one user each: give the records themselves")
-    bad = BadRecords(skip_bad_records)
-    pieces = list(of_records(readers.records(data, reading.text_field, bad), tokenizer, reading, bad))
+    bad = LeftOut()
+    on_bad = bad if skip_bad_records else refuse
+    pieces = list(of_records(readers.records(data, reading.text_field, on_bad), tokenizer, reading, on_bad))
     kept = within_limit([piece.users for piece in pieces], limits.rows_per_unit)
     of_rows = dataclasses.replace(reading, privacy_unit=EXAMPLE)
     held = in_memory(InMemoryPieces([pieces[number] for number in kept]), tokenizer, of_rows)
@@ -165,12 +168,12 @@ def _shared(
     # A record that names nobody is a unit of its own.
     users = len({name for piece in pieces for name in piece.users}) + sum(not piece.users for piece in pieces)
     lengths = lengths_of_records(InMemoryPieces(pieces).lengths, reading.length)
-    return Found(USER, held, len(kept), to_learn, len(pieces), 0, bad.count, lengths, users)
+    return Found(USER, held, len(kept), to_learn, len(pieces), 0, bad, lengths, users)
 
 
 def _kept(
-    unit: str, store: RowStore, rows: int, to_learn: int, limits: Limits, skipped: int, lengths: Mapping[str, Any]
+    unit: str, store: RowStore, rows: int, to_learn: int, limits: Limits, bad: LeftOut, lengths: Mapping[str, Any]
 ) -> Found:
     kept = Kept(store, limits if unit in OF_SEVERAL_ROWS else ONE_ROW)
     cut, left_out = kept.left_out()
-    return Found(unit, kept, rows - left_out, to_learn, rows, cut, skipped, lengths)
+    return Found(unit, kept, rows - left_out, to_learn, rows, cut, bad, lengths)
