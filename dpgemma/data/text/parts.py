@@ -116,12 +116,11 @@ class _Workers:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self._pool is None:
             return
-        with self._pool:
-            if kind is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
-                return
-            for one in self._waiting:
+        try:
+            for one in self._waiting if kind is None else ():
                 one.result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)  # waits, so that nothing is written any more
 
 
 def _chunks(data: str, text_field: str, on_bad: OnBad, sizes: Sizes) -> Iterator[tuple[list[dict[str, Any]], int]]:
