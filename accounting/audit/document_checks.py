@@ -45,8 +45,6 @@ Derive = Callable[[Executed], Spent]
 
 def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     where = run_files.CONFIG
-    if run_files.digest(content) == executed.declared.get("config_sha256"):
-        return
     try:
         stored = dict(json.loads(content))
     except (ValueError, TypeError, RecursionError):
@@ -59,7 +57,7 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
         yield Finding(
             "config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger"
         )
-    if not differing:
+    if not differing and run_files.digest(content) != executed.declared.get("config_sha256"):
         yield Finding("config_edited", where, "its SHA-256 is not the one that the ledger's start event recorded")
 
 

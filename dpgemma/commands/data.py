@@ -11,6 +11,7 @@ from absl import flags
 from accounting.errors import InputError
 from dpgemma.choices import OF_SEVERAL_ROWS, PUBLIC_OWNERS
 from dpgemma.commands import command_flags
+from dpgemma.storage.objects import is_address
 from dpgemma.training.settings import Settings
 
 DESCRIPTION = (
@@ -40,12 +41,15 @@ def run(fv: flags.FlagValues) -> int:
         from dpgemma.commands import data_stats
 
         return data_stats.run(settings, epsilon_given=bool(fv["epsilon"].present), as_json=fv.json)
-    return _tokenize(settings, fv.out, fv.processes or os.cpu_count() or 1)
+    return _tokenize(settings, fv.out, fv.processes)
 
 
-def _tokenize(settings: Settings, out: str | None, processes: int) -> int:
+def _tokenize(settings: Settings, out: str | None, asked: int | None) -> int:
     if out is None:
         raise InputError("say where the token cache shall lie: give --out=FOLDER")
+    processes = (os.cpu_count() or 1) if asked is None else asked
+    if is_address(out):
+        raise InputError(f"a token cache lies on a disk: give another folder than --out={out}, and copy it afterwards")
     if processes < 1:
         raise InputError(f"--processes must be at least 1, got {processes}")
     if settings.ownership == PUBLIC_OWNERS:

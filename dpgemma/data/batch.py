@@ -107,6 +107,8 @@ def collate(source: UnitSource, units: np.ndarray, slots: int, part: tuple[int, 
         take the places of others.
     """
     first, parts = part
+    if len(units) and units.min() < 0:
+        raise ValueError("units have numbers from 0 on")
     units = units[units < source.num_units][first::parts]
     rows, owner = source.read(units)
     if (np.diff(owner) < 0).any() or (np.bincount(owner) > source.max_rows).any():

@@ -69,6 +69,8 @@ def _files(data: str) -> Sequence[File]:
         paths = _of_data_set(found) or sorted(path for path in found.rglob("*") if _is_meant(path, found))
     else:
         paths = [pathlib.Path(p) for p in sorted(glob.glob(str(found), recursive=True)) if os.path.isfile(p)]
+    if found.is_dir() and any(path.name == cache.FACTS for path in paths):
+        raise InputError(f"`data`={data} holds a token cache: name the folder of its {cache.FACTS}, or of the records")
     if not paths:
         raise InputError(f"no file matches `data`={data}: give a file, a folder, a glob, tfds:NAME, or {SYNTHETIC}")
     return [LocalFile(path) for path in paths]

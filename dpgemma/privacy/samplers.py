@@ -23,6 +23,9 @@ from accounting.errors import InputError
 from accounting.mechanism import Poisson, Sampling, TruncatedPoisson
 from dpgemma.privacy import keystream
 
+# Sums of gaps stay below 2^63, where the first count is doubled once or twice, which hardly ever happens.
+_MOST_WALKED = 2**61
+
 
 class Sampler(Protocol):
     """Draws the items of every step."""
@@ -49,6 +52,17 @@ class PoissonSampler:
     def __post_init__(self) -> None:
         if self.num_items < 1 or not 0 < self.sampling_probability <= 1:
             raise ValueError(f"cannot draw from {self.num_items} items with probability {self.sampling_probability}")
+        if self.num_items * self._first_count >= _MOST_WALKED:
+            raise InputError(
+                f"batches of about {self.num_items * self.sampling_probability:.3g} from {self.num_items:.3g} items are"
+                " more than 64 bits can number: use fewer units, or smaller batches"
+            )
+
+    @property
+    def _first_count(self) -> int:
+        """Gaps that are drawn at first: more than a batch has, nearly always."""
+        mean = self.num_items * self.sampling_probability
+        return math.ceil(mean + 8 * math.sqrt(mean)) + 32
 
     def draw(self, secret: bytes, step: int) -> np.ndarray:
         """Sorted distinct indices int64 [k] of step `step`, with k <= max_batch_size."""
@@ -63,8 +77,7 @@ class PoissonSampler:
         """Walks over the items in geometric gaps: P[gap > k] = (1 - q)^k (Devroye 1986, chapter X.2)."""
         if self.sampling_probability == 1:
             return np.arange(self.num_items)
-        mean = self.num_items * self.sampling_probability
-        count = math.ceil(mean + 8 * math.sqrt(mean)) + 32
+        count = self._first_count
         while True:
             gaps = geometric_gaps(keystream.uniform_uint64(key, step, count), self.sampling_probability)
             # A gap beyond the data ends the walk wherever it is; the bound keeps the running sum inside 64 bits.

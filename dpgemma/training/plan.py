@@ -5,12 +5,13 @@ import math
 from typing import Any
 
 from accounting import calibration, rounding
-from accounting.accountant import Accountant
+from accounting.accountant import LARGEST_GROUP, Accountant
 from accounting.errors import InputError
 from accounting.loss_distribution import truncation
 from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd, grid
 from dpgemma.choices import EXACT
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM, Strategy
+from dpgemma.privacy.samplers import sampler_of
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.training.optimizer import Optimization
 from dpgemma.training.settings import Settings
@@ -115,6 +116,12 @@ def resolve(
         items_per_unit=items,
         shared_items=shared_items,
     )
+    if items > LARGEST_GROUP:
+        raise InputError(
+            f"`rows_per_unit`={items} is more than the {LARGEST_GROUP} rows of a unit that are accounted for where rows"
+            " are drawn one by one: lower it"
+        )
+    sampler_of(mechanism.sampling)  # refuses what cannot be drawn
     if given_noise is None:
         solved = calibration.noise_multiplier(mechanism, target, settings.delta)
         mechanism = mechanism.replace(noise_multiplier=_as_begun(solved.noise_multiplier, begun, "noise_multiplier"))

@@ -214,6 +214,8 @@ class Settings:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not self.data:
+            raise InputError("`data` is empty: name a file, a folder, a glob, or leave it out for the synthetic corpus")
         self._check_units()
         if self.attention == choices.FUSED and not self.attend_across_documents:
             raise InputError(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,7 @@ def test_rows_of_other_units_are_never_read(made):
         ),
         (dict(privacy_unit="auto", user_field=None, records_without_user=None), "`privacy_unit`=user, not auto"),
         (dict(user_field="author"), "`user_field`=who, not author"),
+        (dict(text_field="body"), "`text_field`=text, not body"),
         (dict(records_without_user="refuse"), "`records_without_user`=own, not refuse"),
     ],
 )
@@ -324,6 +326,10 @@ def test_the_command_makes_what_train_takes(tmp_path):
     for arguments, said in (
         ((), "say what to do with the data"),
         (("tokenize", str(tmp_path / "data.jsonl")), "give --out=FOLDER"),
+        (("tokenize", str(tmp_path / "data.jsonl"), "--out=s3://b/x"), "a token cache lies on a disk"),
+        (("tokenize", str(tmp_path / "data.jsonl"), "--out=x", "--processes=0"), "--processes must be at least 1"),
+        (("stats", "--data="), "--data is empty"),
+        (("stats", str(tmp_path)), "holds a token cache"),
         (("tokenize", "/nowhere", "--out=x"), "no file matches"),
         (("look", "x"), "say what to do with the data"),
         (("tokenize", "a", "b"), "unexpected argument 'b'"),
@@ -338,17 +344,44 @@ def test_users_are_told_apart_by_all_bits_of_their_digests(tmp_path):
     for number, users in enumerate(np.split(halves, [3, 5])):
         kinds = dict(lengths=np.int64, is_text=bool, rows=np.int64)
         numbers = {name: np.ones(len(users), kind) for name, kind in kinds.items()}
-        np.savez(tmp_path / f"part-{number:06d}.npz", **numbers, users=users, width=2, largest=1)
+        np.savez(tmp_path / f"part-{number:06d}.npz", **numbers, users=users, width=2, largest=1, without_user=0)
     found = caching.FilePieces(tmp_path)
     assert found.owners().tolist() == [0, 1, 2, 0, 2, 1, 3, 0]
 
 
-def test_a_changed_row_changes_the_fingerprint(tmp_path):
-    """A cache made of other text has another, and one made anew of data at another place has not."""
-    found = []
-    for name, text in (("one", "some text"), ("moved", "some text"), ("other", "some_text")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "text.txt").write_text(text)
-        made = make(tmp_path / f"{name} cached", tmp_path / name / "text.txt", Reading("sequence", LENGTH, "text"))
-        found.append(made.cache.fingerprint(bytes(32)))
-    assert found[0] == found[1] != found[2]
+def test_a_changed_row_changes_the_fingerprint(made):
+    """Whatever is changed in the rows or in the index, and nothing else."""
+    folder, reading = made[0] / "out", made[1]
+
+    def fingerprint(place=folder, key=bytes(32)):
+        return units.read(str(place), TOKENIZER, reading, 260).units.fingerprint(key)
+
+    before = fingerprint()
+    assert before == fingerprint(shutil.copytree(folder, made[0] / "copy")) != fingerprint(key=b"k" * 32)
+    for path in [*folder.glob("rows-*"), folder / cache.FIRST]:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert cache.opened(folder, TOKENIZER, reading).fingerprint(bytes(32)) != before
+        path.write_bytes(content)
+    assert fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    "change", [dict(units=40), dict(rows=7), dict(skipped=None), dict(units="many"), dict(files=3), dict(lengths=1)]
+)
+def test_facts_that_are_wrong_or_missing_are_one_sentence(made, change):
+    folder = made[0] / "out"
+    facts = json.loads((folder / cache.FACTS).read_text()) | change
+    (folder / cache.FACTS).write_text(json.dumps({name: fact for name, fact in facts.items() if fact is not None}))
+    with pytest.raises(InputError, match="damaged"):
+        units.read(str(folder), TOKENIZER, made[1], 260)
+
+
+@pytest.mark.parametrize("content", [b"", b"NUMPY", None])
+def test_an_index_that_is_damaged_or_missing_is_one_sentence(made, content):
+    path = made[0] / "out" / cache.FIRST
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        units.read(str(made[0] / "out"), TOKENIZER, made[1], 260)

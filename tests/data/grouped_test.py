@@ -120,7 +120,7 @@ def test_records_without_a_user_are_refused_or_units_of_their_own():
         by_user(records)
     units = by_user(records, without="own")
     assert [rows_of(units, i) for i in range(units.num_units)] == [[b"14"], [b"2"], [b"3"]]
-    for value in (["a", "b"], {"id": 1}):
+    for value in (["a", "b"], {"id": 1}, np.array([1, 2]), (3, 4)):
         with pytest.raises(InputError, match="record 1 of the data has no single user"):
             by_user([{"who": value, "text": "1"}], without="own")
 
@@ -178,7 +178,7 @@ def test_a_list_names_several_users_only_where_that_is_public(tmp_path):
     assert (found.privacy_unit, found.users, found.rows, found.all_rows) == ("user", 5, 2, 4)
     rows, _ = found.units.read(np.arange(found.units.num_units))
     texts = [TOKENIZER.decode(t[s]) for t, s in zip(rows["tokens"], rows["scored"], strict=True)]
-    assert texts == [b"1", b"4"] and "2 of 4 records are left out" in found.remarks[0]
+    assert texts == [b"1", b"4"] and "2 of 4 records are left out" in found.remarks[1]
     with pytest.raises(InputError, match="has no user in the field 'to'"):
         units_lib.read(str(path), TOKENIZER, dataclasses.replace(reading, records_without_user="refuse"), 260)
 

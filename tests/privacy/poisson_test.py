@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from accounting.errors import InputError
 from dpgemma.privacy import keystream
 from dpgemma.privacy.samplers import PoissonSampler, geometric_gaps
 
@@ -147,3 +148,12 @@ def test_keystream_is_chacha20():
 def test_impossible_samplers_are_refused(n, q):
     with pytest.raises(ValueError):
         PoissonSampler(n, q)
+
+
+def test_what_64_bits_cannot_number_is_refused():
+    """At the bound draws are still sorted, distinct and of the right size; beyond it there are none."""
+    drawn = PoissonSampler(10**15, 100 / 10**15).draw(bytes(32), 0)
+    assert 40 < len(drawn) < 170 and (np.diff(drawn) > 0).all() and drawn[0] >= 0 and drawn[-1] < 10**15
+    for items, batch in ((3 * 10**17, 1), (2 * 10**18, 8), (10**15, 10**5)):
+        with pytest.raises(InputError, match="more than 64 bits can number"):
+            PoissonSampler(items, batch / items)

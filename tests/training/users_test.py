@@ -174,6 +174,7 @@ def test_a_report_names_no_unit_that_its_ledger_does_not_describe():
         (dict(privacy_unit="example"), "--rows_per_unit has no meaning with this --privacy_unit"),
         (dict(rows_per_unit=0), "--rows_per_unit must be at least 1"),
         (dict(rows_kept="last"), "--rows_kept"),
+        (dict(user_sampling="example", rows_per_unit=300), "--rows_per_unit=300 is more than the 256 rows"),
     ],
 )
 def test_units_that_do_not_exist_are_refused(notes, tmp_path, changes, said):

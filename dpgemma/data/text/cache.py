@@ -10,6 +10,7 @@ Formal guarantee: a row that is read for a unit is that unit's, or the read fail
 and its own. Tested by tests/data/cache_test.py::test_rows_of_other_units_are_never_read. All of it is private data.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -63,6 +64,15 @@ class TokenCache:
     folder: pathlib.Path
     facts: dict[str, Any]
 
+    def check(self) -> None:
+        """Raises KeyError, TypeError or ValueError where a fact is missing or of another kind."""
+        counts = ("units", "rows", "rows_to_learn", "largest_id", "skipped", "rows_per_shard", "without_user")
+        if not all(type(self.facts[name]) is int and self.facts[name] >= 0 for name in counts):
+            raise ValueError("a count is no number")
+        if self.facts["units"] < 1 or self.facts["rows"] < self.facts["units"] or self.facts["rows_per_shard"] < 1:
+            raise ValueError("there are no rows")
+        dict(self.facts["lengths"]), list(self.facts["left_out"]), str(self.facts["tokenizer"])
+
     @property
     def reading(self) -> Reading:
         return Reading(**self.facts["reading"])
@@ -100,8 +110,15 @@ class TokenCache:
 
     @functools.cached_property
     def _first(self) -> np.ndarray | None:
-        has_index = self.reading.privacy_unit not in (SEQUENCE, EXAMPLE)
-        return np.load(self.folder / FIRST, mmap_mode="r") if has_index else None
+        if self.reading.privacy_unit in (SEQUENCE, EXAMPLE):
+            return None
+        try:
+            first: np.ndarray = np.load(self.folder / FIRST, mmap_mode="r")
+        except (ValueError, EOFError, OSError):
+            raise self._damaged(FIRST) from None
+        if first.shape != (self.num_units + 1,) or first[-1] != self.num_rows:
+            raise self._damaged(FIRST)
+        return first
 
     @functools.cached_property
     def _shard(self) -> Any:
@@ -148,12 +165,16 @@ class TokenCache:
         return InputError(f"the token cache {self.folder} is damaged ({what}): make it anew")
 
     def fingerprint(self, key: bytes) -> str:
-        """A keyed hash of what cache.json says, digests of all files included; of the name of the data nothing.
+        """A keyed hash of all rows, of the index and of what they are; the files are read for it."""
 
-        Files that were changed since they were made are noticed by their sizes and by the numbers of rows alone.
-        """
-        facts = {name: fact for name, fact in self.facts.items() if name != "data"}
-        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), key=key, digest_size=32).hexdigest()
+        def of_file(name: str) -> str:
+            with open(self.folder / name, "rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.blake2b(key=key, digest_size=32)).hexdigest()
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            digests = list(pool.map(of_file, sorted(self.facts["files"])))
+        facts = repr((dataclasses.astuple(self.reading), self.facts["tokenizer"], digests))
+        return hashlib.blake2b(facts.encode(), key=key, digest_size=32).hexdigest()
 
 
 def opened(folder: pathlib.Path, tokenizer: Tokenizer, reading: Reading) -> TokenCache:
@@ -172,6 +193,7 @@ def opened(folder: pathlib.Path, tokenizer: Tokenizer, reading: Reading) -> Toke
         if cache.facts["format"] != FORMAT:
             raise InputError(f"the token cache {folder} has another format: make it anew with this version")
         made, files = cache.reading, cache.facts["files"]
+        cache.check()
         sizes = {name: (folder / name).stat().st_size for name in files}
     except (KeyError, TypeError, ValueError, FileNotFoundError):
         raise InputError(f"the token cache {folder} is damaged ({FACTS}, or files it names): make it anew") from None
@@ -183,6 +205,7 @@ def opened(folder: pathlib.Path, tokenizer: Tokenizer, reading: Reading) -> Toke
     for name, there, here in (
         ("privacy_unit", made.privacy_unit, unit),
         ("sequence_length", made.length, reading.length),
+        ("text_field", made.text_field, reading.text_field),
         ("user_field", made.user_field, reading.user_field),
         ("records_without_user", made.records_without_user or REFUSE, reading.records_without_user or REFUSE),
     ):

@@ -182,6 +182,7 @@ def _write_part(
         width=np.int64(2 if narrow else 4),
         largest=np.int64(np.where(tokens < 0, -1 - tokens, tokens).max(initial=0)),
         skipped=np.int64(bad.count),
+        without_user=np.int64(sum(not piece.users for piece in made)),
         left_out=np.frombuffer(json.dumps(bad.named).encode(), np.uint8),
     )
     temporary = parts / f"numbers-{number:06d}.partial"
@@ -214,7 +215,7 @@ class FilePieces:
     def __init__(self, parts: pathlib.Path) -> None:
         self._parts, self._files = parts, dict[int, Any]()
         found: dict[str, list[np.ndarray]] = {"lengths": [], "is_text": [], "rows": [], "starts": []}
-        counts, self._widths, self.largest_id = [], [], 0
+        counts, self._widths, self.largest_id, self.without_user = [], list[int](), 0, 0
         for path in _all_parts(parts):
             part = _numbers(path)
             lengths = part["lengths"]
@@ -226,6 +227,7 @@ class FilePieces:
             counts.append(len(lengths))
             self._widths.append(int(part["width"]))
             self.largest_id = max(self.largest_id, int(part["largest"]))
+            self.without_user += int(part["without_user"])
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # piece of every part
         self.lengths, self.is_text, self.rows, self._starts = (
             np.concatenate([np.zeros(0, kind), *found.pop(name)])

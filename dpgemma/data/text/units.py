@@ -35,6 +35,7 @@ class Found:
       units_cut: units that have more rows than are kept.
       bad: records that were left out because they cannot be read.
       lengths: of records, as pieces.lengths_of_records gives them; empty where there are no records.
+      without_user: records that name nobody, where units are users.
       users: how many there are, where `units` are records that may be those of several; else None.
     """
 
@@ -47,6 +48,7 @@ class Found:
     bad: LeftOut = dataclasses.field(default_factory=LeftOut)
     lengths: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     users: int | None = None
+    without_user: int = 0
 
     @property
     def remarks(self) -> list[str]:
@@ -55,6 +57,8 @@ class Found:
         if self.bad.count:
             found.append(f"{self.bad.count} records cannot be read and are left out, by `skip_bad_records`")
             found += [f"left out: {what}" for what in self.bad.named]
+        if self.without_user:
+            found.append(f"{self.without_user} records name no user, and are units of their own")
         if self.users is not None and self.rows < self.all_rows:
             found.append(
                 f"{self.all_rows - self.rows} of {self.all_rows} records are left out, because one of their users has"
@@ -123,8 +127,9 @@ def read(
     if data.startswith(RandomRows.PREFIX):
         if reading.privacy_unit not in (AUTO, SEQUENCE):
             raise InputError(f"`data`={data} has units of one row: drop `privacy_unit`")
-        made = RandomRows.named(data, spec(reading.length), tokenizer.vocab_size)
-        return Found(SEQUENCE, made, made.num_units, made.num_units, made.num_units)
+        rows_of_noise = RandomRows.named(data, spec(reading.length), tokenizer.vocab_size)
+        count = rows_of_noise.num_units
+        return Found(SEQUENCE, rows_of_noise, count, count, count)
     if reading.several_users:
         return _shared(data, tokenizer, reading, vocab_size, limits, skip_bad_records)
     if cache.is_cache(data):
@@ -136,10 +141,10 @@ def read(
             )
         check_ids(np.array([stored.largest_id]), vocab_size)
         unit, lengths = stored.reading.privacy_unit, stored.facts["lengths"]
-        return _kept(unit, stored, stored.num_rows, stored.rows_to_learn, limits, stored.bad, lengths)
-    reading = dataclasses.replace(
-        reading, privacy_unit=resolved(reading.privacy_unit, data, reading.text_field, skip_bad_records)
-    )
+        made = _kept(unit, stored, stored.num_rows, stored.rows_to_learn, limits, stored.bad, lengths)
+        return dataclasses.replace(made, without_user=stored.facts["without_user"] if unit == USER else 0)
+    unit = resolved(reading.privacy_unit, data, reading.text_field, skip_bad_records)
+    reading = dataclasses.replace(reading, privacy_unit=unit)
     bad = LeftOut()
     on_bad = bad if skip_bad_records else refuse
     records = readers.records(data, reading.text_field, on_bad)
@@ -148,7 +153,9 @@ def read(
     check_ids(held.columns[TOKENS], vocab_size)
     rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
     lengths = lengths_of_records(pieces.lengths, reading.length)
-    return _kept(reading.privacy_unit, held, rows, to_learn, limits, bad, lengths)
+    without = sum(not piece.users for piece in pieces.held) if unit == USER else 0
+    made = _kept(unit, held, rows, to_learn, limits, bad, lengths)
+    return dataclasses.replace(made, without_user=without)
 
 
 def _shared(
@@ -168,7 +175,8 @@ def _shared(
     # A record that names nobody is a unit of its own.
     users = len({name for piece in pieces for name in piece.users}) + sum(not piece.users for piece in pieces)
     lengths = lengths_of_records(InMemoryPieces(pieces).lengths, reading.length)
-    return Found(USER, held, len(kept), to_learn, len(pieces), 0, bad, lengths, users)
+    without = sum(not piece.users for piece in pieces)
+    return Found(USER, held, len(kept), to_learn, len(pieces), 0, bad, lengths, users, without)
 
 
 def _kept(

@@ -40,16 +40,14 @@ def users_of(record: dict[str, Any], field: str, number: int, *, several: bool =
 def _name(value: Any, field: str, number: int) -> str | None:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or value == "" or value != value:
-        return None
-    if not isinstance(value, (str, int, float)):
+    if value is not None and not isinstance(value, (str, int, float)):
         raise InputError(
             f"record {number} of the data has no single user in the field {field!r}: give one with a text or a number,"
             " or `ownership`=public if it may be a list of users whose names are no secret"
         )
-    return str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if value is None or value == "" or value != value else str(value)
 
 
 def within_limit(users: Iterable[Sequence[str]], limit: int) -> list[int]:
