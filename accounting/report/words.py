@@ -164,7 +164,7 @@ def assumptions(executed: Executed) -> list[str]:
             ", and shows how many units there are, which this relation would hide."
             if m.neighbouring_relation == ADD_OR_REMOVE
             else ", and shows how many rows the drawn units have."
-            if declared["privacy_unit"] in ("document", "user") and m.sampling.shared_items is None
+            if "rows_per_unit" in declared and m.sampling.shared_items is None
             else "."
         ),
     ]
