@@ -112,6 +112,7 @@ def test_one_release(noise, probability, delta, group):
     assert found.lower <= exact <= found.upper <= 1.005 * found.lower
 
 
+@pytest.mark.slow
 def test_the_smallest_probability():
     """Epsilon lies far below every grid that also reaches the losses of a drawn unit, so its ends are wide here."""
     exact = one_release_epsilon(0.2, 1e-12, 1e-13)

@@ -121,7 +121,7 @@ def test_a_run_of_the_first_format_is_audited_as_before(tmp_path):
 
 
 HOSTILE = [
-    pytest.param(10**400, id="huge"),
+    pytest.param(10**400, id="huge", marks=pytest.mark.slow),
     *(
         pytest.param(value, marks=pytest.mark.slow)
         for value in (float("nan"), 2**63 - 1, -1, 0, 1e308, "inf", None, True, [], {}, "")

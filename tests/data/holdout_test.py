@@ -82,6 +82,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_more_units_than_any_memory_holds(tmp_path):
     """VaultGemma's number of units, a thousandth of a millionth of them held out, within 8 GiB of addresses."""
     command = [

@@ -31,7 +31,9 @@ def test_logits_equal_transformers(name):
         np.testing.assert_allclose(our_logits(config, params, attention=kind), expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "recurrent_gemma" else ()) for name in FAMILIES]
+)
 def test_per_example_gradients_equal_torch(name):
     (config, params), model = imported(name), torch_model(name)
 

@@ -75,6 +75,7 @@ def test_a_deposited_head_is_confirmed(workdir, capsys):
     assert "is that of line" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_interrupted_runs_are_consistent_and_marked_unfinished(text, tmp_path, capsys):
     workdir = tmp_path / "run"
     rng = random.Random(3)
