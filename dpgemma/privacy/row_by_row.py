@@ -2,10 +2,10 @@
 rows as it has, and not as many as it may have.
 
 The gradient of a unit is the mean of its rows' gradients. It is added up in one array, and clipped where the unit's
-last row ends. The batch has places for all rows that its units may have; those without a row are never looked at. A cap
-on the rows of a batch below k times its cap on units would save the memory of places and nothing else. It would have no
-small probability to be reached in every data set (where all units have k rows it nearly always is), and where it is
-reached one unit's rows decide whether several others take part, so there is nothing that could be planned and charged.
+last row ends. The batch has places for all rows that its units may have, k times its cap on units; those without a row
+are never looked at. That is also the smallest cap on rows that can be planned: where all units have k rows, a smaller
+one is reached more often than the cap on units, and where it is reached one unit's rows decide whether several others
+take part.
 
 Formal guarantee: as that of dpgemma.privacy.clipping: what one unit adds has norm at most the sensitivity, rounding
 included, because the norm is that of the array which is scaled. Tested by
