@@ -390,6 +390,12 @@ MUTATIONS = (
         ("tests/accounting/items_test.py", "-k", "cap_is_paid"),
     ),
     Mutation(
+        "users", "delta pays for one displaced row of a user", ACCOUNTANT,
+        "truncation.displacement_delta(m, count, self._group_size * m.items_per_unit)",
+        "truncation.displacement_delta(m, count, self._group_size)",
+        ("tests/accounting/items_test.py", "-k", "may_reveal"),
+    ),
+    Mutation(
         "users", "of rows that are drawn one by one, only those of few users are", "dpgemma/privacy/samplers.py",
         "return PoissonSampler(sampling.num_items,", "return PoissonSampler(sampling.num_units,",
         ("tests/training/users_test.py", "-k", "one_by_one"),
@@ -415,6 +421,11 @@ MUTATIONS = (
         "lambda total, new: (jax.tree.map(lambda s, g: s + placed(g * factor(norms.l2_norm(carry[1]) + 1e-9, margin)),"
         " total, new), norms.l2_norm(new)), lambda total, _: (total, jnp.float32(0)), total, gradient)",
         ("tests/training/users_test.py", "-k", "without_a_user_the_sum and example_scan"),
+    ),
+    Mutation(
+        "users", "devices that wait for each other add a user at each of his rows", "dpgemma/privacy/row_by_row.py",
+        "lambda new, old: jnp.where(ends, new, old)", "lambda new, old: new",
+        ("tests/training/units_test.py", "-k", "together"),
     ),
     Mutation(
         "token cache", "rows of other units are read without a word", "dpgemma/data/text/cache.py",

@@ -50,9 +50,11 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     except (ValueError, TypeError, RecursionError):
         yield Finding("unparsable", where, "it is no JSON object of a run's settings")
         return
-    fields = (*_CONFIG_FIELDS, *(name for name in _UNIT_FIELDS if name in executed.declared))
+    fields = (*_CONFIG_FIELDS, *_UNIT_FIELDS)
     declared = {name: run_files.encode(executed.declared.get(_CONFIG_NAMES.get(name, name))) for name in fields}
-    differing = [name for name in fields if stored.get(name) != declared[name]]
+    differing = [name for name in _CONFIG_FIELDS if stored.get(name) != declared[name]]
+    # A ledger that does not name one of these says that it has no meaning, or is not so.
+    differing += [name for name in _UNIT_FIELDS if (stored.get(name) or None) != (declared[name] or None)]
     for name in differing:
         yield Finding(
             "config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpgemma.data.source import UnitSource
+from dpgemma.data.source import UnitSource, places_of
 
 
 @jax.tree_util.register_dataclass
@@ -113,8 +113,7 @@ def collate(source: UnitSource, units: np.ndarray, slots: int, part: tuple[int, 
     rows, owner = source.read(units)
     if (np.diff(owner) < 0).any() or (np.bincount(owner) > source.max_rows).any():
         raise ValueError(f"a source gave rows out of order, or more than max_rows={source.max_rows} of one unit")
-    # Rows of a unit are adjacent: the place of a row is its distance from the first one of the same unit.
-    place = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    place = places_of(owner)
     slot = np.cumsum(place == 0) - 1
     real = np.zeros((slots, source.max_rows), bool)
     real[slot, place] = True

@@ -12,8 +12,7 @@ import numpy as np
 
 from accounting.errors import InputError
 from dpgemma.data.permutation import Permutation
-from dpgemma.data.source import Subset, UnitSource
-from dpgemma.data.spec import RowSpec
+from dpgemma.data.source import Subset, UnitSource, Wrapped
 from dpgemma.privacy import keystream
 
 MOST_LISTED = 1 << 24
@@ -54,7 +53,7 @@ def split(
 
 
 @dataclasses.dataclass(frozen=True)
-class Reordered:
+class Reordered(Wrapped):
     """Units of another source in a secret order, from a place in it on.
 
     Attributes:
@@ -63,18 +62,9 @@ class Reordered:
       first, num_units: where this part of the order begins, and how many units it has.
     """
 
-    source: UnitSource
     order: Permutation
     first: int
     num_units: int
-
-    @property
-    def spec(self) -> RowSpec:
-        return self.source.spec
-
-    @property
-    def max_rows(self) -> int:
-        return self.source.max_rows
 
     def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return self.source.read(self.order(units + self.first))

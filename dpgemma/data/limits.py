@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from dpgemma.choices import FIRST_ROWS
+from dpgemma.data.source import places_of
 from dpgemma.data.spec import RowSpec
 from dpgemma.privacy import keystream
 
@@ -41,7 +42,7 @@ class RowStore(Protocol):
         ...
 
     def fingerprint(self, key: bytes) -> str:
-        """A keyed hash of everything that is stored, as it was made."""
+        """A keyed hash of everything that is stored."""
         ...
 
 
@@ -92,8 +93,7 @@ class Kept:
         counts = self.store.first_rows(units + 1) - first
         kept = np.minimum(counts, k)
         owner = np.repeat(np.arange(len(units)), kept)
-        place = np.arange(len(owner)) - np.repeat(np.cumsum(kept) - kept, kept)
-        numbers = first[owner] + place
+        numbers = first[owner] + places_of(owner)
         if self.limits.rows_kept != FIRST_ROWS:
             key = keystream.derive(self.limits.secret, "rows of units")
             ends = np.cumsum(kept)

@@ -46,6 +46,18 @@ class UnitSource(Protocol):
         ...
 
 
+def places_of(owner: np.ndarray) -> np.ndarray:
+    """The place of every row among those of its unit, int64 [R].
+
+    >>> places_of(np.array([0, 0, 2, 2, 2]))
+    array([0, 1, 0, 1, 2])
+
+    Args:
+      owner: int64 [R], the unit of every row, ascending.
+    """
+    return np.arange(len(owner)) - np.searchsorted(owner, owner)
+
+
 @dataclasses.dataclass(frozen=True)
 class InMemory:
     """Units whose rows lie in memory, as a source of all of them and as a store of rows (dpgemma.data.limits).
@@ -89,8 +101,7 @@ class InMemory:
         first = self.first_rows(units)
         counts = self.first_rows(units + 1) - first
         owner = np.repeat(np.arange(len(units)), counts)
-        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.rows(first[owner] + place), owner
+        return self.rows(first[owner] + places_of(owner)), owner
 
     def fingerprint(self, key: bytes) -> str:
         digest = hashlib.blake2b(key=key, digest_size=32)
@@ -101,7 +112,29 @@ class InMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset:
+class Wrapped:
+    """What sources that wrap another one pass on.
+
+    Attributes:
+      source: the other one.
+    """
+
+    source: UnitSource
+
+    @property
+    def spec(self) -> RowSpec:
+        return self.source.spec
+
+    @property
+    def max_rows(self) -> int:
+        return self.source.max_rows
+
+    def fingerprint(self, key: bytes) -> str:
+        return self.source.fingerprint(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset(Wrapped):
     """Some units of another source, numbered anew.
 
     Attributes:
@@ -109,20 +142,11 @@ class Subset:
       numbers: int64 [n]; unit u is unit numbers[u] there.
     """
 
-    source: UnitSource
     numbers: np.ndarray
-
-    @property
-    def spec(self) -> RowSpec:
-        return self.source.spec
 
     @property
     def num_units(self) -> int:
         return len(self.numbers)
-
-    @property
-    def max_rows(self) -> int:
-        return self.source.max_rows
 
     def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return self.source.read(self.numbers[units])
@@ -133,7 +157,7 @@ class Subset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Items:
+class Items(Wrapped):
     """Every place for a row of every unit of another source, as a unit of one row or none, so that rows can be drawn
     one by one.
 
@@ -144,12 +168,6 @@ class Items:
     Attributes:
       source: the other one; k is its max_rows.
     """
-
-    source: UnitSource
-
-    @property
-    def spec(self) -> RowSpec:
-        return self.source.spec
 
     @property
     def num_units(self) -> int:
@@ -162,12 +180,8 @@ class Items:
     def read(self, units: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         owners, k = np.unique(units // self.source.max_rows), self.source.max_rows
         rows, owner = self.source.read(owners)
-        place = np.arange(len(owner)) - np.searchsorted(owner, owner)
-        held = owners[owner] * k + place
+        held = owners[owner] * k + places_of(owner)
         # Where an asked item would stand among those that hold a row.
         at = np.minimum(np.searchsorted(held, units), max(len(held) - 1, 0))
         found = np.flatnonzero(held[at] == units) if len(held) else np.zeros(0, np.int64)
         return {name: column[at[found]] for name, column in rows.items()}, found
-
-    def fingerprint(self, key: bytes) -> str:
-        return self.source.fingerprint(key)

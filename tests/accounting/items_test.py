@@ -27,6 +27,7 @@ def users(k, q, noise, steps, units=1000, **changes):
         (5, 0.01, 3.0, 20, 1e-5),
         pytest.param(8, 0.005, 4.0, 500, 1e-5, marks=pytest.mark.slow),
         pytest.param(32, 0.01, 8.0, 100, 1e-6, marks=pytest.mark.slow),
+        pytest.param(LARGEST_GROUP, 0.02, 20.0, 10, 1e-6, marks=pytest.mark.slow),
     ],
 )
 def test_agreement_with_dp_accountings_mixture_of_gaussians(k, q, noise, steps, delta):
@@ -115,6 +116,40 @@ def test_a_cap_is_paid_for_by_all_items_of_a_unit(relation):
     tail = 50 * stats.binom.sf(580 - 4, 10_000 - 4, 0.05)
     assert truncation.displacement_delta(capped, 50) == pytest.approx(tail, rel=1e-12)
     assert truncation.additive_delta(capped, 0.0, 50) == pytest.approx(100 * stats.binom.sf(580, 10_000, 0.05))
+
+
+def test_what_a_cap_may_reveal_is_added_to_delta_for_all_items():
+    """At a large epsilon by displacement: while the others leave room for all k items, nothing is cut."""
+    plan = users(4, 0.05, 6.0, 50, units=2500, neighbouring_relation=ZERO_OUT)
+    free, capped = (Accountant(m).deltas([3.0], 1e-5)[0] for m in (plan, plan.replace(max_batch_size=580)))
+    one, four = (50 * stats.binom.sf(580 - k, 10_000 - k, 0.05) for k in (1, 4))
+    assert capped - free == pytest.approx(four, rel=1e-6) and four > 1.4 * one
+
+
+@pytest.mark.parametrize("cap", [9, 12])
+def test_a_brute_force_of_the_capped_sampler_is_covered(cap):
+    """Two of twenty items are one unit's; the others pull the other way, so that being displaced by it shows."""
+    k, others, q, noise = 2, 18, 0.25, 1.0
+    x = np.linspace(-40, 25, 26_001)
+
+    def density(content):
+        total = np.zeros_like(x)
+        for own, rest in itertools.product(range(k + 1), range(others + 1)):
+            kept = min(own + rest, cap)
+            drawn = stats.binom.pmf(own, k, q) * stats.binom.pmf(rest, others, q)
+            for mine in range(max(0, kept - rest), min(own, kept) + 1):
+                ways = math.comb(own, mine) * math.comb(rest, kept - mine) / math.comb(own + rest, kept)
+                weight = drawn * ways
+                total += weight * stats.norm.pdf(x, content * mine - (kept - mine), noise)
+        return total
+
+    plan = dp_sgd(10, 20 * q, cap, noise, 1.0, 1, ZERO_OUT, items_per_unit=k)
+    epsilons = np.array([0.2, 1.0, 2.0])
+    bounds = Accountant(plan).deltas(epsilons, 1e-6)
+    full, empty = density(1.0), density(0.0)
+    for one, two in ((full, empty), (empty, full)):
+        told = [float(np.maximum(one - math.exp(e) * two, 0).sum() * (x[1] - x[0])) for e in epsilons]
+        assert (told <= bounds * (1 + 1e-6)).all() and max(told) > 1e-3
 
 
 def test_what_has_no_proof_is_refused():

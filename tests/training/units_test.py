@@ -69,6 +69,20 @@ def test_a_unit_of_several_rows_contributes_its_clipped_mean_gradient(how, clip_
     assert (np.asarray(got.stats.norms) > 0).tolist() == [True] * 4 + [False] * 2
 
 
+def test_devices_that_go_through_their_rows_together_add_what_each_adds_alone():
+    """One has six rows and the other one, so the other goes on over places that hold none."""
+    batches = [collate(source(), np.array(units), 3) for units in ([0, 3], [1])]
+    both = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+    def total(batch, **together):
+        return clipping.clipped_sum(of_unit, parameters(), batch, Clip(0.3), Strategy("example_scan"), **together).total
+
+    joint = jax.jit(jax.vmap(lambda batch: total(batch, together=("rows",)), axis_name="rows"))(both)
+    for i, units in enumerate(([0, 3], [1])):
+        got, expected = flat(jax.tree.map(lambda leaf, i=i: leaf[i], joint)), expected_sum(units, 0.3)
+        assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_step_takes_such_units(devices):
     """Clip, sum, noise, divide by the public 4: written out for units of several rows, dealt out to devices."""

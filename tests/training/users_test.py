@@ -97,6 +97,10 @@ def test_rows_that_are_drawn_one_by_one_are_charged_as_a_group(notes, tmp_path, 
     assert "of the rows that are drawn hold text" in (work / "private" / "remarks.txt").read_text()
     assert forgery.audited(capsys, work)[0] == 0
 
+    def silent(records):
+        start = {name: fact for name, fact in records[0].items() if name not in ("user_sampling", "items_per_unit")}
+        return [start, *records[1:]]
+
     def says(**changes):
         def change(records):
             return [records[0] | changes, *records[1:]]
@@ -114,6 +118,10 @@ def test_rows_that_are_drawn_one_by_one_are_charged_as_a_group(notes, tmp_path, 
         code, found = forgery.audited(capsys, work)
         assert code == 1, (changes, found)
         (work / "ledger.jsonl").write_text(original)
+    # A ledger that is silent about how rows were drawn is contradicted by config.json.
+    forgery.rewrite_chain(work, silent)
+    code, found = forgery.audited(capsys, work)
+    assert code == 1 and "config.json user_sampling" in [finding["where"] for finding in found["findings"]], found
 
 
 def test_records_of_several_users_are_charged_for_each_of_them(tmp_path, capsys):

@@ -4,7 +4,7 @@ Formal guarantee: where a unit is a row of packed text ("sequence"), every token
 record ("example", "document") or a user, its rows hold nothing of another unit: they are a function of its own pieces
 alone. Tested by tests/data/data_test.py::test_pitfall_19_every_token_lies_in_exactly_one_row,
 tests/data/examples_test.py::test_pitfall_19_a_record_is_one_row_and_touches_no_other and
-tests/data/grouped_test.py::test_a_unit_s_records_touch_no_other_unit.
+tests/data/grouped_test.py::test_a_unit_s_records_touch_no_other_unit and ::test_a_document_touches_no_other_document.
 """
 
 import functools

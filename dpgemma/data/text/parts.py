@@ -3,6 +3,10 @@
 A part holds the pieces of some records that follow each other, in two files: their tokens, and numbers about them,
 which are written last and moved to their place. So a process that is killed leaves whole parts, and the next one
 continues after them.
+
+Formal guarantee: two records have one owner if they name one user, and otherwise not, but for a collision of 128-bit
+BLAKE2b digests. Tested by tests/data/cache_test.py::test_users_are_told_apart_by_all_bits_of_their_digests and
+::test_it_holds_the_rows_that_are_made_in_memory.
 """
 
 import collections

@@ -141,8 +141,8 @@ def read(
             )
         check_ids(np.array([stored.largest_id]), vocab_size)
         unit, lengths = stored.reading.privacy_unit, stored.facts["lengths"]
-        made = _kept(unit, stored, stored.num_rows, stored.rows_to_learn, limits, stored.bad, lengths)
-        return dataclasses.replace(made, without_user=stored.facts["without_user"] if unit == USER else 0)
+        without = stored.facts["without_user"]
+        return _kept(unit, stored, stored.num_rows, stored.rows_to_learn, limits, stored.bad, lengths, without)
     unit = resolved(reading.privacy_unit, data, reading.text_field, skip_bad_records)
     reading = dataclasses.replace(reading, privacy_unit=unit)
     bad = LeftOut()
@@ -153,9 +153,8 @@ def read(
     check_ids(held.columns[TOKENS], vocab_size)
     rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
     lengths = lengths_of_records(pieces.lengths, reading.length)
-    without = sum(not piece.users for piece in pieces.held) if unit == USER else 0
-    made = _kept(unit, held, rows, to_learn, limits, bad, lengths)
-    return dataclasses.replace(made, without_user=without)
+    without = sum(not piece.users for piece in pieces.held)
+    return _kept(unit, held, rows, to_learn, limits, bad, lengths, without)
 
 
 def _shared(
@@ -172,16 +171,24 @@ def _shared(
     held = in_memory(InMemoryPieces([pieces[number] for number in kept]), tokenizer, of_rows)
     check_ids(held.columns[TOKENS], vocab_size)
     to_learn = int(held.columns[SCORED].any(axis=1).sum()) + len(pieces) - len(kept)
-    # A record that names nobody is a unit of its own.
-    users = len({name for piece in pieces for name in piece.users}) + sum(not piece.users for piece in pieces)
-    lengths = lengths_of_records(InMemoryPieces(pieces).lengths, reading.length)
     without = sum(not piece.users for piece in pieces)
+    # A record that names nobody is a unit of its own.
+    users = len({name for piece in pieces for name in piece.users}) + without
+    lengths = lengths_of_records(InMemoryPieces(pieces).lengths, reading.length)
     return Found(USER, held, len(kept), to_learn, len(pieces), 0, bad, lengths, users, without)
 
 
 def _kept(
-    unit: str, store: RowStore, rows: int, to_learn: int, limits: Limits, bad: LeftOut, lengths: Mapping[str, Any]
+    unit: str,
+    store: RowStore,
+    rows: int,
+    to_learn: int,
+    limits: Limits,
+    bad: LeftOut,
+    lengths: Mapping[str, Any],
+    without_user: int,
 ) -> Found:
     kept = Kept(store, limits if unit in OF_SEVERAL_ROWS else ONE_ROW)
     cut, left_out = kept.left_out()
-    return Found(unit, kept, rows - left_out, to_learn, rows, cut, bad, lengths)
+    nobodys = without_user if unit == USER else 0
+    return Found(unit, kept, rows - left_out, to_learn, rows, cut, bad, lengths, without_user=nobodys)
