@@ -87,7 +87,7 @@ def clipping_text(declared: dict[str, Any]) -> str:
     quantile = declared.get("clip_quantile")
     if quantile is not None:
         return (
-            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the norms,"
+            f" The clip norm was that value at first and then followed the {quantile:g} quantile of the units' norms,"
             " by counts whose own noise is part of the noise multiplier."
         )
     if declared.get("clip_scaling") == "automatic":
@@ -164,7 +164,7 @@ def assumptions(executed: Executed) -> list[str]:
             ", and shows how many units there are, which this relation would hide."
             if m.neighbouring_relation == ADD_OR_REMOVE
             else ", and shows how many rows the drawn units have."
-            if "rows_per_unit" in declared and m.sampling.shared_items is None
+            if "user_sampling" in declared and m.sampling.shared_items is None
             else "."
         ),
     ]
@@ -181,7 +181,7 @@ def assumptions(executed: Executed) -> list[str]:
     if declared["privacy_unit"] == "user":
         found.append(
             "Users: whom a record belongs to is what its field says. Somebody whose records carry several values is"
-            " several units, and what a record says of somebody else is protected with the users that it belongs to."
+            " several units, and what a record says of somebody else is protected with the user that it belongs to."
             + (
                 " A record that names no user is a unit of its own."
                 if declared.get("records_without_user") == "own"

@@ -58,7 +58,7 @@ class Choice:
         """What to draw: "user" or "example", or what it depends on."""
         # Mean gradients of r independent rows have 1 / sqrt(r) of their norm, of r equal ones all of it.
         independent = 1 / math.sqrt(self.rows / self.users)
-        if self.largest_ratio >= 1:
+        if self.largest_ratio >= 1 - 2 * _TOLERANCE:  # as for one row each, where both ways are one
             return "user"
         if self.largest_ratio < independent:
             return "example"
