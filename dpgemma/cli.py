@@ -10,6 +10,7 @@ import sys
 
 from absl import flags
 
+import dpgemma
 from accounting.errors import InputError, as_flags
 from dpgemma.commands import process
 
@@ -34,7 +35,13 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: dpgemma COMMAND [--flags]", "", *lines, "", "dpgemma COMMAND --help lists the flags of one command."]
+        [
+            "usage: dpgemma COMMAND [--flags]",
+            "",
+            *lines,
+            "",
+            "dpgemma COMMAND --help lists the flags of one command; dpgemma --version says which version this is.",
+        ]
     )
 
 
@@ -53,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     if name in _HELP:
         print(_usage())
         return 0
+    if name == "--version":
+        print(f"dpgemma {dpgemma.__version__}")
+        return 0
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     with process.temporarily(process.install_quiet_hooks):
@@ -69,6 +79,7 @@ def _run(name: str, rest: list[str]) -> int:
 
             print(command_flags.help_text(name, command.DESCRIPTION, fv), flush=True)
             return 0
+        _refuse_repeated(fv, rest)
         positional = fv([name, *rest])[1:]
         for flag in getattr(command, "POSITIONAL", ()):
             if positional and not fv[flag].present:
@@ -86,6 +97,32 @@ def _run(name: str, rest: list[str]) -> int:
         return _fail(f"the disk refused{place}: {error.strerror or error}; nothing that was saved before is lost")
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted; nothing that was saved before is lost")
+
+
+def _refuse_repeated(fv: flags.FlagValues, arguments: list[str]) -> None:
+    """Refuses a flag that is given twice, because only its last value would count.
+
+    What a flag file says may be overruled by a flag beside it.
+
+    Raises:
+      InputError: names the flag.
+    """
+    seen: set[str] = set()
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            return
+        if not word.startswith("-"):
+            continue
+        name, has_value, _ = word.lstrip("-").partition("=")
+        name = name if name in fv else name.removeprefix("no")
+        if name not in fv or isinstance(fv[name], flags.MultiFlag):
+            continue
+        if name in seen:
+            raise InputError(f"--{name} is given twice, and only one value can hold: give it once")
+        seen.add(name)
+        if not has_value and not fv[name].boolean:
+            next(words, None)
 
 
 def entry_point() -> None:

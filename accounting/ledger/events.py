@@ -19,6 +19,8 @@ START, STEP, RESUME, CHECKPOINT, STORED, EVALUATION, FINISH, EXPORT, REPORT = (
     "start", "step", "resume", "checkpoint", "stored", "evaluation", "finish", "export", "report",
 )  # fmt: skip
 
+TOKENIZER = "tokenizer_sha256"
+
 # What calculations with floats and with 64-bit counts can take.
 _LARGEST_COUNT = 2**63 - 1
 
@@ -89,6 +91,7 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "parameters": Fact(_COUNT, "numbers that the model has"),
         "trained_parameters": Fact(_COUNT, "numbers that are trained"),
         "init_sha256": Fact(_TEXT + _OR_NONE, "of the checkpoint that the run started from"),
+        TOKENIZER: Fact(_TEXT, "of the tokenizer's kind, special ids and files", required=False),
         "secret_keys": Fact((bool,), "whether the keys came from the operating system's randomness"),
         "held_out_units": Fact(_COUNT + _OR_NONE, "held out for evaluation; undisclosed under add_or_remove"),
         "environment": Fact(_TEXT, "versions and devices that decide the last bits of a step", since=4),

@@ -4,10 +4,12 @@ A record that cannot be read is refused, or given to `on_bad` and left out; a fi
 case.
 
 The kind is told by what a file begins with, and where that leaves it open by its ending: .jsonl, .ndjson and .json,
-.csv and .tsv; everything else that is text is one record. Files compressed by gzip or zstd are read as what they hold.
-What is no text, or broken, is refused with the file's name and the line or record.
+.csv and .tsv; everything else that is text is one record, unless it begins as records in JSON do. Files compressed by
+gzip or zstd are read as what they hold. What is no text in UTF-8, or broken, is refused with the file's name and the
+line or record.
 """
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -25,13 +27,15 @@ _BOM, _OTHER_UNICODE = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _NAMED = {
     b"PK\x03\x04": "a zip archive",
     b"%PDF": "a PDF document",
+    b"%!PS": "a PostScript document",
+    b"{\\rtf": "a document in rich text",
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
 }
 _LINES, _LIST, _TABLES = (".jsonl", ".ndjson"), ".json", {".csv": ",", ".tsv": "\t"}
 _COMPRESSED = (".gz", ".zst")
 _ARRAY_RECORD = re.compile(r"\.(array_record|arrayrecord|arecord)(-\d+-of-\d+)?$")
-_LOOKED_AT, _AT_ONCE = 8192, 1024
+_LOOKED_AT, _AT_ONCE, _CHECKED_AT_ONCE = 8192, 1024, 1 << 24
 
 
 class File(Protocol):
@@ -124,7 +128,8 @@ def records(path: File, text_field: str, on_bad: OnBad = refuse) -> Iterator[dic
     with _opened(path) as file:
         start = file.peek(_LOOKED_AT)[:_LOOKED_AT]
         name = pathlib.PurePath(path.name)
-        ending = pathlib.PurePath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
+        is_packed = name.suffix.lower() in _COMPRESSED
+        ending = (pathlib.PurePath(name.stem) if is_packed else name).suffix.lower()
         if start.startswith((_PARQUET, _ARROW_FILE)):
             yield from _tables(path, start)
             return
@@ -134,12 +139,11 @@ def records(path: File, text_field: str, on_bad: OnBad = refuse) -> Iterator[dic
         _check_text(path, start)
         if ending in _TABLES:
             yield from _rows(path, file, _TABLES[ending], on_bad)
-        elif ending == _LIST and start.removeprefix(_BOM).lstrip().startswith(b"["):
-            yield from _list(path, file, on_bad)
         elif ending in (*_LINES, _LIST):
-            yield from _lines(path, file, on_bad)
+            is_list = start.removeprefix(_BOM).lstrip().startswith(b"[")
+            yield from (_list if is_list else _lines)(path, file, on_bad)
         else:
-            yield {text_field: file.read().removeprefix(_BOM).replace(b"\r\n", b"\n")}
+            yield {text_field: _text(path, file, start)}
 
 
 @contextlib.contextmanager
@@ -177,6 +181,37 @@ def _check_text(path: File, start: bytes) -> None:
         )
 
 
+def _text(path: File, file: IO[bytes], start: bytes) -> bytes:
+    """All of a file of text, its lines divided by \\n, whichever system wrote it.
+
+    Raises:
+      InputError: it holds records in JSON, or no UTF-8.
+    """
+    _refuse_json(path, start)
+    content = file.read().removeprefix(_BOM).replace(b"\r\n", b"\n")
+    check = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for first in range(0, len(content) + 1, _CHECKED_AT_ONCE):
+            check.decode(content[first : first + _CHECKED_AT_ONCE])
+        check.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no UTF-8 (Latin-1, perhaps): save it as UTF-8") from None
+    return content if b"\n" in content else content.replace(b"\r", b"\n")
+
+
+def _refuse_json(path: File, start: bytes) -> None:
+    """Refuses records in JSON that would be read as one text."""
+    first = start.removeprefix(_BOM).lstrip().split(b"\n", 1)[0].strip()
+    is_list = first.startswith(b"[") and start.removeprefix(_BOM).lstrip()[1:].lstrip().startswith(b"{")
+    try:
+        is_object = first.startswith(b"{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if is_list or is_object:
+        what, ending = ("a list of JSON objects", _LIST) if is_list else ("a JSON object on a line", _LINES[0])
+        raise InputError(f"{path} begins with {what}, but is not named so: give it the ending {ending}")
+
+
 def _wrong(path: File, place: str, number: int, what: str) -> InputError:
     return InputError(f"{path}, {place} {number}: {what}")
 
@@ -187,16 +222,28 @@ def _lines(path: File, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any
             try:
                 record = _object(path, "line", number, line)
             except InputError as bad:
+                if number == 1:
+                    _refuse_one_document(path, line)
                 on_bad(bad)
             else:
                 yield record
+
+
+def _refuse_one_document(path: File, line: bytes) -> None:
+    """Refuses a file that is not made of lines, by its first line, which is no JSON object."""
+    if b"\r" in line:
+        raise InputError(f"{path} has lines that end in a carriage return alone: save it with line feeds (\\n)")
+    if line.startswith(b"{") and line.endswith((b"{", b",", b"[")):
+        raise InputError(
+            f"{path} is one JSON document over several lines: one object on each line is needed, or a list of objects"
+        )
 
 
 def _object(path: File, place: str, number: int, text: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text.decode(), object_pairs_hook=_once)
     except UnicodeDecodeError:
-        raise _wrong(path, place, number, "no UTF-8") from None
+        raise _wrong(path, place, number, "no UTF-8 (Latin-1, perhaps): save it as UTF-8") from None
     except _TwiceError:
         raise _wrong(path, place, number, "a JSON object with one field twice") from None
     except (ValueError, RecursionError):

@@ -67,13 +67,41 @@ def _files(data: str) -> Sequence[File]:
     found = pathlib.Path(os.path.expanduser(data))
     if found.is_dir():
         paths = _of_data_set(found) or sorted(path for path in found.rglob("*") if _is_meant(path, found))
+    elif found.is_file():  # whatever characters its name has
+        paths = [found]
     else:
-        paths = [pathlib.Path(p) for p in sorted(glob.glob(str(found), recursive=True)) if os.path.isfile(p)]
+        paths = _matched(str(found))
     if found.is_dir() and any(path.name == cache.FACTS for path in paths):
         raise InputError(f"`data`={data} holds a token cache: name the folder of its {cache.FACTS}, or of the records")
     if not paths:
         raise InputError(f"no file matches `data`={data}: give a file, a folder, a glob, tfds:NAME, or {SYNTHETIC}")
-    return [LocalFile(path) for path in paths]
+    return [LocalFile(path) for path in _each_once(paths)]
+
+
+def _matched(pattern: str) -> list[pathlib.Path]:
+    """The files that a glob matches.
+
+    Raises:
+      InputError: it also matches a folder with files that it does not match.
+    """
+    matches = [pathlib.Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    paths = [path for path in matches if path.is_file()]
+    known = set(paths)
+    for folder in (path for path in matches if path.is_dir()):
+        if any(path not in known for path in folder.rglob("*") if _is_meant(path, folder)):
+            raise InputError(
+                f"`data`={pattern} matches the folder {folder}, whose files it does not match: give a pattern with **"
+                " for files in folders within folders, or one that matches files only"
+            )
+    return paths
+
+
+def _each_once(paths: list[pathlib.Path]) -> list[pathlib.Path]:
+    """The paths, without those that lead to the file of an earlier one."""
+    found: dict[str, pathlib.Path] = {}
+    for path in paths:
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def _stored(address: str) -> list[StoredFile]:

@@ -17,7 +17,9 @@ from accounting.ledger import executed as executed_lib
 from accounting.report import card
 from accounting.report.content import build
 from accounting.report.spending import spent
-from dpgemma.data.text.tokenizer import FILES, MODEL_FILE, Tokenizer
+from dpgemma.data.text import chat, tokenizer_files
+from dpgemma.data.text import tokenizer as tokenizer_lib
+from dpgemma.data.text.tokenizer import END_OF_TURN, Tokenizer
 from dpgemma.gemma import lora
 from dpgemma.gemma.files import config_json, peft, weights
 from dpgemma.inference.models import Model, TrainedModel
@@ -25,7 +27,6 @@ from dpgemma.training import report_files
 from dpgemma.training import run as run_directory
 
 _GENERATION = "generation_config.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @contextlib.contextmanager
@@ -36,10 +37,19 @@ def folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         temporary.mkdir()
         yield temporary
+        _share_as_others(temporary)
         os.rename(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _share_as_others(directory: pathlib.Path) -> None:
+    """Gives all files the rights that new files have; some libraries keep theirs from everybody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: Any = None) -> None:
@@ -70,14 +80,14 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
         with folder(out) as temporary:
             if model.config.lora is not None and not merge:
                 base = model.base
-                assert base is not None, "adapters belong to a model"
+                assert base is not None and model.base_name is not None, "adapters belong to a model"
                 multimodal = base.is_dir() and config_json.is_multimodal(base)
-                peft.save_peft(model.config, model.parameters, temporary, str(base), multimodal=multimodal)
+                peft.save_peft(model.config, model.parameters, temporary, model.base_name, multimodal=multimodal)
             elif model.config.lora is not None:
                 _write_model(model, lora.fold(model.config, model.parameters), temporary, dtype or "float32")
             else:
                 _write_model(model, model.parameters, temporary, dtype)
-            _write_tokenizer(model.tokenizer.files(), temporary)
+            tokenizer_files.write(model.tokenizer, temporary, model.config.max_length)
             (temporary / run_files.CARD).write_text(card.model_card(run_files.encode(content), model.step))
             # The ledger knows an export before it exists, and every file of it by its hash.
             files = {path.name: run_files.file_digest(path) for path in sorted(temporary.iterdir())}
@@ -87,14 +97,18 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
 
 
 def export_directory(model: Model, out: pathlib.Path, dtype: Any = None) -> None:
-    """Writes the model of a Hugging Face directory anew: the text decoder alone, in one spelling, with the tokenizer
-    files there are.
+    """Writes the model of a Hugging Face directory anew: the text decoder alone, in one spelling, with its tokenizer,
+    if it has one.
     """
     base = model.base
     assert base is not None, "the model came from a directory"
+    has_tokenizer = any((base / name).is_file() for name in (tokenizer_lib.MODEL_FILE, tokenizer_lib.JSON_FILE))
+    tokenizer = tokenizer_lib.load(str(base)) if has_tokenizer else None
     with folder(out) as temporary:
         _write_model(model, model.parameters, temporary, dtype)
-        _write_tokenizer([base / name for name in FILES if (base / name).is_file()], temporary)
+        if tokenizer is not None:
+            template = tokenizer_files.template_of(base)
+            tokenizer_files.write(tokenizer, temporary, model.config.max_length, template)
         (temporary / run_files.CARD).write_text(card.plain_card())
 
 
@@ -106,11 +120,20 @@ def _write_model(model: Model, parameters: dict[str, Any], directory: pathlib.Pa
         model.config, ids, np.dtype(dtype or parameters["embedder"]["embedding"].dtype).name
     )
     (directory / config_json.FILE).write_text(json.dumps(content, indent=1) + "\n")
-    generation = model.base / _GENERATION if known and model.base is not None else None
-    if generation is not None and ids == known and generation.is_file():
-        shutil.copyfile(generation, directory / _GENERATION)
-    else:
-        (directory / _GENERATION).write_text(json.dumps(ids, indent=1) + "\n")
+    generation = dict(ids)
+    if ids == known and model.base is not None and (model.base / _GENERATION).is_file():
+        generation = json.loads((model.base / _GENERATION).read_text())
+    if isinstance(model, TrainedModel):
+        generation["eos_token_id"] = _ends(model, generation.get("eos_token_id"))
+    (directory / _GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
+
+
+def _ends(model: Model, stated: Any) -> Any:
+    """The ids at which a trained model's text ends: those of its base, and the end of a turn, at which answers do."""
+    ends = stated if isinstance(stated, list) else [stated]
+    tokenizer = model.tokenizer
+    turn = tokenizer.token_id(END_OF_TURN) if tokenizer is not None and chat.has_turns(tokenizer) else None
+    return stated if turn is None or turn in ends else [*(end for end in ends if end is not None), turn]
 
 
 def _special_ids(tokenizer: Tokenizer, known: dict[str, Any]) -> dict[str, Any]:
@@ -121,12 +144,3 @@ def _special_ids(tokenizer: Tokenizer, known: dict[str, Any]) -> dict[str, Any]:
         agrees = own in stated if isinstance(stated, list) else own == stated
         ids[f"{name}_token_id"] = stated if agrees else own
     return ids
-
-
-def _write_tokenizer(files: list[pathlib.Path], directory: pathlib.Path) -> None:
-    for path in files:
-        shutil.copyfile(path, directory / (path.name if path.name in FILES else MODEL_FILE))
-    if files and not (directory / _TOKENIZER_CONFIG).exists():
-        # Without these two transformers picks no class for some of the families, or leaves out bos.
-        settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}
-        (directory / _TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n")

@@ -13,6 +13,7 @@ from dpgemma.gemma import lora
 from dpgemma.gemma import start as start_lib
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.files import config_json, weights
+from dpgemma.storage import hub
 from dpgemma.storage.mirror import Mirror
 from dpgemma.training import checkpoint
 from dpgemma.training.run import RunDirectory
@@ -27,12 +28,14 @@ class Model:
       parameters: its whole tree, or the adapters alone where the rest was not asked for.
       tokenizer: None where it was not asked for.
       base: the directory that it starts from, or None.
+      base_name: by which others find it: a name of the hub, or a whole path.
     """
 
     config: GemmaConfig
     parameters: dict[str, Any]
     tokenizer: Tokenizer | None
     base: pathlib.Path | None
+    base_name: str | None
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer of a model that was loaded with it."""
@@ -85,7 +88,7 @@ def load(
     if base and sha256 is None:
         raise InputError(f"{workdir} started from random weights: drop `init_from`")
     origin = base or settings["init_from"]
-    directory = pathlib.Path(origin) if origin else None
+    directory = hub.located(base) if base else _where(origin) if origin else None
     there = directory or pathlib.Path()
     needs_base = config.lora is not None and with_base
     brings_tokenizer = directory is not None and settings["tokenizer"] == settings["init_from"]
@@ -100,7 +103,18 @@ def load(
     if needs_base:
         parameters = lora.join(parameters, weights.load(config, there))
     tokenizer = tokenizer_lib.load(str(directory) if brings_tokenizer else settings["tokenizer"])
-    return TrainedModel(config, parameters, tokenizer, directory, run, step, meta["ledger_lines"], meta["ledger_head"])
+    name = None if origin is None else hub.absolute(origin)
+    return TrainedModel(
+        config, parameters, tokenizer, directory, name, run, step, meta["ledger_lines"], meta["ledger_head"]
+    )
+
+
+def _where(name: str) -> pathlib.Path:
+    """The folder of a model, be it there or not."""
+    try:
+        return hub.located(name)
+    except InputError:
+        return pathlib.Path(name)
 
 
 def load_directory(directory: str, tokenizer: str | None = None, *, with_tokenizer: bool = True) -> Model:
@@ -117,12 +131,12 @@ def load_directory(directory: str, tokenizer: str | None = None, *, with_tokeniz
     Raises:
       InputError: no such directory, or one that this program cannot read.
     """
-    path = pathlib.Path(directory)
+    path = hub.located(directory)
     config = config_json.read(path)
-    loaded = tokenizer_lib.load(tokenizer or directory) if with_tokenizer else None
+    loaded = tokenizer_lib.load(tokenizer or str(path)) if with_tokenizer else None
     if loaded is not None:
         tokenizer_lib.check_vocabulary(loaded, config.vocab_size)
-    return Model(config, weights.load(config, path), loaded, path)
+    return Model(config, weights.load(config, path), loaded, path, hub.absolute(directory))
 
 
 def _records(run: RunDirectory) -> list[dict[str, Any]]:

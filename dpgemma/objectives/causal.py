@@ -13,6 +13,7 @@ import numpy as np
 from dpgemma.data.batch import Unit
 from dpgemma.data.spec import RowSpec
 from dpgemma.data.text import rows as text_rows
+from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text.rows import SCORED, TOKENS
 from dpgemma.data.text.tokenizer import Tokenizer
 from dpgemma.gemma import decoder, lora
@@ -118,6 +119,7 @@ class CausalLM:
             "architecture": dataclasses.asdict(self.model),
             "init_sha256": self.start.sha256,
             "sequence_length": self.length,
+            "tokenizer_sha256": tokenizer_lib.digest(self.tokenizer),
         }
 
     @property

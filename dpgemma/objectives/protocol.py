@@ -24,7 +24,8 @@ class Objective(Protocol):
       volume: what one row holds, as (name, number), for rates: ("tokens", 128).
       operations_per_row: floating-point operations of forward and backward pass.
       identity: public facts by which two objectives compile to the same program.
-      facts: public facts for the ledger's start event: model, architecture, init_sha256, sequence_length.
+      facts: public facts for the ledger's start event: model, architecture, init_sha256, sequence_length,
+        tokenizer_sha256.
     """
 
     @property

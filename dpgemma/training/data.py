@@ -7,12 +7,23 @@ from dpgemma.data.text import units
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import Tokenizer
 from dpgemma.data.text.units import Found
+from dpgemma.storage import hub
 from dpgemma.training.settings import Settings
 
 
 def tokenizer_of(settings: Settings) -> str:
     """What `tokenizer` means where it is omitted: that of `init_from`, else bytes."""
     return settings.tokenizer or settings.init_from or tokenizer_lib.BYTE
+
+
+def load_tokenizer(settings: Settings) -> Tokenizer:
+    """The tokenizer that the settings name.
+
+    Raises:
+      InputError: nothing of the kind there.
+    """
+    named = tokenizer_of(settings)
+    return tokenizer_lib.load(named if named == tokenizer_lib.BYTE else str(hub.located(named)))
 
 
 def reading(settings: Settings) -> Reading:

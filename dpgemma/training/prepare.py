@@ -26,6 +26,7 @@ from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import processes
 from dpgemma.sharding.rules import MeshShape, wanted
+from dpgemma.storage import hub
 from dpgemma.storage import mirror as mirror_lib
 from dpgemma.storage.mirror import Mirror
 from dpgemma.storage.objects import is_address
@@ -178,13 +179,14 @@ def _prepare(
         begun=begun,
         shared_items=shared,
     )
-    config = named.as_dict() | plan.resolved | {"privacy_unit": privacy_unit} | settings.units
+    config = named.as_dict() | _whole_names(named) | plan.resolved | {"privacy_unit": privacy_unit} | settings.units
     fingerprint = source.fingerprint(keys.fingerprint)
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
     facts = start_event(plan, config, objective, held_out.num_units, secret_keys=told["secret"], seal_key=seal_key)
     agreement.on_data(fingerprint)
-    agreement.on_settings(config | {"init_from's content": facts["init_sha256"]})
+    as_given = {name: getattr(named, name) for name in _whole_names(named)}  # whole paths may differ between machines
+    agreement.on_settings(config | as_given | {"init_from's content": facts["init_sha256"]})
 
     def create_or_check() -> None:
         nonlocal run
@@ -210,6 +212,14 @@ def _prepare(
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     drawn = Items(training) if settings.items_per_unit > 1 and shared is None else training
     return Trainer(plan, objective, drawn, run, observers, held_out=held_out)
+
+
+def _whole_names(named: Settings) -> dict[str, Any]:
+    """What names the model that a run starts from and its tokenizer, as they are found from every folder."""
+    models = {"init_from": named.init_from, "tokenizer": named.tokenizer}
+    return {
+        name: value if value in (None, tokenizer_lib.BYTE) else hub.absolute(value) for name, value in models.items()
+    }
 
 
 def _mirror_of(address: str) -> Mirror:
@@ -241,7 +251,7 @@ def objective_of(settings: Settings) -> CausalLM:
     Raises:
       InputError: a model or tokenizer that does not exist, or that does not fit the other settings.
     """
-    start, tokenizer = start_of(settings), tokenizer_lib.load(data.tokenizer_of(settings))
+    start, tokenizer = start_of(settings), data.load_tokenizer(settings)
     tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
     objective = CausalLM(
         start,
@@ -273,7 +283,7 @@ def start_of(settings: Settings) -> start_lib.StartingPoint:
         raise InputError("`init_from` brings its own architecture: drop `model`")
     else:
         point = start_lib.of_directory(
-            pathlib.Path(settings.init_from), settings.lora_rank, settings.lora_alpha, settings.lora_targets
+            hub.located(settings.init_from), settings.lora_rank, settings.lora_alpha, settings.lora_targets
         )
     start_lib.check(point, settings.sequence_length, settings.attention)
     return point

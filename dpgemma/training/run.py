@@ -204,21 +204,24 @@ class RunDirectory:
                 f"the data differ from those that {self.path} was started with: give the same data or another `workdir`"
             )
         facts = self._start_event()
-        differing = [name for name in start_event if facts.get(name) != start_event[name]]
+        # Runs of earlier versions do not say which tokenizer they have.
+        said = {name: value for name, value in start_event.items() if name != events.TOKENIZER or name in facts}
+        differing = [name for name in said if facts.get(name) != said[name]]
         if differing:
             raise InputError(
                 f"{self.path} started from something else: {', '.join(differing)} differ from its ledger; give the same"
-                " `init_from` or another `workdir`"
+                " `init_from` and `tokenizer`, or another `workdir`"
             )
 
 
 def changeable(config: dict[str, Any]) -> tuple[str, ...]:
     """The settings with which a run may go on as with others: they do not change what is computed.
 
-    The data may have moved: they are known by their fingerprint. Whole numbers have the same sum in any order, so an
+    The data, the model that it starts from and the tokenizer may have moved: they are known by fingerprint and SHA-256.
+    Whole numbers have the same sum in any order, so an
     exact release may also go on with another mesh, which is another environment.
     """
-    return (*OPERATIONAL, "data", *(["mesh"] if config["release"] == EXACT else []))
+    return (*OPERATIONAL, "data", "init_from", "tokenizer", *(["mesh"] if config["release"] == EXACT else []))
 
 
 def open_existing(path: pathlib.Path, mirror: Mirror | None = None) -> RunDirectory | None:

@@ -13,7 +13,6 @@ from accounting.accountant import Accountant
 from accounting.mechanism import Mechanism
 from dpgemma.choices import USER
 from dpgemma.data.limits import Kept, RowStore
-from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text.units import Found
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.training import data
@@ -90,7 +89,7 @@ def of(settings: Settings, *, epsilon_given: bool) -> Statistics:
     Raises:
       InputError: data or settings that cannot be trained with.
     """
-    tokenizer = tokenizer_lib.load(data.tokenizer_of(settings))
+    tokenizer = data.load_tokenizer(settings)
     found = data.read(settings, tokenizer, 2**31, bytes(32))
     counts = _counts(found)
     shared = None if found.users is None else found.units.num_units

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+import dpgemma
 from dpgemma import cli
-from tests.training.runs import call
+from tests.training.runs import call, last_of_each
 
 TEXT = "Ada came to the ward with a cough and went home well. " * 40
 
@@ -55,6 +56,13 @@ def test_train_help_shows_the_public_defaults(capsys):
         assert line in text
 
 
+def test_a_flag_file_may_be_overruled_and_the_version_is_told(tmp_path, capsys):
+    (tmp_path / "plan.flags").write_text("--steps=5\n--batch_size=10\n--num_units=1000\n--noise_multiplier=1\n")
+    assert cli.main(["account", f"--flagfile={tmp_path}/plan.flags", "--steps=7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 7
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"dpgemma {dpgemma.__version__}\n"
+
+
 def test_console_script_and_module_are_the_same():
     assert "usage: dpgemma COMMAND" in run("--help").stdout
     assert run("--help").returncode == 0
@@ -88,6 +96,8 @@ BAD_TRAINING = {
     "delta below the noise": (["--delta=1e-25"], "smaller than what the noise can hide in"),
     "epsilon beyond the noise": (["--epsilon=80"], "more than any delta can be stated at"),
     "negative epsilon": (["--epsilon=-1"], "--epsilon"),
+    "a flag twice": (["--seed=1", "--seed", "2"], "--seed is given twice"),
+    "a switch twice": (["--skip_bad_records", "--noskip_bad_records"], "--skip_bad_records is given twice"),
     "tiny clip norm": (["--clip_norm=1e-9"], "at least 1e-06"),
     "zero clip norm": (["--clip_norm=0"], "clip"),
     "other unit": (["--privacy_unit=household"], "auto|sequence|example"),
@@ -119,7 +129,7 @@ def test_bad_input_is_one_sentence(case, text, tmp_path, monkeypatch, capfd):
         "--steps=2",
         "--delta=1e-4",
     ]
-    assert cli.main(["train", *arguments, *(c.format(tmp=tmp_path) for c in changes)]) == 2
+    assert cli.main(["train", *last_of_each([*arguments, *(c.format(tmp=tmp_path) for c in changes)])]) == 2
     out, err = capfd.readouterr()
     assert out == "" and message in err and err.startswith("dpgemma: ") and len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()

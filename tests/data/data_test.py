@@ -122,8 +122,8 @@ def test_declared_units_beyond_the_data_are_empty():
 
 def test_sources_read_text_globs_and_jsonl(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n")
-    (tmp_path / "b.txt").write_bytes(b"two \xff")
-    assert documents_of(str(tmp_path / "*.txt")) == [b"one\n", b"two \xff"]
+    (tmp_path / "b.txt").write_bytes("two \u00e9".encode())
+    assert documents_of(str(tmp_path / "*.txt")) == [b"one\n", "two \u00e9".encode()]
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"note": "é"}) + "\n\n" + json.dumps({"note": "x"}) + "\n")
     assert documents_of(str(path), "note") == ["é", "x"]

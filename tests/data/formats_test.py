@@ -79,6 +79,8 @@ WRITERS = {
     "a.parquet": lambda path: parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path),
     "a.arrow": arrow_stream,
     "b.arrow": arrow_file,
+    "A.JSONL": json_lines,
+    "list.jsonl": json_list,
     "named_wrongly.txt": lambda path: parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path),
 }
 
@@ -111,6 +113,10 @@ def test_compressed_files_are_read_as_what_they_hold(name, compression, tmp_path
 def test_text_is_one_record_without_the_marks_of_other_systems(tmp_path):
     (tmp_path / "notes.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     assert list(readers.records(str(tmp_path / "notes.txt"), "note")) == [{"note": b"one\ntwo\n"}]
+    (tmp_path / "old.txt").write_bytes(b"one\rtwo")
+    assert list(readers.records(str(tmp_path / "old.txt"))) == [{"text": b"one\ntwo"}]
+    (tmp_path / "page.txt").write_bytes(b"{ not JSON }\n[1] neither\n")
+    assert len(list(readers.records(str(tmp_path / "page.txt")))) == 1
     (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
     assert list(readers.records(str(tmp_path / "marked.jsonl"))) == [{"text": "a"}, {"text": "b"}]
     (tmp_path / "marked.csv").write_bytes(b"\xef\xbb\xbftext,id\r\na,1\r\n\r\nb,2\r\n")
@@ -135,6 +141,15 @@ BROKEN = {
     "wide.txt": ("text".encode("utf-16"), "is UTF-16"),
     "archive.jsonl": (b"PK\x03\x04....", "is a zip archive"),
     "paper.txt": (b"%PDF-1.7", "is a PDF document"),
+    "latin.txt": ("caf\u00e9\n".encode("latin-1"), "is no UTF-8 (Latin-1, perhaps): save it as UTF-8"),
+    "cut.txt": ("caf\u00e9".encode()[:-1], "is no UTF-8"),
+    "rich.txt": (b"{\\rtf1 text}", "is a document in rich text"),
+    "lines.txt": (b'{"text": "a"}\n{"text": "b"}\n', "give it the ending .jsonl"),
+    "list.txt": (b'[\n {"text": "a"}]', "give it the ending .json"),
+    "mac.jsonl": (b'{"text": "a"}\r{"text": "b"}\r', "end in a carriage return alone"),
+    "pretty.jsonl": (b'{\n "text": "a"\n}\n', "is one JSON document over several lines"),
+    "pretty.json": (b'{"data": [\n {"text": "a"}\n]}\n', "is one JSON document over several lines"),
+    "CAPITALS.CSV": (b"a,b\n1\n", "line 2: 1 fields under a header of 2"),
     "damaged.parquet": (b"PAR1" + b"x" * 100 + b"PAR1", "is damaged"),
     "damaged.arrow": (b"\xff\xff\xff\xff" + b"x" * 100, "is damaged"),
 }
@@ -171,6 +186,31 @@ def test_folders_and_globs_are_read_in_order_and_to_any_depth(tmp_path):
     assert [record["text"] for record in readers.records(f"{tmp_path}/**/*.jsonl")] == expected
     with pytest.raises(InputError, match="no file matches"):
         list(readers.records(str(tmp_path / ".hidden" / "none")))
+
+
+def test_a_name_with_brackets_is_a_name_and_a_file_is_read_once(tmp_path):
+    folder = tmp_path / "my notes [2024]"
+    folder.mkdir()
+    for name in ("a [1].txt", "b.txt"):
+        (folder / name).write_text(name)
+    (folder / "c.txt").symlink_to(folder / "b.txt")
+    (tmp_path / "d.txt").symlink_to(folder / "b.txt")
+    assert [record["text"] for record in readers.records(str(folder))] == [b"a [1].txt", b"b.txt"]
+    assert [record["text"] for record in readers.records(str(folder / "a [1].txt"))] == [b"a [1].txt"]
+    assert [record["text"] for record in readers.records(f"{tmp_path}/**/*.txt")] == [b"b.txt", b"a [1].txt"]
+
+
+def test_a_pattern_that_passes_over_folders_is_refused(tmp_path):
+    for name in ("tree/1.txt", "tree/deep/2.txt", "tree/empty/.hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with pytest.raises(
+        InputError, match=r"matches the folder .*deep, whose files it does not match: give a pattern with"
+    ):
+        list(readers.records(str(tmp_path / "tree/*")))
+    for pattern in ("tree/**", "tree/**/*.txt"):
+        assert len(list(readers.records(str(tmp_path / pattern)))) == 2
+    assert len(list(readers.records(str(tmp_path / "tree/*.txt")))) == 1
 
 
 def test_what_hugging_faces_datasets_save_is_read_in_its_order(tmp_path):

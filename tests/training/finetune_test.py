@@ -4,8 +4,11 @@ model.
 
 import functools
 import json
+import os
+import pathlib
 import shutil
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -136,7 +139,7 @@ def test_from_a_directory_to_transformers_generate(base, trained, tmp_path):
     # The cards carry the report, the ledger knows every file, and an audit of the whole agrees.
     for name in ("adapters", "merged"):
         assert "differentially private with respect to one unit" in (tmp_path / name / "README.md").read_text()
-    done = call("audit", workdir, f"--export={tmp_path / 'adapters'}", f"--export={tmp_path / 'merged'}")
+    done = call("audit", workdir, f"--export={tmp_path / 'adapters'},{tmp_path / 'merged'}")
     assert done.returncode == 0, done.stdout
     weights = tmp_path / "adapters" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
@@ -192,12 +195,32 @@ def test_full_fine_tuning_exports_the_whole_model(base, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_chat_data_and_chat_prompts(base, tmp_path):
+def test_chat_data_and_chat_prompts(base, tmp_path, monkeypatch):
+    """Named by relative paths from one folder, the run is used from another; what is exported stops at a turn's end."""
     path = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "who came back?"}, {"role": "assistant", "content": "the patient"}]
     path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(200)))
-    done = train(base, path, tmp_path / "run")
+    monkeypatch.chdir(base.parent)
+    done = train(base.name, path, tmp_path / "run")
     assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"] == str(base)
+    done = train(base, "chats.jsonl", "run", "--checkpoint_every=3")
+    assert done.returncode == 0 and "held-out" in done.stdout, done.stderr
+    done = call("export", "--workdir=run", "--out=whole", "--merge")
+    assert done.returncode == 0, done.stderr
+    ends = transformers.GenerationConfig.from_pretrained("whole").eos_token_id
+    theirs = transformers.AutoTokenizer.from_pretrained("whole")
+    assert ends == [1, theirs.convert_tokens_to_ids("<end_of_turn>")]
+    assert theirs.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False).startswith("<bos><start")
+    assert {path.stat().st_mode & 0o777 for path in pathlib.Path("whole").iterdir()} == {0o666 & ~umask()}
+    chat = transformers.pipeline("text-generation", model="whole", device="cpu")
+    answer = chat(turns[:1], max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert [turn["role"] for turn in answer] == ["user", "assistant"]
+    done = call("export", "--workdir=run", "--out=adapters")
+    assert done.returncode == 0, done.stderr
+    named = json.loads(pathlib.Path("adapters/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(base) and pathlib.Path("adapters/chat_template.jinja").is_file()
     done = call(
         "sample",
         f"--workdir={tmp_path / 'run'}",
@@ -207,6 +230,31 @@ def test_chat_data_and_chat_prompts(base, tmp_path):
         "--top_k=3",
     )
     assert done.returncode == 0 and "who came back?" not in done.stdout
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_name_of_the_hub_is_what_was_downloaded(base, data, tmp_path, monkeypatch):
+    """Files as `hf download` leaves them; nothing is fetched."""
+    monkeypatch.setitem(vars(huggingface_hub.constants), "HF_HUB_CACHE", str(tmp_path / "hub"))
+    done = train("google/gemma-3-tiny", data, tmp_path / "run")
+    assert done.returncode == 2 and "`hf download google/gemma-3-tiny` gets it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    folder = tmp_path / "hub" / "models--google--gemma-3-tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(base, folder / "snapshots" / ("0" * 40))
+    done = train("google/gemma-3-tiny", data, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"] == "google/gemma-3-tiny"
+    done = call("export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'adapters'}")
+    assert done.returncode == 0, done.stderr
+    named = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == "google/gemma-3-tiny"
 
 
 REFUSALS = {

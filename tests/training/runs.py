@@ -22,9 +22,25 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 COMMAND = [sys.executable, "-m", "dpgemma"]
 
 
+def last_of_each(arguments):
+    """The arguments with the last value of every flag: the program refuses a flag that is given twice."""
+    found = {}
+    for number, argument in enumerate(map(str, arguments)):
+        name, has_value, _ = argument.partition("=")
+        name = name if name.startswith("--") and has_value and name != "--prompt" else f"{number} {argument}"
+        found.pop(name, None)
+        found[name] = argument
+    return list(found.values())
+
+
 def run(*arguments, timeout=240, **options):
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, **options
+        [*COMMAND, *last_of_each(arguments)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
     )
 
 
@@ -32,7 +48,7 @@ def call(*arguments):
     """The same within this process, where what was imported and compiled before need not be again."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main([str(argument) for argument in arguments])
+        code = cli.main(last_of_each(arguments))
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
@@ -58,11 +74,11 @@ def start_together(count, *arguments, command=(*COMMAND,), changes=None, variabl
       changes: by the number of a process, arguments that it alone has behind the others.
       variables: by the number of a process, variables of the environment that it alone has.
     """
-    given, address = [str(argument) for argument in arguments], f"localhost:{free_port()}"
+    address = f"localhost:{free_port()}"
     several = [f"--coordinator={address}", f"--num_processes={count}"]
     return [
         subprocess.Popen(
-            [*command, *given, *several, f"--process_id={i}", *(changes or {}).get(i, [])],
+            [*command, *last_of_each([*arguments, *several, f"--process_id={i}", *(changes or {}).get(i, [])])],
             env=ENVIRONMENT | (variables or {}).get(i, {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             **options,
         )
@@ -101,7 +117,7 @@ def step_secrets(workdir):
     config, keys, data = (
         json.loads((workdir / name).read_text()) for name in ("config.json", "private/keys.json", "private/data.json")
     )
-    free = ("checkpoint_every", "keep_checkpoints", "data", "mesh")
+    free = ("checkpoint_every", "keep_checkpoints", "data", "init_from", "tokenizer", "mesh")
     circumstances = {
         "data": data["fingerprint"],
         "places": [[0, records[0]["environment"]]],  # of a run that never left its first one

@@ -1,36 +1,31 @@
-"""Tokens of records for fine-tuning: prompt and response, messages, or text."""
+"""Tokens of records for fine-tuning: prompt and response, conversation, or text."""
 
 from typing import Any
 
 import numpy as np
 
 from accounting.errors import InputError
-from dpgemma.data.text import chat
+from dpgemma.data.text import chat, shapes
+from dpgemma.data.text.shapes import Conversation
 from dpgemma.data.text.tokenizer import Tokenizer, utf8
-
-PROMPT, RESPONSE, MESSAGES = "prompt", "response", "messages"
-
-
-def is_example(record: dict[str, Any]) -> bool:
-    """Whether a record is meant for fine-tuning, by its fields."""
-    return PROMPT in record or MESSAGES in record
 
 
 def encoded(record: dict[str, Any], tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [n] of a record, closed by eos or by its last turn, and which of them are scored.
 
-    A record with `prompt` and `response` is scored on the response and the eos that closes it, one with `messages` on
-    the model's turns, one with text on all of it.
+    Of a prompt and a response, the response and the eos that closes it are scored; of a conversation the model's turns;
+    of a text all of it.
 
     Raises:
-      InputError: a record without the fields.
+      InputError: a record without the fields, or without anything to learn.
     """
-    if MESSAGES in record:
-        return chat.turns(tokenizer, record[MESSAGES])
-    if PROMPT in record:
-        prompt, response = (tokenizer.encode(_text(record, field)) for field in (PROMPT, RESPONSE))
-    else:
+    found = shapes.of(record, has_turns=chat.has_turns(tokenizer))
+    if isinstance(found, Conversation):
+        return chat.turns(tokenizer, found.messages, found.learned_from)
+    if found is None:
         prompt, response = np.zeros(0, np.int32), tokenizer.encode(_text(record, text_field))
+    else:
+        prompt, response = tokenizer.encode(found.prompt), tokenizer.encode(found.response)
     ids = np.concatenate([prompt, response, [tokenizer.eos]]).astype(np.int32)
     return ids, np.arange(len(ids)) >= len(prompt)
 
@@ -40,7 +35,6 @@ def _text(record: dict[str, Any], field: str) -> bytes:
     if isinstance(value, str):
         return utf8(value)
     if not isinstance(value, bytes):
-        raise InputError(
-            f"no text in its field {field!r}; an example has {PROMPT} and {RESPONSE}, {MESSAGES}, or `text_field`"
-        )
+        fields = " or ".join([f"{shapes.PROMPT} and {shapes.RESPONSE}", shapes.MESSAGES])
+        raise InputError(f"no text in its field {field!r}: name the field with `text_field`, or give {fields}")
     return value

@@ -2,7 +2,6 @@
 unk 3.
 """
 
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -11,20 +10,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from accounting.errors import InputError
+from dpgemma.data.text import fast_tokenizers
 
 BYTE = "byte"
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
-# What a directory may hold beside these; an export copies whatever is there.
+CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+# What a directory may hold of its tokenizer.
 FILES = (
     MODEL_FILE,
     JSON_FILE,
-    "tokenizer_config.json",
+    CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
-_SPECIALS = 4
+_NAMES = ("pad", "eos", "bos", "unk")
+_SPECIALS = len(_NAMES)
 
 
 class Tokenizer(Protocol):
@@ -50,7 +52,10 @@ class Tokenizer(Protocol):
         """The id of a token, or None."""
 
     def files(self) -> list[pathlib.Path]:
-        """Returns the paths of the tokenizer's files, which an export copies."""
+        """Returns the paths of the tokenizer's files."""
+
+    def as_fast(self) -> tuple[Any, dict[str, str]]:
+        """A tokenizer of Hugging Face's library with the same ids, and its tokens for pad, eos, bos and unk."""
 
 
 class ByteTokenizer:
@@ -72,81 +77,35 @@ class ByteTokenizer:
     def files(self) -> list[pathlib.Path]:
         return []
 
-
-@dataclasses.dataclass
-class SentencePieceTokenizer:
-    """A SentencePiece `.model` file. If it was trained on private data, that training is outside the guarantee."""
-
-    path: str
-
-    def __post_init__(self) -> None:
-        import sentencepiece
-
-        if not pathlib.Path(self.path).is_file():
-            raise InputError(
-                f"no tokenizer file at {self.path}: give a SentencePiece .model file, a Hugging Face directory, or"
-                f" `tokenizer`={BYTE}"
-            )
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=self.path)
-        except (RuntimeError, OSError):
-            raise InputError(
-                f"{self.path} is not a SentencePiece model: give a .model file, or `tokenizer`={BYTE}"
-            ) from None
-        self.vocab_size = self._pieces.vocab_size()
-        self.pad, self.eos, self.bos = (
-            max(0, i) for i in (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.bos_id())
-        )
-
-    def encode(self, text: bytes) -> np.ndarray:
-        return np.asarray(self._pieces.encode(text.decode("utf-8", errors="replace")), np.int32)
-
-    def decode(self, ids: Any) -> bytes:
-        specials = {self.pad, self.eos, self.bos}
-        return self._pieces.decode(
-            [int(i) for i in ids if int(i) not in specials and int(i) < self.vocab_size]
-        ).encode()
-
-    def token_id(self, token: str) -> int | None:
-        found = self._pieces.piece_to_id(token)
-        return found if self._pieces.id_to_piece(found) == token else None
-
-    def files(self) -> list[pathlib.Path]:
-        """The model file, or all tokenizer files of the Hugging Face directory that it lies in."""
-        return _siblings(pathlib.Path(self.path))
+    def as_fast(self) -> tuple[Any, dict[str, str]]:
+        return fast_tokenizers.of_bytes(), dict(zip(_NAMES, fast_tokenizers.BYTE_SPECIALS, strict=True))
 
 
-class JsonTokenizer:
-    """A Hugging Face directory's tokenizer.json; its special tokens are named in tokenizer_config.json."""
+class FastTokenizer:
+    """A tokenizer of Hugging Face's `tokenizers` library, read from a file of either kind.
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        import tokenizers
+    If it was trained on private data, that training is outside the guarantee.
+    """
 
-        self._path = directory / JSON_FILE
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
-        except Exception as error:  # the library raises its own errors as plain Exceptions
-            raise InputError(
-                f"{self._path} is no tokenizer ({str(error).splitlines()[0]}): download it again"
-            ) from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
-        settings = _json(directory / "tokenizer_config.json")
-        self.pad, self.eos, self.bos = (self._special(settings, name) for name in ("pad", "eos", "bos"))
+    def __init__(self, path: pathlib.Path, made: Any, names: dict[str, str]) -> None:
+        """Takes the tokenizer as it is made.
 
-    def _special(self, settings: dict[str, Any], name: str) -> int:
-        token = settings.get(f"{name}_token") or f"<{name}>"
-        token = token.get("content") if isinstance(token, dict) else token
-        found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
-        if found is None:
-            raise InputError(f"{self._path} has no {name} token ({token}): name it in tokenizer_config.json")
-        return found
+        Args:
+          path: the file that it was made of.
+          names: the tokens that are "pad", "eos", "bos" and perhaps "unk".
+        """
+        self.path, self.names = path, names
+        self._tokenizer = made
+        self.vocab_size: int = made.get_vocab_size(with_added_tokens=False)
+        self.pad, self.eos, self.bos = (self._special(name) for name in _NAMES[:3])
+
+    def _special(self, name: str) -> int:
+        token = self.names.get(name)
+        return max(0, -1 if token is None else self._tokenizer.token_to_id(token))
 
     def encode(self, text: bytes) -> np.ndarray:
-        return np.asarray(
-            self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids, np.int32
-        )
+        decoded = text.decode("utf-8", errors="replace")
+        return np.asarray(self._tokenizer.encode(decoded, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Any) -> bytes:
         specials = {self.pad, self.eos, self.bos}
@@ -158,7 +117,65 @@ class JsonTokenizer:
         return self._tokenizer.token_to_id(token)
 
     def files(self) -> list[pathlib.Path]:
-        return _siblings(self._path)
+        """The file, or all tokenizer files of the Hugging Face directory that it lies in."""
+        return _siblings(self.path)
+
+    def as_fast(self) -> tuple[Any, dict[str, str]]:
+        return self._tokenizer, self.names
+
+
+class SentencePieceTokenizer(FastTokenizer):
+    """A SentencePiece `.model` file."""
+
+    def __init__(self, path: str) -> None:
+        if not pathlib.Path(path).is_file():
+            raise InputError(
+                f"no tokenizer file at {path}: give a SentencePiece .model file, a Hugging Face directory, or"
+                f" `tokenizer`={BYTE}"
+            )
+        super().__init__(pathlib.Path(path), *fast_tokenizers.of_sentencepiece(pathlib.Path(path)))
+
+
+class JsonTokenizer(FastTokenizer):
+    """A Hugging Face directory's tokenizer.json; its special tokens are named in tokenizer_config.json."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        import tokenizers
+
+        path = directory / JSON_FILE
+        try:
+            made = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises its own errors as plain Exceptions
+            raise InputError(f"{path} is no tokenizer ({str(error).splitlines()[0]}): download it again") from None
+        made.no_padding()
+        made.no_truncation()
+        settings = _json(directory / CONFIG_FILE)
+        names = {}
+        for name in _NAMES:
+            token = settings.get(f"{name}_token") or f"<{name}>"
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and made.token_to_id(token) is not None:
+                names[name] = token
+            elif name != "unk":
+                raise InputError(f"{path} has no {name} token ({token}): name it in tokenizer_config.json")
+        lacking = sorted(token for token in _named(settings) if made.token_to_id(token) is None)
+        if lacking:
+            raise InputError(
+                f"{directory / CONFIG_FILE} names tokens that {JSON_FILE} lacks ({', '.join(lacking[:3])}): save the"
+                " tokenizer again with transformers, whose save_pretrained writes them into it"
+            )
+        super().__init__(path, made, names)
+
+
+def _named(settings: dict[str, Any]) -> set[str]:
+    """The tokens that a tokenizer_config.json adds to those of its tokenizer.json."""
+    added = settings.get("added_tokens_decoder")
+    found = list(added.values()) if isinstance(added, dict) else []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(name)
+        found += list(more.values()) if isinstance(more, dict) else more if isinstance(more, list) else []
+    tokens = (token.get("content") if isinstance(token, dict) else token for token in found)
+    return {token for token in tokens if isinstance(token, str)}
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
@@ -171,6 +188,14 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object: download it again")
     return content
+
+
+def _is_bytes(path: pathlib.Path) -> bool:
+    """Whether a tokenizer.json is the byte tokenizer's, as exports have it."""
+    specials = _json(path).get("added_tokens") or []
+    return [token.get("content") for token in specials if isinstance(token, dict)] == list(
+        fast_tokenizers.BYTE_SPECIALS
+    )
 
 
 def _siblings(path: pathlib.Path) -> list[pathlib.Path]:
@@ -224,7 +249,7 @@ def load(spec: str) -> Tokenizer:
     if not path.is_dir():
         return SentencePieceTokenizer(spec)
     if (path / JSON_FILE).is_file():
-        return JsonTokenizer(path)
+        return ByteTokenizer() if _is_bytes(path / JSON_FILE) else JsonTokenizer(path)
     if (path / MODEL_FILE).is_file():
         return SentencePieceTokenizer(str(path / MODEL_FILE))
     raise InputError(

@@ -14,7 +14,7 @@ from dpgemma.data.formats import LeftOut, refuse
 from dpgemma.data.limits import ONE_ROW, Kept, Limits, RowStore
 from dpgemma.data.random_rows import RandomRows
 from dpgemma.data.source import InMemory, UnitSource
-from dpgemma.data.text import cache, examples
+from dpgemma.data.text import cache, shapes
 from dpgemma.data.text.layout import Layout
 from dpgemma.data.text.pieces import InMemoryPieces, Reading, lengths_of_records, of_records, unsigned
 from dpgemma.data.text.rows import SCORED, TOKENS, spec
@@ -87,7 +87,7 @@ def resolved(privacy_unit: str, data: str, text_field: str, skip_bad_records: bo
     if privacy_unit != AUTO:
         return privacy_unit
     first: dict[str, Any] = next(iter(readers.records(data, text_field, LeftOut() if skip_bad_records else refuse)), {})
-    return EXAMPLE if examples.is_example(first) else SEQUENCE
+    return EXAMPLE if shapes.is_example(first) else SEQUENCE
 
 
 def in_memory(pieces: InMemoryPieces, tokenizer: Tokenizer, reading: Reading) -> InMemory:
