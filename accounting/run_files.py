@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,17 @@ def is_locked(workdir: pathlib.Path) -> bool:
     except OSError:  # there is no such file here, or none that may be locked
         return False
     return False
+
+
+def can_read_private(workdir: pathlib.Path) -> bool:
+    """Whether this process may look into a run's private/, which an auditor need not."""
+    try:
+        os.listdir(workdir / PRIVATE)
+    except PermissionError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def encode(value: Any) -> Any:

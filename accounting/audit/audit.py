@@ -225,7 +225,12 @@ class _Audit:
         }
         self.findings += secrecy_checks.leaks(self.workdir, others, exported)
         self.findings += folder_checks.accounted(self.workdir, lines, executed, self._exports_inside())
-        if (self.workdir / run_files.PRIVATE).exists():
+        if not run_files.can_read_private(self.workdir):
+            self.notices.append(
+                "private/ may not be read by this user: keys, permissions and whether a process is training the run"
+                " were not checked"
+            )
+        elif (self.workdir / run_files.PRIVATE).exists():
             self.findings += secrecy_checks.permissions(self.workdir / run_files.PRIVATE)
         else:
             self.notices.append("private/ is not here: permissions and keys were not checked")

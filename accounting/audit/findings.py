@@ -39,6 +39,13 @@ KINDS = {
     "raw_values_public": "raw values of private data lie outside private/",
 }
 
+# What cannot come from reading files that a process is writing, because it is seen in one reading of the ledger.
+_OF_ONE_READING = frozenset({
+    "ledger_edited", "ledger_line_removed", "ledger_line_repeated", "ledger_lines_reordered", "head_missing",
+    "mechanism_changed", "step_saved_twice", "steps_beyond_plan", "budget_exceeded", "seal_missing",
+    "key_readable", "raw_values_public",
+})  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -71,6 +78,7 @@ class AuditResult:
       ledger_head: hash of its last line; None without a ledger.
       seal: what binds the ledger's lines.
       deviations: of the run from what it should be, as the ledger shows them.
+      running: whether a process was training the run meanwhile.
     """
 
     findings: tuple[Finding, ...]
@@ -82,6 +90,16 @@ class AuditResult:
     ledger_head: str | None
     seal: str | None
     deviations: tuple[str, ...]
+    running: bool = False
+
+    def while_running(self) -> "AuditResult":
+        """What is left of the result where a process wrote the run's files while they were read."""
+        notice = (
+            "a process is training this run: files that it writes were not compared with the ledger; audit the run"
+            " again when it has ended"
+        )
+        findings = tuple(finding for finding in self.findings if finding.kind in _OF_ONE_READING)
+        return dataclasses.replace(self, findings=findings, notices=(*self.notices, notice), running=True)
 
     @property
     def consistent(self) -> bool:
@@ -97,9 +115,10 @@ class AuditResult:
             return "none" if value is None else "inf" if not math.isfinite(value) else f"{value:g}"
 
         state = "finished" if self.finished else "unfinished"
+        verdict = "INCONSISTENT" if not self.consistent else "running" if self.running else "consistent"
         lines = [
-            f"{'consistent' if self.consistent else 'INCONSISTENT'}: {state} run, {self.steps} steps, epsilon"
-            f" {shown(self.epsilon_reported)} reported, {shown(self.epsilon_rederived)} re-derived from the ledger"
+            f"{verdict}: {state} run, {self.steps} steps, epsilon {shown(self.epsilon_reported)} reported,"
+            f" {shown(self.epsilon_rederived)} re-derived from the ledger"
         ]
         lines += [f"finding: {finding.kind} in {finding.where}: {finding.message}" for finding in self.findings]
         lines += [f"deviation: {line}" for line in self.deviations]

@@ -42,9 +42,8 @@ def leaks(workdir: pathlib.Path, files: list[pathlib.Path], exported: Container[
     """
     private = workdir / run_files.PRIVATE
     keys = _keys(workdir / run_files.KEYS)
-    copies = {
-        run_files.file_digest(path): path.name for path in private.rglob("*") if path.is_file() and path.stat().st_size
-    }
+    kept = private.rglob("*") if run_files.can_read_private(workdir) else ()
+    copies = {run_files.file_digest(path): path.name for path in kept if path.is_file() and path.stat().st_size}
     public = [path for path in (workdir / name for name in run_files.PUBLIC_FILES) if path.is_file()]
     for path in [*public, *files]:
         name = str(path.relative_to(workdir))

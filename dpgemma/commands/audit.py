@@ -44,11 +44,14 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError(f"--head={fv.head} is no ledger head: give the 64 hexadecimal digits that train printed")
     required = None if fv.require_seal is None else seals.read_key(fv.require_seal)
     with places.for_reading(fv.workdir) as workdir:
+        ledger = workdir / run_files.LEDGER
+        before = ledger.stat().st_size if ledger.is_file() else 0
         locked = run_files.is_locked(workdir) or places.is_held(fv.workdir)
         checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
         result = audit(workdir, checkpoints, exports, head=fv.head, required=required)
+        locked = locked or (ledger.is_file() and ledger.stat().st_size != before)
     if locked and not result.finished:  # its files are written one after the other; those of a finished run stay
-        raise InputError(f"a process is training in {fv.workdir}: wait for it or stop it, and audit the run then")
+        result = result.while_running()
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
 

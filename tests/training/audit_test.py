@@ -1,8 +1,10 @@
 """`dpgemma audit` on real runs: untouched, stopped, killed, moved, or with another run's files among theirs."""
 
+import os
 import random
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -41,7 +43,23 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_run_that_goes_on_is_not_audited(workdir, capsys):
+def test_an_auditor_may_be_kept_from_the_private_folder(workdir, tmp_path):
+    """A user who may read everything but private/, as an auditor may be."""
+    for path in (tmp_path, *workdir.parents[: len(workdir.parents) - 2], *workdir.rglob("*")):
+        if "private" not in path.parts and os.stat(path).st_uid == os.getuid():
+            path.chmod(path.stat().st_mode | 0o055)
+    (workdir / "private").chmod(0o700 if os.getuid() == 0 else 0)
+    code = (
+        "import os, sys; from dpgemma import cli; cli.main(['audit', sys.argv[1]]);"  # everything is imported then
+        " os.getuid() or os.seteuid(65534); print('---'); sys.exit(cli.main(['audit', sys.argv[1]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, workdir], capture_output=True, text=True, timeout=240)
+    (workdir / "private").chmod(0o700)
+    told = done.stdout.partition("---")[2]
+    assert done.returncode == 0 and "private/ may not be read by this user" in told, done.stdout + done.stderr
+
+
+def test_a_run_that_goes_on_is_said_to_be_running(workdir, capsys):
     """Its files are written one after the other, so they would not agree; those of a finished run do, though the
     process that trained it may still be there.
     """
@@ -50,8 +68,17 @@ def test_a_run_that_goes_on_is_not_audited(workdir, capsys):
     assert cli.main(["audit", str(workdir)]) == 0
     rewrite_chain(workdir, lambda records: [r for r in records if r["kind"] != "finish"])
     capsys.readouterr()
-    assert cli.main(["audit", str(workdir)]) == 2
-    assert "a process is training in" in capsys.readouterr().err
+    assert cli.main(["audit", str(workdir)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("running: unfinished run") and "a process is training this run" in out
+    code, result = audited(capsys, workdir)
+    assert (code, result["running"], result["consistent"]) == (0, True, True)
+    # What no process that trains could have done is found all the same.
+    before = (workdir / "ledger.jsonl").read_text()
+    edit(workdir / "ledger.jsonl", '"step":0', '"step":9')
+    code, result = audited(capsys, workdir)
+    assert code == 1 and {finding["kind"] for finding in result["findings"]} == {"ledger_edited"}
+    (workdir / "ledger.jsonl").write_text(before)
     trainer.unlock()
     assert cli.main(["audit", str(workdir)]) == 1
 
