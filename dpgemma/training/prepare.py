@@ -161,6 +161,8 @@ def _prepare(
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     shared = None if found.users is None else training.num_units
     num_units = training.num_units if found.users is None else found.users
+    places = (settings.num_units or num_units) * settings.items_per_unit
+    settings = settings.with_fitting_batch(places if shared is None else shared)
     plan_lib.check(settings, num_units, shared)
     # Chosen once: a run that goes on computes as it began.
     if begun:
@@ -179,7 +181,8 @@ def _prepare(
         begun=begun,
         shared_items=shared,
     )
-    config = named.as_dict() | _whole_names(named) | plan.resolved | {"privacy_unit": privacy_unit} | settings.units
+    config = named.as_dict() | _whole_names(named) | {"batch_size": settings.batch_size, "privacy_unit": privacy_unit}
+    config |= plan.resolved | settings.units
     fingerprint = source.fingerprint(keys.fingerprint)
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
@@ -206,6 +209,7 @@ def _prepare(
         for remark in remarks:
             observer.confide(remark)
         observer.inform(plan_lib.summary(plan, start.name, place))
+        observer.inform(_learning(settings, objective))
         if choice:
             observer.inform(choice)
         if seal_key:
@@ -220,6 +224,17 @@ def _whole_names(named: Settings) -> dict[str, Any]:
     return {
         name: value if value in (None, tokenizer_lib.BYTE) else hub.absolute(value) for name, value in models.items()
     }
+
+
+def _learning(settings: Settings, objective: CausalLM) -> str:
+    """What is trained, and how, for the operator."""
+    trained, frozen = (decoder.count(tree) for tree in objective.shapes())
+    what = f"{trained:,} of {trained + frozen:,} parameters are trained"
+    rate = f"learning rate {settings.learning_rate:g} after {settings.warmup_steps} steps of warm-up"
+    fitting = (
+        f" (by the model's size: {', '.join(f'`{name}`' for name in settings.omitted)})" if settings.omitted else ""
+    )
+    return f"{what}, in rows of {settings.sequence_length}, with {rate}, in {settings.dtype}{fitting}"
 
 
 def _mirror_of(address: str) -> Mirror:

@@ -16,6 +16,8 @@ from accounting.mechanism.clip import SCALINGS
 from dpgemma import choices
 from dpgemma.choices import AUTO
 from dpgemma.sharding.rules import SYNTAX
+from dpgemma.storage import hub
+from dpgemma.training import defaults
 
 # So that float32 numbers hold what is multiplied with it.
 _LARGEST = 1e30
@@ -31,15 +33,22 @@ def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) ->
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
+def _fitting(text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A setting that training.defaults takes from the model, where it is omitted."""
+    return _setting(None, text, choices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings as a user gives them; None and "auto" are resolved by training.plan. Defaults are constants, never taken
-    from data.
+    """Settings as a user gives them; None and "auto" are resolved by training.plan. Defaults are constants, or follow
+    from the model (training.defaults); none is taken from data.
 
     >>> Settings(steps=0)
     Traceback (most recent call last):
       ...
     accounting.errors.InputError: `steps` must be at least 1, got 0
+    >>> Settings(model="vaultgemma_1b").learning_rate
+    0.001
     """
 
     model: str | None = _setting(
@@ -67,7 +76,9 @@ class Settings:
         None,
         "byte, a SentencePiece .model file, or a Hugging Face directory; by default that of `init_from`, else byte.",
     )
-    sequence_length: int = _setting(128, "Tokens per row.")
+    sequence_length: int = _fitting(
+        "Tokens per row; by default 1024 within the model's context, and 128 for the small presets."
+    )
     privacy_unit: str = _setting(
         AUTO,
         "What the guarantee protects: sequence (a row of packed text), example (a record with prompt and response,"
@@ -120,7 +131,10 @@ class Settings:
     clip_norm: float = _setting(
         1.0, "L2 bound of the gradient of each unit (with `user_sampling`=example of each row)."
     )
-    batch_size: int = _setting(512, "EXPECTED Poisson batch, in units; in rows with `user_sampling`=example.")
+    batch_size: int = _fitting(
+        "EXPECTED Poisson batch, in units; in rows with `user_sampling`=example. By default 512, or 1024 for models of"
+        " 100 million parameters and more, and at most a quarter of the units."
+    )
     max_batch_size: int | None = _setting(
         None, "Truncation cap of a batch; omitted, it is planned to cost 0.1 % of delta."
     )
@@ -158,15 +172,21 @@ class Settings:
         choices.RELEASES,
     )
     optimizer: str = _setting("adamw", "Optimizer.", choices.OPTIMIZERS)
-    learning_rate: float = _setting(8e-3, "Peak learning rate.")
-    warmup_steps: int = _setting(10, "Updates of linear warm-up.")
+    learning_rate: float = _fitting(
+        "Peak learning rate; by default it falls with the model's size and is lower for a checkpoint than from scratch,"
+        " and lowest where all of one is trained."
+    )
+    warmup_steps: int = _fitting("Updates of linear warm-up; by default a sixteenth of `steps`, from 10 to 1000.")
     schedule: str = _setting("cosine", "Decay after warm-up, to a tenth of the peak.", choices.SCHEDULES)
     weight_decay: float = _setting(0.0, "Decoupled weight decay (adamw).")
-    dtype: str = _setting("float32", "Type of activations and matrix products; norms stay float32.", choices.DTYPES)
-    remat: str = _setting(
-        "none",
+    dtype: str = _fitting(
+        "Type of activations and matrix products; norms stay float32. By default float32, or bfloat16 for models of 100"
+        " million parameters and more.",
+        choices.DTYPES,
+    )
+    remat: str = _fitting(
         "What the backward pass recomputes: none keeps activations, block recomputes each block, dots all but products"
-        " with weights.",
+        " with weights. By default none, or block for models of 100 million parameters and more.",
         choices.REMAT_POLICIES,
     )
     attention: str = _setting(
@@ -191,9 +211,12 @@ class Settings:
     keep_checkpoints: int = _setting(3, "Checkpoints kept.")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(Settings)
+        hints, fitting = typing.get_type_hints(Settings), []
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["choices"]
+            if value is None and field.name in defaults.NAMES:
+                fitting.append(field.name)
+                continue
             if allowed and value is not None and value not in allowed:
                 raise InputError(f"`{field.name}` must be one of {', '.join(allowed)}, got {value!r}")
             if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # a scalar of NumPy
@@ -203,10 +226,14 @@ class Settings:
             fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
             if not fits or (isinstance(value, bool) and bool not in kinds):
                 raise InputError(f"`{field.name}` must be of type {kinds[0].__name__}, got {value!r}")
+        if self.steps < 1:
+            raise InputError(f"`steps` must be at least 1, got {self.steps}")
+        object.__setattr__(self, "_omitted", tuple(fitting))
+        if fitting:
+            self._fill(fitting)
         for name in (
             "sequence_length",
             "batch_size",
-            "steps",
             "microbatch_size",
             "checkpoint_every",
             "keep_checkpoints",
@@ -261,6 +288,43 @@ class Settings:
                 "`clip_norm`=inf bounds nobody's influence, so no finite epsilon holds: give a finite `clip_norm`, or"
                 " `epsilon`=inf"
             )
+
+    def _fill(self, omitted: list[str]) -> None:
+        """Gives settings that were left out the values that fit the model.
+
+        Raises:
+          InputError: there is no such model.
+        """
+        from dpgemma.gemma import decoder, start
+        from dpgemma.gemma.files import config_json
+
+        if self.init_from is None:
+            model = start.of_preset(self.model).model
+        else:
+            model = config_json.read(hub.located(self.init_from))
+        found = defaults.of(
+            decoder.num_parameters(model),
+            model.max_length,
+            self.steps,
+            from_checkpoint=self.init_from is not None,
+            adapters=self.lora_rank is not None,
+        )
+        for name in omitted:
+            object.__setattr__(self, name, getattr(found, name))
+
+    @property
+    def omitted(self) -> tuple[str, ...]:
+        """Names of the settings that were left out and follow from the model."""
+        found: tuple[str, ...] = self.__dict__["_omitted"]
+        return found
+
+    def with_fitting_batch(self, num_items: int) -> "Settings":
+        """These settings with a batch that was left out of at most a quarter of what it is drawn from."""
+        if "batch_size" not in self.omitted or self.batch_size <= num_items // 4:
+            return self
+        smaller = dataclasses.replace(self, batch_size=max(1, num_items // 4))
+        object.__setattr__(smaller, "_omitted", self.omitted)
+        return smaller
 
     def _check_units(self) -> None:
         of_rows, of_users = (

@@ -97,6 +97,7 @@ def of(settings: Settings, *, epsilon_given: bool) -> Statistics:
     training = max(1, round((1 - settings.holdout_fraction) * count))
     if settings.num_units is not None:
         training = settings.num_units
+    settings = settings.with_fitting_batch(training * settings.items_per_unit if shared is None else shared)
     plan = plan_lib.resolve(
         settings, training, 1, "data:1", Strategy(), epsilon_given=epsilon_given, shared_items=shared
     )

@@ -46,8 +46,8 @@ def test_train_help_shows_the_public_defaults(capsys):
     text = capsys.readouterr().out
     for line in (
         "such as tiny (the default)",
-        "--sequence_length (default 128)",
-        "--batch_size (default 512)",
+        "by default 1024 within the model's context, and 128",
+        "By default 512, or 1024 for models",
         "--steps (default 160)",
         "--epsilon (default 8.0)",
         "--delta (default 1e-05)",

@@ -79,6 +79,20 @@ def trained(base, data, tmp_path_factory):
     return workdir
 
 
+def test_nothing_but_model_data_and_epsilon_need_be_said(base, data, tmp_path):
+    """Rows fill the context, the batch is a quarter of the units, and what was chosen is told and kept."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(line + "\n" for line in data.read_text().splitlines()[:80]))
+    given = [f"--init_from={base}", f"--data={few}", "--epsilon=3", f"--workdir={tmp_path / 'run'}", "--steps=2"]
+    done = call("train", *given)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["sequence_length"], config["dtype"]) == (128, "float32")
+    assert config["batch_size"] == config["num_units"] // 4 and config["learning_rate"] < 8e-3
+    assert f"in rows of 128, with learning rate {config['learning_rate']:g} after 10 steps of warm-up" in done.stderr
+    assert "(by the model's size: --sequence_length, --batch_size, --learning_rate" in done.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_train_adapters_of_one_directory(base, data, tmp_path):
     outcomes = ended(train(base, data, tmp_path / "run", through=functools.partial(start_together, 2)))
