@@ -26,7 +26,9 @@ LOCK = f"{PRIVATE}/lock"
 PRIVATE_METRICS = f"{PRIVATE}/metrics.jsonl"  # raw losses and norms
 REMARKS = f"{PRIVATE}/remarks.txt"  # what was noticed about single records
 DAMAGED = f"{PRIVATE}/damaged"  # checkpoints that could not be used
-HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units
+HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units, when all steps are taken
+EVALUATIONS = f"{PRIVATE}/evaluations.jsonl"  # measures while steps are taken, and of dpgemma evaluate
+LOG = f"{PRIVATE}/log"  # what a terminal would have shown
 
 PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS, SEAL)
 FOLDERS = (PRIVATE, CHECKPOINTS)

@@ -24,6 +24,7 @@ COMMANDS = {
         "find the best model, batch and steps for a budget, or what a run needs on a machine",
     ),
     "audit": ("dpgemma.commands.audit", "check a run's epsilon report from its ledger"),
+    "evaluate": ("dpgemma.commands.evaluate", "measure a model on records of your own"),
     "sample": ("dpgemma.commands.sample", "generate text from a checkpoint"),
     "export": ("dpgemma.commands.export", "write a Hugging Face directory"),
     "sweep": ("experiments.commands.sweep", "run a grid of trainings; the same command goes on"),

@@ -83,7 +83,9 @@ ARROWS = {
         "accounting", "dpgemma.choices", "dpgemma.data", "dpgemma.gemma", "dpgemma.inference", "dpgemma.objectives",
         "dpgemma.privacy", "dpgemma.sharding", "dpgemma.storage", "dpgemma.user_cache",
     },
-    "dpgemma.inference": {"accounting", "dpgemma.data.text", "dpgemma.gemma", "dpgemma.storage", "dpgemma.training"},
+    "dpgemma.inference": {
+        "accounting", "dpgemma.data", "dpgemma.gemma", "dpgemma.objectives", "dpgemma.storage", "dpgemma.training",
+    },
     "dpgemma.commands": {"accounting", "dpgemma"},
     "dpgemma.cli": {"accounting", "dpgemma.commands"},
     "experiments": {"accounting", "dpgemma"},

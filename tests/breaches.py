@@ -80,7 +80,7 @@ MUTATIONS = (
     ),
     Mutation(
         "which rows are evaluated", "the printed loss is that of training rows", PREPARE,
-        "held_out=held_out)", "held_out=training)", RECOMPUTED,
+        "held_out=held_out, evaluation", "held_out=training, evaluation", RECOMPUTED,
     ),
     Mutation(
         "coupling between units", "the loss is weighted by the scored tokens of its device", STEP,
@@ -157,7 +157,8 @@ MUTATIONS = (
     Mutation(
         "order of ledger and step", "a step is in the ledger once its result is there", TRAINER,
         "                record.before(t)\n"
-        "                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n",
+        "                with compiling if t == first else contextlib.nullcontext():\n"
+        "                    result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n",
         "                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n"
         "                jax.block_until_ready(result)\n"
         "                record.before(t)\n",
@@ -221,8 +222,8 @@ MUTATIONS = (
     ),
     Mutation(
         "identity of a run", "number formats and attention may change on resume", "dpgemma/training/settings.py",
-        'OPERATIONAL = ("checkpoint_every", "keep_checkpoints")',
-        'OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "dtype", "attention", "remat", "clipping")',
+        'OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "eval_data",',
+        'OPERATIONAL = ("dtype", "attention", "remat", "checkpoint_every", "keep_checkpoints", "eval_data",',
         (MOVING, "-k", "every_setting"),
     ),
     Mutation(

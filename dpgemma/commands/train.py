@@ -1,6 +1,7 @@
 """dpgemma train: trains a model under a privacy budget; the same command resumes."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -24,6 +25,13 @@ def define_flags(fv: flags.FlagValues) -> None:
         "profile", 0, "Steps whose trace is written to private/trace, for TensorBoard; the first one is left out.", fv
     )
     command_flags.string(
+        "tensorboard",
+        None,
+        "Folder for TensorBoard's files: epsilon, learning rate, figures of `public_eval_data`. Private ones go to"
+        " private/tensorboard.",
+        fv,
+    )
+    command_flags.string(
         "coordinator",
         None,
         "Where several processes train one run: HOST:PORT, which process 0 can open, or auto on Cloud TPU, Slurm, Open"
@@ -44,6 +52,7 @@ def run(fv: flags.FlagValues) -> int:
         with peers.joined(fv.coordinator, fv.num_processes, fv.process_id) as num_processes:
             process.split_cpu(settings.mesh, num_processes)
             from dpgemma.commands.profiling import Profile
+            from dpgemma.commands.tensorboard import TensorBoard
             from dpgemma.commands.terminal import Terminal
             from dpgemma.sharding import mesh
             from dpgemma.training.observers import Observer
@@ -51,16 +60,24 @@ def run(fv: flags.FlagValues) -> int:
 
             if fv.num_slices is not None:
                 settings = dataclasses.replace(settings, mesh=mesh.resolve(settings.mesh, fv.num_slices))
-            profile = Profile(fv.profile)
-            observers: list[Observer] = [Terminal(), *([profile] if fv.profile else [])]
+            terminal, profile = Terminal(), Profile(fv.profile)
+            board = TensorBoard(pathlib.Path(fv.tensorboard)) if fv.tensorboard else None
+            observers: list[Observer] = [terminal, *([profile] if fv.profile else []), *([board] if board else [])]
             trainer = prepare(settings, fv.workdir, epsilon_given=bool(fv["epsilon"].present), observers=observers)
             profile.folder = trainer.run.private / "trace"
             try:
+                if trainer.record.is_kept_here:
+                    terminal.keep_log(trainer.run.log_file)
+                    if board:
+                        board.open(trainer.run.path, trainer.run.private)
                 with process.stop_on_signal() as stopped:
                     measured = trainer.train(stopped)
             finally:
                 trainer.run.unlock()
-            if trainer.record.is_kept_here:
-                for name, value in (measured or {}).items():
-                    print(f"held-out {value:.4f} {name.replace('_per_', '/')}")
+                terminal.close()
+                if board:
+                    board.close()
+            if trainer.record.is_kept_here and measured:
+                name, value = next(iter(measured.items()))
+                print(f"held-out {value:.4f} {name.replace('_per_', '/')}")
     return 0

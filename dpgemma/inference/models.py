@@ -117,6 +117,11 @@ def _where(name: str) -> pathlib.Path:
         return pathlib.Path(name)
 
 
+def sequence_length(model: TrainedModel) -> int:
+    """The length of the rows that a run was trained on."""
+    return int(model.run.config()["sequence_length"])
+
+
 def load_directory(directory: str, tokenizer: str | None = None, *, with_tokenizer: bool = True) -> Model:
     """The model of a Hugging Face directory, weights in the type of the file.
 

@@ -20,10 +20,10 @@ from dpgemma.gemma import decoder, lora
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.files import weights
 from dpgemma.gemma.start import StartingPoint
-from dpgemma.objectives.cross_entropy import cross_entropy
+from dpgemma.objectives.cross_entropy import cross_entropy, losses_and_hits
 from dpgemma.objectives.protocol import Params
 
-BITS_PER_BYTE = "bits_per_byte"
+BITS_PER_BYTE, NATS_PER_TOKEN, TOKEN_ACCURACY = "bits_per_byte", "nats_per_token", "token_accuracy"
 
 
 def token_losses(
@@ -31,26 +31,52 @@ def token_losses(
     parameters: Params,
     row: Mapping[str, Any],
     *,
-    bos: int,
-    closing: int | None = None,
     vocabulary_is_spread: bool = False,
     **options: Any,
 ) -> Any:
     """Negative log-likelihoods [..., S] of a row's tokens, each given bos and the tokens before it.
 
-    With `closing` a text begins behind every such token, and sees nothing of what stands before it: its tokens are
-    given bos and the tokens of their own text.
-
     Where a token is not scored, its loss is zero.
 
     Args:
       row: tokens and scored, each [..., S], as in data.text.rows.
+      vocabulary_is_spread: over devices, as cross_entropy takes it.
+      options: of token_states.
+    """
+    hidden, words = token_states(config, parameters, row[TOKENS], **options), parameters["embedder"]["embedding"]
+    losses = cross_entropy(hidden, words, row[TOKENS], final_cap=config.final_cap, is_spread=vocabulary_is_spread)
+    return jnp.where(row[SCORED], losses, 0.0)
+
+
+def token_scores(
+    config: GemmaConfig,
+    parameters: Params,
+    row: Mapping[str, Any],
+    *,
+    vocabulary_is_spread: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """For evaluation: the losses of token_losses, and whether each scored token is the likeliest, both [..., S]."""
+    hidden, words = token_states(config, parameters, row[TOKENS], **options), parameters["embedder"]["embedding"]
+    losses, hits = losses_and_hits(
+        hidden, words, row[TOKENS], final_cap=config.final_cap, is_spread=vocabulary_is_spread
+    )
+    return jnp.where(row[SCORED], losses, 0.0), hits & row[SCORED]
+
+
+def token_states(
+    config: GemmaConfig, parameters: Params, tokens: jax.Array, *, bos: int, closing: int | None = None, **options: Any
+) -> Any:
+    """Hidden states [..., S, D] from which every token [..., S] is predicted: those of bos and the tokens before it.
+
+    With `closing` a text begins behind every such token, and sees nothing of what stands before it: its tokens are
+    given bos and the tokens of their own text.
+
+    Args:
       bos: number of the token that rows begin after.
       closing: number of the token that ends a text.
-      vocabulary_is_spread: over devices, as cross_entropy takes it.
       options: of decoder.hidden_states.
     """
-    tokens = row[TOKENS]
     bos_column = jnp.full((*tokens.shape[:-1], 1), bos, tokens.dtype)
     inputs = jnp.concatenate([bos_column, tokens[..., :-1]], axis=-1)
     if closing is not None:
@@ -58,10 +84,7 @@ def token_losses(
         places = jnp.where(is_first, jnp.arange(tokens.shape[-1], dtype=jnp.int32), 0)
         options["begins"] = jax.lax.cummax(places, axis=places.ndim - 1)
         inputs = jnp.where(is_first, bos, inputs)
-    hidden = decoder.hidden_states(config, parameters, inputs, **options)
-    words = parameters["embedder"]["embedding"]
-    losses = cross_entropy(hidden, words, tokens, final_cap=config.final_cap, is_spread=vocabulary_is_spread)
-    return jnp.where(row[SCORED], losses, 0.0)
+    return decoder.hidden_states(config, parameters, inputs, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,16 +191,21 @@ class CausalLM:
 
     def measures(
         self, trainable: Params, frozen: Params, rows: Mapping[str, np.ndarray]
-    ) -> dict[str, tuple[float, float]]:
-        """Bits per byte: bits needed to code the scored text, and the bytes that it has."""
-        losses = self._compiled_losses(self.join(trainable, frozen), dict(rows))
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Bits needed to code a row's scored text, by its bytes; nats, and tokens that are the likeliest, by tokens."""
+        losses, hits = map(np.asarray, self._compiled_scores(self.join(trainable, frozen), dict(rows)))
         texts = zip(rows[TOKENS], rows[SCORED], strict=True)
-        size = sum(len(self.tokenizer.decode(tokens[scored])) for tokens, scored in texts)
-        return {BITS_PER_BYTE: (float(losses.sum()) / math.log(2), float(size))}
+        sizes = np.array([len(self.tokenizer.decode(tokens[scored])) for tokens, scored in texts], np.float64)
+        nats, counts = losses.sum(axis=-1, dtype=np.float64), rows[SCORED].sum(axis=-1, dtype=np.float64)
+        return {
+            BITS_PER_BYTE: (nats / math.log(2), sizes),
+            NATS_PER_TOKEN: (nats, counts),
+            TOKEN_ACCURACY: (hits.sum(axis=-1, dtype=np.float64), counts),
+        }
 
     @functools.cached_property
-    def _compiled_losses(self) -> Any:
-        return jax.jit(functools.partial(token_losses, self.model, **self._options))
+    def _compiled_scores(self) -> Any:
+        return jax.jit(functools.partial(token_scores, self.model, **self._options))
 
     def noise_rows(self, count: int) -> dict[str, np.ndarray]:
         tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (count, self.length)).astype(np.int32)

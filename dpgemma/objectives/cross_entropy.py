@@ -51,6 +51,23 @@ def cross_entropy(
     return losses.reshape(targets.shape)
 
 
+def losses_and_hits(
+    hidden: jax.Array, embedding_VxD: jax.Array, targets: jax.Array, *, final_cap: float | None, is_spread: bool
+) -> tuple[Any, Any]:
+    """For evaluation: negative log-likelihoods [..., T] in nats, and whether no word is likelier than the target.
+
+    Args:
+      hidden, embedding_VxD, targets, final_cap, is_spread: as cross_entropy takes them.
+    """
+    vocab_size = embedding_VxD.shape[0]
+    chunk = vocab_size if is_spread or targets.size * vocab_size <= MOST_LOGITS else CHUNK
+    core = CrossEntropy(final_cap, _chunk_size(vocab_size, chunk), is_spread)
+    log_total, of_target, largest, _ = core.scores(
+        hidden.reshape(-1, hidden.shape[-1]), embedding_VxD, targets.reshape(-1)
+    )
+    return (log_total - of_target).reshape(targets.shape), (of_target >= largest).reshape(targets.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
     """The two passes of the loss over all words, `chunk` of them at a time, as operations.head takes them."""
@@ -70,7 +87,15 @@ class CrossEntropy:
         return soft_cap(_dot("nd,cd->nc", hidden_NxD, words_CxD.astype(hidden_NxD.dtype)), self.final_cap)
 
     def forward(self, hidden_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array) -> tuple[Any, Any]:
-        """Losses [N] and what the backward pass needs.
+        """Losses [N] and what the backward pass needs."""
+        log_total, of_target, _, z = self.scores(hidden_NxD, embedding_VxD, targets_N)
+        return log_total - of_target, (hidden_NxD, embedding_VxD, targets_N, log_total, z)
+
+    def scores(
+        self, hidden_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array
+    ) -> tuple[Any, Any, Any, Any]:
+        """Of every row of hidden states: the logarithm of the sum of exponentials of its logits, the target's logit,
+        the largest logit, all [N]; and the logits [N, V] where one chunk holds them, else None.
 
         A running maximum and a rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018,
         arXiv 1805.02867, algorithm 3); logits are kept only where one chunk holds them all.
@@ -83,8 +108,7 @@ class CrossEntropy:
                 of_target = jnp.where(targets_N[:, None] == jnp.arange(vocab_size), z, 0.0).sum(axis=-1)
             else:
                 of_target = jnp.take_along_axis(z, targets_N[:, None], axis=-1)[:, 0]
-            losses = log_total - of_target
-            return losses, (hidden_NxD, embedding_VxD, targets_N, log_total, z)
+            return log_total, of_target, z.max(axis=-1), z
 
         def accumulate(carry: Any, xs: Any) -> tuple[Any, Any]:
             running_max, running_sum = carry
@@ -101,7 +125,7 @@ class CrossEntropy:
         of_target = soft_cap(
             _dot("nd,nd->n", hidden_NxD, embedding_VxD[targets_N].astype(hidden_NxD.dtype)), self.final_cap
         )
-        return log_total - of_target, (hidden_NxD, embedding_VxD, targets_N, log_total, None)
+        return log_total, of_target, maximum, None
 
     def backward(self, residuals: Any, d_losses_N: jax.Array, use: Any) -> tuple[Any, Any]:
         """The gradient [N, D] by the hidden states, and `use(delta [N, C])` of every chunk, stacked; delta is the

@@ -79,8 +79,8 @@ class Objective(Protocol):
 
     def measures(
         self, trainable: Params, frozen: Params, rows: Mapping[str, np.ndarray]
-    ) -> dict[str, tuple[float, float]]:
-        """Figures of held-out rows by name, as (numerator, denominator), so that those of several calls add up.
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Figures of rows that are evaluated by name, as (numerators [R], denominators [R]), which add up.
 
         Args:
           rows: columns [R, ...].

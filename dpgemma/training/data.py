@@ -1,9 +1,13 @@
 """What the settings say of data: how records are read, and the privacy units that they make."""
 
-from dpgemma.choices import PUBLIC_OWNERS
+import sys
+
+from accounting.errors import InputError
+from dpgemma.choices import DOCUMENT, FIRST_ROWS, PUBLIC_OWNERS
 from dpgemma.data.limits import ONE_ROW, Limits
+from dpgemma.data.random_rows import RandomRows
+from dpgemma.data.text import cache, units
 from dpgemma.data.text import tokenizer as tokenizer_lib
-from dpgemma.data.text import units
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import Tokenizer
 from dpgemma.data.text.units import Found
@@ -37,6 +41,21 @@ def reading(settings: Settings) -> Reading:
         asked.get("records_without_user"),
         asked.get("ownership") == PUBLIC_OWNERS,
     )
+
+
+def records_of(
+    data: str, tokenizer: Tokenizer, length: int, vocab_size: int, text_field: str, skip_bad_records: bool = False
+) -> Found:
+    """Records to evaluate: each is a unit, with all of its rows.
+
+    Raises:
+      InputError: data that cannot be read as records, or that are no records.
+    """
+    if cache.is_cache(data) or data.startswith(RandomRows.PREFIX):
+        raise InputError(f"{data} holds no records to evaluate: name the files of records")
+    all_rows = Limits(sys.maxsize, FIRST_ROWS, b"")
+    each = Reading(DOCUMENT, length, text_field)
+    return units.read(data, tokenizer, each, vocab_size, all_rows, skip_bad_records)
 
 
 def read(settings: Settings, tokenizer: Tokenizer, vocab_size: int, secret: bytes) -> Found:

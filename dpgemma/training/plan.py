@@ -31,6 +31,7 @@ class Plan:
       seed: public seed of the initial parameters.
       checkpoint_every: updates between checkpoints.
       keep_checkpoints: checkpoints kept.
+      eval_limit: the most units of a measurement.
     """
 
     mechanism: Mechanism
@@ -42,6 +43,7 @@ class Plan:
     seed: int
     checkpoint_every: int
     keep_checkpoints: int
+    eval_limit: int
 
     @property
     def slots(self) -> int:
@@ -147,6 +149,7 @@ def resolve(
         settings.seed,
         settings.checkpoint_every,
         settings.keep_checkpoints,
+        settings.eval_limit,
     )
 
 

@@ -15,7 +15,7 @@ from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT
 from dpgemma import user_cache
 from dpgemma.choices import OF_SEVERAL_ROWS
 from dpgemma.data import holdout
-from dpgemma.data.source import Items
+from dpgemma.data.source import Items, UnitSource
 from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text.units import Found
 from dpgemma.gemma import decoder
@@ -33,11 +33,11 @@ from dpgemma.storage.objects import is_address
 from dpgemma.training import agreement, clipping_choice, data, environment, memory
 from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
-from dpgemma.training.observers import Observer
+from dpgemma.training.observers import Observer, phase
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.settings import Settings
-from dpgemma.training.trainer import Trainer
+from dpgemma.training.trainer import Evaluation, Trainer
 
 # Settings of units of several rows that a ledger records.
 _OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling", "ownership")
@@ -147,7 +147,8 @@ def _prepare(
     told = processes.from_first(begin)
     keys, begun = Keys.of_hex(told["keys"]), told["config"]
 
-    found = data.read(settings, tokenizer, start.model.vocab_size, keys.holdout)
+    with phase(observers, "reading the data"):
+        found = data.read(settings, tokenizer, start.model.vocab_size, keys.holdout)
     privacy_unit, source, remarks = found.privacy_unit, found.units, _remarks(settings, found)
     if (
         settings.neighbouring_relation == ADD_OR_REMOVE
@@ -159,6 +160,7 @@ def _prepare(
             " private under `neighbouring_relation`=add_or_remove: give `holdout_fraction`=0"
         )
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
+    evaluation = _evaluation(settings, objective, held_out)
     shared = None if found.users is None else training.num_units
     num_units = training.num_units if found.users is None else found.users
     places = (settings.num_units or num_units) * settings.items_per_unit
@@ -168,19 +170,21 @@ def _prepare(
     if begun:
         strategy, choice = clipping_choice.as_before(settings, begun), None
     else:
-        strategy, choice = clipping_choice.resolve(settings, named.mesh, objective, observers)
+        with phase(observers, "choosing how to clip"):
+            strategy, choice = clipping_choice.resolve(settings, named.mesh, objective, observers)
     clipping_choice.check(strategy.name, settings.remat, shape)
     trained = decoder.count(objective.shapes()[0])
-    plan = plan_lib.resolve(
-        settings,
-        num_units,
-        trained,
-        named.mesh,
-        strategy,
-        epsilon_given=epsilon_given,
-        begun=begun,
-        shared_items=shared,
-    )
+    with phase(observers, "solving for the noise"):
+        plan = plan_lib.resolve(
+            settings,
+            num_units,
+            trained,
+            named.mesh,
+            strategy,
+            epsilon_given=epsilon_given,
+            begun=begun,
+            shared_items=shared,
+        )
     config = named.as_dict() | _whole_names(named) | {"batch_size": settings.batch_size, "privacy_unit": privacy_unit}
     config |= plan.resolved | settings.units
     fingerprint = source.fingerprint(keys.fingerprint)
@@ -215,7 +219,23 @@ def _prepare(
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     drawn = Items(training) if settings.items_per_unit > 1 and shared is None else training
-    return Trainer(plan, objective, drawn, run, observers, held_out=held_out)
+    return Trainer(plan, objective, drawn, run, observers, held_out=held_out, evaluation=evaluation)
+
+
+def _evaluation(settings: Settings, objective: CausalLM, held_out: UnitSource) -> Evaluation | None:
+    """What is measured while steps are taken.
+
+    Raises:
+      InputError: data that cannot be read as records.
+    """
+    if settings.eval_data is None:
+        every = settings.eval_every
+        return None if every is None else Evaluation(held_out, every, "held-out units", is_public=False)
+    found = data.records_of(
+        settings.eval_data, objective.tokenizer, objective.length, objective.model.vocab_size, settings.text_field
+    )
+    every = settings.eval_every or settings.checkpoint_every
+    return Evaluation(found.units, every, settings.eval_data, settings.public_eval_data)
 
 
 def _whole_names(named: Settings) -> dict[str, Any]:

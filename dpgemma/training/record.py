@@ -22,8 +22,9 @@ from dpgemma.privacy.clipping import PrivateStats
 from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import processes
 from dpgemma.training import environment, metrics, report_files
+from dpgemma.training import observers as observers_lib
 from dpgemma.training import optimizer as optimizer_lib
-from dpgemma.training.observers import Observer, Private, Released
+from dpgemma.training.observers import Advance, Evaluated, Observer, Private, Released
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 
@@ -212,6 +213,20 @@ class Record:
                 f" (ledger head {self.ledger.head})"
             )
 
+    def phase(self, name: str, total: int | None = None) -> contextlib.AbstractContextManager[Advance]:
+        """As observers.phase, for those of this run."""
+        return observers_lib.phase(self.observers, name, total)
+
+    def evaluated(self, evaluated: Evaluated) -> None:
+        """Keeps figures of units in private/, and tells observers."""
+        if self.ledger is None:
+            return
+        with open(self.run.evaluations_file, "a") as file:
+            known = {"step": evaluated.steps, "units": evaluated.what, "public": evaluated.is_public}
+            file.write(json.dumps(known | _finite(evaluated.figures)) + "\n")
+        for observer in self.observers:
+            observer.evaluated(evaluated)
+
     def finish(self, measured: Mapping[str, float]) -> None:
         """Closes the run whose steps are all taken.
 
@@ -222,8 +237,7 @@ class Record:
             return
         ledger, steps = self.ledger, self.plan.mechanism.steps
         with open(self.run.held_out_file, "a") as file:
-            known = {name: value if math.isfinite(value) else None for name, value in measured.items()}
-            file.write(json.dumps({"step": steps, **known}) + "\n")
+            file.write(json.dumps({"step": steps, **_finite(measured)}) + "\n")
         if not ledger.finished:
             ledger.append(events.EVALUATION, step=steps, units="held_out")
             ledger.append(events.FINISH, step=steps)
@@ -233,6 +247,10 @@ class Record:
         self.inform(
             f"ledger head {ledger.head}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"
         )
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 class StepRecord:

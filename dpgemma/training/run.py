@@ -49,6 +49,8 @@ class RunDirectory:
         self.metrics_file = path / run_files.METRICS
         self.private_metrics_file = path / run_files.PRIVATE_METRICS
         self.held_out_file = path / run_files.HELD_OUT
+        self.evaluations_file = path / run_files.EVALUATIONS
+        self.log_file = path / run_files.LOG
         self.remarks_file = path / run_files.REMARKS
         self.damaged = path / run_files.DAMAGED
         self.keys_file = path / run_files.KEYS

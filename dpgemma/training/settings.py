@@ -26,7 +26,7 @@ _LARGEST = 1e30
 ROWS_PER_UNIT = 4
 
 # Settings that change neither the mechanism nor the result, so a run may be resumed with others.
-OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
+OPERATIONAL = ("checkpoint_every", "keep_checkpoints", "eval_data", "eval_every", "eval_limit", "public_eval_data")
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -209,6 +209,21 @@ class Settings:
     )
     checkpoint_every: int = _setting(40, "Updates between checkpoints.")
     keep_checkpoints: int = _setting(3, "Checkpoints kept.")
+    eval_data: str | None = _setting(
+        None,
+        "Records whose loss is measured while the run goes on, as `data` names them; by default the held-out units.",
+    )
+    eval_every: int | None = _setting(
+        None,
+        "Updates between such measurements; omitted, the loss is measured at the end only. It goes to your terminal and"
+        " to private/, and decides nothing.",
+    )
+    eval_limit: int = _setting(
+        8192, "The most units of a measurement, the first ones; held-out units lie in any order."
+    )
+    public_eval_data: bool = _setting(
+        False, "Declares that `eval_data` are nobody's secret: their loss is shown anywhere."
+    )
 
     def __post_init__(self) -> None:
         hints, fitting = typing.get_type_hints(Settings), []
@@ -237,12 +252,16 @@ class Settings:
             "microbatch_size",
             "checkpoint_every",
             "keep_checkpoints",
+            "eval_every",
+            "eval_limit",
             "rows_per_unit",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if not self.data:
             raise InputError("`data` is empty: name a file, a folder, a glob, or leave it out for the synthetic corpus")
+        if self.public_eval_data and not self.eval_data:
+            raise InputError("`public_eval_data` speaks of data that nobody gave: give `eval_data`, or drop it")
         self._check_units()
         if self.attention == choices.FUSED and not self.attend_across_documents:
             raise InputError(

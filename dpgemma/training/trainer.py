@@ -1,5 +1,7 @@
 """A training run from its first or its resumed step to its report."""
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +18,32 @@ from dpgemma.privacy.samplers import sampler_of
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place, processes
 from dpgemma.sharding.place import Layout
-from dpgemma.training import environment, evaluation
+from dpgemma.training import environment
 from dpgemma.training import optimizer as optimizer_lib
 from dpgemma.training.checkpoint import Checkpoints
-from dpgemma.training.observers import Observer
+from dpgemma.training.evaluation import measure
+from dpgemma.training.observers import Evaluated, Observer
 from dpgemma.training.plan import Plan
 from dpgemma.training.record import Record
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.step import TrainState, TrainStep, make_train_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Units that are measured while steps are taken.
+
+    Attributes:
+      source: of the units.
+      every: updates between two measurements.
+      what: the units in words.
+      is_public: whether the operator declared them to be nobody's secret.
+    """
+
+    source: UnitSource
+    every: int
+    what: str
+    is_public: bool
 
 
 class Trainer:
@@ -41,7 +61,7 @@ class Trainer:
     ... )
     >>> trainer = dpgemma.prepare(settings, str(folder / "run"))
     >>> sorted(trainer.train())
-    ['bits_per_byte']
+    ['bits_per_byte', 'nats_per_token', 'token_accuracy']
     >>> dpgemma.load(str(folder / "run")).step
     2
 
@@ -58,12 +78,14 @@ class Trainer:
         observers: Sequence[Observer] = (),
         *,
         held_out: UnitSource | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         """Takes the run as it was opened or created.
 
         Args:
           source: the training units.
           held_out: units to measure when all steps are taken.
+          evaluation: units to measure meanwhile.
 
         Raises:
           InputError: the steps of the plan would exceed its target.
@@ -72,7 +94,7 @@ class Trainer:
         if dict(source.spec) != dict(objective.spec):
             raise ValueError(f"the objective reads rows of {dict(objective.spec)}, the data have {dict(source.spec)}")
         self.plan, self.objective, self.source, self.run = plan, objective, source, run
-        self.held_out = held_out
+        self.held_out, self.evaluation = held_out, evaluation
         self.mechanism = plan.mechanism
         self.record = Record(run, plan, observers)
         self.mesh = mesh_lib.make(plan.mesh)
@@ -115,8 +137,9 @@ class Trainer:
             if step < self.mechanism.steps:
                 self.record.stopped(step)
                 return None
-            measured = self._measure(state.parameters, frozen)
-            self.record.finish(measured)
+            measured = self._measure(state.parameters, frozen, self.held_out, "held-out units")
+            with self.record.phase("writing the report"):
+                self.record.finish(measured)
             return measured
 
     def _start_or_resume(self, checkpoints: Checkpoints) -> tuple[int, TrainState, Any]:
@@ -159,12 +182,13 @@ class Trainer:
         with self.record.of_steps(first, self.objective.volume) as record:
             prepared = pipeline.prepared(functools.partial(self._draw, keys.sampling), first, steps)
             batches = ((count, place.from_rows(self.mesh, parts)) for count, parts in prepared)
-            drawn = next(batches)
+            drawn, compiling = next(batches), self.record.phase("compiling the step")
             for t in range(first, steps):
                 done, (count, batch) = t + 1, drawn
                 due = done % plan.checkpoint_every == 0 or done == steps
                 record.before(t)
-                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))
+                with compiling if t == first else contextlib.nullcontext():
+                    result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))
                 if not due:
                     drawn = next(batches)  # while the devices compute
                 state, stats = jax.block_until_ready(result)
@@ -179,6 +203,7 @@ class Trainer:
                         checkpoints.settle(self.record.ledger)
                 if stopped:
                     return done, state
+                self._evaluate(done, state.parameters, frozen)
                 if due and done < steps:
                     drawn = next(batches)  # data that cannot be read cost no step that was saved
         return steps, state
@@ -200,8 +225,17 @@ class Trainer:
             number: collate(self.source, units, slots, (number, rows)) for number in place.rows_here(self.mesh)
         }
 
-    def _measure(self, trainable: Any, frozen: Any) -> dict[str, float]:
-        if self.held_out is None:
+    def _evaluate(self, steps: int, trainable: Any, frozen: Any) -> None:
+        """Measures the units of `evaluation` where they are due. What is found decides nothing."""
+        wanted = self.evaluation
+        if wanted is not None and steps % wanted.every == 0:
+            figures = self._measure(trainable, frozen, wanted.source, wanted.what)
+            self.record.evaluated(Evaluated(steps, figures, wanted.what, wanted.is_public))
+
+    def _measure(self, trainable: Any, frozen: Any, source: UnitSource | None, what: str) -> dict[str, float]:
+        if source is None or source.num_units == 0:
             return {}
         gathered = jax.jit(lambda x: x, out_shardings=self.places.in_use)(trainable)
-        return evaluation.measure(self.objective, gathered, frozen, self.held_out)
+        most = min(source.num_units, self.plan.eval_limit)
+        with self.record.phase(f"measuring {what}", most) as advance:
+            return measure(self.objective, gathered, frozen, source, most=most, advance=advance).figures()

@@ -49,8 +49,9 @@ def test_a_row_with_nothing_scored_has_no_gradient():
 def test_bits_per_byte_count_scored_text_only():
     examples = [row(seed) for seed in (0, 2)]
     units = units_of_one_row(*(np.stack([example[name] for example in examples]) for name in ("tokens", "scored")))
-    measured = evaluation.measure(loss_lib.causal(CAPPED), PARAMETERS, {}, units)
+    measured = evaluation.measure(loss_lib.causal(CAPPED), PARAMETERS, {}, units).figures()
     nats = sum(5 * float(LOSS(PARAMETERS, {}, example)) for example in examples)
     size = sum(int((example["tokens"][6:11] >= 4).sum()) for example in examples)
-    assert measured.keys() == {"bits_per_byte"}
+    assert measured.keys() == {"bits_per_byte", "nats_per_token", "token_accuracy"}
+    np.testing.assert_allclose(measured["nats_per_token"], nats / units.columns["scored"].sum(), rtol=1e-5)
     np.testing.assert_allclose(measured["bits_per_byte"], nats / np.log(2) / size, rtol=1e-5)

@@ -26,6 +26,7 @@ from dpgemma.training.settings import Settings
 from tests.training.runs import (
     COMMAND,
     ENVIRONMENT,
+    OPERATIONAL,
     assert_same_bits,
     call,
     copy_of,
@@ -45,7 +46,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     facts = {name: start[name] for name in ("num_units", "model", "seal")}
     fingerprint = json.loads(directory.data_file.read_text())["fingerprint"]
     directory.check_resumable(config, fingerprint, facts)
-    free = {"checkpoint_every", "keep_checkpoints", "data", "mesh"}
+    free = {*OPERATIONAL, "data", "init_from", "tokenizer", "mesh"}
     assert {field.name for field in dataclasses.fields(Settings)} <= set(config)
     for name in config:
         changed = {**config, name: "another value"}
@@ -59,7 +60,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     for name in facts:
         with pytest.raises(InputError, match=name):
             directory.check_resumable(config, fingerprint, {**facts, name: "another"})
-    assert changeable({**config, "release": "float32"}) == ("checkpoint_every", "keep_checkpoints", "data")
+    assert changeable({**config, "release": "float32"}) == (*OPERATIONAL, "data", "init_from", "tokenizer")
 
 
 def test_what_a_run_began_with_stays_where_another_machine_finds_it_but_for_its_last_bits():

@@ -52,6 +52,10 @@ def call(*arguments):
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
+OPERATIONAL = (
+    "checkpoint_every", "keep_checkpoints", "eval_data", "eval_every", "eval_limit", "public_eval_data",
+)  # fmt: skip
+
 # The cap is given because a planned one follows the number of units, which is random: every run would compile a program
 # of its own. Two devices, so that this process and others can go on with each other's runs.
 SETTINGS = dict(sequence_length=32, batch_size=12, max_batch_size=48, noise_multiplier=1.0, delta=1e-4, mesh="data:2")
@@ -117,7 +121,7 @@ def step_secrets(workdir):
     config, keys, data = (
         json.loads((workdir / name).read_text()) for name in ("config.json", "private/keys.json", "private/data.json")
     )
-    free = ("checkpoint_every", "keep_checkpoints", "data", "init_from", "tokenizer", "mesh")
+    free = (*OPERATIONAL, "data", "init_from", "tokenizer", "mesh")
     circumstances = {
         "data": data["fingerprint"],
         "places": [[0, records[0]["environment"]]],  # of a run that never left its first one

@@ -71,6 +71,8 @@ def test_pitfall_15_no_piece_of_a_key_stands_in_any_public_file_in_any_form(fini
 SAID = re.compile(
     r"tiny in \S+: \d+ units, batch 12 \(at most 48\), 6 steps, epsilon [\d.]+ at delta 0\.0001, noise multiplier 1,"
     r" clip norm 1"
+    r"|246,624 of 246,624 parameters are trained, in rows of 32, with learning rate 0\.008 after 10 steps of warm-up,"
+    r" in float32 \(by the model's size: --learning_rate, --warmup_steps, --dtype, --remat\)"
     r"|--clipping=example_scan --microbatch_size=1 \(the run is too short for a trial to pay\)"
     r"|(\r? *\d+%\|.{10}\| step \d/6 \[[\d:]+<[\d:?]+\](, epsilon [\d.]+/[\d.]+, \d+ units/s, \d+ tokens/s)?)+"
     r"|ledger head [0-9a-f]{64}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"
