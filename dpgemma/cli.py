@@ -26,6 +26,7 @@ COMMANDS = {
     "audit": ("dpgemma.commands.audit", "check a run's epsilon report from its ledger"),
     "evaluate": ("dpgemma.commands.evaluate", "measure a model on records of your own"),
     "sample": ("dpgemma.commands.sample", "generate text from a checkpoint"),
+    "synthesize": ("dpgemma.commands.synthesize", "sample a corpus of text that may be shared as far as the model may"),
     "export": ("dpgemma.commands.export", "write a Hugging Face directory"),
     "sweep": ("experiments.commands.sweep", "run a grid of trainings; the same command goes on"),
 }

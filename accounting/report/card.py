@@ -32,6 +32,47 @@ Deviations:
 """
 
 
+def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str:
+    """The card of a synthetic corpus: what holds for it, because it was made from a run's parameters alone.
+
+    Args:
+      report: of the run.
+      step: of the checkpoint from which the corpus was sampled.
+      facts: of the file and of how it was sampled, by name.
+    """
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    assumed = "".join(f"\n- {line}" for line in report.get("assumptions", ()))
+    assumptions = f"\nAssumptions of the run:\n{assumed}\n" if assumed else ""
+    if report["epsilon"] == "inf":
+        holds = "No guarantee holds for this corpus, because none holds for the model that it was sampled from."
+    else:
+        holds = (
+            f"This corpus is ({report['epsilon']}, {report['delta']!r})-differentially private with respect to one unit"
+            f" of the model's training data: it is post-processing of the parameters of checkpoint {step}, made from"
+            " them, from public settings and from a public seed. Training another model on it costs no more. What is"
+            " read off it is not therefore true, and facts that many units share can be in it."
+        )
+    return f"""# Synthetic text, sampled with dpgemma
+
+## Privacy
+
+{holds}
+
+Of the model:
+
+{report["statement"]}
+{assumptions}
+## How it was made
+
+| | |
+|---|---|
+| run_id | {report["run_id"]} |
+| ledger_head | {report["ledger_head"]} |
+| step | {step} |
+{table}
+"""
+
+
 def plain_card() -> str:
     """README.md of a model that dpgemma wrote without having trained it."""
     return """# Model converted with dpgemma

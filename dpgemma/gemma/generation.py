@@ -97,12 +97,17 @@ def generate(
     stop: tuple[int, ...],
     dtype: Any = jnp.float32,
     prefill: int = PREFILL,
+    keys: Any = None,
+    size: int | None = None,
 ) -> list[np.ndarray]:
     """Ids that continue each prompt, ended by one of `stop`, which is left out, or by the model's context.
 
     Args:
       prompts: ids, each beginning with bos; they may differ in length.
       prefill: tokens of the prompts that are read at a time.
+      keys: a key of JAX for every prompt; by default made from the seed.
+      size: tokens for which there is room, prompts included, so that several calls share a program; by default as many
+        as are needed.
 
     Raises:
       ValueError: an empty prompt, or one that leaves no room in the model's context.
@@ -110,7 +115,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths.size or lengths.min() < 1 or lengths.max() >= config.max_length:
         raise ValueError(f"prompts must have between 1 and {config.max_length - 1} tokens, got {lengths.tolist()}")
-    size = int(min(lengths.max() + max_new_tokens, config.max_length))
+    size = int(min(lengths.max() + max_new_tokens, config.max_length)) if size is None else size
     padded = -(-int(lengths.max()) // prefill) * prefill
     tokens = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -121,10 +126,10 @@ def generate(
         here, cache = _read(config, parameters, cache, tokens[:, first : first + prefill], positions, lengths, dtype)
         is_last = ((lengths - 1) // prefill * prefill == first)[:, None]
         hidden = here if hidden is None else jnp.where(is_last, here, hidden)
-    keys = jax.random.split(jax.random.key(sampling.seed), len(prompts))
+    keys = jax.random.split(jax.random.key(sampling.seed), len(prompts)) if keys is None else keys
     # A row may go on to the end of the context, and no row further than it was asked to.
-    limits = np.minimum(max_new_tokens, config.max_length - lengths)
-    new_tokens = int(limits.max())
+    limits = np.minimum(max_new_tokens, size - lengths)
+    new_tokens = min(max_new_tokens, size - 1)
     ids = np.asarray(
         _continue(
             config, sampling, parameters, cache, hidden, lengths, limits, np.array(stop, np.int32), new_tokens, keys

@@ -1,0 +1,116 @@
+"""How like a synthetic corpus is to real text, and how near: distances of n-grams, and records that repeat real ones.
+
+All figures depend on the real records and are private like them.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable, Hashable, Iterable
+
+from dpgemma.data import readers
+
+# A record is a near-copy if it shares so many characters in a row with a real one. In templates of a trade that
+# happens without copying, so the same is counted between halves of the real records.
+COPIED_CHARACTERS = 50
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+    """Records compared with others.
+
+    Attributes:
+      records: that are compared.
+      words, pairs, characters: Jensen-Shannon divergence in bits, from 0 to 1, of the frequencies of words, of pairs of
+        neighbouring words, and of four characters in a row (Lin 1991, IEEE Trans. Inf. Theory 37).
+      near_copies: records that share COPIED_CHARACTERS in a row with one of the others.
+    """
+
+    records: int
+    words: float
+    pairs: float
+    characters: float
+    near_copies: int
+
+    @classmethod
+    def of(cls, some: list[str], others: list[str]) -> "Similarity":
+        """Texts, compared with others."""
+
+        def distance(grams: Callable[[str], Iterable[Hashable]]) -> float:
+            counts = [collections.Counter(gram for text in texts for gram in grams(text)) for texts in (some, others)]
+            return divergence(*counts)
+
+        return cls(len(some), distance(words), distance(pairs), distance(characters), near_copies(some, others))
+
+
+def compare(synthetic: str, real: str, text_field: str = "text", seed: int = 0) -> tuple[Similarity, Similarity]:
+    """(a corpus with real records, one half of the real records with the other: what to expect of a perfect corpus).
+
+    Args:
+      synthetic, real: as `data` names them.
+      text_field: of the real records' text.
+      seed: of the division into halves.
+
+    Raises:
+      InputError: data that cannot be read.
+    """
+    made, known = list(texts_of(synthetic, text_field)), list(texts_of(real, text_field))
+    halves = known[:]
+    random.Random(seed).shuffle(halves)
+    middle = len(halves) // 2
+    return Similarity.of(made, known), Similarity.of(halves[:middle], halves[middle:])
+
+
+def texts_of(data: str, text_field: str) -> Iterable[str]:
+    """What each record says: its text, or its response."""
+    for record in readers.records(data, text_field):
+        value = record.get(text_field, record.get("response", record.get("completion", "")))
+        yield value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def words(text: str) -> list[str]:
+    """
+    >>> words("Seen today: no fever.")
+    ['Seen', 'today', ':', 'no', 'fever', '.']
+    """
+    return _WORD.findall(text)
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """Neighbouring words."""
+    found = words(text)
+    return list(itertools.pairwise(found))
+
+
+def characters(text: str) -> list[str]:
+    """Four characters in a row."""
+    return [text[i : i + 4] for i in range(len(text) - 3)]
+
+
+def divergence(some: collections.Counter, others: collections.Counter) -> float:
+    """Jensen-Shannon divergence in bits of two tables of counts; 1 where one is empty.
+
+    >>> divergence(collections.Counter("ab"), collections.Counter("ab"))
+    0.0
+    >>> divergence(collections.Counter("aa"), collections.Counter("bb"))
+    1.0
+    """
+    first, second = sum(some.values()), sum(others.values())
+    if not first or not second:
+        return 1.0
+    total = 0.0
+    for gram in some.keys() | others.keys():
+        p, q = some[gram] / first, others[gram] / second
+        middle = (p + q) / 2
+        total += (p * math.log2(p / middle) if p else 0.0) / 2 + (q * math.log2(q / middle) if q else 0.0) / 2
+    return total
+
+
+def near_copies(made: list[str], known: list[str], length: int = COPIED_CHARACTERS) -> int:
+    """How many texts share `length` characters in a row with one of the known texts."""
+    hashes = {hash(text[i : i + length]) for text in known for i in range(len(text) - length + 1)}
+    return sum(any(hash(text[i : i + length]) in hashes for i in range(len(text) - length + 1)) for text in made)
