@@ -157,9 +157,8 @@ MUTATIONS = (
     Mutation(
         "order of ledger and step", "a step is in the ledger once its result is there", TRAINER,
         "                record.before(t)\n"
-        "                with compiling if t == first else contextlib.nullcontext():\n"
-        "                    result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n",
-        "                result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n"
+        "                result = dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n",
+        "                result = dp_step(state, frozen, batch, noise_keys(keys.noise, t))\n"
         "                jax.block_until_ready(result)\n"
         "                record.before(t)\n",
         ("tests/training/run_test.py", "-k", "before_it_is_computed"),

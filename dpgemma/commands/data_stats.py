@@ -8,7 +8,6 @@ import numpy as np
 
 from accounting import rounding, run_files
 from accounting.errors import as_flags
-from dpgemma.choices import EXAMPLE
 from dpgemma.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -95,12 +94,6 @@ def _text(result: dict[str, Any]) -> str:
 
         shown = ", ".join(f"{p} %: {n}" for p, n in zip(PERCENTILES, lengths["percentiles"], strict=True))
         lines.append(f"lengths of records: {shown}; {lengths['longer']} are longer than a row")
-        if result["privacy_unit"] == EXAMPLE and lengths["beyond"]:
-            enough = lengths["percentiles"][PERCENTILES.index(95)]
-            lines.append(
-                f"what is cut at the end of rows: {lengths['beyond'] / lengths['total']:.1%} of everything;"
-                f" --sequence_length={enough} would keep 95 % of the records whole"
-            )
     lines += result["remarks"]
     if result["rows_per_unit"]:
         lines += ["", "rows of a unit      units"]

@@ -66,7 +66,7 @@ class Corpus:
         if not corpus._state.exists():
             if path.exists() or corpus.card.exists():
                 raise InputError(f"{path if path.exists() else corpus.card} is there already: choose another `out`")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            corpus._keep()
             return corpus
         state = json.loads(corpus._state.read_text())
         differing = [name for name in corpus.identity if state["identity"].get(name) != corpus.identity[name]]
@@ -76,7 +76,7 @@ class Corpus:
             )
         corpus.candidates, corpus.records, corpus.bytes = (state[n] for n in ("candidates", "records", "bytes"))
         kept.left_out.update(state["left_out"])
-        if corpus.bytes:
+        if path.exists():
             os.truncate(path, corpus.bytes)
             with open(path) as lines:
                 kept.seen.update(list(json.loads(line).values())[-1].strip() for line in lines)
@@ -95,6 +95,10 @@ class Corpus:
             os.fsync(file.fileno())
         self.candidates, self.records, self.bytes = sampled, self.records + len(records), self.bytes + len(lines)
         self.left_out = dict(kept.left_out)
+        self._keep()
+
+    def _keep(self) -> None:
+        """Says how far the file is."""
         state = {name: getattr(self, name) for name in ("identity", "candidates", "records", "bytes", "left_out")}
         run_files.write(self._state, json.dumps(state))
 

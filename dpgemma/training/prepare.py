@@ -12,6 +12,7 @@ from accounting.errors import InputError
 from accounting.ledger.events import FORMAT
 from accounting.ledger.seals import Signature
 from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT
+from accounting.report import words
 from dpgemma import user_cache
 from dpgemma.choices import OF_SEVERAL_ROWS
 from dpgemma.data import holdout
@@ -210,9 +211,15 @@ def _prepare(
     if processes.is_first():
         run.remark(remarks)
     for observer in observers:
+        observer.inform(plan_lib.summary(plan, start.name, place))
+        observer.inform(f"a unit is {words.unit_text(facts)}")
+        for field in () if found.people is None else found.people.fields:
+            observer.warn(
+                f"records have a field {field!r}, and no person is protected by it: `privacy_unit`=user"
+                f" `user_field`={field} protects all of a person's records together"
+            )
         for remark in remarks:
             observer.confide(remark)
-        observer.inform(plan_lib.summary(plan, start.name, place))
         observer.inform(_learning(settings, objective))
         if choice:
             observer.inform(choice)

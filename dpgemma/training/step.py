@@ -149,6 +149,15 @@ class TrainStep:
     def __call__(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> Any:
         return self.program(state, frozen, batch, noise_keys, self.noise_multiplier)
 
+    def compiled(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> "TrainStep":
+        """The step as it is compiled for such arguments, without computing anything."""
+        return dataclasses.replace(self, program=self.lower(state, frozen, batch, noise_keys).compile())
+
+    @property
+    def memory(self) -> Any:
+        """Of a compiled step, what the compiler says of a device's memory; None where it says nothing."""
+        return self.program.memory_analysis()
+
     def lower(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> Any:
         return self.program.lower(state, frozen, batch, noise_keys, self.noise_multiplier)
 

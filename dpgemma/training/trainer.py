@@ -1,6 +1,5 @@
 """A training run from its first or its resumed step to its report."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from dpgemma.privacy.samplers import sampler_of
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place, processes
 from dpgemma.sharding.place import Layout
-from dpgemma.training import environment
+from dpgemma.training import environment, memory, speed
 from dpgemma.training import optimizer as optimizer_lib
 from dpgemma.training.checkpoint import Checkpoints
 from dpgemma.training.evaluation import measure
@@ -179,16 +178,19 @@ class Trainer:
         if first == steps or processes.any_of(stop()):
             return first, state
         keys = self.record.step_keys()
+        prepared = pipeline.prepared(functools.partial(self._draw, keys.sampling), first, steps)
+        batches = ((count, place.from_rows(self.mesh, parts)) for count, parts in prepared)
+        drawn = next(batches)
+        with self.record.phase("compiling the step"):
+            dp_step = self.dp_step.compiled(state, frozen, drawn[1], noise_keys(keys.noise, first))
+        if self.record.is_kept_here:
+            self.record.inform(self._needs(dp_step))
         with self.record.of_steps(first, self.objective.volume) as record:
-            prepared = pipeline.prepared(functools.partial(self._draw, keys.sampling), first, steps)
-            batches = ((count, place.from_rows(self.mesh, parts)) for count, parts in prepared)
-            drawn, compiling = next(batches), self.record.phase("compiling the step")
             for t in range(first, steps):
                 done, (count, batch) = t + 1, drawn
                 due = done % plan.checkpoint_every == 0 or done == steps
                 record.before(t)
-                with compiling if t == first else contextlib.nullcontext():
-                    result = self.dp_step(state, frozen, batch, noise_keys(keys.noise, t))
+                result = dp_step(state, frozen, batch, noise_keys(keys.noise, t))
                 if not due:
                     drawn = next(batches)  # while the devices compute
                 state, stats = jax.block_until_ready(result)
@@ -207,6 +209,21 @@ class Trainer:
                 if due and done < steps:
                     drawn = next(batches)  # data that cannot be read cost no step that was saved
         return steps, state
+
+    def _needs(self, dp_step: TrainStep) -> str:
+        """What the run needs of this computer, as far as it follows from public facts."""
+        arrays = memory.Arrays.of(self.objective, self.mesh, self.optimizer)
+        needed = memory.of_process(dp_step.memory, arrays, self.mesh)
+        known = memory.limit(self.mesh)
+        seconds = speed.expected_seconds(self.objective, self.mechanism, self.mesh)
+        return "; ".join(
+            [
+                "expected, data not counted: "
+                + (f"{needed / 2**30:.2f} GiB of memory" if needed is not None else "memory unknown")
+                + (f" of {known * memory.devices_here(self.mesh) / 2**30:.1f}" if known is not None else ""),
+                f"roughly {speed.in_words(seconds)} for {self.mechanism.steps} steps",
+            ]
+        )
 
     def _draw(self, key: bytes, t: int) -> tuple[int, dict[int, Batch]]:
         """The number of units of batch t, and the part of the batch for each row of devices here.

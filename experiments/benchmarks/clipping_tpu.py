@@ -39,10 +39,10 @@ from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place as place_lib
 from dpgemma.sharding.place import Gathered, Layout
 from dpgemma.sharding.rules import DATA_AXIS, MeshShape
+from dpgemma.training.memory import held
 from dpgemma.training.step import COMPILER_OPTIONS
 from experiments.benchmarks.objectives import causal, of_row
 from experiments.hardware import cycles as cycles_lib
-from experiments.hardware.step_program import held
 
 SEQUENCES = 64
 CHIP, CHIPS = "v6e:2x2x1", "v6e:4x4x1"

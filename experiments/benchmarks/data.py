@@ -86,16 +86,21 @@ def seconds_of_steps(
             )
             trainer = prepare(settings, str(folder / f"{name}{number}"))
             times: list[float] = []
-            step = trainer.dp_step
 
             class Watched:
-                noiser = step.noiser
+                def __init__(self, step, times):
+                    self.step, self.times, self.noiser = step, times, step.noiser
 
-                def __call__(self, *given, step=step, times=times):
-                    times.append(time.perf_counter())
-                    return step(*given)
+                def compiled(self, *given):
+                    self.step = self.step.compiled(*given)
+                    self.memory = self.step.memory
+                    return self
 
-            trainer.dp_step = Watched()
+                def __call__(self, *given):
+                    self.times.append(time.perf_counter())
+                    return self.step(*given)
+
+            trainer.dp_step = Watched(trainer.dp_step, times)
             trainer.train()
             trainer.run.unlock()
             # The first step compiles, and the second waits for what was prepared meanwhile.

@@ -39,6 +39,10 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.step, name)
 
+    def compiled(self, *arguments):
+        self.step = self.step.compiled(*arguments)
+        return self
+
     def __call__(self, *arguments):
         self.handed_over.append(time.perf_counter())
         result = self.step(*arguments)

@@ -24,8 +24,9 @@ from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding.rules import MeshShape
+from dpgemma.training.memory import held
 from experiments.benchmarks.clipping_tpu import check_for_libtpu
-from experiments.hardware.step_program import StepProgram, held
+from experiments.hardware.step_program import StepProgram
 
 TOPOLOGY = "v5p:2x2x1"
 DEVICE_BYTES = 80e9

@@ -28,10 +28,11 @@ from dpgemma.gemma.presets import PRESETS
 from dpgemma.privacy.clipping import Strategy
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding.rules import MeshShape
+from dpgemma.training.memory import held
 from dpgemma.training.step import COMPILER_OPTIONS
 from experiments.benchmarks.clipping_tpu import CHIP, CHIPS, check_for_libtpu
 from experiments.hardware import cycles as cycles_lib
-from experiments.hardware.step_program import StepProgram, held
+from experiments.hardware.step_program import StepProgram
 
 _ORDER = "xla_memory_scheduler"
 ORDERS = (COMPILER_OPTIONS["tpu"][_ORDER], "post_order", "list")

@@ -24,12 +24,10 @@ from dpgemma.sharding.rules import MeshShape, wanted
 from dpgemma.training import clipping_choice, memory
 from experiments.hardware import collectives, cycles, measured, operations
 from experiments.hardware.machines import Topology
-from experiments.hardware.step_program import StepProgram, held
+from experiments.hardware.step_program import StepProgram
 
 _CYCLE_ERROR = 0.2  # of the compiler's cycles, between programs with a similar mix of operations
 _GPU_SHARE_OF_PEAK = 0.4
-# Of a process of `train` with the smallest model, on x86 with Linux.
-_PROCESS_BYTES = 850 * 2**20
 _CPU_TIME_ERROR = 0.3
 
 
@@ -121,7 +119,7 @@ def _of_program(compiled: Any, topology: Topology, rounds: int, at_peak: float) 
     ]
     if topology.slices > 1:
         assumed.append(f"a network of {chip.network / 1e9:.3g} GB/s a chip between slices")
-    memory_of_a_chip = held(compiled.memory_analysis())
+    memory_of_a_chip = memory.held(compiled.memory_analysis())
     return {
         "hbm_bytes_per_chip": memory_of_a_chip,
         "fits": memory_of_a_chip <= chip.memory,
@@ -160,11 +158,9 @@ def _of_shapes(known_bytes: int, topology: Topology, at_peak: float) -> dict[str
 
 def _of_this_computer(program: StepProgram, compiled: Any, topology: Topology) -> dict[str, Any]:
     """What a step takes here: its memory is the compiler's, its time is measured."""
-    memory_of_a_device = held(compiled.memory_analysis())
-    arrays = jax.tree.leaves((program.arrays.trainable, program.arrays.moments))
-    sizes = [memory.bytes_on_one_device(array) for array in arrays]
-    in_a_save = 2 * sum(sizes) + max(sizes)
-    in_all = topology.chips * max(memory_of_a_device, in_a_save) + _PROCESS_BYTES
+    memory_of_a_device = memory.held(compiled.memory_analysis())
+    in_a_save = memory.in_a_save(program.arrays)
+    in_all = topology.chips * max(memory_of_a_device, in_a_save) + memory.PROCESS_BYTES
     if in_all > topology.chips * topology.chip.memory:
         raise InputError(
             f"the step needs {in_all / 2**30:.1f} GiB of this computer's"
@@ -186,9 +182,9 @@ def _of_this_computer(program: StepProgram, compiled: Any, topology: Topology) -
             f" loop: measured here, with rows of noise; repetitions differed by {timed.error:.0%}",
             f"nothing else uses this computer's cores; the range is {_CPU_TIME_ERROR:.0%}, within which runs of `train`"
             " were found (experiments.benchmarks.plan_cpu)",
-            f"the whole process takes {in_all / 2**30:.2f} GiB: {_PROCESS_BYTES / 2**30:.2f} for Python, libraries and"
-            " compiled programs, and the devices' memory, or what is more: the state twice and its largest array once"
-            " more, while a checkpoint is written; data are not counted",
+            f"the whole process takes {in_all / 2**30:.2f} GiB: {memory.PROCESS_BYTES / 2**30:.2f} for Python,"
+            " libraries and compiled programs, and the devices' memory, or what is more: the state twice and its"
+            " largest array once more, while a checkpoint is written; data are not counted",
             "every batch is the expected one; time for checkpoints and restarts is not counted",
         ],
     }

@@ -94,13 +94,3 @@ class StepProgram:
         keys = placed(jax.eval_shape(lambda: noise_keys(bytes(32), 0)), place.replicated(self.mesh))
         state = TrainState(self.arrays.trainable, self.arrays.moments)
         return step.program.trace(state, self.arrays.frozen, batch, keys, step.noise_multiplier)
-
-
-def held(memory: Any) -> int:
-    """Bytes that a compiled program takes in all, from its memory analysis."""
-    return int(
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )

@@ -53,7 +53,7 @@ def test_records_follow_from_the_model_and_public_settings_alone(trained, tmp_pa
     assert (tmp_path / "c.jsonl").read_text() != (tmp_path / "a.jsonl").read_text()
     done = synthesize(trained, tmp_path / "d.jsonl", "--num_records=10")
     distinct = [json.loads(line)["text"] for line in (tmp_path / "d.jsonl").read_text().splitlines()]
-    assert len(set(distinct)) == 10 and "there before" in done.stdout
+    assert len(set(distinct)) == 10
 
 
 def test_the_card_states_the_runs_guarantee(trained, tmp_path):

@@ -26,8 +26,9 @@ from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place
 from dpgemma.sharding.place import Layout
 from dpgemma.sharding.rules import MeshShape, wanted
+from dpgemma.training.memory import held
 from dpgemma.training.step import TrainState, make_train_step, sharded_clipped_sum, state_shardings
-from experiments.hardware.step_program import StepProgram, held
+from experiments.hardware.step_program import StepProgram
 from tests import objectives
 from tests.training import step_test
 

@@ -73,6 +73,8 @@ SAID = re.compile(
     r" clip norm 1"
     r"|246,624 of 246,624 parameters are trained, in rows of 32, with learning rate 0\.008 after 10 steps of warm-up,"
     r" in float32 \(by the model's size: --learning_rate, --warmup_steps, --dtype, --remat\)"
+    r"|a unit is one row of 32 consecutive tokens of the packed training text"
+    r"|expected, data not counted: [\d.]+ GiB of memory of [\d.]+; roughly \d+ (seconds|minutes) for 6 steps"
     r"|--clipping=example_scan --microbatch_size=1 \(the run is too short for a trial to pay\)"
     r"|(\r? *\d+%\|.{10}\| step \d/6 \[[\d:]+<[\d:?]+\](, epsilon [\d.]+/[\d.]+, \d+ units/s, \d+ tokens/s)?)+"
     r"|ledger head [0-9a-f]{64}: deposit it elsewhere, and nobody can rewrite this run's ledger unnoticed"

@@ -150,11 +150,13 @@ def lengths_of_records(lengths: np.ndarray, length: int) -> dict[str, Any]:
       length: of a row.
 
     Returns:
-      "percentiles" (of PERCENTILES), "total", "longer" (records longer than a row) and "beyond" (their tokens behind
-      the first row).
+      "records", "row" (its length), "percentiles" (of PERCENTILES), "total", "longer" (records longer than a row) and
+      "beyond" (their tokens behind the first row).
     """
     beyond = np.maximum(lengths - length, 0)
     return {
+        "records": len(lengths),
+        "row": length,
         "percentiles": [int(x) for x in np.percentile(lengths, PERCENTILES, method="inverted_cdf")]
         if len(lengths)
         else [],

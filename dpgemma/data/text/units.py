@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from dpgemma.data.random_rows import RandomRows
 from dpgemma.data.source import InMemory, UnitSource
 from dpgemma.data.text import cache, shapes
 from dpgemma.data.text.layout import Layout
-from dpgemma.data.text.pieces import InMemoryPieces, Reading, lengths_of_records, of_records, unsigned
+from dpgemma.data.text.people import People
+from dpgemma.data.text.pieces import PERCENTILES, InMemoryPieces, Reading, lengths_of_records, of_records, unsigned
 from dpgemma.data.text.rows import SCORED, TOKENS, spec
 from dpgemma.data.text.tokenizer import Tokenizer, check_ids
 from dpgemma.data.text.users import within_limit
@@ -36,6 +37,7 @@ class Found:
       bad: records that were left out because they cannot be read.
       lengths: of records, as pieces.lengths_of_records gives them; empty where there are no records.
       without_user: records that name nobody, where units are users.
+      people: fields that look as if they named a person; None where units are users, or no records were read.
       users: how many there are, where `units` are records that may be those of several; else None.
     """
 
@@ -49,6 +51,7 @@ class Found:
     lengths: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     users: int | None = None
     without_user: int = 0
+    people: People | None = None
 
     @property
     def remarks(self) -> list[str]:
@@ -74,7 +77,33 @@ class Found:
                 f"{'some' if self.rows_to_learn else 'all'} rows have nothing to learn: their texts are empty, or"
                 " prompts fill `sequence_length`"
             )
+        return [*found, *self._of_records(), *self._of_people()]
+
+    def _of_records(self) -> list[str]:
+        """How many there are, and what is cut off."""
+        lengths = self.lengths
+        if not lengths.get("records"):  # none, or a token cache of an earlier version
+            return []
+        rows = f"{self.all_rows} rows of {lengths['row']}"
+        found = [f"{lengths['records']} records, {self.units.num_units} units ({self.privacy_unit}), {rows}"]
+        if self.privacy_unit == EXAMPLE and lengths["beyond"]:
+            enough = lengths["percentiles"][PERCENTILES.index(95)]
+            found.append(
+                f"{lengths['longer']} records are longer than a row, and cut off:"
+                f" {lengths['beyond'] / lengths['total']:.1%} of all text is left out; `sequence_length`={enough} would"
+                " keep 95 % of the records whole"
+            )
         return found
+
+    def _of_people(self) -> list[str]:
+        if self.people is None:
+            return []
+        what = "rows" if self.privacy_unit == SEQUENCE else "records"
+        return [
+            f"the field {name!r} has {number} values in {self.people.records} records: if it names persons, whoever has"
+            f" several {what} is not protected as a person (`privacy_unit`=user `user_field`={name} does that)"
+            for name, number in self.people.repeated().items()
+        ]
 
 
 def resolved(privacy_unit: str, data: str, text_field: str, skip_bad_records: bool = False) -> str:
@@ -147,14 +176,16 @@ def read(
     reading = dataclasses.replace(reading, privacy_unit=unit)
     bad = LeftOut()
     on_bad = bad if skip_bad_records else refuse
-    records = readers.records(data, reading.text_field, on_bad)
+    people = None if unit == USER else People()
+    records: Iterable[dict[str, Any]] = readers.records(data, reading.text_field, on_bad)
+    records = records if people is None else people.seen(records)
     pieces = InMemoryPieces(list(of_records(records, tokenizer, reading, on_bad)))
     held = in_memory(pieces, tokenizer, reading)
     check_ids(held.columns[TOKENS], vocab_size)
     rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
     lengths = lengths_of_records(pieces.lengths, reading.length)
     without = sum(not piece.users for piece in pieces.held)
-    return _kept(unit, held, rows, to_learn, limits, bad, lengths, without)
+    return _kept(unit, held, rows, to_learn, limits, bad, lengths, without, people)
 
 
 def _shared(
@@ -187,8 +218,9 @@ def _kept(
     bad: LeftOut,
     lengths: Mapping[str, Any],
     without_user: int,
+    people: People | None = None,
 ) -> Found:
     kept = Kept(store, limits if unit in OF_SEVERAL_ROWS else ONE_ROW)
     cut, left_out = kept.left_out()
     nobodys = without_user if unit == USER else 0
-    return Found(unit, kept, rows - left_out, to_learn, rows, cut, bad, lengths, without_user=nobodys)
+    return Found(unit, kept, rows - left_out, to_learn, rows, cut, bad, lengths, without_user=nobodys, people=people)
