@@ -12,6 +12,8 @@ The public names below are imported when they are first used, so that `import dp
 | `sampler_of`, `noiser_of` | the generators of a mechanism's batches and noise |
 | `Settings`, `prepare`, `Trainer` | a run, from its settings to its report |
 | `load`, `load_directory` | a trained model, or a Hugging Face directory |
+| `fit` | private training of a model of your own, in memory |
+| `evaluate`, `export`, `audit` | what a model predicts, its Hugging Face directory, the check of its run |
 | `InputError` | the input is wrong, and the sentence says what to do |
 """
 
@@ -32,9 +34,13 @@ _MODULES = {
     "Trainer": "dpgemma.training.trainer",
     "Unit": "dpgemma.data.batch",
     "add_gaussian_noise": "dpgemma.privacy.noise",
+    "audit": "dpgemma.training.auditing",
     "clipped_sum": "dpgemma.privacy.clipping",
     "divide": "dpgemma.privacy.noise",
     "dp_sgd": "accounting.mechanism",
+    "evaluate": "dpgemma.inference.evaluating",
+    "export": "dpgemma.inference.exporting",
+    "fit": "dpgemma.training.fit",
     "load": "dpgemma.inference.models",
     "load_directory": "dpgemma.inference.models",
     "noise_keys": "dpgemma.privacy.noise",
@@ -48,19 +54,23 @@ if TYPE_CHECKING:
     from accounting.errors import InputError
     from accounting.mechanism import Clip, Mechanism, dp_sgd
     from dpgemma.data.batch import Batch, Unit
+    from dpgemma.inference.evaluating import evaluate
+    from dpgemma.inference.exporting import export
     from dpgemma.inference.models import load, load_directory
     from dpgemma.privacy.clipping import ClippedSum, Strategy, clipped_sum
     from dpgemma.privacy.noise import add_gaussian_noise, divide, noise_keys
     from dpgemma.privacy.noisers import noiser_of
     from dpgemma.privacy.samplers import sampler_of
+    from dpgemma.training.auditing import audit
+    from dpgemma.training.fit import fit
     from dpgemma.training.prepare import prepare
     from dpgemma.training.settings import Settings
     from dpgemma.training.trainer import Trainer
 
 __all__ = [
     "Accountant", "Batch", "Clip", "ClippedSum", "InputError", "Mechanism", "Settings", "Strategy", "Trainer", "Unit",
-    "add_gaussian_noise", "clipped_sum", "divide", "dp_sgd", "load", "load_directory", "noise_keys", "noiser_of",
-    "prepare", "sampler_of",
+    "add_gaussian_noise", "audit", "clipped_sum", "divide", "dp_sgd", "evaluate", "export", "fit", "load",
+    "load_directory", "noise_keys", "noiser_of", "prepare", "sampler_of",
 ]  # fmt: skip
 
 

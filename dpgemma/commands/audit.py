@@ -4,7 +4,6 @@ folder.
 
 import json
 import pathlib
-from typing import Any
 
 from absl import flags
 
@@ -36,8 +35,8 @@ def run(fv: flags.FlagValues) -> int:
     if not fv.workdir:
         raise InputError("say which run to check: dpgemma audit WORKDIR")
     from accounting import run_files
-    from accounting.audit.audit import audit
     from accounting.ledger import seals
+    from dpgemma.training.auditing import audit
 
     exports = [pathlib.Path(folder) for folder in (fv.export or "").split(",") if folder]
     if fv.head is not None and not (len(fv.head) == 64 and set(fv.head) <= set("0123456789abcdef")):
@@ -47,18 +46,9 @@ def run(fv: flags.FlagValues) -> int:
         ledger = workdir / run_files.LEDGER
         before = ledger.stat().st_size if ledger.is_file() else 0
         locked = run_files.is_locked(workdir) or places.is_held(fv.workdir)
-        checkpoints = _checkpoints(workdir / run_files.CHECKPOINTS)
-        result = audit(workdir, checkpoints, exports, head=fv.head, required=required)
+        result = audit(workdir, tuple(exports), head=fv.head, required=required)
         locked = locked or (ledger.is_file() and ledger.stat().st_size != before)
     if locked and not result.finished:  # its files are written one after the other; those of a finished run stay
         result = result.while_running()
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
-
-
-def _checkpoints(folder: pathlib.Path) -> list[dict[str, Any]]:
-    if not folder.is_dir() or not any(path.name.isdecimal() for path in folder.iterdir()):
-        return []
-    from dpgemma.training import checkpoint
-
-    return checkpoint.summaries(folder)

@@ -68,7 +68,13 @@ def run(fv: flags.FlagValues) -> int:
             model = models.load(str(folder), fv.init_from)
         config = model.run.config()
         sampler = Sampler(
-            model.config, model.parameters, model.require_tokenizer(), settings, prompts, config["privacy_unit"]
+            model.config,
+            model.parameters,
+            model.require_tokenizer(),
+            settings,
+            prompts,
+            config["privacy_unit"],
+            None if config["init_from"] else config["sequence_length"],
         )
         fixed = {name: value for name, value in given.items() if name not in _FREE}
         identity = {"checkpoint": model.ledger_head, "prompts": dataclasses.asdict(prompts), **fixed}

@@ -84,10 +84,12 @@ class Sampler:
         settings: SynthesisSettings,
         prompts: Prompts,
         privacy_unit: str | None,
+        context: int | None = None,
     ) -> None:
         """Takes the model.
 
         Args:
+          context: the longest row that it was trained on; by default the model's own.
           privacy_unit: of the run: rows of packed text begin anywhere in a text, other rows at its beginning.
 
         Raises:
@@ -98,9 +100,10 @@ class Sampler:
         self._packed = privacy_unit == SEQUENCE
         self._starts = [self._start(prompt) for prompt in prompts.texts or (None,)]
         longest = max(map(len, self._starts))
-        context = config.max_length
+        context = min(context or config.max_length, config.max_length)
         if longest >= context:
             raise InputError(f"a prompt fills the model's context of {context}: shorten it")
+        self._context = context
         self._size = context if self._packed else min(context, longest + settings.max_new_tokens)
         weights = np.ones(len(self._starts)) if prompts.weights is None else np.asarray(prompts.weights, np.float64)
         self._shares = np.cumsum(weights) / weights.sum()
@@ -128,7 +131,7 @@ class Sampler:
         A text of packed rows that leaves the model's context goes on with the latter half of the context alone, as rows
         of training begin in the midst of texts.
         """
-        settings, context = self._settings, self._config.max_length
+        settings, context = self._settings, self._context
         which = [self.prompt_of(number) for number in numbers]
         written: list[list[int]] = [[] for _ in numbers]
         ended, going = [False] * len(numbers), list(range(len(numbers)))
@@ -153,7 +156,7 @@ class Sampler:
     def _continued(self, start: np.ndarray, written: list[int]) -> np.ndarray:
         if not written:
             return start
-        kept = written[-(self._config.max_length // 2) :]
+        kept = written[-(self._context // 2) :]
         return np.array([self._tokenizer.bos, *kept], np.int32)
 
     def _generate(self, prompts: list[np.ndarray], numbers: Sequence[int], round_: int) -> list[np.ndarray]:

@@ -20,12 +20,12 @@ class SynthesisSettings:
     """How records are sampled, with the text that --help shows."""
 
     num_records: int = _setting(1000, "Records to write.")
-    max_new_tokens: int = _setting(1024, "Most tokens of a record; a text that has no end by then is left out.")
+    max_new_tokens: int = _setting(512, "Most tokens of a record; a text that has no end by then is left out.")
     temperature: float = _setting(1.0, "1 samples from the model's distribution; below it texts are more alike.")
     top_k: int | None = _setting(None, "Only the k likeliest tokens.")
     top_p: float = _setting(1.0, "Only the likeliest tokens whose probabilities together reach p.")
     seed: int = _setting(0, "Public seed: record i follows from it, from i and from the model.")
-    batch_size: int = _setting(256, "Texts that are sampled at once; it changes none of them but for rounding.")
+    batch_size: int = _setting(128, "Texts that are sampled at once; it changes none of them but for rounding.")
     min_characters: int = _setting(1, "Shorter texts are left out.")
     keep_duplicates: bool = _setting(False, "Keep texts that were there before.")
     dtype: str = _setting("float32", "Type of activations and matrix products.", DTYPES)

@@ -67,6 +67,12 @@ def evaluate(
 ) -> Evaluation:
     """Measures a model on records, each by itself, in rows of `sequence_length` that begin after bos.
 
+    >>> from dpgemma.inference.models import load_directory
+    >>> evaluate(load_directory("/nowhere"), "notes.jsonl", sequence_length=128)
+    Traceback (most recent call last):
+      ...
+    accounting.errors.InputError: /nowhere is no Hugging Face directory: it has no config.json
+
     Args:
       path: of records, as `data` names them.
       limit: the most records; of more, so many are drawn at random by a fixed seed.

@@ -52,6 +52,32 @@ def _share_as_others(directory: pathlib.Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
+def export(model: Model, out: str | pathlib.Path, *, merge: bool = False, dtype: Any = None) -> None:
+    """Writes a model as a Hugging Face directory; a run's with its privacy statement, and entered into its ledger.
+
+    >>> from dpgemma.inference.models import load_directory
+    >>> export(load_directory("/nowhere"), "copy")
+    Traceback (most recent call last):
+      ...
+    accounting.errors.InputError: /nowhere is no Hugging Face directory: it has no config.json
+
+    Args:
+      out: a folder that does not exist.
+      merge: whether adapters are added into the weights that they belong to, in place of being written alone.
+      dtype: of the weights; by default as they are.
+
+    Raises:
+      InputError: the folder exists, or the model's checkpoint belongs to another ledger.
+    """
+    path = pathlib.Path(out).absolute()
+    if path.exists():
+        raise InputError(f"{path} exists: choose another folder")
+    if isinstance(model, TrainedModel):
+        export_run(model, path, merge=merge, dtype=dtype)
+    else:
+        export_directory(model, path, dtype)
+
+
 def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: Any = None) -> None:
     """Writes a run's model, with a card whose privacy section is the run's report, and enters it into the run's ledger.
 

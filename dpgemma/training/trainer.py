@@ -104,6 +104,13 @@ class Trainer:
         )
         self.first_step = 0
 
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets others have the run."""
+        self.run.unlock()
+
     @property
     def waits_for_checkpoints(self) -> bool:
         """Whether no step is taken while a checkpoint is written: on a CPU that would take memory and time from it."""

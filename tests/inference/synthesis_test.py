@@ -128,7 +128,7 @@ def test_the_filter_keeps_what_it_says():
         def sample(self, numbers):
             return [Candidate(number, None, "x", False) for number in numbers]
 
-    with pytest.raises(InputError, match="of 1024 sampled texts only 0 are kept"):
+    with pytest.raises(InputError, match="of 512 sampled texts only 0 are kept"):
         settings = SynthesisSettings(num_records=3)
         list(records(Endless(), settings, Filter(settings), 0, 0))
 
