@@ -6,7 +6,7 @@ BATCH := 256
 WORKDIR := runs/first
 LOWEST := .venv-lowest
 
-.PHONY: train test lint lowest clean
+.PHONY: train test lint docs lowest clean
 train: $(VENV)/.core
 	$(VENV)/bin/dpgemma train --steps=$(STEPS) --batch_size=$(BATCH) --workdir=$(WORKDIR)
 
@@ -17,6 +17,11 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site in site/, from docs/ and the docstrings.
+docs: $(VENV)/.dev
+	$(VENV)/bin/python docs/generate.py
+	$(VENV)/bin/mkdocs build --strict
 
 # The oldest versions that pyproject.toml allows, in an environment of their own: the main job, on a small scale.
 lowest: | $(VENV)/bin/python

@@ -2,6 +2,17 @@
 
 from typing import Any
 
+# What the Hugging Face hub reads.
+_FRONT_MATTER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- differential-privacy
+- gemma
+- dpgemma
+---
+"""
+
 
 def model_card(report: dict[str, Any], step: int) -> str:
     """README.md of an export: the run's privacy statement and the numbers behind it."""
@@ -15,8 +26,10 @@ def model_card(report: dict[str, Any], step: int) -> str:
     assumed = "".join(f"\n- {line}" for line in report.get("assumptions", ()))
     assumptions = f"\nAssumptions:\n{assumed}\n" if assumed else ""
     deviations = "\n".join(f"- {line}" for line in report["deviations"]) or "- none"
+    # Cards of earlier versions have none, and stay as they were.
+    front = _FRONT_MATTER if "tokenizer_sha256" in report else ""
     unfinished = "" if report["finished"] else f"\nThis is an unfinished run, exported at step {step}.\n"
-    return f"""# Model trained with dpgemma
+    return f"""{front}# Model trained with dpgemma
 {unfinished}
 ## Privacy
 

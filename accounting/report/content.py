@@ -54,6 +54,7 @@ def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
         "deviations": executed.deviations,
         "trained_parameters": declared["trained_parameters"],
         "init_sha256": declared["init_sha256"],
+        **({events.TOKENIZER: declared[events.TOKENIZER]} if events.TOKENIZER in declared else {}),
         "exports": [exported_weights(event) for event in executed.events if event["kind"] == events.EXPORT],
         "ledger_seal": declared["seal"],
         "ledger_head": ledger_head,

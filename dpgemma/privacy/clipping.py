@@ -257,7 +257,7 @@ def clipped_sum(
     >>> rows = {"x": jnp.array([[3.0, 4.0], [0.3, 0.4], [9.0, 9.0]])}
     >>> batch = Batch.of_rows(rows, jnp.array([True, True, False]))  # the third slot is padding
     >>> def loss(w, unit):  # its gradient is the unit's row
-    ...     return jnp.vdot(w, unit.rows["x"][0])
+    ...     return jnp.vdot(w, *unit.rows["x"])
     >>> clipped = clipped_sum(loss, jnp.zeros(2), batch, Clip(1.0))
     >>> clipped.sensitivity
     1.0
