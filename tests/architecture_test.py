@@ -225,6 +225,14 @@ def test_account_needs_none_of_the_trainers_libraries():
     assert done.returncode == 0 and '"epsilon"' in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("name", ["clipping", "forward_backward"])
+def test_a_benchmark_without_its_peers_is_one_sentence(name):
+    code = MISSING.partition("from dpgemma.cli")[0] % ({"jax_privacy", "torch", "transformers", "opacus"},)
+    code += f"import runpy; runpy.run_module('experiments.benchmarks.{name}', run_name='__main__')"
+    done = run_python(code)
+    assert done.returncode == 2 and "pip install -e '.[dev]'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_few_tests_replace_what_is_ours():
     sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != pathlib.Path(__file__)]
     assert sum(source.count("monkeypatch.setattr(") for source in sources) <= 10

@@ -142,6 +142,12 @@ def in_a_save(arrays: Arrays) -> int:
     return 2 * sum(sizes) + max(sizes)
 
 
+def of_checkpoint(arrays: Arrays) -> int:
+    """Bytes of a checkpoint's arrays, from all devices."""
+    leaves = jax.tree.leaves((arrays.trainable, arrays.moments))
+    return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
+
+
 def of_process(analysis: Any, arrays: Arrays, mesh: Mesh) -> int | None:
     """Bytes that training needs, without the data: of this process on a CPU, of one device elsewhere; None where the
     compiler does not say.

@@ -229,6 +229,7 @@ class Trainer:
                 + (f"{needed / 2**30:.2f} GiB of memory" if needed is not None else "memory unknown")
                 + (f" of {known * memory.devices_here(self.mesh) / 2**30:.1f}" if known is not None else ""),
                 f"roughly {speed.in_words(seconds)} for {self.mechanism.steps} steps",
+                f"{self.plan.keep_checkpoints} checkpoints of {memory.of_checkpoint(arrays) / 2**20:.0f} MiB are kept",
             ]
         )
 

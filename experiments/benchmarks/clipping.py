@@ -29,7 +29,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import jax_privacy.clipping
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -44,8 +43,11 @@ from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding.rules import DATA_AXIS
 from dpgemma.training import clipping_choice
 from dpgemma.training.step import sharded_clipped_sum
+from experiments.benchmarks import peers
 from experiments.benchmarks.objectives import causal, of_row
 from experiments.hardware import machines, operations
+
+jax_privacy = peers.imported("jax_privacy.clipping")
 
 BENCHMARK = "30m"
 OURS = STRATEGIES
@@ -167,6 +169,7 @@ def timed(step) -> float:
 
 
 def torch_steps(programs: Programs) -> dict:
+    peers.imported("opacus")
     from experiments.benchmarks import torch_peer
 
     tokens = torch_peer.tokens_of(with_start(programs.batch["tokens"]))
@@ -301,6 +304,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="JSON is printed in any case; accepted for uniformity")
     arguments = parser.parse_args()
     if arguments.torch_memory_of:
+        peers.imported("opacus")
         from experiments.benchmarks import torch_peer
         from experiments.benchmarks.forward_backward import MODEL
 

@@ -23,7 +23,6 @@ os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PL
 
 import jax
 import jax.numpy as jnp
-import jax_privacy.clipping
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -41,8 +40,11 @@ from dpgemma.sharding.place import Gathered, Layout
 from dpgemma.sharding.rules import DATA_AXIS, MeshShape
 from dpgemma.training.memory import held
 from dpgemma.training.step import COMPILER_OPTIONS
+from experiments.benchmarks import peers
 from experiments.benchmarks.objectives import causal, of_row
 from experiments.hardware import cycles as cycles_lib
+
+jax_privacy = peers.imported("jax_privacy.clipping")
 
 SEQUENCES = 64
 CHIP, CHIPS = "v6e:2x2x1", "v6e:4x4x1"

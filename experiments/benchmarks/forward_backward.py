@@ -17,14 +17,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import FULL, GemmaConfig
 from dpgemma.gemma.files import config_json as hf_config
 from dpgemma.gemma.files import weights
 from dpgemma.objectives import cross_entropy as loss
+from experiments.benchmarks import peers
+
+torch, transformers = peers.imported("torch"), peers.imported("transformers")
 
 MODEL = GemmaConfig(
     vocab_size=16_384, d_model=448, num_heads=4, num_kv_heads=4, head_dim=112, d_ff=1792, max_length=1024,
