@@ -20,7 +20,7 @@ The public names below are imported when they are first used, so that `import dp
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _MODULES = {
     "Accountant": "accounting.accountant",

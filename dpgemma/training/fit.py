@@ -22,10 +22,11 @@ from accounting.mechanism import ZERO_OUT, Mechanism, dp_sgd, grid
 from dpgemma.choices import EXAMPLE_SCAN
 from dpgemma.data.batch import Unit, collate
 from dpgemma.data.source import InMemory
-from dpgemma.privacy.clipping import Strategy
+from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM, Strategy
 from dpgemma.privacy.noise import noise_keys
 from dpgemma.privacy.samplers import sampler_of
 from dpgemma.sharding import mesh as mesh_lib
+from dpgemma.training.plan import check_delta, on_fitting_grid
 from dpgemma.training.step import TrainState, make_train_step
 
 Example = Mapping[str, jax.Array]
@@ -90,6 +91,13 @@ def plan(
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise InputError("give one of `epsilon` and `noise_multiplier`")
+    for name, value in (("epsilon", epsilon), ("noise_multiplier", noise_multiplier), ("clip_norm", clip_norm)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"`{name}` must be positive and finite, got {value:g}")
+    if clip_norm < SMALLEST_CLIP_NORM:
+        raise InputError(f"`clip_norm`={clip_norm:g} is too small for float32: use at least {SMALLEST_CLIP_NORM:g}")
+    if steps < 1 or batch_size < 1:
+        raise InputError("`steps` and `batch_size` must be at least 1")
     if batch_size > num_records:
         raise InputError(f"`batch_size`={batch_size} exceeds the {num_records} records: lower it")
     target = math.inf if epsilon is None else epsilon
@@ -105,8 +113,11 @@ def plan(
         grid_bits=grid.LAW_BITS,
     )
     if epsilon is not None:
+        check_delta(epsilon, delta, steps)
         mechanism = calibration.noise_multiplier(mechanism, epsilon, delta)
-    return mechanism.replace(grid_bits=grid.fitting_bits(mechanism.noise_multiplier, cap, trained))
+    mechanism = on_fitting_grid(mechanism, trained)
+    check_delta(Accountant(mechanism).upper(delta), delta, steps)
+    return mechanism
 
 
 def fit(

@@ -97,7 +97,8 @@ def resolve(
     num_units = check(settings, counted_units, shared_items)
     items, target = settings.items_per_unit, settings.epsilon
     drawn_from = num_units * items if shared_items is None else shared_items
-    _check_delta(settings)
+    if settings.release == EXACT:
+        check_delta(settings.epsilon, settings.delta, settings.steps)
     given_noise = settings.noise_multiplier
     # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
     # costs less at a smaller one.
@@ -136,7 +137,7 @@ def resolve(
                 raise InputError(
                     f"`noise_multiplier`={given_noise:g} passes epsilon {target:g} in the first step: raise either"
                 )
-    mechanism = _on_fitting_grid(mechanism, trained)
+    mechanism = on_fitting_grid(mechanism, trained)
     _ = mechanism.gradient_noise_multiplier  # refuses a clip norm that cannot adapt, before anything is written
     optimization = Optimization.of(settings, mechanism.steps)
     return Plan(
@@ -159,24 +160,28 @@ def _as_begun(value: float, begun: dict[str, Any] | None, name: str) -> float:
     return before if isinstance(before, float) and math.isclose(value, before, rel_tol=1e-9) else value
 
 
-def _check_delta(settings: Settings) -> None:
-    """Refuses a delta that the ends of the noise's law would take a part of."""
-    if settings.release != EXACT or not math.isfinite(settings.epsilon):
+def check_delta(epsilon: float, delta: float, steps: int) -> None:
+    """Refuses a delta that the ends of an exact release's noise would take a part of.
+
+    Raises:
+      InputError: it is too small for so many steps, or epsilon too large for any.
+    """
+    if not math.isfinite(epsilon):
         return
-    least = 10 * grid.tail_delta(settings.steps, settings.epsilon)
+    least = 10 * grid.tail_delta(steps, epsilon)
     if least >= 1:
         raise InputError(
-            f"`epsilon`={settings.epsilon:g} is more than any delta can be stated at: lower it, or give `epsilon`=inf,"
-            " which claims nothing"
+            f"`epsilon`={epsilon:g} is more than any delta can be stated at: lower it, or give `epsilon`=inf, which"
+            " claims nothing"
         )
-    if settings.delta < least:
+    if delta < least:
         raise InputError(
-            f"`delta`={settings.delta:g} is smaller than what the noise can hide in {settings.steps} steps at epsilon"
-            f" {settings.epsilon:g}: use at least {least:.1e}"
+            f"`delta`={delta:g} is smaller than what the noise can hide in {steps} steps at epsilon {epsilon:g}: use at"
+            f" least {least:.1e}"
         )
 
 
-def _on_fitting_grid(mechanism: Mechanism, trained: int) -> Mechanism:
+def on_fitting_grid(mechanism: Mechanism, trained: int) -> Mechanism:
     """The mechanism with the grid that its noise, its largest batch and its number of parameters ask for."""
     if not mechanism.noise.is_exact:
         return mechanism.replace(grid_bits=None)

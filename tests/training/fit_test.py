@@ -84,6 +84,11 @@ def test_what_cannot_be_trained_is_one_sentence():
         (dict(epsilon=1.0, noise_multiplier=1.0), "one of `epsilon` and `noise_multiplier`"),
         (dict(epsilon=1.0, batch_size=301), "exceeds the 300 records"),
         (dict(epsilon=1e-9), "no noise reaches"),
+        (dict(epsilon=np.inf), "`epsilon` must be positive and finite"),
+        (dict(noise_multiplier=0.0), "`noise_multiplier` must be positive and finite"),
+        (dict(epsilon=1.0, clip_norm=1e-9), "too small for float32"),
+        (dict(epsilon=1.0, steps=0), "must be at least 1"),
+        (dict(epsilon=1.0, delta=1e-26), "smaller than what the noise can hide"),
     ):
         with pytest.raises(InputError, match=sentence):
             fit(squared_error, jnp.zeros(3), RECORDS, **given | more)
