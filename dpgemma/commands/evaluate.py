@@ -11,6 +11,7 @@ from absl import flags
 from accounting.errors import InputError
 from dpgemma.choices import DTYPES
 from dpgemma.commands import command_flags, places
+from dpgemma.storage.objects import is_address
 
 if TYPE_CHECKING:
     from dpgemma.inference.evaluating import Evaluation
@@ -97,6 +98,8 @@ def _file_of(name: str | None, workdir: str | None) -> pathlib.Path | None:
         return None
     path = pathlib.Path(name)
     if workdir and path.parts[:1] == ("private",):
+        if is_address(workdir):
+            raise InputError(f"--per_record={name} would lie at {workdir}: give a file on a disk")
         return pathlib.Path(workdir) / path
     inside = workdir is not None and path.absolute().is_relative_to(pathlib.Path(workdir).absolute())
     if inside and not path.absolute().is_relative_to(pathlib.Path(str(workdir)).absolute() / "private"):

@@ -12,6 +12,7 @@ from absl import flags
 from accounting.errors import InputError
 from dpgemma.commands import command_flags, places
 from dpgemma.gemma.synthesis_settings import Prompts, SynthesisSettings
+from dpgemma.storage.objects import is_address
 
 if TYPE_CHECKING:
     from dpgemma.inference.similarity import Similarity
@@ -93,7 +94,7 @@ def run(fv: flags.FlagValues) -> int:
         print(f"wrote {out}: {corpus.records} records of {corpus.candidates} sampled ({left_out or 'all kept'})")
         print(f"wrote {corpus.card}, the card that says what holds for it")
         if fv.compare:
-            _compare(out, fv.compare, fv.text_field, folder)
+            _compare(out, fv.compare, fv.text_field, None if is_address(fv.workdir) else folder)
     return 0
 
 
@@ -129,22 +130,27 @@ def _prompts(path: pathlib.Path, as_chat: bool) -> Prompts:
     return Prompts(tuple(texts), tuple(weights), as_chat)
 
 
-def _compare(out: pathlib.Path, real: str, text_field: str, workdir: pathlib.Path) -> None:
-    """Says how like and how near the corpus is to real records: for the operator."""
+def _compare(out: pathlib.Path, real: str, text_field: str, workdir: pathlib.Path | None) -> None:
+    """Says how like and how near the corpus is to real records: for the operator.
+
+    Args:
+      workdir: in whose private/ figures are kept; None for a terminal alone.
+    """
     from accounting import run_files
     from dpgemma.commands import progress
     from dpgemma.inference import similarity
 
     with progress.phase("comparing"):
         found, halves = similarity.compare(str(out), real, text_field)
-    if (workdir / run_files.PRIVATE).is_dir():
+    kept = workdir is not None and (workdir / run_files.PRIVATE).is_dir()
+    if workdir is not None and kept:
         path = workdir / run_files.PRIVATE / "synthesis.jsonl"
         figures = {"corpus": out.name, **dataclasses.asdict(found), "halves": dataclasses.asdict(halves)}
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
             file.write(json.dumps(figures) + "\n")
     if sys.stderr.isatty():
         print(_text(found, halves, real), file=sys.stderr)
-    else:
+    elif kept:
         print("private/synthesis.jsonl says how near the corpus is to the real records", file=sys.stderr)
 
 

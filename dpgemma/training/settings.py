@@ -67,8 +67,8 @@ class Settings:
     data: str = _setting(
         "synthetic",
         "synthetic, tfds:NAME prepared on disk, a token cache, or a file, glob or folder, on a disk or at gs:// or"
-        " s3://: text, JSON lines, CSV, Parquet, Arrow, ArrayRecord; random:N rehearses a run with N units of no"
-        " meaning.",
+        " s3://: text, JSON lines, CSV, Parquet, Arrow, and on a disk ArrayRecord; random:N rehearses a run with N"
+        " units of no meaning.",
     )
     text_field: str = _setting("text", "Field of a record that holds the text.")
     skip_bad_records: bool = _setting(False, "Leave out records that cannot be read; private/ says how many.")
@@ -215,8 +215,9 @@ class Settings:
     )
     eval_every: int | None = _setting(
         None,
-        "Updates between such measurements; omitted, the loss is measured at the end only. It goes to your terminal and"
-        " to private/, and decides nothing.",
+        "Updates between such measurements; by default `checkpoint_every` with `eval_data`, and none without. The"
+        " held-out units are measured at the end in any case. Losses go to your terminal and to private/, and decide"
+        " nothing.",
     )
     eval_limit: int = _setting(
         8192, "The most units of a measurement, the first ones; held-out units lie in any order."
