@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from accounting import run_files
+
 KINDS = {
     "missing_file": "a file of the run is not there",
     "unparsable": "a file or a line is not what the program writes",
@@ -43,7 +45,7 @@ KINDS = {
 _OF_ONE_READING = frozenset({
     "ledger_edited", "ledger_line_removed", "ledger_line_repeated", "ledger_lines_reordered", "head_missing",
     "mechanism_changed", "step_saved_twice", "steps_beyond_plan", "budget_exceeded", "seal_missing",
-    "key_readable", "raw_values_public",
+    "key_readable", "raw_values_public", "seal_invalid", "unparsable", "ledger_foreign",
 })  # fmt: skip
 
 
@@ -98,7 +100,12 @@ class AuditResult:
             "a process is training this run: files that it writes were not compared with the ledger; audit the run"
             " again when it has ended"
         )
-        findings = tuple(finding for finding in self.findings if finding.kind in _OF_ONE_READING)
+        where = (run_files.LEDGER, "private", run_files.KEYS)
+        findings = tuple(
+            finding
+            for finding in self.findings
+            if finding.kind in _OF_ONE_READING and (finding.kind != "unparsable" or finding.where.startswith(where))
+        )
         return dataclasses.replace(self, findings=findings, notices=(*self.notices, notice), running=True)
 
     @property

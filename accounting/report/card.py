@@ -56,6 +56,8 @@ def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     assumed = "".join(f"\n- {line}" for line in report.get("assumptions", ()))
     assumptions = f"\nAssumptions of the run:\n{assumed}\n" if assumed else ""
+    deviations = "\n".join(f"- {line}" for line in report["deviations"]) or "- none"
+    unfinished = "" if report["finished"] else f"\nThe run is unfinished; the corpus comes from step {step} of it.\n"
     if report["epsilon"] == "inf":
         holds = "No guarantee holds for this corpus, because none holds for the model that it was sampled from."
     else:
@@ -74,7 +76,11 @@ def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str
 Of the model:
 
 {report["statement"]}
-{assumptions}
+{unfinished}{assumptions}
+Deviations of the run:
+
+{deviations}
+
 ## How it was made
 
 | | |

@@ -65,7 +65,7 @@ def _tokenize(settings: Settings, out: str | None, asked: int | None) -> int:
     made = caching.make(
         pathlib.Path(out),
         settings.data,
-        data.tokenizer_of(settings),
+        data.located_tokenizer(data.tokenizer_of(settings)),
         dataclasses.replace(reading, privacy_unit=unit),
         processes,
         bar,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from accounting.errors import InputError
+from dpgemma.choices import SEQUENCE
 from dpgemma.commands import command_flags, places
 from dpgemma.gemma.synthesis_settings import Prompts, SynthesisSettings
 from dpgemma.storage.objects import is_address
@@ -68,14 +69,17 @@ def run(fv: flags.FlagValues) -> int:
         with progress.phase("reading the model"):
             model = models.load(str(folder), fv.init_from)
         config = model.run.config()
+        packed = config["privacy_unit"] == SEQUENCE
         sampler = Sampler(
             model.config,
             model.parameters,
             model.require_tokenizer(),
             settings,
             prompts,
-            config["privacy_unit"],
-            None if config["init_from"] else config["sequence_length"],
+            packed=packed,
+            across_documents=config.get("attend_across_documents", True),
+            # What is longer than a row was never seen by packed text, or by a model from random weights.
+            context=config["sequence_length"] if packed or not config["init_from"] else None,
         )
         fixed = {name: value for name, value in given.items() if name not in _FREE}
         identity = {"checkpoint": model.ledger_head, "prompts": dataclasses.asdict(prompts), **fixed}

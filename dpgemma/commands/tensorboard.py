@@ -10,9 +10,9 @@ from dpgemma.training.observers import Evaluated, Private, Released, Silent
 class TensorBoard(Silent):
     """An observer that writes event files.
 
-    Formal guarantee: the public folder gets epsilon, the learning rate, and figures of data that the operator declared
-    to be nobody's secret, and nothing else. Tested by
-    tests/training/evaluation_test.py::test_losses_go_to_private_files_unless_their_data_are_public.
+    Formal guarantee: the events of the public folder hold epsilon, the learning rate, figures of data that the operator
+    declared to be nobody's secret, and the numbers of their steps, which are their times too, and nothing else. Tested
+    by tests/training/evaluation_test.py::test_losses_go_to_private_files_unless_their_data_are_public.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -42,8 +42,9 @@ class TensorBoard(Silent):
         self._private = self._make(str(private / "tensorboard"))
 
     def step(self, released: Released, private: Private) -> None:
-        self._public.add_scalar("epsilon", released.epsilon, released.steps)
-        self._public.add_scalar("learning_rate", released.learning_rate, released.steps)
+        # How long a step takes depends on its units' rows: public events have the step for their time.
+        for name, value in (("epsilon", released.epsilon), ("learning_rate", released.learning_rate)):
+            self._public.add_scalar(name, value, released.steps, walltime=float(released.steps))
         self._private.add_scalar("loss", private.loss, released.steps)
         self._private.add_scalar("units", private.units, released.steps)
         for share, norm in zip((0.1, 0.5, 0.9), private.norm_quantiles, strict=False):
@@ -52,7 +53,7 @@ class TensorBoard(Silent):
     def evaluated(self, evaluated: Evaluated) -> None:
         writer = self._public if evaluated.is_public else self._private
         for name, value in evaluated.figures.items():
-            writer.add_scalar(f"evaluation/{name}", value, evaluated.steps)
+            writer.add_scalar(f"evaluation/{name}", value, evaluated.steps, walltime=float(evaluated.steps))
 
     def close(self) -> None:
         for writer in (self._public, self._private):

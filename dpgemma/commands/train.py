@@ -59,7 +59,7 @@ def run(fv: flags.FlagValues) -> int:
             from dpgemma.training.prepare import prepare
 
             if fv.num_slices is not None:
-                settings = dataclasses.replace(settings, mesh=mesh.resolve(settings.mesh, fv.num_slices))
+                settings = settings.replaced(mesh=mesh.resolve(settings.mesh, fv.num_slices))
             terminal, profile = Terminal(), Profile(fv.profile)
             board = TensorBoard(pathlib.Path(fv.tensorboard)) if fv.tensorboard else None
             observers: list[Observer] = [terminal, *([profile] if fv.profile else []), *([board] if board else [])]

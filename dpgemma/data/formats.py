@@ -222,7 +222,7 @@ def _lines(path: File, file: IO[bytes], on_bad: OnBad) -> Iterator[dict[str, Any
             try:
                 record = _object(path, "line", number, line)
             except InputError as bad:
-                if number == 1:
+                if number == 1 and on_bad is refuse:
                     _refuse_one_document(path, line)
                 on_bad(bad)
             else:

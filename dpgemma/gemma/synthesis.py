@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from accounting.errors import InputError
-from dpgemma.choices import SEQUENCE
 from dpgemma.data.text import chat
 from dpgemma.data.text.tokenizer import END_OF_TURN, Tokenizer, utf8
 from dpgemma.gemma import generation
@@ -83,28 +82,32 @@ class Sampler:
         tokenizer: Tokenizer,
         settings: SynthesisSettings,
         prompts: Prompts,
-        privacy_unit: str | None,
+        *,
+        packed: bool,
+        across_documents: bool = True,
         context: int | None = None,
     ) -> None:
         """Takes the model.
 
         Args:
-          context: the longest row that it was trained on; by default the model's own.
-          privacy_unit: of the run: rows of packed text begin anywhere in a text, other rows at its beginning.
+          packed: whether it was trained on packed text, whose rows begin anywhere in a text; others at its beginning.
+          across_documents: whether it saw the texts before a text in its row.
+          context: the longest row that it shall see; by default the model's own.
 
         Raises:
           InputError: prompts that leave no room in the model's context, or a tokenizer without turns.
         """
         self._config, self._tokenizer, self._settings, self._prompts = config, tokenizer, settings, prompts
         self._parameters = jax.device_put(parameters)
-        self._packed = privacy_unit == SEQUENCE
+        self._packed, self._across_documents = packed, across_documents
         self._starts = [self._start(prompt) for prompt in prompts.texts or (None,)]
         longest = max(map(len, self._starts))
         context = min(context or config.max_length, config.max_length)
         if longest >= context:
             raise InputError(f"a prompt fills the model's context of {context}: shorten it")
         self._context = context
-        self._size = context if self._packed else min(context, longest + settings.max_new_tokens)
+        # The latter half of a context is gone on with, where a text leaves it.
+        self._size = context if packed else min(context, longest + settings.max_new_tokens)
         weights = np.ones(len(self._starts)) if prompts.weights is None else np.asarray(prompts.weights, np.float64)
         self._shares = np.cumsum(weights) / weights.sum()
         end = self._tokenizer.token_id(END_OF_TURN)
@@ -115,8 +118,8 @@ class Sampler:
         tokenizer = self._tokenizer
         bos = [tokenizer.bos]
         if prompt is None:
-            # In packed rows a text begins behind the end of the one before.
-            return np.array([*bos, tokenizer.eos] if self._packed else bos, np.int32)
+            # In packed rows a text begins behind the end of the one before, if that is seen.
+            return np.array([*bos, tokenizer.eos] if self._packed and self._across_documents else bos, np.int32)
         ids = chat.prompt(tokenizer, prompt) if self._prompts.as_chat else tokenizer.encode(utf8(prompt))
         return np.concatenate([bos, ids]).astype(np.int32)
 
@@ -138,7 +141,8 @@ class Sampler:
         for round_ in range(-(-2 * settings.max_new_tokens // context) + 1):
             prompts = [self._continued(self._starts[which[i]], written[i]) for i in going]
             for i, new in zip(going, self._generate(prompts, [numbers[i] for i in going], round_), strict=True):
-                ended[i] = len(prompts[going.index(i)]) + len(new) < self._size
+                room = self._size - len(prompts[going.index(i)])
+                ended[i] = len(new) < min(room, settings.max_new_tokens)
                 written[i] += [int(token) for token in new]
             going = [i for i in going if not ended[i] and self._packed and len(written[i]) < settings.max_new_tokens]
             if not going:
@@ -194,7 +198,8 @@ def _is_utf8(text: bytes) -> bool:
 def records(
     sampler: Sampler, settings: SynthesisSettings, kept: Filter, first: int, count: int
 ) -> Iterator[tuple[int, list[Candidate]]]:
-    """(candidates sampled so far, those of the last batch that are kept), until there are enough.
+    """(number of the first candidate that was not looked at, those of the last batch that are kept), until there are
+    enough records.
 
     Args:
       kept: the filter, which knows the records that are there.
@@ -211,7 +216,12 @@ def records(
                 f"of {first} sampled texts only {count} are kept ({reasons}): raise `max_new_tokens`, lower"
                 " `temperature`, or train longer"
             )
-        batch = sampler.sample(range(first, first + settings.batch_size))
-        taken = [candidate for candidate in batch if kept.keeps(candidate)][: settings.num_records - count]
-        first, count = first + settings.batch_size, count + len(taken)
+        taken = []
+        for candidate in sampler.sample(range(first, first + settings.batch_size)):
+            if count == settings.num_records:
+                break
+            first = candidate.number + 1
+            if kept.keeps(candidate):
+                taken.append(candidate)
+                count += 1
         yield first, taken

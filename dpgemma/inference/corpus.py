@@ -76,6 +76,9 @@ class Corpus:
             )
         corpus.candidates, corpus.records, corpus.bytes = (state[n] for n in ("candidates", "records", "bytes"))
         kept.left_out.update(state["left_out"])
+        corpus.left_out = dict(state["left_out"])
+        if (path.stat().st_size if path.exists() else 0) < corpus.bytes:
+            raise InputError(f"{path} is not as long as it was: restore it, or remove {corpus._state} to begin anew")
         if path.exists():
             os.truncate(path, corpus.bytes)
             with open(path) as lines:

@@ -15,7 +15,7 @@ from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.files import config_json, weights
 from dpgemma.storage import hub
 from dpgemma.storage.mirror import Mirror
-from dpgemma.training import checkpoint
+from dpgemma.training import checkpoint, data
 from dpgemma.training.run import RunDirectory
 
 
@@ -102,7 +102,9 @@ def load(
         )
     if needs_base:
         parameters = lora.join(parameters, weights.load(config, there))
-    tokenizer = tokenizer_lib.load(str(directory) if brings_tokenizer else settings["tokenizer"])
+    tokenizer = tokenizer_lib.load(
+        str(directory) if brings_tokenizer else data.located_tokenizer(settings["tokenizer"])
+    )
     name = None if origin is None else hub.absolute(origin)
     return TrainedModel(
         config, parameters, tokenizer, directory, name, run, step, meta["ledger_lines"], meta["ledger_head"]
@@ -138,7 +140,7 @@ def load_directory(directory: str, tokenizer: str | None = None, *, with_tokeniz
     """
     path = hub.located(directory)
     config = config_json.read(path)
-    loaded = tokenizer_lib.load(tokenizer or str(path)) if with_tokenizer else None
+    loaded = tokenizer_lib.load(data.located_tokenizer(tokenizer or str(path))) if with_tokenizer else None
     if loaded is not None:
         tokenizer_lib.check_vocabulary(loaded, config.vocab_size)
     return Model(config, weights.load(config, path), loaded, path, hub.absolute(directory))

@@ -9,9 +9,13 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
 
+from accounting.errors import InputError
 from dpgemma.data import readers
+from dpgemma.data.text import shapes
+from dpgemma.data.text.shapes import Conversation
 
 # A record is a near-copy if it shares so many characters in a row with a real one. In templates of a trade that
 # happens without copying, so the same is counted between halves of the real records.
@@ -58,18 +62,30 @@ def compare(synthetic: str, real: str, text_field: str = "text", seed: int = 0) 
     Raises:
       InputError: data that cannot be read.
     """
-    made, known = list(texts_of(synthetic, text_field)), list(texts_of(real, text_field))
+    made, known = list(texts_of(synthetic, "text")), list(texts_of(real, text_field))
     halves = known[:]
     random.Random(seed).shuffle(halves)
     middle = len(halves) // 2
     return Similarity.of(made, known), Similarity.of(halves[:middle], halves[middle:])
 
 
-def texts_of(data: str, text_field: str) -> Iterable[str]:
-    """What each record says: its text, or its response."""
-    for record in readers.records(data, text_field):
-        value = record.get(text_field, record.get("response", record.get("completion", "")))
-        yield value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+def texts_of(data: str, text_field: str) -> Iterator[str]:
+    """What each record says: its text, its response, or the answers of its conversation.
+
+    Raises:
+      InputError: a record that says nothing.
+    """
+    for number, record in enumerate(readers.records(data, text_field), 1):
+        found = shapes.of(record, has_turns=True)
+        if isinstance(found, Conversation):
+            turns = [m for m in found.messages[found.learned_from :] if isinstance(m, dict) and m.get("role") != "user"]
+            said: Any = "\n".join(str(turn.get("content")) for turn in turns if turn.get("role") != "system")
+        else:
+            said = record.get(text_field) if found is None else found.response
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        if not isinstance(said, str) or not said:
+            raise InputError(f"record {number} of {data} has no text in field {text_field!r}: see `text_field`")
+        yield said
 
 
 def words(text: str) -> list[str]:

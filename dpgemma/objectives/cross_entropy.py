@@ -62,10 +62,10 @@ def losses_and_hits(
     vocab_size = embedding_VxD.shape[0]
     chunk = vocab_size if is_spread or targets.size * vocab_size <= MOST_LOGITS else CHUNK
     core = CrossEntropy(final_cap, _chunk_size(vocab_size, chunk), is_spread)
-    log_total, of_target, largest, _ = core.scores(
-        hidden.reshape(-1, hidden.shape[-1]), embedding_VxD, targets.reshape(-1)
+    log_total, of_target, _, likeliest = core.scores(
+        hidden.reshape(-1, hidden.shape[-1]), embedding_VxD, targets.reshape(-1), with_likeliest=True
     )
-    return (log_total - of_target).reshape(targets.shape), (of_target >= largest).reshape(targets.shape)
+    return (log_total - of_target).reshape(targets.shape), likeliest.reshape(targets.shape) == targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +88,15 @@ class CrossEntropy:
 
     def forward(self, hidden_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array) -> tuple[Any, Any]:
         """Losses [N] and what the backward pass needs."""
-        log_total, of_target, _, z = self.scores(hidden_NxD, embedding_VxD, targets_N)
+        log_total, of_target, z, _ = self.scores(hidden_NxD, embedding_VxD, targets_N)
         return log_total - of_target, (hidden_NxD, embedding_VxD, targets_N, log_total, z)
 
     def scores(
-        self, hidden_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array
+        self, hidden_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, *, with_likeliest: bool = False
     ) -> tuple[Any, Any, Any, Any]:
-        """Of every row of hidden states: the logarithm of the sum of exponentials of its logits, the target's logit,
-        the largest logit, all [N]; and the logits [N, V] where one chunk holds them, else None.
+        """Of every row of hidden states: the logarithm of the sum of exponentials of its logits, and the target's
+        logit, both [N]; the logits [N, V] where one chunk holds them, else None; and where it is asked for, the number
+        of the likeliest word [N].
 
         A running maximum and a rescaled sum of exponentials are carried across the chunks (Milakov and Gimelshein 2018,
         arXiv 1805.02867, algorithm 3); logits are kept only where one chunk holds them all.
@@ -108,24 +109,27 @@ class CrossEntropy:
                 of_target = jnp.where(targets_N[:, None] == jnp.arange(vocab_size), z, 0.0).sum(axis=-1)
             else:
                 of_target = jnp.take_along_axis(z, targets_N[:, None], axis=-1)[:, 0]
-            return log_total, of_target, z.max(axis=-1), z
+            return log_total, of_target, z, z.argmax(axis=-1) if with_likeliest else None
 
         def accumulate(carry: Any, xs: Any) -> tuple[Any, Any]:
-            running_max, running_sum = carry
+            running_max, running_sum, likeliest = carry
             words_CxD, first = xs
             z = self._logits(hidden_NxD, words_CxD)
             z = jnp.where(first + jnp.arange(self.chunk) < vocab_size, z, -jnp.inf)
             new_max = jnp.maximum(running_max, z.max(axis=-1))
             running_sum = running_sum * jnp.exp(running_max - new_max) + jnp.exp(z - new_max[:, None]).sum(axis=-1)
-            return (new_max, running_sum), None
+            if with_likeliest:
+                likeliest = jnp.where(z.max(axis=-1) > running_max, first + z.argmax(axis=-1), likeliest)
+            return (new_max, running_sum, likeliest), None
 
-        start = (jnp.full(targets_N.shape, -jnp.inf), jnp.zeros(targets_N.shape))
-        (maximum, total), _ = jax.lax.scan(accumulate, start, self._chunks(embedding_VxD))
+        first_word = jnp.zeros(targets_N.shape, jnp.int32) if with_likeliest else None
+        start = (jnp.full(targets_N.shape, -jnp.inf), jnp.zeros(targets_N.shape), first_word)
+        (maximum, total, likeliest), _ = jax.lax.scan(accumulate, start, self._chunks(embedding_VxD))
         log_total = maximum + jnp.log(total)
         of_target = soft_cap(
             _dot("nd,nd->n", hidden_NxD, embedding_VxD[targets_N].astype(hidden_NxD.dtype)), self.final_cap
         )
-        return log_total, of_target, maximum, None
+        return log_total, of_target, None, likeliest
 
     def backward(self, residuals: Any, d_losses_N: jax.Array, use: Any) -> tuple[Any, Any]:
         """The gradient [N, D] by the hidden states, and `use(delta [N, C])` of every chunk, stacked; delta is the

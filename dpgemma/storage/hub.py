@@ -10,12 +10,12 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is one of the hub, and no folder here.
+    """Whether a name is one of the hub, and no folder or file here.
 
     >>> is_hub_name("google/gemma-3-1b-pt"), is_hub_name("models/a/b"), is_hub_name("./gemma")
     (True, False, False)
     """
-    is_path = name.startswith(("/", ".", "~")) or os.path.isdir(name)
+    is_path = name.startswith(("/", ".", "~")) or os.path.exists(name)
     return not is_path and _HUB_NAME.fullmatch(name) is not None
 
 

@@ -26,8 +26,16 @@ def load_tokenizer(settings: Settings) -> Tokenizer:
     Raises:
       InputError: nothing of the kind there.
     """
-    named = tokenizer_of(settings)
-    return tokenizer_lib.load(named if named == tokenizer_lib.BYTE else str(hub.located(named)))
+    return tokenizer_lib.load(located_tokenizer(tokenizer_of(settings)))
+
+
+def located_tokenizer(named: str) -> str:
+    """Where the tokenizer lies that `tokenizer` names: a name of the hub means what was downloaded.
+
+    Raises:
+      InputError: it was not.
+    """
+    return named if named == tokenizer_lib.BYTE else str(hub.located(named))
 
 
 def reading(settings: Settings) -> Reading:

@@ -192,7 +192,9 @@ def _prepare(
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
     facts = start_event(plan, config, objective, held_out.num_units, secret_keys=told["secret"], seal_key=seal_key)
-    agreement.on_data(fingerprint)
+    given = evaluation if settings.eval_data is not None else None
+    of_evaluation = "" if given is None else given.source.fingerprint(keys.fingerprint)
+    agreement.on_data(f"{fingerprint} {of_evaluation}")
     as_given = {name: getattr(named, name) for name in _whole_names(named)}  # whole paths may differ between machines
     agreement.on_settings(config | as_given | {"init_from's content": facts["init_sha256"]})
 

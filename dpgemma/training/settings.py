@@ -342,9 +342,13 @@ class Settings:
         """These settings with a batch that was left out of at most a quarter of what it is drawn from."""
         if "batch_size" not in self.omitted or self.batch_size <= num_items // 4:
             return self
-        smaller = dataclasses.replace(self, batch_size=max(1, num_items // 4))
-        object.__setattr__(smaller, "_omitted", self.omitted)
-        return smaller
+        return self.replaced(batch_size=max(1, num_items // 4))
+
+    def replaced(self, **changes: Any) -> "Settings":
+        """These settings with some changed, which still know what was left out."""
+        changed = dataclasses.replace(self, **changes)
+        object.__setattr__(changed, "_omitted", self.omitted)
+        return changed
 
     def _check_units(self) -> None:
         of_rows, of_users = (

@@ -247,6 +247,12 @@ def test_a_folder_that_tfds_prepared_is_read_as_such(tmp_path, monkeypatch):
     assert next(iter(readers.records(folder))) == next(iter(readers.records(f"tfds:{folder}")))
 
 
+def test_a_bad_first_line_is_a_bad_record_where_such_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a",\n{"text": "b"}\n{"te\rxt\n')
+    bad = LeftOut()
+    assert [record["text"] for record in readers.records(str(tmp_path), on_bad=bad)] == ["b"] and bad.count == 2
+
+
 def test_bad_records_are_left_out_named_and_counted(tmp_path):
     """In files of every kind that has records of its own, the others are read on."""
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n[]\n{"text": "2", "text": "3"}\n{"text": "4"}\n')

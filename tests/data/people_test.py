@@ -22,6 +22,10 @@ def test_names_of_people_are_told_from_others():
     assert all(map(names_a_person, PEOPLE)) and not any(map(names_a_person, OTHERS))
 
 
+def test_a_name_that_might_say_something_of_somebody_is_not_repeated():
+    assert not any(map(names_a_person, ["patient Анна Каренина", "patient John Smith", "user" * 20, "user\n1"]))
+
+
 def test_values_that_repeat_are_told_and_names_of_people_are_known(tmp_path):
     records = [{"text": f"note {i}", "user_id": f"u{i % 9}", "id": i, "case_id": i % 3} for i in range(60)]
     read = found(tmp_path, records)

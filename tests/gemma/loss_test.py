@@ -66,3 +66,17 @@ def test_extreme_logits_stay_finite():
         hidden
     )
     assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [1000, 128, 96])
+def test_the_likeliest_word_is_found_in_any_chunk(chunk, dtype):
+    """Against all logits at once, in the type in which they are computed."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(40, 16)), dtype)
+    words = jnp.asarray(rng.normal(size=(1000, 16)), jnp.float32)
+    expected = np.asarray(jnp.einsum("nd,vd->nv", hidden, words.astype(dtype), preferred_element_type=jnp.float32))
+    *_, found = loss.CrossEntropy(None, chunk).scores(hidden, words, jnp.zeros(40, jnp.int32), with_likeliest=True)
+    best = expected.max(axis=1)
+    np.testing.assert_allclose(expected[np.arange(40), np.asarray(found)], best, rtol=1e-5)
+    assert (np.asarray(found) == expected.argmax(axis=1)).mean() > 0.9

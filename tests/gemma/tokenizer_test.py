@@ -140,6 +140,18 @@ def test_a_sentencepiece_model_that_a_json_cannot_express_is_refused(tmp_path):
         tokenizer.load(str(folder))
 
 
+def test_a_model_without_bos_is_exported_with_what_it_trains_with(tmp_path):
+    folder = tokenizer_files.write_unusual(tmp_path / "t", bos_id=-1)
+    ours = tokenizer.load(str(folder))
+    (tmp_path / "out").mkdir()
+    files_lib.write(ours, tmp_path / "out", 128)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.bos_token_id == ours.bos and theirs("the patient")["input_ids"] == [
+        ours.bos,
+        *ours.encode(b"the patient"),
+    ]
+
+
 def test_tokens_that_only_the_settings_name_are_refused(directories, tmp_path):
     shutil.copytree(directories[1], tmp_path, dirs_exist_ok=True)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

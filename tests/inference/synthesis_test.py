@@ -1,6 +1,7 @@
 """A corpus sampled from a run: what it follows from, how it goes on after a kill, and what its card says."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,6 +15,7 @@ from accounting.errors import InputError
 from dpgemma.gemma.synthesis import Candidate, Filter, Sampler, records
 from dpgemma.gemma.synthesis_settings import Prompts, SynthesisSettings
 from dpgemma.inference import models, similarity
+from dpgemma.inference.corpus import Corpus
 from tests.training.runs import COMMAND, ENVIRONMENT, call, wait_for
 
 TEXTS = ["rest.", "tea and rest.", "come back on day 7.", "no fever."]
@@ -93,6 +95,42 @@ def test_a_killed_synthesis_goes_on_to_the_same_corpus(trained, tmp_path):
     assert not list(tmp_path.glob(".killed*"))
     done = call(*given, f"--out={out}")
     assert done.returncode == 2 and "is there already" in done.stderr
+    card = (tmp_path / "killed.md").read_text()
+    assert card.replace("killed", "whole") == (tmp_path / "whole.md").read_text()
+
+
+def test_a_corpus_can_be_made_longer_until_it_is_complete(trained, tmp_path):
+    """Whatever number was asked for first; and a file that lost records is not gone on with."""
+    model, kept = models.load(str(trained)), Filter(SynthesisSettings(keep_duplicates=True))
+    settings = SynthesisSettings(num_records=7, batch_size=8, max_new_tokens=60, keep_duplicates=True)
+    sampler = Sampler(model.config, model.parameters, model.tokenizer, settings, Prompts(), packed=True, context=32)
+    corpus = Corpus.opened(tmp_path / "a.jsonl", {"seed": 0}, kept)
+    for number in (7, 15):
+        wanted = dataclasses.replace(settings, num_records=number)
+        for sampled, found in records(sampler, wanted, kept, corpus.candidates, corpus.records):
+            corpus.add(sampled, found, kept)
+        kept = Filter(settings)
+        corpus = Corpus.opened(tmp_path / "a.jsonl", {"seed": 0}, kept)
+    at_once = [one for _, found in records(sampler, wanted, Filter(settings), 0, 0) for one in found]
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert lines == [one.record() for one in at_once] and len(lines) == 15
+    assert sum(corpus.left_out.values()) == corpus.candidates - 15 and corpus.left_out == kept.left_out
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(InputError, match="is not as long as it was"):
+        Corpus.opened(tmp_path / "a.jsonl", {"seed": 0}, kept)
+
+
+def test_a_text_that_is_cut_has_not_ended(trained):
+    """Where prompts leave unequal room, and where packed rows are longer than what is asked for."""
+    model = models.load(str(trained))
+    for prompts, packed, context in ((Prompts(("a", "abcdef" * 3)), False, 200), (Prompts(), True, 200)):
+        settings = SynthesisSettings(max_new_tokens=5, batch_size=16, temperature=2.0)
+        sampler = Sampler(
+            model.config, model.parameters, model.tokenizer, settings, prompts, packed=packed, context=context
+        )
+        for candidate in sampler.sample(range(16)):
+            length = len(model.tokenizer.encode(candidate.text.encode()))
+            assert candidate.ended == (length < 5) or not candidate.text.isascii()
 
 
 def test_prompts_are_drawn_by_their_weights_and_answered(trained, tmp_path):
@@ -111,7 +149,7 @@ def test_prompts_are_drawn_by_their_weights_and_answered(trained, tmp_path):
     )
     model = models.load(str(trained))
     prompts = Prompts(("tea", "rest"), (3.0, 1.0))
-    sampler = Sampler(model.config, model.parameters, model.tokenizer, SynthesisSettings(), prompts, "sequence")
+    sampler = Sampler(model.config, model.parameters, model.tokenizer, SynthesisSettings(), prompts, packed=True)
     drawn = collections.Counter(sampler.prompt_of(number) for number in range(4000))
     # 4000 fair draws: a share beyond five standard deviations of 0.75 has a chance below 1e-6.
     assert abs(drawn[0] / 4000 - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 4000)
@@ -187,5 +225,15 @@ def test_distances_and_near_copies_are_what_they_are_said_to_be(trained, tmp_pat
     assert done.returncode == 0 and "near-copies" not in done.stdout + done.stderr  # there is no terminal
     kept = json.loads((trained / "private" / "synthesis.jsonl").read_text())
     assert kept["records"] == 10 and kept["near_copies"] == 0 and kept["halves"]["near_copies"] == 10
+    assert 0 < kept["characters"] < 1
+    # A copy is found whatever the fields of the real records are called.
+    (tmp_path / "copied.jsonl").write_text(json.dumps({"text": f"seen: {long}"}) + "\n")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": long}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    for real in ("real", "chats"):
+        found, _ = similarity.compare(str(tmp_path / "copied.jsonl"), str(tmp_path / f"{real}.jsonl"), "note")
+        assert found.near_copies == 1 and found.words < 1
+    with pytest.raises(InputError, match=r"record 1 of .* has no text in field 'other'"):
+        similarity.compare(str(tmp_path / "copied.jsonl"), str(tmp_path / "real.jsonl"), "other")
     assert kept["words"] > kept["halves"]["words"]
     (trained / "private" / "synthesis.jsonl").unlink()

@@ -78,6 +78,8 @@ def test_a_run_that_goes_on_is_said_to_be_running(workdir, capsys):
     edit(workdir / "ledger.jsonl", '"step":0', '"step":9')
     code, result = audited(capsys, workdir)
     assert code == 1 and {finding["kind"] for finding in result["findings"]} == {"ledger_edited"}
+    (workdir / "ledger.jsonl").write_text(before.replace("\n", "\nnonsense\n", 1))
+    assert audited(capsys, workdir)[0] == 1
     (workdir / "ledger.jsonl").write_text(before)
     trainer.unlock()
     assert cli.main(["audit", str(workdir)]) == 1

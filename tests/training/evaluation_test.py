@@ -28,6 +28,8 @@ def events(folder):
         while at < len(content):
             size = int.from_bytes(content[at : at + 8], "little")
             event = Event.FromString(content[at + 12 : at + 12 + size])
+            if folder.name != "tensorboard" and event.summary.value:
+                assert event.wall_time == event.step  # no time of a step is told
             found += [(value.tag, value.simple_value, event.step) for value in event.summary.value]
             at += 12 + size + 4
     return found

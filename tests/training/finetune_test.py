@@ -269,6 +269,16 @@ def test_a_name_of_the_hub_is_what_was_downloaded(base, data, tmp_path, monkeypa
     assert done.returncode == 0, done.stderr
     named = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == "google/gemma-3-tiny"
+    # As a tokenizer, and a file whose path looks like such a name.
+    for name in ("google/gemma-3-tiny", "tokens/own.model"):
+        (tmp_path / "tokens").mkdir(exist_ok=True)
+        tokenizer_files.write(tmp_path / "written")
+        shutil.copy(tmp_path / "written" / "tokenizer.model", tmp_path / "tokens" / "own.model")
+        monkeypatch.chdir(tmp_path)
+        done = train(base, data, tmp_path / name.replace("/", "_"), f"--tokenizer={name}", "--steps=1")
+        assert done.returncode == 0, done.stderr
+        done = call("sample", f"--workdir={tmp_path / name.replace('/', '_')}", "--prompt=the", "--max_new_tokens=2")
+        assert done.returncode == 0, done.stderr
 
 
 REFUSALS = {

@@ -12,6 +12,7 @@ _PEOPLE = {
     "username", "worker", "email",
 }  # fmt: skip
 _OTHER = {"id", "key", "no", "nr", "num", "number", "name", "hash", "uid", "uuid", "pseudonym", "ref", "index"}
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Values of a field that are told apart.
 _MOST_VALUES = 1 << 20
@@ -23,7 +24,7 @@ def names_a_person(field: str) -> bool:
     >>> [names_a_person(name) for name in ("user_id", "PatientNo", "author", "id", "user_agent", "authorship")]
     [True, True, True, False, False, False]
     """
-    words = [word.lower() for word in _WORD.findall(field)]
+    words = [word.lower() for word in _WORD.findall(field)] if _PLAIN.fullmatch(field) else []
     return bool(words) and words[0] in _PEOPLE and set(words[1:]) <= _OTHER
 
 

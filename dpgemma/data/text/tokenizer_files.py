@@ -26,7 +26,7 @@ def write(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int, templa
 
     made, names = tokenizer.as_fast()
     fast = Fast.from_str(made.to_str())
-    bos = names["bos"]
+    bos = names.get("bos") or fast.id_to_token(tokenizer.bos)
     fast.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos)]
     )
@@ -34,6 +34,8 @@ def write(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int, templa
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": token for name, token in names.items()},
+        "bos_token": bos,
+        "eos_token": names.get("eos") or fast.id_to_token(tokenizer.eos),
         "pad_token": names.get("pad") or fast.id_to_token(tokenizer.pad),
         "add_bos_token": True,
         "add_eos_token": False,
