@@ -19,6 +19,7 @@ def test_every_example_is_tried_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_loss", "train_and_sample"}
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_is_learned_under_a_budget():
     distance, epsilon = load("own_loss").main()
     assert distance < 0.1 and 1 < epsilon < 5

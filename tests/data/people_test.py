@@ -2,6 +2,7 @@
 
 import json
 
+from dpgemma.data.limits import Limits
 from dpgemma.data.text import units
 from dpgemma.data.text.people import names_a_person
 from dpgemma.data.text.pieces import Reading
@@ -33,6 +34,16 @@ def test_values_that_repeat_are_told_and_names_of_people_are_known(tmp_path):
     assert any("field 'user_id' has 9 values in 60 records" in remark for remark in read.remarks)
     assert found(tmp_path, [{**r, "id": i // 2} for i, r in enumerate(records)]).people.repeated()["id"] == 30
     # One record each: nothing repeats. Where users are protected, there is nothing to tell.
+    assert (
+        units.read(
+            str(tmp_path / "notes.jsonl"),
+            ByteTokenizer(),
+            Reading("user", 64, "text", "user_id"),
+            260,
+            Limits(4, "first", b""),
+        ).people
+        is None
+    )
     single = found(tmp_path, [{"text": "a", "user_id": i} for i in range(20)])
     assert single.people.repeated() == {} and not any("user_id" in remark for remark in single.remarks)
 
@@ -66,6 +77,3 @@ def test_the_first_lines_say_unit_model_and_what_is_needed(tmp_path):
     assert "7 values" not in done.stderr and "400 records" not in done.stderr  # facts about private data
     told = (tmp_path / "rows" / "private" / "log").read_text()
     assert "field 'patient' has 7 values in 400 records" in told and "400 records, " in told
-    users = [f"--workdir={tmp_path / 'users'}", "--privacy_unit=user", "--user_field=patient", "--batch_size=2"]
-    done = call(*given, *users, "--sequence_length=32", "--epsilon=inf", "--holdout_fraction=0")
-    assert done.returncode == 0 and "no person is protected" not in done.stderr, done.stderr

@@ -92,7 +92,7 @@ def test_a_run_that_gets_further_is_not_given_up(notes, tmp_path):
 BAD = {
     "no file": (["--workdir={tmp}/out"], "which grid to run"),
     "missing file": (["{tmp}/none.toml"], "does not exist"),
-    "no preset": (["{tmp}/preset.toml"], "'ladder_9t' is no preset"),
+    "no preset": (["{tmp}/preset.toml"], "ladder_9t is no preset"),
     "long rows": (["{tmp}/rows.toml"], "exceeds the 256 tokens"),
     "no data": (["{tmp}/data.toml"], "no file matches"),
     "mesh": (["{tmp}/mesh.toml"], "mesh must be"),

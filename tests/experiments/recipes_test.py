@@ -69,7 +69,7 @@ def test_vaultgemmas_numbers_are_the_published_ones():
     assert wanted(settings.mesh).devices == 2048 and 1 - 517_989 / settings.max_batch_size < 0.02
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "laptop" else slow) for n in RECIPES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=slow) for n in RECIPES])
 def test_the_step_of_a_recipe_compiles(name):
     preset, _ = RECIPES[name]
     settings = settings_of(name)

@@ -40,7 +40,8 @@ def test_units_of_several_rows_have_the_same_sums_on_every_mesh(family):
     assert 0.99 < alone <= 1
 
 
-@pytest.mark.parametrize("family", ["vaultgemma_1b", *(pytest.param(name, marks=slow) for name in FAMILIES[1:])])
+@slow
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype, far", [("float32", 1e-5), pytest.param("bfloat16", 0.1, marks=slow)])
 def test_fully_sharded_parameters_give_the_sums_of_whole_ones(family, dtype, far):
     norm, away, norms_away, alone = eight.result_of(f"sums({FULLY_SHARDED!r}, {family!r}, {dtype!r}, 'ghost')")

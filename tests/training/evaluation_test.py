@@ -67,6 +67,7 @@ def test_losses_go_to_private_files_unless_their_data_are_public(data, tmp_path)
     assert done.returncode == 2 and "speaks of data that nobody gave" in done.stderr
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_bit_of_the_run(data, tmp_path):
     """A run goes on with other measurements, and its steps are made from the same secrets."""
     workdir = tmp_path / "run"

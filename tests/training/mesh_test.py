@@ -18,6 +18,7 @@ def finished(text, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_where_layers_are_spread(finished, text, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/6")

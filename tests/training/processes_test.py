@@ -101,7 +101,7 @@ def test_the_states_of_a_run_do_not_depend_on_the_number_of_processes(count, mes
     assert with_known_keys(count, text, tmp_path / "together", **changes) == alone
 
 
-@pytest.mark.parametrize("victim, count", [(1, 2), slow(0, 2), slow(2, 4)])
+@pytest.mark.parametrize("victim, count", [slow(1, 2), slow(0, 2), slow(2, 4)])
 def test_none_outlives_another_and_another_number_of_processes_goes_on(victim, count, text, tmp_path):
     workdir = tmp_path / "run"
     processes = runs.start_together(count, *flags(text, workdir, steps=60, mesh=f"data:{count}", checkpoint_every=5))

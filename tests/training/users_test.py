@@ -74,6 +74,7 @@ def test_a_report_says_what_holds_for_a_patient(notes, tmp_path):
     assert found.returncode == 1 and "config.json rows_per_unit" in found.stdout
 
 
+@pytest.mark.slow
 def test_rows_that_are_drawn_one_by_one_are_charged_as_a_group(notes, tmp_path, capsys):
     """Epsilon by dp-accounting's mixture of Gaussians, batches by the sampler alone, and ledgers that say otherwise."""
     work = tmp_path / "run"
