@@ -47,6 +47,7 @@ def render(executed: Executed, content: dict[str, Any], meaning: Meaning, points
     title = f"Privacy report of run {content['run_id'][:8]}"
     body = [
         f"<h1>{escape(title)}</h1>",
+        f'<p class="quiet">{escape(_subject(executed))}</p>',
         f'<p class="quiet">{escape(_status(executed))}</p>',
         f'<div class="{"" if private else "none"}"><p class="number">ε = {_number(content["epsilon"])}</p>'
         f'<p class="lead">at δ = {content["delta"]!r}, for one unit:'
@@ -105,6 +106,15 @@ def _number(value: Any) -> str:
     if isinstance(value, str) or not math.isfinite(value):
         return "∞"
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _subject(executed: Executed) -> str:
+    """Model and data, in one line."""
+    facts = executed.declared
+    of = f"{facts['trained_parameters']:,} of {facts['parameters']:,} parameters trained"
+    return (
+        f"Model {facts['model']} ({of}) on {executed.planned.num_units:,} units of the kind {facts['privacy_unit']!r}."
+    )
 
 
 def _status(executed: Executed) -> str:
