@@ -507,4 +507,26 @@ MUTATIONS = (
         "m.noise_multiplier, above, below, rest, rest)", "m.noise_multiplier, above, (), rest)",
         ("tests/accounting/replaced_test.py",),
     ),
+    Mutation(
+        "a model of one's own", "every step has the noise of the first", "dpgemma/training/fit.py",
+        "noise_keys(keys.noise, t)", "noise_keys(keys.noise, 0)", ("tests/training/fit_test.py", "-k", "steps_are"),
+    ),
+    Mutation(
+        "a model of one's own", "keys are the same for every run", "dpgemma/training/fit.py",
+        "keys = keys or Keys.new()", "keys = keys or Keys(bytes(32), bytes(32))",
+        ("tests/training/fit_test.py", "-k", "keys_are_new"),
+    ),
+    Mutation(
+        "public figures", "TensorBoard's public folder gets the loss", "dpgemma/commands/tensorboard.py",
+        'self._private.add_scalar("loss",', 'self._public.add_scalar("loss",',
+        ("tests/training/evaluation_test.py", "-k", "losses_go"),
+    ),
+    Mutation(
+        "public figures", "the loss is shown where standard error is no terminal", "dpgemma/commands/terminal.py",
+        "[loss] if self._shows_private else []", "[loss]", ("tests/training/secrecy_test.py", "-k", "all_that_is_said"),
+    ),
+    Mutation(
+        "synthetic text", "a card without the run's deviations", "accounting/report/card.py",
+        "Deviations of the run:\n\n{deviations}", "", ("tests/inference/synthesis_test.py", "-k", "card"),
+    ),
 )  # fmt: skip

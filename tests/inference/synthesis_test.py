@@ -64,6 +64,8 @@ def test_the_card_states_the_runs_guarantee(trained, tmp_path):
     card, report = (tmp_path / "a.md").read_text(), json.loads((trained / "report.json").read_text())
     assert f"This corpus is ({report['epsilon']}, 0.0001)-differentially private" in card
     assert report["statement"] in card and report["run_id"] in card
+    told = card.partition("Deviations of the run:\n\n")[2]
+    assert told.startswith("".join(f"- {line}\n" for line in report["deviations"] or ["none"]))
     assert hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest() in card
     # The ledger, or the checkpoint's place in it, is another.
     copied = shutil.copytree(trained, tmp_path / "copy")

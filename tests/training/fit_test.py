@@ -38,20 +38,21 @@ def test_epsilon_is_that_of_the_command_line(given):
 
 
 def test_steps_are_those_that_keys_and_data_say():
-    """One step of gradient descent, made again from the keys: draw, clipped gradients, noise in whole numbers."""
+    """Steps of gradient descent, made again from the keys: draw, clipped gradients, noise in whole numbers."""
     fitted = fit(
-        squared_error, jnp.zeros(3), RECORDS, delta=1e-5, batch_size=60, steps=1, noise_multiplier=0.8, clip_norm=0.5,
+        squared_error, jnp.zeros(3), RECORDS, delta=1e-5, batch_size=60, steps=3, noise_multiplier=0.8, clip_norm=0.5,
         optimizer=optax.sgd(1.0), keys=KEYS,
     )  # fmt: skip
-    drawn = sampler_of(fitted.mechanism.sampling).draw(KEYS.sampling, 0)
-    gradients = -2 * RECORDS["y"][drawn, None].astype(np.float64) * X[drawn]
-    clipped = gradients * np.minimum(1, 0.5 / np.linalg.norm(gradients, axis=1))[:, None]
-    bits = fitted.mechanism.noise.grid_bits
-    noise = noise_of(KEYS.noise, 0, 0, (3,), bits) * 0.5 * 0.8 / (2.0**bits * (1 - 2.0**-11))
-    expected = -(clipped.sum(axis=0) + noise) / 60
-    np.testing.assert_allclose(fitted.parameters, expected, atol=2e-6)
-    losses = RECORDS["y"][drawn].astype(np.float64) ** 2
-    assert fitted.losses == pytest.approx([losses.mean()], rel=1e-5)
+    bits, weights = fitted.mechanism.noise.grid_bits, np.zeros(3)
+    for t in range(3):
+        drawn = sampler_of(fitted.mechanism.sampling).draw(KEYS.sampling, t)
+        errors = X[drawn].astype(np.float64) @ weights - RECORDS["y"][drawn]
+        assert fitted.losses[t] == pytest.approx((errors**2).mean(), rel=1e-5)
+        gradients = 2 * errors[:, None] * X[drawn]
+        clipped = gradients * np.minimum(1, 0.5 / np.linalg.norm(gradients, axis=1))[:, None]
+        noise = noise_of(KEYS.noise, t, 0, (3,), bits) * 0.5 * 0.8 / (2.0**bits * (1 - 2.0**-11))
+        weights = weights - (clipped.sum(axis=0) + noise) / 60
+    np.testing.assert_allclose(fitted.parameters, weights, atol=5e-6)
 
 
 def test_keys_are_new_for_every_run_and_the_start_stays():
