@@ -8,7 +8,8 @@ import pathlib
 import sys
 
 import dpgemma
-from dpgemma.gemma.answers import AnswerSettings, answer
+from dpgemma.gemma.answers import answer
+from dpgemma.gemma.sampling_settings import SamplingSettings
 from dpgemma.training.observers import Silent
 
 
@@ -30,7 +31,7 @@ def main(file: str, folder: str, steps: int = 20) -> str:
     report = json.loads((pathlib.Path(folder) / "report.json").read_text())
     print(f"epsilon {report['epsilon']} at delta {report['delta']}; held-out {measured}")
     model = dpgemma.load(folder)
-    chosen = AnswerSettings(max_new_tokens=40, seed=1)
+    chosen = SamplingSettings(max_new_tokens=40, seed=1)
     return answer(model.config, model.parameters, model.require_tokenizer(), ["The "], chosen)[0]
 
 

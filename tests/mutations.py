@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 
-from tests.breaches import MUTATIONS, Mutation
+from tests.breaches import MUTATIONS
+from tests.breaches.mutation import Mutation
 
 ROOT = pathlib.Path(__file__).parents[1]
 COPIED = ("dpgemma", "accounting", "experiments", "tests", "pyproject.toml", "README.md", "docs", "examples")

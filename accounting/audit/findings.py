@@ -100,7 +100,7 @@ class AuditResult:
             "a process is training this run: files that it writes were not compared with the ledger; audit the run"
             " again when it has ended"
         )
-        where = (run_files.LEDGER, "private", run_files.KEYS)
+        where = (run_files.LEDGER, run_files.PRIVATE)
         findings = tuple(
             finding
             for finding in self.findings

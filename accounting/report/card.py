@@ -23,9 +23,7 @@ def model_card(report: dict[str, Any], step: int) -> str:
         "noise_batch_ratio", "clip_norm", "steps", "accountant", "cross_check", "run_id", "ledger_head",
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {report[name]} |" for name in rows if name in report)
-    assumed = "".join(f"\n- {line}" for line in report.get("assumptions", ()))
-    assumptions = f"\nAssumptions:\n{assumed}\n" if assumed else ""
-    deviations = "\n".join(f"- {line}" for line in report["deviations"]) or "- none"
+    assumptions, deviations = _assumptions(report, "Assumptions"), _deviations(report)
     # Cards of earlier versions have none, and stay as they were.
     front = _FRONT_MATTER if "tokenizer_sha256" in report else ""
     unfinished = "" if report["finished"] else f"\nThis is an unfinished run, exported at step {step}.\n"
@@ -45,6 +43,15 @@ Deviations:
 """
 
 
+def _assumptions(report: dict[str, Any], heading: str) -> str:
+    assumed = "".join(f"\n- {line}" for line in report.get("assumptions", ()))
+    return f"\n{heading}:\n{assumed}\n" if assumed else ""
+
+
+def _deviations(report: dict[str, Any]) -> str:
+    return "\n".join(f"- {line}" for line in report["deviations"]) or "- none"
+
+
 def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str:
     """The card of a synthetic corpus: what holds for it, because it was made from a run's parameters alone.
 
@@ -54,9 +61,7 @@ def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str
       facts: of the file and of how it was sampled, by name.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    assumed = "".join(f"\n- {line}" for line in report.get("assumptions", ()))
-    assumptions = f"\nAssumptions of the run:\n{assumed}\n" if assumed else ""
-    deviations = "\n".join(f"- {line}" for line in report["deviations"]) or "- none"
+    assumptions, deviations = _assumptions(report, "Assumptions of the run"), _deviations(report)
     unfinished = "" if report["finished"] else f"\nThe run is unfinished; the corpus comes from step {step} of it.\n"
     if report["epsilon"] == "inf":
         holds = "No guarantee holds for this corpus, because none holds for the model that it was sampled from."

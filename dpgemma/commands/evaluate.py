@@ -72,7 +72,7 @@ def run(fv: flags.FlagValues) -> int:
     found = evaluating.evaluate(
         model,
         fv.data,
-        sequence_length=fv.sequence_length or length,
+        sequence_length=length if fv.sequence_length is None else fv.sequence_length,
         text_field=fv.text_field,
         dtype=fv.dtype,
         limit=fv.limit,

@@ -8,7 +8,8 @@ from absl import flags
 
 from accounting.errors import InputError
 from dpgemma.commands import command_flags, places
-from dpgemma.gemma.answers import AnswerSettings, answer
+from dpgemma.gemma.answers import answer
+from dpgemma.gemma.sampling_settings import SamplingSettings
 
 DESCRIPTION = "Generate text from the latest checkpoint of a run, or from a Hugging Face directory."
 
@@ -26,12 +27,12 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.switch(
         "chat", "Puts each prompt into a user turn of Gemma's chat markup and prints the answer alone.", fv
     )
-    command_flags.define_from_dataclass(AnswerSettings, fv)
+    command_flags.define_from_dataclass(SamplingSettings, fv)
 
 
 def run(fv: flags.FlagValues) -> int:
-    given: dict[str, Any] = {field.name: fv[field.name].value for field in dataclasses.fields(AnswerSettings)}
-    settings = AnswerSettings(**given)
+    given: dict[str, Any] = {field.name: fv[field.name].value for field in dataclasses.fields(SamplingSettings)}
+    settings = SamplingSettings(**given)
     if not (fv.workdir or fv.init_from):
         raise InputError(
             "say which model to use: `workdir`=FOLDER of a run, or `init_from`=FOLDER in Hugging Face format"

@@ -1,46 +1,17 @@
-"""Answers of a model to prompts, and the settings by which they are chosen.
+"""Answers of a model to prompts.
 
 Nothing heavy is imported before `answer` is called, so that --help answers at once.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from accounting.errors import InputError
-from dpgemma.choices import DTYPES
-from dpgemma.gemma.next_token import Sampling
+from dpgemma.gemma.sampling_settings import SamplingSettings
 
 if TYPE_CHECKING:
     from dpgemma.data.text.tokenizer import Tokenizer
     from dpgemma.gemma.config import GemmaConfig
-
-
-def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerSettings:
-    """How answers are chosen, with the text that --help shows."""
-
-    max_new_tokens: int = _setting(120, "Most tokens to generate.")
-    temperature: float = _setting(1.0, "0 takes the likeliest token, 1 samples from the model's distribution.")
-    top_k: int | None = _setting(None, "Only the k likeliest tokens.")
-    top_p: float = _setting(1.0, "Only the likeliest tokens whose probabilities together reach p.")
-    seed: int = _setting(0, "Seed of the sampling.")
-    dtype: str = _setting("float32", "Type of activations and matrix products.", DTYPES)
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}")
-        try:
-            self.sampling()
-        except ValueError as error:
-            raise InputError(str(error)) from None
-
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
 def answer(
@@ -48,7 +19,7 @@ def answer(
     parameters: dict[str, Any],
     tokenizer: "Tokenizer",
     prompts: Sequence[str],
-    settings: AnswerSettings,
+    settings: SamplingSettings,
     *,
     chat: bool = False,
 ) -> list[str]:

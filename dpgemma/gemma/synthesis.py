@@ -140,8 +140,9 @@ class Sampler:
         ended, going = [False] * len(numbers), list(range(len(numbers)))
         for round_ in range(-(-2 * settings.max_new_tokens // context) + 1):
             prompts = [self._continued(self._starts[which[i]], written[i]) for i in going]
-            for i, new in zip(going, self._generate(prompts, [numbers[i] for i in going], round_), strict=True):
-                room = self._size - len(prompts[going.index(i)])
+            found = self._generate(prompts, [numbers[i] for i in going], round_)
+            for i, prompt_ids, new in zip(going, prompts, found, strict=True):
+                room = self._size - len(prompt_ids)
                 ended[i] = len(new) < min(room, settings.max_new_tokens)
                 written[i] += [int(token) for token in new]
             going = [i for i in going if not ended[i] and self._packed and len(written[i]) < settings.max_new_tokens]
@@ -164,7 +165,7 @@ class Sampler:
         return np.array([self._tokenizer.bos, *kept], np.int32)
 
     def _generate(self, prompts: list[np.ndarray], numbers: Sequence[int], round_: int) -> list[np.ndarray]:
-        """One round for texts that are filled up to a half, a quarter ... of a batch: few programs do then."""
+        """One round. Few texts are filled up to a half, a quarter ... of a batch, so that few programs are compiled."""
         size = self._settings.batch_size
         while size // 2 >= len(prompts):
             size //= 2

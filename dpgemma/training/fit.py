@@ -139,9 +139,9 @@ def fit(
 
     Formal guarantee: the trained parameters are (epsilon, delta)-differentially private with respect to one record,
     whose place an empty one takes in a neighbouring data set, whatever the record holds; given that `loss` of a record
-    is a function of that record and the parameters, that the keys stay secret, and that no loss is shown. Tested by
-    tests/training/fit_test.py::test_epsilon_is_that_of_the_command_line and
-    tests/training/fit_test.py::test_steps_are_those_that_keys_and_data_say.
+    is a function of that record and the parameters, that the start and the optimizer are public, that the keys stay
+    secret, and that no loss is shown. Tested by tests/training/fit_test.py::test_epsilon_is_that_of_the_command_line,
+    ::test_steps_are_those_that_keys_and_data_say and ::test_one_record_moves_the_sum_by_no_more_than_the_clip_norm.
 
     >>> import jax.numpy as jnp
     >>> x = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)

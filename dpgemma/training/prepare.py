@@ -38,7 +38,7 @@ from dpgemma.training.observers import Observer, phase
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.settings import Settings
-from dpgemma.training.trainer import Evaluation, Trainer
+from dpgemma.training.trainer import Trainer, UnitsToMeasure
 
 # Settings of units of several rows that a ledger records.
 _OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling", "ownership")
@@ -231,7 +231,7 @@ def _prepare(
     return Trainer(plan, objective, drawn, run, observers, held_out=held_out, evaluation=evaluation)
 
 
-def _evaluation(settings: Settings, objective: CausalLM, held_out: UnitSource) -> Evaluation | None:
+def _evaluation(settings: Settings, objective: CausalLM, held_out: UnitSource) -> UnitsToMeasure | None:
     """What is measured while steps are taken.
 
     Raises:
@@ -239,12 +239,12 @@ def _evaluation(settings: Settings, objective: CausalLM, held_out: UnitSource) -
     """
     if settings.eval_data is None:
         every = settings.eval_every
-        return None if every is None else Evaluation(held_out, every, "held-out units", is_public=False)
+        return None if every is None else UnitsToMeasure(held_out, every, "held-out units", is_public=False)
     found = data.records_of(
         settings.eval_data, objective.tokenizer, objective.length, objective.model.vocab_size, settings.text_field
     )
     every = settings.eval_every or settings.checkpoint_every
-    return Evaluation(found.units, every, settings.eval_data, settings.public_eval_data)
+    return UnitsToMeasure(found.units, every, settings.eval_data, settings.public_eval_data)
 
 
 def _whole_names(named: Settings) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from accounting.mechanism import Mechanism
 from dpgemma.objectives.protocol import Objective
 
 _SIZE, _SECONDS = 512, 0.1
-# A step's operations take so much longer than a product of square matrices: of six models' runs on two cores it was
-# between 1.5 and 4 (tiny to 270 million parameters).
+# A step takes so much longer than a product of matrices of as many operations: a choice between what runs of three
+# models took on two cores, 2.1 times (tiny), 4.6 (850,000 parameters) and 2.1 (270 million).
 _OVERHEAD = 2.5
 
 

@@ -29,7 +29,7 @@ from dpgemma.training.step import TrainState, TrainStep, make_train_step, state_
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class UnitsToMeasure:
     """Units that are measured while steps are taken.
 
     Attributes:
@@ -77,7 +77,7 @@ class Trainer:
         observers: Sequence[Observer] = (),
         *,
         held_out: UnitSource | None = None,
-        evaluation: Evaluation | None = None,
+        evaluation: UnitsToMeasure | None = None,
     ) -> None:
         """Takes the run as it was opened or created.
 

@@ -6,6 +6,7 @@ from accounting.errors import InputError
 from dpgemma.gemma import decoder
 from dpgemma.gemma.presets import PRESETS
 from dpgemma.training import defaults
+from dpgemma.training.prepare import prepare
 from dpgemma.training.settings import Settings
 
 
@@ -49,6 +50,22 @@ def test_what_is_given_stays_and_what_is_omitted_is_known():
         and settings.with_fitting_batch(100).omitted == settings.omitted
     )
     assert settings.with_fitting_batch(4096) is settings
+    assert settings.replaced(mesh="data:2").omitted == settings.omitted
     assert Settings(batch_size=90).with_fitting_batch(100).batch_size == 90
     with pytest.raises(InputError, match="no Hugging Face directory"):
         Settings(init_from="/nowhere")
+
+
+def test_a_batch_that_is_left_out_does_not_tell_how_many_units_there_are(tmp_path):
+    """Under add_or_remove their number is private: the default follows the declared one."""
+    batches = []
+    for count in (90, 150):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(f'{{"prompt": "{i}", "response": "a"}}\n' for i in range(count)))
+        settings = Settings(
+            model="ladder_20k", data=str(path), sequence_length=16, steps=1, num_units=200, mesh="data:1",
+            neighbouring_relation="add_or_remove", holdout_fraction=0.0,
+        )  # fmt: skip
+        with prepare(settings, str(tmp_path / f"run_{count}")) as trainer:
+            batches.append(trainer.plan.mechanism.expected_batch_size)
+    assert batches == [50, 50]

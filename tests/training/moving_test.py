@@ -43,7 +43,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     """A run that goes on computes as it began; the mesh may change where sums are whole numbers."""
     directory = RunDirectory(finished[0])
     config, start = directory.config(), ledger_lib.read(finished[0] / "ledger.jsonl")[0]
-    facts = {name: start[name] for name in ("num_units", "model", "seal")}
+    facts = {name: start[name] for name in ("num_units", "model", "seal", "tokenizer_sha256")}
     fingerprint = json.loads(directory.data_file.read_text())["fingerprint"]
     directory.check_resumable(config, fingerprint, facts)
     free = {*OPERATIONAL, "data", "init_from", "tokenizer", "mesh"}

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from accounting.errors import InputError
 from dpgemma.data.text import chat, shapes
 from dpgemma.data.text.shapes import Conversation
-from dpgemma.data.text.tokenizer import Tokenizer, utf8
+from dpgemma.data.text.tokenizer import Tokenizer
 
 
 def encoded(record: dict[str, Any], tokenizer: Tokenizer, text_field: str) -> tuple[np.ndarray, np.ndarray]:
@@ -23,18 +22,8 @@ def encoded(record: dict[str, Any], tokenizer: Tokenizer, text_field: str) -> tu
     if isinstance(found, Conversation):
         return chat.turns(tokenizer, found.messages, found.learned_from)
     if found is None:
-        prompt, response = np.zeros(0, np.int32), tokenizer.encode(_text(record, text_field))
+        prompt, response = np.zeros(0, np.int32), tokenizer.encode(shapes.text(record, text_field))
     else:
         prompt, response = tokenizer.encode(found.prompt), tokenizer.encode(found.response)
     ids = np.concatenate([prompt, response, [tokenizer.eos]]).astype(np.int32)
     return ids, np.arange(len(ids)) >= len(prompt)
-
-
-def _text(record: dict[str, Any], field: str) -> bytes:
-    value = record.get(field)
-    if isinstance(value, str):
-        return utf8(value)
-    if not isinstance(value, bytes):
-        fields = " or ".join([f"{shapes.PROMPT} and {shapes.RESPONSE}", shapes.MESSAGES])
-        raise InputError(f"no text in its field {field!r}: name the field with `text_field`, or give {fields}")
-    return value

@@ -46,10 +46,13 @@ def of_bytes() -> Any:
     return made
 
 
-def of_sentencepiece(path: pathlib.Path) -> tuple[Any, dict[str, str]]:
+def of_sentencepiece(path: pathlib.Path, markup: tuple[str, ...]) -> tuple[Any, dict[str, str]]:
     """A SentencePiece model as (tokenizer, its pieces for pad, eos, bos and unk).
 
     Control pieces, the unknown piece and user-defined ones are found in a text before all others, as transformers does.
+
+    Args:
+      markup: user-defined pieces that are no text: decoding leaves them out.
 
     Raises:
       InputError: a file that is none, or a model that the library cannot express.
@@ -68,7 +71,7 @@ def of_sentencepiece(path: pathlib.Path) -> tuple[Any, dict[str, str]]:
     if kind not in (_UNIGRAM, _BPE) or spaces_last:
         raise InputError(f"{path} is a SentencePiece model of words, of characters or with spaces behind words: train"
                          " one of the kind unigram or bpe")  # fmt: skip
-    made = _converted(model)
+    made = _converted(model, markup)
     names = {
         name: original.id_to_piece(number)
         for name in ("pad", "eos", "bos", "unk")
@@ -82,14 +85,14 @@ def of_sentencepiece(path: pathlib.Path) -> tuple[Any, dict[str, str]]:
     return made, names
 
 
-def _converted(model: Any) -> Any:
+def _converted(model: Any, markup: tuple[str, ...]) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pieces, spec, trained = model.pieces, model.normalizer_spec, model.trainer_spec
     unknown = next(number for number, piece in enumerate(pieces) if piece.type == _UNKNOWN)
     defined = [piece.piece for piece in pieces if piece.type == _USER_DEFINED]
-    turns = [piece for piece in defined if _is_turn(piece)]
-    others = [piece for piece in defined if not _is_turn(piece)]
+    turns = [piece for piece in defined if piece in markup]
+    others = [piece for piece in defined if piece not in markup]
     # Where spaces are added or removed, that has to happen before a text is divided at user-defined pieces.
     divides_later = bool(others) and (spec.add_dummy_prefix or spec.remove_extra_whitespaces)
     kind = trained.model_type
@@ -135,10 +138,6 @@ def _converted(model: Any) -> Any:
     if not divides_later:
         made.add_tokens([AddedToken(piece, normalized=False) for piece in others])
     return made
-
-
-def _is_turn(piece: str) -> bool:
-    return piece in ("<start_of_turn>", "<end_of_turn>")
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:

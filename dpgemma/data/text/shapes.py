@@ -72,7 +72,7 @@ def of(record: dict[str, Any], *, has_turns: bool) -> Conversation | Pair | None
         asked = _list_of(record[PROMPT], PROMPT)
         return Conversation([*asked, *_list_of(record[COMPLETION], COMPLETION)], len(asked))
     if PROMPT in record:
-        return _pair(_text(record, PROMPT), _text(record, COMPLETION if COMPLETION in record else RESPONSE))
+        return _pair(text(record, PROMPT), text(record, COMPLETION if COMPLETION in record else RESPONSE))
     if _is_instruction(record):
         return _alpaca(record, has_turns=has_turns)
     return None
@@ -81,12 +81,12 @@ def of(record: dict[str, Any], *, has_turns: bool) -> Conversation | Pair | None
 def _alpaca(record: dict[str, Any], *, has_turns: bool) -> Conversation | Pair:
     if record.get("history"):
         raise InputError("its field 'history' holds earlier turns: write them as messages")
-    asked = [_text(record, _INSTRUCTION), *(_text(record, field) for field in _INPUTS if record.get(field))]
-    system = [_text(record, _SYSTEM)] if record.get(_SYSTEM) else []
-    answer = _text(record, next(field for field in _OUTPUTS if field in record))
+    asked = [text(record, _INSTRUCTION), *(text(record, field) for field in _INPUTS if record.get(field))]
+    system = [text(record, _SYSTEM)] if record.get(_SYSTEM) else []
+    answer = text(record, next(field for field in _OUTPUTS if field in record))
     if not has_turns:
         return _pair(b"\n".join([*system, *asked]) + b"\n", answer)
-    messages = [{"role": "system", "content": text.decode(errors="replace")} for text in system]
+    messages = [{"role": "system", "content": said.decode(errors="replace")} for said in system]
     messages.append({"role": "user", "content": b"\n".join(asked).decode(errors="replace")})
     return Conversation([*messages, {"role": "assistant", "content": answer.decode(errors="replace")}])
 
@@ -119,7 +119,12 @@ def _spoken(turn: Any) -> Any:
     return {"role": _SPEAKERS[speaker], "content": turn["value"]}
 
 
-def _text(record: dict[str, Any], field: str) -> bytes:
+def text(record: dict[str, Any], field: str) -> bytes:
+    """The text of a field.
+
+    Raises:
+      InputError: it holds none.
+    """
     value = record.get(field)
     if isinstance(value, str):
         return utf8(value)

@@ -133,7 +133,8 @@ class SentencePieceTokenizer(FastTokenizer):
                 f"no tokenizer file at {path}: give a SentencePiece .model file, a Hugging Face directory, or"
                 f" `tokenizer`={BYTE}"
             )
-        super().__init__(pathlib.Path(path), *fast_tokenizers.of_sentencepiece(pathlib.Path(path)))
+        markup = (START_OF_TURN, END_OF_TURN)
+        super().__init__(pathlib.Path(path), *fast_tokenizers.of_sentencepiece(pathlib.Path(path), markup))
 
 
 class JsonTokenizer(FastTokenizer):

@@ -1,30 +1,6 @@
-"""The breaches of privacy that tests.mutations plants: text of the source, what takes its place, and who notices.
+"""Breaches of what trains and samples: data, batches, clipping, noise, keys, what is shown."""
 
-Every one is a member of a kind of breach; the tests are meant to notice the kind.
-"""
-
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Mutation:
-    """One breach.
-
-    Attributes:
-      kind: of which it is a member.
-      what: one line.
-      file: that is changed.
-      old, new: text that occurs once, and what takes its place.
-      tests: arguments of pytest; at least one of these tests must fail.
-    """
-
-    kind: str
-    what: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
+from tests.breaches.mutation import Mutation
 
 RECOMPUTED = ("tests/training/recomputed_test.py",)
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
@@ -33,7 +9,6 @@ TRAINER, RECORD, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("tr
 PROCESSES, STORAGE = "tests/training/processes_test.py", "tests/training/storage_test.py"
 CLIPPING, NOISE = "dpgemma/privacy/clipping.py", "dpgemma/privacy/noise.py"
 INTEGER_NOISE, KEYS = "dpgemma/privacy/integer_noise.py", "dpgemma/privacy/keys.py"
-ACCOUNTANT, TRUNCATION = "accounting/accountant.py", "accounting/loss_distribution/truncation.py"
 
 MUTATIONS = (
     Mutation(
@@ -187,11 +162,6 @@ MUTATIONS = (
         RECOMPUTED,
     ),
     Mutation(
-        "repeated steps", "a step may be repeated elsewhere once without a charge", "accounting/ledger/history.py",
-        "return len(self.executions) - self.updates", "return max(0, len(self.executions) - self.updates - 1)",
-        (MOVING, "-k", "charged_again"),
-    ),
-    Mutation(
         "repeated steps", "noise of a repeated step is that of the first place", "dpgemma/training/run.py",
         '"places": [list(entry) for entry in lineage],', '"places": [list(entry) for entry in lineage[:1]],',
         (MOVING, "-k", "keys_follow"),
@@ -230,61 +200,6 @@ MUTATIONS = (
         "for column in [*self.columns.values(), *([] if self.first is None else [self.first])]:",
         "for column in [*list(self.columns.values())[:1], *([] if self.first is None else [self.first])]:",
         ("tests/training/units_test.py", "-k", "fingerprint"),
-    ),
-    Mutation(
-        "a resumed run's report", "steps before the last resume are not counted", "accounting/ledger/executed.py",
-        'steps = [record for record in records if record["kind"] == events.STEP]',
-        'last = max((i for i, r in enumerate(records) if r["kind"] == events.RESUME), default=0)\n'
-        '        steps = [record for record in records[last:] if record["kind"] == events.STEP]',
-        ("tests/training/forks_test.py", "-k", "in_its_place"),
-    ),
-    Mutation(
-        "sweeps", "unfinished runs are left out of the sum", "experiments/sweep/privacy.py",
-        "executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]",
-        "executed_lib.of(ledger.read(place / run_files.LEDGER)).finished]",
-        ("tests/experiments/spending_test.py",),
-    ),
-    Mutation(
-        "sweeps", "a run whose folder was deleted has cost nothing", "experiments/sweep/privacy.py",
-        "return sorted(path.parent for path in folder.spent.glob(f\"*/{run_files.LEDGER}\"))", "return _begun(folder)",
-        ("tests/experiments/spending_test.py",),
-    ),
-    Mutation(
-        "composition", "runs of the same plan are counted once", ACCOUNTANT,
-        "taken[alike] = taken.get(alike, 0) + m.sampling.releases(share)", "taken[alike] = m.sampling.releases(share)",
-        ("tests/accounting/accountant_test.py", "-k", "capped_part or run_in_parts"),
-    ),
-    Mutation(
-        "composition", "truncation is charged for the last part only", ACCOUNTANT,
-        "        for m, count in phases:\n            costs = [",
-        "        for m, count in phases[-1:]:\n            costs = [",
-        ("tests/accounting/accountant_test.py", "-k", "capped_part"),
-    ),
-    Mutation(
-        "composition", "truncation is not charged in the profile of deltas", ACCOUNTANT,
-        "return np.minimum.accumulate(np.minimum(plain + extra, 1.0))",
-        "return np.minimum.accumulate(np.minimum(plain, 1.0))",
-        ("tests/accounting/accountant_test.py", "-k", "capped_part"),
-    ),
-    Mutation(
-        "tables", "owners of k units have k times epsilon", "accounting/report/tables.py",
-        "epsilon if k == 1 else Accountant(mechanisms, group_size=k).quick_upper(delta)", "k * epsilon",
-        ("tests/accounting/conversions_test.py", "-k", "tables_of"),
-    ),
-    Mutation(
-        "tables", "owners of k units have the epsilon of k - 1", "accounting/report/tables.py",
-        "group_size=k)", "group_size=k - 1)", ("tests/accounting/conversions_test.py", "-k", "tables_of"),
-    ),
-    Mutation(
-        "tightness of a bound that must not be lowered", "displacement is halved", TRUNCATION,
-        "return min(1.0, steps * overflow_probability(others,",
-        "return min(1.0, 0.5 * steps * overflow_probability(others,",
-        ("tests/accounting/accountant_test.py", "-k", "displacement"),
-    ),
-    Mutation(
-        "model card", "it shows the target epsilon", "accounting/report/card.py",
-        '| {name} | {report[name]} |" for name in rows',
-        """| {name} | {report['target_epsilon' if name == 'epsilon' else name]} |" for name in rows""", AUDITED,
     ),
     Mutation(
         "release", "gradients are rounded to the nearest grid point, which lengthens some", CLIPPING,
@@ -378,24 +293,6 @@ MUTATIONS = (
         ("tests/data/grouped_test.py", "-k", "touch_no_other"),
     ),
     Mutation(
-        "users", "rows that are drawn one by one are charged as one", ACCOUNTANT,
-        "q, k = m.sampling.inclusion_probability, self._group_size * m.items_per_unit",
-        "q, k = m.sampling.inclusion_probability, self._group_size",
-        ("tests/accounting/items_test.py", "-k", "owners_of_several or plane"),
-    ),
-    Mutation(
-        "users", "a cap is paid for by one row of a user", TRUNCATION,
-        "k = mechanism.items_per_unit if group_items is None else group_items",
-        "k = 1 if group_items is None else group_items",
-        ("tests/accounting/items_test.py", "-k", "cap_is_paid"),
-    ),
-    Mutation(
-        "users", "delta pays for one displaced row of a user", ACCOUNTANT,
-        "truncation.displacement_delta(m, count, self._group_size * m.items_per_unit)",
-        "truncation.displacement_delta(m, count, self._group_size)",
-        ("tests/accounting/items_test.py", "-k", "may_reveal"),
-    ),
-    Mutation(
         "users", "of rows that are drawn one by one, only those of few users are", "dpgemma/privacy/samplers.py",
         "return PoissonSampler(sampling.num_items,", "return PoissonSampler(sampling.num_units,",
         ("tests/training/users_test.py", "-k", "one_by_one"),
@@ -440,11 +337,6 @@ MUTATIONS = (
         ("tests/data/holdout_test.py", "-k", "without_a_list"),
     ),
     Mutation(
-        "object storage", "steps are computed before their lines are stored", "accounting/ledger/chain.py",
-        "            self._copy(self.length, text)\n", "            pass\n",
-        (STORAGE, "-k", "before_its_step_is_computed"),
-    ),
-    Mutation(
         "object storage", "two processes may write one line", "dpgemma/storage/objects.py",
         'content, mode="create")', "content)",
         (STORAGE, "-k", "same_line"),
@@ -464,48 +356,10 @@ MUTATIONS = (
         ("tests/privacy/norms_test.py", "-k", "join_no_sums"),
     ),
     Mutation(
-        "audit", "seals outside the chain are not looked at", "accounting/audit/seal_checks.py",
-        "findings = surplus + _remembered", "findings = _remembered",
-        ("tests/training/tampering_test.py", "-k", "seal"),
-    ),
-    Mutation(
-        "audit", "a checkpoint's optimizer state is not looked at", "accounting/audit/document_checks.py",
-        'elif "state_sha256" in line.record and', "elif False and",
-        ("tests/training/tampering_test.py", "-k", "optimizer"),
-    ),
-    Mutation(
-        "audit", "links count as files", "accounting/audit/folder_checks.py",
-        "return path.is_file() and not path.is_symlink()", "return path.is_file()",
-        ("tests/training/tampering_test.py", "-k", "link"),
-    ),
-    Mutation(
-        "audit", "a public key passes for the key of HMACs", "accounting/ledger/seals.py",
-        "return PublicKey(self.public) if self.public is not None and name == SIGNED_CHAIN else None",
-        "return PublicKey(self.public) if name == SIGNED_CHAIN else with_secret(name, self.public or b'')",
-        ("tests/training/sealed_test.py", "-k", "nobodys_hmac"),
-    ),
-    Mutation(
-        "audit", "a sealed ledger may be cut", "accounting/audit/seal_checks.py",
-        "if not (0 < length <= len(lines) and lines[length - 1].hash == head):",
-        "if length <= len(lines) and lines[length - 1].hash != head:",
-        ("tests/training/sealed_test.py", "-k", "was_cut"),
-    ),
-    Mutation(
-        "forks", "a fork that comes back shares its noise's charge", "accounting/tuning.py",
-        "own = {(run.declared[\"run_id\"], *execution): record",
-        "own = {(run.declared[\"run_id\"], execution[0], execution[1][-1:]): record",
-        ("tests/accounting/tuning_test.py", "-k", "fork"),
-    ),
-    Mutation(
         "sampler", "a probability is resolved to 2^-53 only", "dpgemma/privacy/samplers.py",
         "logarithm = np.where(words < np.uint64(2**63), near_zero, near_one)",
         "logarithm = np.log((words.astype(np.float64) + 0.5) * 2.0**-64)",
         ("tests/privacy/poisson_test.py", "-k", "small_probabilities"),
-    ),
-    Mutation(
-        "replaced contents", "a content is charged like a presence", ACCOUNTANT,
-        "m.noise_multiplier, above, below, rest, rest)", "m.noise_multiplier, above, (), rest)",
-        ("tests/accounting/replaced_test.py",),
     ),
     Mutation(
         "a model of one's own", "every step has the noise of the first", "dpgemma/training/fit.py",
@@ -526,7 +380,8 @@ MUTATIONS = (
         "[loss] if self._shows_private else []", "[loss]", ("tests/training/secrecy_test.py", "-k", "all_that_is_said"),
     ),
     Mutation(
-        "synthetic text", "a card without the run's deviations", "accounting/report/card.py",
-        "Deviations of the run:\n\n{deviations}", "", ("tests/inference/synthesis_test.py", "-k", "card"),
+        "public numbers that carry private ones", "a default batch follows the number of units, where that is private",
+        PREPARE, "(settings.num_units or num_units) * settings", "num_units * settings",
+        ("tests/training/defaults_test.py", "-k", "how_many_units"),
     ),
 )  # fmt: skip
