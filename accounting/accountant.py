@@ -1,11 +1,12 @@
 """Epsilon of one or several DP-SGD mechanisms as a certified bracket, with a second accountant as a check.
 
 Formal guarantee: `Accountant.epsilon(delta, steps).upper` is an epsilon for which `steps` releases of the mechanisms,
-one after the other on the same data, are (epsilon, delta)-differentially private for a group of `group_size` units
-under their neighbouring relation, numerical error included. Adding and removing units are both computed. Each release
-is replaced by a discrete loss that dominates it (loss_distribution.privacy_loss), releases are composed with every
-error bounded (loss_distribution.composition), and truncation is paid for (loss_distribution.truncation). `lower` bounds
-the same epsilon from below, less what truncation may have helped.
+one after the other on the same data, and all that was released besides (`also`), are (epsilon, delta)-differentially
+private for a group of `group_size` units under their neighbouring relation, numerical error included. Adding and
+removing units are both computed. Each release is replaced by a discrete loss that dominates it
+(loss_distribution.privacy_loss), releases are composed with every error bounded (loss_distribution.composition), and
+truncation is paid for (loss_distribution.truncation). `lower` bounds the same epsilon from below, less what truncation
+may have helped.
 
 With `replaced` the guarantee is that for two contents of one unit, neither of them empty. Given the other units and
 earlier releases, a release is N or N + a under the one and N or N + b under the other, by the same coin, with |a| and
@@ -91,6 +92,7 @@ class Accountant:
 
     Args:
       mechanisms: the public facts of a run, or of several runs or parts of one in their order.
+      also: what was released besides, before the first step: counted whole, whatever number of steps is asked about.
       relative_width: how narrow the bracket must be: upper <= (1 + relative_width) lower, where the finest grid allows.
       group_size: units that one owner has at most; every item of these units is drawn independently.
       replaced: whether one unit's content is compared with any other content, instead of with an empty or absent unit.
@@ -107,17 +109,20 @@ class Accountant:
         mechanisms: Mechanism | Sequence[Mechanism],
         relative_width: float = RELATIVE_WIDTH,
         *,
+        also: Sequence[Mechanism] = (),
         group_size: int = 1,
         replaced: bool = False,
         bounds: Sequence[str] | None = None,
         claimed: bool = True,
     ) -> None:
         self.mechanisms = (mechanisms,) if isinstance(mechanisms, Mechanism) else tuple(mechanisms)
+        self.also = tuple(also)
+        everything = (*self.mechanisms, *self.also)
         if not self.mechanisms or group_size < 1:
             raise InputError("need at least one mechanism and a group of at least one unit")
-        if len({m.neighbouring_relation for m in self.mechanisms}) > 1:
+        if len({m.neighbouring_relation for m in everything}) > 1:
             raise InputError("runs under different neighbouring relations do not compose: account for each by itself")
-        for m in self.mechanisms:
+        for m in everything:
             support.check(m.sampling, m.neighbouring_relation, bounds or (proofs.LOSS,), group_size)
             if group_size * m.items_per_unit > LARGEST_GROUP:
                 raise InputError(
@@ -136,7 +141,7 @@ class Accountant:
 
     @property
     def steps(self) -> int:
-        """All steps of all mechanisms."""
+        """All steps of all mechanisms; what was released besides is no step."""
         return sum(m.steps for m in self.mechanisms)
 
     def epsilon(self, delta: float, steps: int | None = None) -> EpsilonBracket:
@@ -223,15 +228,19 @@ class Accountant:
         return self._bracket(delta, phases)[2] if phases and self._is_private(phases) else _COARSEST_INTERVAL
 
     def _phases(self, delta: float, steps: int | None) -> tuple[tuple[Mechanism, int], ...]:
-        """Returns the first `steps` steps as (one-step mechanism, number of releases), equal mechanisms merged."""
+        """Returns what was released besides and the first `steps` steps, as (one-step mechanism, number of releases),
+        equal mechanisms merged."""
         if not 0 < delta < 1:
             raise InputError(f"delta must lie between 0 and 1, got {delta:g}")
         taken: dict[Mechanism, int] = {}
         left = self.steps if steps is None else steps
+        parts = [(m, m.steps) for m in self.also]
         for i, m in enumerate(self.mechanisms):
             # A single mechanism may be asked about more steps than it has.
             share = left if i == len(self.mechanisms) - 1 else min(left, m.steps)
             left -= share
+            parts.append((m, share))
+        for m, share in parts:
             if share:
                 alike = m.replace(steps=1)
                 taken[alike] = taken.get(alike, 0) + m.sampling.releases(share)
@@ -254,7 +263,7 @@ class Accountant:
         """
         return (
             (True,)
-            if self._replaced or all(m.sampling.inclusion_probability == 1 for m in self.mechanisms)
+            if self._replaced or all(m.sampling.inclusion_probability == 1 for m in (*self.mechanisms, *self.also))
             else (True, False)
         )
 

@@ -30,7 +30,7 @@ class EpsilonCurve:
           ValueError: more steps than the mechanism has.
         """
         if steps == 0:
-            return 0.0
+            return self._accountant.upper(self._delta, 0)
         if steps > self._steps[-1]:
             raise ValueError(f"{steps} steps exceed the {self._steps[-1]} that were accounted")
         point = self._steps[bisect.bisect_left(self._steps, steps)]

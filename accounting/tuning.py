@@ -1,13 +1,14 @@
 """What it costs to choose: several runs on the same data, or the best of a random number of trials."""
 
 import itertools
+import json
 import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from accounting import rounding, run_files, support
-from accounting.accountant import smallest_epsilon
+from accounting.accountant import Accountant, smallest_epsilon
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger
 from accounting.ledger import events
@@ -43,7 +44,7 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
             raise InputError(
                 f"the noise of {folder} was made from a public seed: it hides nothing, so no epsilon holds for that run"
             )
-    if not any(run.mechanisms for run in found.values()):
+    if not any(run.has_spent for run in found.values()):
         raise InputError("none of the runs has executed a step")
     for what in (
         "privacy_unit",
@@ -95,6 +96,29 @@ def released(found: dict[pathlib.Path, Executed]) -> dict[pathlib.Path, tuple[Me
         parts[folder] = mechanisms_of(run.planned, [record for key, record in own.items() if key not in seen])
         seen |= own.keys()
     return parts
+
+
+def histograms(found: dict[pathlib.Path, Executed]) -> tuple[Mechanism, ...]:
+    """What the runs released beside their steps.
+
+    Formal guarantee: every histogram counts, but for those that copies of one run share: these have equal bits, because
+    a histogram is a function of the run's keys, its first line and its data. Tested by
+    tests/accounting/tuning_test.py::test_histograms_of_runs_add_up.
+    """
+    seen: dict[str, Mechanism] = {}
+    for run in found.values():
+        records = [event for event in run.events if event["kind"] == events.HISTOGRAM]
+        for record, mechanism in zip(records, run.also, strict=True):
+            released = [run.declared["run_id"], record["labels"], record["counts"], record["noise"]]
+            seen[json.dumps(released)] = mechanism
+    return tuple(seen.values())
+
+
+def accountant(found: dict[pathlib.Path, Executed]) -> Accountant:
+    """Of all that the runs released together."""
+    steps = [mechanism for mechanisms in released(found).values() for mechanism in mechanisms]
+    no_step = next(iter(found.values())).planned.replace(steps=0)
+    return Accountant(steps or no_step, also=histograms(found))
 
 
 def _compared(run: Executed, what: str) -> Any:

@@ -134,7 +134,8 @@ class _Audit:
     def _derive(self, executed: Executed) -> Spent:
         as_planned = executed.is_as_planned and not executed.repeated_steps
         mechanisms = executed.planned if as_planned else executed.mechanisms
-        return spent(executed, self._accountant(mechanisms, claimed=executed.claims_privacy), self._accountant)
+        accountant = self._accountant(mechanisms, also=executed.also, claimed=executed.claims_privacy)
+        return spent(executed, accountant, self._accountant)
 
     def _ledger(self) -> tuple[list[ledger_lib.Line], Executed | None]:
         if not (self.workdir / run_files.LEDGER).is_file():
@@ -156,6 +157,7 @@ class _Audit:
         if not problems:
             self.findings += ledger_checks.order(lines)
         self.findings += ledger_checks.mechanism(executed, lines)
+        self.findings += ledger_checks.histograms(executed, lines)
         findings, notices = seal_checks.sealed(self.workdir, executed, lines, self.required)
         self.findings += findings
         # With a head that was deposited elsewhere, nobody has to be told to deposit one.

@@ -8,7 +8,7 @@ from typing import Any
 from accounting import run_files
 from accounting.audit.findings import Finding
 from accounting.ledger import chain as ledger_lib
-from accounting.ledger import events
+from accounting.ledger import events, histogram
 from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
 from accounting.ledger.history import History
@@ -127,6 +127,26 @@ def mechanism(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
         yield Finding(
             "steps_beyond_plan", WHERE, f"{executed.updates} steps executed, {executed.planned.steps} declared"
         )
+
+
+def histograms(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
+    """Whether a histogram was released as the start event declares: once, before the first step, or not at all."""
+    declared = executed.declared
+    wanted = (declared.get("histogram_sha256"), declared.get("histogram_noise"))
+    found = [(number, line.record) for number, line in enumerate(lines, 1) if line.record["kind"] == events.HISTOGRAM]
+    steps = [number for number, line in enumerate(lines, 1) if line.record["kind"] == events.STEP]
+    if wanted != (None, None) and steps and not found:
+        yield Finding("ledger_line_removed", WHERE, "a histogram is declared, and no line says that it was released")
+    for place, (number, record) in enumerate(found):
+        where = f"{WHERE} line {number}"
+        if problem := histogram.unsound(record):
+            yield Finding("ledger_edited", where, problem)
+        elif place > 0:
+            yield Finding("mechanism_changed", where, "a second histogram: one at most is released")
+        elif (histogram.labels_sha256(record["labels"]), record["noise"]) != wanted:
+            yield Finding("mechanism_changed", where, "a histogram with other labels or noise than were declared")
+        elif steps and steps[0] < number:
+            yield Finding("mechanism_changed", where, "a histogram behind the first step: it is released before")
 
 
 def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:

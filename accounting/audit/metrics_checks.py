@@ -85,7 +85,8 @@ def _stairs(executed: Executed, repeated: int, accountant: Callable[..., Account
     and never more than that of the whole run.
     """
     total = executed.planned.steps + repeated
-    whole = accountant(executed.planned.replace(steps=total), claimed=executed.claims_privacy)
+    planned = executed.planned.replace(steps=total)
+    whole = accountant(planned, also=executed.also, claimed=executed.claims_privacy)
     points = sorted({math.ceil(total * i / _POINTS) for i in range(1, _POINTS + 1)})
     known = {total: whole.epsilon(executed.delta).upper}
 

@@ -11,7 +11,7 @@ from accounting.audit.tolerance import is_close, same_rounded
 from accounting.ledger import events
 from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
-from accounting.mechanism import Mechanism, dp_sgd
+from accounting.mechanism import Mechanism, dp_sgd, grid
 
 Stated = Callable[[str], Any]
 
@@ -29,8 +29,10 @@ def figures(lines: Sequence[Line], executed: Executed, accountant: Callable[...,
     )
     parts = [_mechanism(facts, executed, *kind, count) for kind, count in kinds.items()]
     claimed = facts["secret_keys"] and math.isfinite(executed.declared["epsilon"])
-    known = accountant(tuple(parts) or (executed.planned,), claimed=claimed)
-    epsilon = known.epsilon(executed.delta).upper if parts else 0.0
+    counted = [line.record for line in lines if line.record["kind"] == events.HISTOGRAM]
+    also = tuple(_histogram(facts, record["noise"]) for record in counted)
+    known = accountant(tuple(parts) or (executed.planned,), also=also, claimed=claimed)
+    epsilon = known.epsilon(executed.delta, len(steps)).upper
     items = _items(facts)
     found = {
         "run_id": facts["run_id"],
@@ -43,6 +45,8 @@ def figures(lines: Sequence[Line], executed: Executed, accountant: Callable[...,
         "steps": len(steps),
         "ledger_head": lines[-1].hash,
     }
+    if counted:
+        found["histogram"] = {"labels": len(counted[0]["labels"]), "noise": counted[0]["noise"]}
     if len(kinds) == 1:
         ((probability, noise, cap),) = kinds
         found |= {
@@ -76,6 +80,12 @@ def _mechanism(
         facts.get("items_per_unit", 1),
         facts.get("shared_items"),
     )
+
+
+def _histogram(facts: dict[str, Any], noise: float) -> Mechanism:
+    """Every unit takes part in it, and moves it by at most 1."""
+    units = facts["num_units"]
+    return dp_sgd(units, units, None, noise, 1.0, 1, facts["neighbouring_relation"], grid_bits=grid.LAW_BITS)
 
 
 def _items(facts: dict[str, Any]) -> int:

@@ -3,8 +3,8 @@
 One JSON object per line. Every line carries the SHA-256 of the line before it and its own content, so that an edited,
 removed, repeated or reordered line breaks the chain. The chain has no key: it finds accidents and partial edits, not
 someone who rewrites the whole file; for that, deposit the head hash elsewhere, or let every line carry a seal of its
-hash under a private key as well (accounting.ledger.seals). No line holds a wall-clock time or anything that depends on
-private data.
+hash under a private key as well (accounting.ledger.seals). No line holds a wall-clock time, or anything that depends on
+private data but for a histogram that was released under noise.
 
 A step is written before it is executed. A resumed run executes steps again with the same batch and the same noise,
 which releases nothing new; in another place it has other noise, and the step is written once more

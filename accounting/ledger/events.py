@@ -9,14 +9,15 @@ from typing import Any
 
 # 1: no `format` in the start event. 2: the start event names the format. 3: it says whether the release is exact, so a
 # report can say that it is not. 4: a checkpoint names its whole state and its files; a step that is executed again
-# elsewhere has another line. All are audited; reports of the older ones say no more than when they were written.
-FORMAT = 4
+# elsewhere has another line. 5: a histogram may be released before the first step. All are audited; reports of the
+# older ones say no more than when they were written.
+FORMAT = 5
 OLDEST_FORMAT = 1
 # From this format on, keys are bound to the places where steps are executed (accounting.ledger.history).
 PLACES = 4
 
-START, STEP, RESUME, CHECKPOINT, STORED, EVALUATION, FINISH, EXPORT, REPORT = (
-    "start", "step", "resume", "checkpoint", "stored", "evaluation", "finish", "export", "report",
+START, HISTOGRAM, STEP, RESUME, CHECKPOINT, STORED, EVALUATION, FINISH, EXPORT, REPORT = (
+    "start", "histogram", "step", "resume", "checkpoint", "stored", "evaluation", "finish", "export", "report",
 )  # fmt: skip
 
 TOKENIZER = "tokenizer_sha256"
@@ -92,9 +93,16 @@ EVENTS: dict[str, dict[str, Fact]] = {
         "trained_parameters": Fact(_COUNT, "numbers that are trained"),
         "init_sha256": Fact(_TEXT + _OR_NONE, "of the checkpoint that the run started from"),
         TOKENIZER: Fact(_TEXT, "of the tokenizer's kind, special ids and files", required=False),
+        "histogram_sha256": Fact(_TEXT + _OR_NONE, "of the public labels whose units are counted", required=False),
+        "histogram_noise": Fact(_NUMBER + _OR_NONE, "noise on these counts, in units", required=False),
         "secret_keys": Fact((bool,), "whether the keys came from the operating system's randomness"),
         "held_out_units": Fact(_COUNT + _OR_NONE, "held out for evaluation; undisclosed under add_or_remove"),
         "environment": Fact(_TEXT, "versions and devices that decide the last bits of a step", since=4),
+    },
+    HISTOGRAM: {
+        "labels": Fact((list,), "public texts"),
+        "counts": Fact((list,), "how many units fall under each, noised"),
+        "noise": Fact(_NUMBER, "standard deviation of the noise on each count, in units"),
     },
     STEP: {
         "step": Fact(_COUNT, "number of the step, from 0"),

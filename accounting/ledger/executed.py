@@ -11,7 +11,7 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.ledger import events
 from accounting.ledger.history import History
-from accounting.mechanism import Mechanism, dp_sgd, grid
+from accounting.mechanism import Mechanism, dp_sgd, grid, histogram
 from accounting.mechanism.mechanism import FACTS, GROUP
 
 
@@ -23,6 +23,7 @@ class Executed:
       declared: the facts of the start event; infinities decoded.
       planned: the mechanism that the start event declares, with all its steps.
       mechanisms: what the step lines say was executed, in order, one entry for each change of sampling, noise or cap.
+      also: what was released beside the steps: one entry for each histogram.
       events: the records that are neither start nor step.
       history: which steps were executed, and where.
     """
@@ -30,6 +31,7 @@ class Executed:
     declared: dict[str, Any]
     planned: Mechanism
     mechanisms: tuple[Mechanism, ...]
+    also: tuple[Mechanism, ...]
     events: tuple[dict[str, Any], ...]
     history: History
 
@@ -43,6 +45,11 @@ class Executed:
     def steps(self) -> int:
         """Executions of steps: the releases that are charged."""
         return sum(m.steps for m in self.mechanisms)
+
+    @property
+    def has_spent(self) -> bool:
+        """Whether anything was released."""
+        return bool(self.steps or self.also)
 
     @property
     def repeated_steps(self) -> int:
@@ -87,8 +94,8 @@ class Executed:
         return m.is_private and self.claims_privacy and "grid_bits" in self.declared and not m.noise.is_exact
 
     def accountant(self) -> Accountant:
-        """Returns the accountant of the executed mechanisms, or of the planned one if no step was executed."""
-        return Accountant(self.mechanisms or (self.planned,), claimed=self.claims_privacy)
+        """Returns the accountant of all that was executed, with the planned mechanism if no step was."""
+        return Accountant(self.mechanisms or (self.planned,), also=self.also, claimed=self.claims_privacy)
 
     @property
     def deviations(self) -> list[str]:
@@ -155,11 +162,16 @@ def of(records: Sequence[dict[str, Any]]) -> Executed:
         planned = dp_sgd(**{name: declared[name] for name in FACTS if name in declared})
         steps = [record for record in records if record["kind"] == events.STEP]
         mechanisms = mechanisms_of(planned, steps)
+        also = tuple(
+            histogram(planned.num_units, record["noise"], planned.neighbouring_relation)
+            for record in records
+            if record["kind"] == events.HISTOGRAM
+        )
         history = History.of(list(records))
     except (KeyError, TypeError, OverflowError) as error:
         raise InputError(f"a ledger record lacks or garbles a fact ({error})") from None
     others = tuple(record for record in records[1:] if record["kind"] != events.STEP)
-    return Executed(declared, planned, mechanisms, others, history)
+    return Executed(declared, planned, mechanisms, also, others, history)
 
 
 def mechanisms_of(planned: Mechanism, steps: Sequence[dict[str, Any]]) -> tuple[Mechanism, ...]:

@@ -66,11 +66,13 @@ def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str
     if report["epsilon"] == "inf":
         holds = "No guarantee holds for this corpus, because none holds for the model that it was sampled from."
     else:
+        # Of a run with one, it is a part of what the run's epsilon covers.
+        counts = ", from the histogram of prompts that the run released" if "histogram" in report else ""
         holds = (
             f"This corpus is ({report['epsilon']}, {report['delta']!r})-differentially private with respect to one unit"
             f" of the model's training data: it is post-processing of the parameters of checkpoint {step}, made from"
-            " them, from public settings and from a public seed. Training another model on it costs no more. What is"
-            " read off it is not therefore true, and facts that many units share can be in it."
+            f" them, from public settings{counts} and from a public seed. Training another model on it costs no more."
+            " What is read off it is not therefore true, and facts that many units share can be in it."
         )
     return f"""# Synthetic text, sampled with dpgemma
 

@@ -6,7 +6,7 @@ it again.
 
 from typing import Any
 
-from accounting.ledger import events
+from accounting.ledger import events, histogram
 from accounting.ledger.executed import Executed
 from accounting.report.spending import Spent
 from accounting.report.words import assumptions, statement
@@ -45,6 +45,7 @@ def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
         "clip_scaling": declared.get("clip_scaling", "clip"),
         "clip_quantile": declared.get("clip_quantile"),
         "steps": executed.steps,
+        **_histogram(executed),
         **({"repeated_steps": executed.repeated_steps} if executed.version >= events.PLACES else {}),
         "finished": executed.finished,
         "accountant": "pld",
@@ -59,6 +60,11 @@ def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
         "ledger_seal": declared["seal"],
         "ledger_head": ledger_head,
     }
+
+
+def _histogram(executed: Executed) -> dict[str, Any]:
+    found = histogram.of(executed.events)
+    return {} if found is None else {"histogram": {"labels": len(found.labels), "noise": found.noise}}
 
 
 def exported_weights(event: dict[str, Any]) -> dict[str, str]:

@@ -166,6 +166,7 @@ def _parameters(executed: Executed, content: dict[str, Any]) -> list[tuple[str, 
         ("Noise-batch ratio", f"{_number(content['noise_batch_ratio'])} (noise on the mean gradient, in clip norms)"),
         ("Clip norm", _number(content["clip_norm"])),
         ("Steps", _number(content["steps"])),
+        *_histogram(content),
         ("Epsilon, certified bracket", f"{_number(content['epsilon_lower_numeric'])} to {_bound(content['epsilon'])}"),
         *(
             [("Epsilon for one content against another", _bound(content["epsilon_replace_one"]))]
@@ -176,6 +177,13 @@ def _parameters(executed: Executed, content: dict[str, Any]) -> list[tuple[str, 
         ("Target epsilon", _number(content["target_epsilon"])),
         ("Delta", f"{content['delta']!r}"),
     ]
+
+
+def _histogram(content: dict[str, Any]) -> list[tuple[str, str]]:
+    if "histogram" not in content:
+        return []
+    labels, noise = content["histogram"]["labels"], content["histogram"]["noise"]
+    return [("Histogram, released once", f"{_number(labels)} public labels, noise of {_number(noise)} units on each")]
 
 
 def _tables(meaning: Meaning) -> list[str]:

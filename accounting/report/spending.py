@@ -23,7 +23,7 @@ class Spent:
 
 
 def spent(executed: Executed, accountant: Accountant, make: Callable[..., Accountant] = Accountant) -> Spent:
-    """What the executed steps have spent.
+    """What the executed steps, and what was released beside them, have spent.
 
     Args:
       accountant: of the executed mechanisms, or of the planned one.
@@ -32,5 +32,5 @@ def spent(executed: Executed, accountant: Accountant, make: Callable[..., Accoun
     bracket = accountant.epsilon(executed.delta, executed.steps)
     if executed.version < events.PLACES:
         return Spent(bracket)
-    contents = make(accountant.mechanisms, replaced=True, claimed=accountant.claimed)
+    contents = make(accountant.mechanisms, also=accountant.also, replaced=True, claimed=accountant.claimed)
     return Spent(bracket, contents.quick_upper(executed.delta, executed.steps))

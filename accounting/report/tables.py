@@ -43,14 +43,16 @@ class Meaning:
 
 def meaning(accountant: Accountant, delta: float) -> Meaning:
     """The tables of everything that an accountant accounts for."""
-    mechanisms = accountant.mechanisms
+    mechanisms, also = accountant.mechanisms, accountant.also
     epsilon = accountant.epsilon(delta).upper
     if not math.isfinite(epsilon):
         hopeless = tuple((rate, 1.0) for rate in conversions.FALSE_POSITIVE_RATES)
         return Meaning(tuple((k, math.inf) for k in GROUP_SIZES), hopeless, (), 1.0, math.inf, None)
     largest = min(min(m.num_units, LARGEST_GROUP // m.items_per_unit) for m in mechanisms)
     sizes = [k for k in GROUP_SIZES if k <= largest]
-    groups = [(k, epsilon if k == 1 else Accountant(mechanisms, group_size=k).quick_upper(delta)) for k in sizes]
+    groups = [
+        (k, epsilon if k == 1 else Accountant(mechanisms, also=also, group_size=k).quick_upper(delta)) for k in sizes
+    ]
     profile = conversions.profile(accountant, delta, epsilon)
     attacks = [(rate, profile.true_positive_rate(rate)) for rate in conversions.FALSE_POSITIVE_RATES]
     deltas = [(e, delta if e == epsilon else profile.delta(e)) for e in _round_epsilons(epsilon)]

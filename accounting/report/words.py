@@ -82,6 +82,15 @@ def mechanism_text(mechanism: Mechanism) -> str:
     )
 
 
+def histogram_text(mechanism: Mechanism) -> str:
+    """A release beside the steps, in words."""
+    return (
+        "one release of how many units fall under each of some public labels (each unit counted once in all, Gaussian"
+        f" noise of {mechanism.noise_multiplier:g} units on every count, both in whole numbers of"
+        f" 2^-{mechanism.noise.grid_bits} of that noise)"
+    )
+
+
 def clipping_text(declared: dict[str, Any]) -> str:
     """Returns a sentence about an adaptive clip norm or automatic clipping; otherwise an empty text."""
     quantile = declared.get("clip_quantile")
@@ -173,6 +182,11 @@ def assumptions(executed: Executed) -> list[str]:
             "Hold-out: which units are held out is decided by a secret key, so an owner does not know whether a unit is"
             " covered; those that are held out are not."
         )
+    if executed.also:
+        found.append(
+            "Histogram: its labels are a public list, which nobody chose by looking at the data. How long it took to"
+            " count is not covered."
+        )
     if declared.get("skip_bad_records"):
         found.append(
             "Records left out: records that cannot be read were left out. How many units there are, and which of them"
@@ -235,8 +249,9 @@ def statement(executed: Executed, spent: Spent) -> str:
     spent_text = f"({round_up(bracket.upper)}, {float(executed.delta)!r})-differentially private"
     return (
         f"The trained parameters are {spent_text}{rounding} with respect to one unit, which is {unit_text(declared)}."
-        f" Neighbouring data sets: {relation_text(m)}. This covers the final parameters and every checkpoint together,"
-        f" after {', then '.join(map(mechanism_text, mechanisms))}."
+        f" Neighbouring data sets: {relation_text(m)}. This covers the final parameters"
+        f"{', the histogram in the ledger' if executed.also else ''} and every checkpoint together,"
+        f" after {', then '.join([*map(histogram_text, executed.also), *map(mechanism_text, mechanisms)])}."
         + (
             f" {executed.repeated_steps} of these steps were lost and executed once more in another environment, with"
             " other noise."

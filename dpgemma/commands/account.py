@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from accounting.errors import InputError
-from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS, dp_sgd
+from accounting.mechanism import ADD_OR_REMOVE, FIXED, POISSON, RELATIONS, SAMPLERS, Mechanism, dp_sgd, histogram
 from dpgemma import choices
 from dpgemma.commands import command_flags
 
@@ -40,6 +40,12 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.choice("neighbouring_relation", ADD_OR_REMOVE, RELATIONS, "Neighbouring data sets.", fv)
     command_flags.choice(
         "sampler", POISSON, SAMPLERS, "How batches are formed; fixed is what no sampling at all would cost.", fv
+    )
+    command_flags.number(
+        "histogram_noise",
+        None,
+        "Noise on the counts of a histogram that is released besides, in units, as train has it.",
+        fv,
     )
     command_flags.switch("tables", "Also say what epsilon means: owners of several units, attacks, other deltas.", fv)
     command_flags.string(
@@ -89,8 +95,11 @@ def _plan(fv: flags.FlagValues) -> int:
     from accounting.accountant import Accountant
 
     items = _items(fv)
-    mechanism = solve(given, fv.delta, _cap(fv, given, items), fv.neighbouring_relation, fv.sampler, items)
-    accountant = Accountant(mechanism)
+    cap, noise = _cap(fv, given, items), fv.histogram_noise
+    if noise is not None and fv.trials is not None:
+        raise InputError("--trials has no proof for trials that release a histogram too: drop --histogram_noise")
+    mechanism, also = solve(given, fv.delta, cap, fv.neighbouring_relation, fv.sampler, items, noise)
+    accountant = Accountant(mechanism, also=also)
     result = {
         **_bracket(accountant, fv.delta),
         "noise_multiplier": mechanism.noise_multiplier,
@@ -101,6 +110,7 @@ def _plan(fv: flags.FlagValues) -> int:
         "sampling_probability": mechanism.sampling_probability,
         "num_units": mechanism.num_units,
         **({"items_per_unit": items} if items > 1 else {}),
+        **({} if noise is None else {"histogram_noise": noise}),
         "neighbouring_relation": mechanism.neighbouring_relation,
         "sampler": mechanism.scheme,
     }
@@ -147,9 +157,19 @@ def _cap(fv: flags.FlagValues, given: dict[str, Any], items: int) -> int | None:
 
 
 def solve(
-    given: dict[str, Any], delta: float, cap: int | None, relation: str, sampler: str = POISSON, items: int = 1
-) -> Any:
-    """The mechanism with the omitted (None) quantity filled in; `items` of every unit are drawn by themselves."""
+    given: dict[str, Any],
+    delta: float,
+    cap: int | None,
+    relation: str,
+    sampler: str = POISSON,
+    items: int = 1,
+    histogram_noise: float | None = None,
+) -> tuple[Mechanism, tuple[Mechanism, ...]]:
+    """The mechanism with the omitted (None) quantity filled in, and what is released besides.
+
+    Args:
+      items: of every unit, which are drawn by themselves.
+    """
     from accounting import calibration, support
 
     if cap is not None and sampler == FIXED:
@@ -168,24 +188,32 @@ def solve(
         items_per_unit=items,
     )
     support.check(mechanism.sampling, relation)
+    also = () if histogram_noise is None else (histogram(units, histogram_noise, relation),)
     if given["noise_multiplier"] is None:
-        mechanism = calibration.noise_multiplier(mechanism, target, delta)
+        mechanism = calibration.noise_multiplier(mechanism, target, delta, also=also)
     elif given["steps"] is None:
-        mechanism = calibration.steps(mechanism, target, delta)
+        mechanism = calibration.steps(mechanism, target, delta, also=also)
         if mechanism.steps == 0:
             raise InputError(f"even one step exceeds epsilon {target:g} at delta {delta:g}: raise --noise_multiplier")
     elif given["batch_size"] is None:
-        mechanism = calibration.expected_batch_size(mechanism, target, delta)
+        mechanism = calibration.expected_batch_size(mechanism, target, delta, also=also)
     elif given["num_units"] is None:
-        mechanism = calibration.num_units(mechanism, target, delta)
-    return mechanism
+        mechanism = calibration.num_units(mechanism, target, delta, also=also)
+    return mechanism, also
 
 
 def _compose(fv: flags.FlagValues) -> int:
     given = [
         name for name in (*_QUANTITIES, "max_batch_size", "batch_multiple", "trials") if fv[name].value is not None
     ]
-    optional = ("neighbouring_relation", "sampler", "trials_distribution", "user_sampling", "rows_per_unit")
+    optional = (
+        "histogram_noise",
+        "neighbouring_relation",
+        "sampler",
+        "trials_distribution",
+        "user_sampling",
+        "rows_per_unit",
+    )
     given += [name for name in optional if fv[name].present]
     if given:
         raise InputError(f"--compose takes everything from the runs' ledgers: drop --{given[0]}")
@@ -200,7 +228,7 @@ def _compose(fv: flags.FlagValues) -> int:
         )
     delta = fv.delta if fv["delta"].present else deltas.pop()
     released = tuning.released(runs)
-    accountant = Accountant([mechanism for mechanisms in released.values() for mechanism in mechanisms])
+    accountant = tuning.accountant(runs)
     result = _bracket(accountant, delta)
     result["steps"] = accountant.steps
     result["statement"] = tuning.statement(runs, result["epsilon"], delta)
@@ -212,7 +240,7 @@ def _compose(fv: flags.FlagValues) -> int:
             "steps_of_runs_before": run.steps - sum(mechanism.steps for mechanism in released[folder]),
             "noise_multiplier": run.planned.noise_multiplier,
             "sampling_probability": run.planned.sampling_probability,
-            "epsilon": float(Accountant(run.mechanisms).epsilon(delta).upper) if run.mechanisms else 0.0,
+            "epsilon": float(Accountant(run.mechanisms or run.planned, also=run.also).epsilon(delta, run.steps).upper),
             "deviations": run.deviations,
         }
         for folder, run in runs.items()

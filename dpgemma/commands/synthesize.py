@@ -12,6 +12,7 @@ from absl import flags
 from accounting.errors import InputError
 from dpgemma.choices import SEQUENCE
 from dpgemma.commands import command_flags, places
+from dpgemma.data.text import prompts as prompts_lib
 from dpgemma.gemma.synthesis_settings import Prompts, SynthesisSettings
 from dpgemma.storage.objects import is_address
 
@@ -31,7 +32,8 @@ def define_flags(fv: flags.FlagValues) -> None:
         "prompts",
         None,
         "Public prompts, one of which every record answers: a file with one on each line, or JSON lines with prompt and"
-        " perhaps weight. Never take them from the private data.",
+        " perhaps weight. Never take them from the private data. Omitted, they and their weights are those of the run's"
+        " `prompt_histogram`, if it has one.",
         fv,
     )
     command_flags.switch("chat", "Puts prompts into a user's turn of Gemma's markup.", fv)
@@ -55,19 +57,21 @@ def run(fv: flags.FlagValues) -> int:
     out = pathlib.Path(fv.out)
     if out.suffix != ".jsonl":
         raise InputError(f"`out`={out} must end in .jsonl")
-    if fv.chat and not fv.prompts:
-        raise InputError("`chat` needs `prompts`, which stand in the user's turns")
     if out.absolute().is_relative_to(pathlib.Path(fv.workdir).absolute()):
         raise InputError(f"`out`={out} lies in the run's folder, where an audit would not know it: give another place")
-    prompts = _prompts(pathlib.Path(fv.prompts), fv.chat) if fv.prompts else Prompts()
+    prompts = Prompts(*prompts_lib.read(pathlib.Path(fv.prompts), "prompts"), fv.chat) if fv.prompts else None
     from dpgemma.commands import process, progress
     from dpgemma.gemma.synthesis import Filter, Sampler, records
     from dpgemma.inference import models
-    from dpgemma.inference.corpus import Corpus, card_of, locked
+    from dpgemma.inference.corpus import Corpus, card_of, counted_prompts, locked
 
     with places.for_reading(fv.workdir) as folder, locked(out):
         with progress.phase("reading the model"):
             model = models.load(str(folder), fv.init_from)
+        if prompts is None:
+            prompts = counted_prompts(model, fv.chat) or Prompts()
+        if fv.chat and not prompts.texts:
+            raise InputError("`chat` needs `prompts`, which stand in the user's turns")
         config = model.run.config()
         packed = config["privacy_unit"] == SEQUENCE
         sampler = Sampler(
@@ -100,38 +104,6 @@ def run(fv: flags.FlagValues) -> int:
         if fv.compare:
             _compare(out, fv.compare, fv.text_field, None if is_address(fv.workdir) else folder)
     return 0
-
-
-def _prompts(path: pathlib.Path, as_chat: bool) -> Prompts:
-    """Public prompts of a file.
-
-    Raises:
-      InputError: no such file, or none in it.
-    """
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"`prompts`={path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if not lines:
-        raise InputError(f"`prompts`={path} is empty: give a prompt on each line")
-    if path.suffix != ".jsonl":
-        return Prompts(tuple(lines), None, as_chat)
-    texts, weights = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            text, weight = record["prompt"], float(record.get("weight", 1))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(
-                f"`prompts`={path}, line {number}: give a JSON object with prompt and perhaps weight"
-            ) from None
-        if not isinstance(text, str) or not 0 <= weight < float("inf"):
-            raise InputError(f"`prompts`={path}, line {number}: prompt must be a text, and weight a number from 0 on")
-        texts.append(text)
-        weights.append(weight)
-    if not sum(weights):
-        raise InputError(f"`prompts`={path} has no prompt with a weight above 0")
-    return Prompts(tuple(texts), tuple(weights), as_chat)
 
 
 def _compare(out: pathlib.Path, real: str, text_field: str, workdir: pathlib.Path | None) -> None:

@@ -34,8 +34,10 @@ class Prompts:
       texts: the prompts; empty where records are whole texts.
       weights: by which they are drawn; None where all are alike.
       as_chat: whether they are put into a user's turn.
+      are_counted: whether the weights are counts that the run released under noise.
     """
 
     texts: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
     as_chat: bool = False
+    are_counted: bool = False

@@ -14,12 +14,13 @@ from typing import Any
 
 from accounting import run_files
 from accounting.errors import InputError
-from accounting.ledger import chain
+from accounting.ledger import chain, histogram
 from accounting.ledger import executed as executed_lib
 from accounting.report import card
 from accounting.report.content import build
 from accounting.report.spending import spent
 from dpgemma.gemma.synthesis import Candidate, Filter
+from dpgemma.gemma.synthesis_settings import Prompts
 from dpgemma.inference.models import TrainedModel
 
 
@@ -120,6 +121,27 @@ class Corpus:
             **{f"left out, {reason}": number for reason, number in self.left_out.items()},
             **self.identity,
         }
+
+
+def counted_prompts(model: TrainedModel, as_chat: bool) -> Prompts | None:
+    """The prompts whose units the run has counted, drawn as often as it found them; None where it counted none.
+
+    Formal guarantee: they and their weights are read from the run's ledger, where they were released under noise, and
+    from nothing else. Tested by tests/training/histogram_test.py::test_a_corpus_is_drawn_by_the_released_counts.
+
+    Raises:
+      InputError: a ledger whose chain is broken, or no count above zero.
+    """
+    lines, problems = chain.inspect(chain.text_of(model.run.ledger_file))
+    if problems:
+        raise InputError(f"{model.run.ledger_file} is damaged: run dpgemma audit")
+    found = histogram.of([line.record for line in lines])
+    if found is None:
+        return None
+    weights = tuple(max(0.0, count) for count in found.counts)
+    if not sum(weights):
+        raise InputError("no noised count of the run's `prompt_histogram` is above zero: give `prompts`")
+    return Prompts(found.labels, weights, as_chat, are_counted=True)
 
 
 def card_of(model: TrainedModel, corpus: Corpus) -> str:

@@ -1,7 +1,7 @@
 """What a step needs of a device's memory, as far as it follows from shapes alone, and the mesh on which it fits.
 
-Nothing is compiled for it and no array is made, so that a model which cannot fit is refused at once. Activations and
-the compiler's own buffers come on top.
+Nothing is compiled for it and no array is made, so that a run which cannot fit is refused at once. The compiler's own
+buffers come on top; what a compiled step needs is compared with the memory before the first one is taken.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from accounting.errors import InputError
 from dpgemma.choices import AUTO, EXAMPLE_SCAN, VMAP
+from dpgemma.data.batch import Unit
 from dpgemma.objectives.protocol import Objective
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding.place import Layout
@@ -93,6 +94,27 @@ class Arrays:
             "sum of gradients": bytes_on_one_device(total),
             "gradients of the rows at once": formed * bytes_on_one_device(self.in_use),
         }
+
+
+def activations(objective: Objective) -> int:
+    """Bytes that the loss of one row keeps for its backward pass, parameters not counted.
+
+    The shapes are those that differentiation keeps; a compiler may keep less, by computing some of it again, and needs
+    room of its own while it computes.
+    """
+    trained, frozen = objective.shapes()
+    in_use = jax.eval_shape(objective.cast, trained)
+    rows = {name: jax.ShapeDtypeStruct((1, *column.shape), column.dtype) for name, column in objective.spec.items()}
+
+    def kept(trained: Any, frozen: Any, rows: Any) -> Any:
+        unit = Unit(rows, jnp.ones(1, bool))
+        _, backward = jax.vjp(lambda parameters: objective.loss(parameters, frozen, unit), trained)
+        return backward
+
+    def size(tree: Any) -> int:
+        return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    return max(0, size(jax.eval_shape(kept, in_use, frozen, rows)) - size((in_use, frozen)))
 
 
 def _differ(leaf: Any, other: Any) -> bool:
@@ -206,6 +228,30 @@ def meshes(devices: int, slices: int) -> Iterator[MeshShape]:
         model *= 2
 
 
+def check(needed: int, memory: float, microbatch_size: int) -> None:
+    """Refuses a compiled step that does not fit.
+
+    Args:
+      needed, memory: bytes that it needs, and that there are.
+      microbatch_size: rows at once.
+
+    Raises:
+      InputError: it does not fit.
+    """
+    if needed <= memory:
+        return
+    raise InputError(
+        f"a step needs {needed / 2**30:.2f} GiB of memory, and there are {memory / 2**30:.2f}: in another `workdir`,"
+        f" {_smaller(microbatch_size)}"
+    )
+
+
+def _smaller(microbatch_size: int) -> str:
+    """What takes less memory."""
+    fewer = f"`microbatch_size`={microbatch_size // 2}, " if microbatch_size > 1 else ""
+    return f"give {fewer}`remat`=block or a smaller `sequence_length`, or train adapters (`lora_rank`)"
+
+
 def refuse(asked: str, least: float, memory: float, found: MeshShape | None) -> NoReturn:
     """Refuses a mesh on which a model cannot fit.
 
@@ -234,9 +280,16 @@ def resolve_mesh(settings: Settings, objective: Objective, memory: float | None 
     memory = limit(mesh_lib.make(resolved)) if memory is None else memory
     optimizer = optimizer_lib.make(Optimization.of(settings, settings.steps))
 
-    def known_bytes(shape: MeshShape) -> int:
+    rows = settings.microbatch_size or 1
+    kept = 0 if memory is None else rows * activations(objective)
+
+    def of_arrays(shape: MeshShape) -> int:
         arrays = Arrays.of(objective, mesh_lib.make(str(shape)), optimizer)
-        return sum(arrays.known_bytes(settings.clipping, settings.microbatch_size or 1).values())
+        return sum(arrays.known_bytes(settings.clipping, rows).values())
+
+    def known_bytes(shape: MeshShape) -> int:
+        # Half of what differentiation keeps: that much no compiler does without.
+        return of_arrays(shape) + kept // (2 * shape.model)
 
     least = known_bytes(shape)
     if memory is None or least < _SHARE * memory:
@@ -244,6 +297,12 @@ def resolve_mesh(settings: Settings, objective: Objective, memory: float | None 
     found = fitting(known_bytes, shape.devices, shape.slices, memory)
     if settings.mesh == AUTO and found is not None:
         return str(found)
+    if least > memory > of_arrays(shape) and found is None:
+        unit, number = objective.volume
+        raise InputError(
+            f"{rows} rows at once of {number} {unit} need at least {least / 2**30:.1f} GiB a device,"
+            f" and there are {memory / 2**30:.1f}: {_smaller(rows)}"
+        )
     if least > memory:
         refuse(resolved, least, memory, found)
     return resolved

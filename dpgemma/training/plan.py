@@ -8,7 +8,7 @@ from accounting import calibration, rounding
 from accounting.accountant import LARGEST_GROUP, Accountant
 from accounting.errors import InputError
 from accounting.loss_distribution import truncation
-from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd, grid
+from accounting.mechanism import ADD_OR_REMOVE, Mechanism, dp_sgd, grid, histogram
 from dpgemma.choices import EXACT
 from dpgemma.privacy.clipping import SMALLEST_CLIP_NORM, Strategy
 from dpgemma.privacy.samplers import sampler_of
@@ -23,6 +23,7 @@ class Plan:
 
     Attributes:
       mechanism: the one object that trainer, accountant, ledger and report share.
+      also: what is released beside its steps, before the first one.
       epsilon: the target, which the run does not exceed; inf where nothing is claimed.
       delta: at which epsilon is stated.
       strategy: how clipped sums are computed.
@@ -35,6 +36,7 @@ class Plan:
     """
 
     mechanism: Mechanism
+    also: tuple[Mechanism, ...]
     epsilon: float
     delta: float
     strategy: Strategy
@@ -99,6 +101,8 @@ def resolve(
     drawn_from = num_units * items if shared_items is None else shared_items
     if settings.release == EXACT:
         check_delta(settings.epsilon, settings.delta, settings.steps)
+    counted = settings.prompt_histogram is not None
+    also = (histogram(num_units, settings.histogram_noise, settings.neighbouring_relation),) if counted else ()
     given_noise = settings.noise_multiplier
     # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
     # costs less at a smaller one.
@@ -126,13 +130,13 @@ def resolve(
         )
     sampler_of(mechanism.sampling)  # refuses what cannot be drawn
     if given_noise is None:
-        solved = calibration.noise_multiplier(mechanism, target, settings.delta)
+        solved = calibration.noise_multiplier(mechanism, target, settings.delta, also=also)
         mechanism = mechanism.replace(noise_multiplier=_as_begun(solved.noise_multiplier, begun, "noise_multiplier"))
     elif math.isfinite(target):  # an infinite target sets no limit: noise and steps stay as given
         if not epsilon_given:
-            target = _as_begun(Accountant(mechanism).upper(settings.delta), begun, "epsilon")
+            target = _as_begun(Accountant(mechanism, also=also).upper(settings.delta), begun, "epsilon")
         else:
-            mechanism = calibration.steps(mechanism, target, settings.delta, largest=settings.steps)
+            mechanism = calibration.steps(mechanism, target, settings.delta, also=also, largest=settings.steps)
             if mechanism.steps == 0:
                 raise InputError(
                     f"`noise_multiplier`={given_noise:g} passes epsilon {target:g} in the first step: raise either"
@@ -142,6 +146,7 @@ def resolve(
     optimization = Optimization.of(settings, mechanism.steps)
     return Plan(
         mechanism,
+        also,
         target,
         settings.delta,
         strategy,
@@ -279,4 +284,5 @@ def summary(plan: Plan, name: str, place: Any) -> str:
         privacy = "NO PRIVACY (baseline)"
     elif math.isinf(plan.epsilon):
         privacy = f"NO PRIVACY CLAIMED, noise multiplier {m.noise_multiplier:.4g}, clip norm {m.clip_norm:g}"
-    return f"{name} in {place}: {size}, {privacy}{narrow}"
+    counts = "".join(f", counts of prompts with noise of {x.noise_multiplier:g} units" for x in plan.also)
+    return f"{name} in {place}: {size}, {privacy}{counts}{narrow}"

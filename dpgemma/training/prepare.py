@@ -10,14 +10,17 @@ from typing import Any
 from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger.events import FORMAT
+from accounting.ledger.histogram import labels_sha256
 from accounting.ledger.seals import Signature
 from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT
 from accounting.report import words
 from dpgemma import user_cache
-from dpgemma.choices import OF_SEVERAL_ROWS
+from dpgemma.choices import OF_SEVERAL_ROWS, SEQUENCE
 from dpgemma.data import holdout
 from dpgemma.data.source import Items, UnitSource
+from dpgemma.data.text import prompts as prompts_lib
 from dpgemma.data.text import tokenizer as tokenizer_lib
+from dpgemma.data.text.tokenizer import Tokenizer
 from dpgemma.data.text.units import Found
 from dpgemma.gemma import decoder
 from dpgemma.gemma import start as start_lib
@@ -38,7 +41,7 @@ from dpgemma.training.observers import Observer, phase
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.settings import Settings
-from dpgemma.training.trainer import Trainer, UnitsToMeasure
+from dpgemma.training.trainer import Trainer, UnitsToCount, UnitsToMeasure
 
 # Settings of units of several rows that a ledger records.
 _OF_UNITS = ("rows_per_unit", "rows_kept", "user_field", "records_without_user", "user_sampling", "ownership")
@@ -162,6 +165,7 @@ def _prepare(
         )
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
     evaluation = _evaluation(settings, objective, held_out)
+    to_count = _to_count(settings, privacy_unit, tokenizer, training)
     shared = None if found.users is None else training.num_units
     num_units = training.num_units if found.users is None else found.users
     places = (settings.num_units or num_units) * settings.items_per_unit
@@ -191,7 +195,15 @@ def _prepare(
     fingerprint = source.fingerprint(keys.fingerprint)
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
-    facts = start_event(plan, config, objective, held_out.num_units, secret_keys=told["secret"], seal_key=seal_key)
+    facts = start_event(
+        plan,
+        config,
+        objective,
+        held_out.num_units,
+        secret_keys=told["secret"],
+        seal_key=seal_key,
+        prompts=() if to_count is None else to_count.prompts,
+    )
     given = evaluation if settings.eval_data is not None else None
     of_evaluation = "" if given is None else given.source.fingerprint(keys.fingerprint)
     agreement.on_data(f"{fingerprint} {of_evaluation}")
@@ -228,7 +240,28 @@ def _prepare(
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
     drawn = Items(training) if settings.items_per_unit > 1 and shared is None else training
-    return Trainer(plan, objective, drawn, run, observers, held_out=held_out, evaluation=evaluation)
+    return Trainer(plan, objective, drawn, run, observers, held_out=held_out, evaluation=evaluation, histogram=to_count)
+
+
+def _to_count(settings: Settings, privacy_unit: str, tokenizer: Tokenizer, training: UnitSource) -> UnitsToCount | None:
+    """What is counted before the first step.
+
+    Raises:
+      InputError: no list of prompts, or units that have none.
+    """
+    if settings.prompt_histogram is None:
+        return None
+    if privacy_unit == SEQUENCE:
+        raise InputError(
+            "rows of packed text answer no prompts: drop `prompt_histogram`, or give records with prompt and response,"
+            " or with messages"
+        )
+    texts, weights = prompts_lib.read(pathlib.Path(settings.prompt_histogram), "prompt_histogram")
+    if weights is not None:
+        raise InputError(
+            f"`prompt_histogram`={settings.prompt_histogram} has weights, which are to be counted: leave them out"
+        )
+    return UnitsToCount(training, texts, prompts_lib.beginnings(texts, tokenizer))
 
 
 def _evaluation(settings: Settings, objective: CausalLM, held_out: UnitSource) -> UnitsToMeasure | None:
@@ -341,6 +374,7 @@ def start_event(
     *,
     secret_keys: bool,
     seal_key: str | None = None,
+    prompts: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The public facts with which a ledger opens; the report is written from these and the steps alone.
 
@@ -349,6 +383,7 @@ def start_event(
       held_out: units held out.
       secret_keys: whether the keys came from the operating system.
       seal_key: public key of the ledger's signatures, where it has such.
+      prompts: whose units are counted; none where there is no histogram.
     """
     trainable, frozen = objective.shapes()
     trained = decoder.count(trainable)
@@ -361,6 +396,11 @@ def start_event(
         "privacy_unit": config["privacy_unit"],
         **({name: config[name] for name in _OF_UNITS} if config["privacy_unit"] in OF_SEVERAL_ROWS else {}),
         **({"skip_bad_records": True} if config["skip_bad_records"] else {}),
+        **(
+            {"histogram_sha256": labels_sha256(prompts), "histogram_noise": plan.also[0].noise_multiplier}
+            if plan.also
+            else {}
+        ),
         **objective.facts,
         "parameters": trained + decoder.count(frozen),
         "trained_parameters": trained,

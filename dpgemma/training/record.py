@@ -9,14 +9,15 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from accounting import rounding, run_files
 from accounting.accountant import Accountant
 from accounting.curve import EpsilonCurve
 from accounting.errors import InputError
-from accounting.ledger import events, executed
+from accounting.ledger import events, executed, histogram
 from accounting.ledger.chain import Ledger
+from accounting.ledger.histogram import ReleasedHistogram
 from accounting.ledger.history import History
 from dpgemma.privacy.clipping import PrivateStats
 from dpgemma.privacy.keys import Keys
@@ -61,7 +62,7 @@ class Record:
         """Of all planned steps and of so many that were executed once more, elsewhere."""
         mechanism = self.plan.mechanism
         releases = mechanism.replace(steps=mechanism.steps + repeated)
-        return Accountant(releases, claimed=math.isfinite(self.plan.epsilon))
+        return Accountant(releases, also=self.plan.also, claimed=math.isfinite(self.plan.epsilon))
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -92,7 +93,7 @@ class Record:
             observer.warn(message)
 
     def is_untouched(self, here: str, same_bits: bool) -> bool:
-        """Whether nothing has happened since the run was created, in this environment.
+        """Whether nothing but a histogram was released since the run was created, in this environment.
 
         Args:
           here: the environment.
@@ -101,9 +102,26 @@ class Record:
 
         def compare() -> bool:
             records = self._ledger.records
-            return len(records) == 1 and same_bits and bool(records[0]["environment"] == here)
+            nothing_else = {record["kind"] for record in records[1:]} <= {events.HISTOGRAM}
+            return nothing_else and same_bits and bool(records[0]["environment"] == here)
 
         return processes.from_first(compare)
+
+    def release_histogram(self, make: Callable[[bytes], ReleasedHistogram]) -> None:
+        """Writes a histogram down, by which it is released, unless the ledger has it.
+
+        Formal guarantee: a run has one histogram at most, and is charged for it from the line on that holds it. One
+        that is made again, because its line was lost in a crash, has the same bits. Tested by
+        tests/training/histogram_test.py::test_a_histogram_is_released_once_whatever_happens.
+
+        Args:
+          make: the histogram with noise from a secret key.
+        """
+        if self.ledger is None or histogram.of(self.ledger.records) is not None:
+            return
+        released = make(self.run.histogram_key(self.ledger.records[0]))
+        self.ledger.append(events.HISTOGRAM, **released.facts())
+        self.ledger.sync()
 
     def resume(self, step: int, here: str, same_bits: bool) -> None:
         """Writes down that the run goes on at a step.

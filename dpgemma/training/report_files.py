@@ -29,7 +29,7 @@ def write(
     """
     executed = executed_lib.of(ledger.records)
     mechanisms = executed.mechanisms or (executed.planned,)
-    if accountant is None or accountant.mechanisms != mechanisms:
+    if accountant is None or (accountant.mechanisms, accountant.also) != (mechanisms, executed.also):
         accountant = executed.accountant()
     content = build(executed, spent(executed, accountant), ledger.head)
     if _is_current(run, ledger, with_page):

@@ -133,6 +133,18 @@ class RunDirectory:
             }
         )
 
+    def histogram_key(self, start: dict[str, Any]) -> bytes:
+        """The key of the noise on the run's histogram: bound to run, settings and data, and to no place.
+
+        Whole numbers and Threefry have the same bits everywhere, so that a copy of the run releases this histogram or
+        none. No step has this key, because a step has a place and is no histogram. Tested by
+        tests/training/histogram_test.py::test_what_is_released_is_counts_and_noise_from_the_runs_key.
+
+        Args:
+          start: the ledger's start event.
+        """
+        return self.step_keys(start, ()).bound({"purpose": "histogram"}).noise
+
     def has_secret_keys(self) -> bool:
         """Whether the keys came from the operating system, as the ledger's first line says."""
         with contextlib.closing(self.open_ledger()) as ledger:
@@ -212,18 +224,19 @@ class RunDirectory:
         if differing:
             raise InputError(
                 f"{self.path} started from something else: {', '.join(differing)} differ from its ledger; give the same"
-                " `init_from` and `tokenizer`, or another `workdir`"
+                " `init_from`, `tokenizer` and `prompt_histogram`, or another `workdir`"
             )
 
 
 def changeable(config: dict[str, Any]) -> tuple[str, ...]:
     """The settings with which a run may go on as with others: they do not change what is computed.
 
-    The data, the model that it starts from and the tokenizer may have moved: they are known by fingerprint and SHA-256.
-    Whole numbers have the same sum in any order, so an
+    The data, the model that it starts from, the tokenizer and the list of prompts may have moved: they are known by
+    fingerprint and SHA-256. Whole numbers have the same sum in any order, so an
     exact release may also go on with another mesh, which is another environment.
     """
-    return (*OPERATIONAL, "data", "init_from", "tokenizer", *(["mesh"] if config["release"] == EXACT else []))
+    named = ("data", "init_from", "tokenizer", "prompt_histogram")
+    return (*OPERATIONAL, *named, *(["mesh"] if config["release"] == EXACT else []))
 
 
 def open_existing(path: pathlib.Path, mirror: Mirror | None = None) -> RunDirectory | None:

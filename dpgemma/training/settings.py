@@ -13,6 +13,7 @@ from typing import Any
 from accounting.errors import InputError
 from accounting.mechanism import RELATIONS, ZERO_OUT
 from accounting.mechanism.clip import SCALINGS
+from accounting.mechanism.noise import LARGEST_NOISE, SMALLEST_NOISE
 from dpgemma import choices
 from dpgemma.choices import AUTO
 from dpgemma.sharding.rules import SYNTAX
@@ -125,6 +126,14 @@ class Settings:
         " noise.",
     )
     delta: float = _setting(1e-5, "Target delta.")
+    prompt_histogram: str | None = _setting(
+        None,
+        "Public list of prompts, as `prompts` of synthesize takes it: how many units answer each is released under"
+        " noise before the first step, as a part of the budget, for synthesize to draw prompts by.",
+    )
+    histogram_noise: float = _setting(
+        20.0, "Standard deviation of the noise on each count of `prompt_histogram`, in units."
+    )
     noise_multiplier: float | None = _setting(
         None, "Noise on the sum, in clip norms; omitted, it is solved from epsilon and delta."
     )
@@ -264,6 +273,16 @@ class Settings:
         if self.public_eval_data and not self.eval_data:
             raise InputError("`public_eval_data` speaks of data that nobody gave: give `eval_data`, or drop it")
         self._check_units()
+        if not SMALLEST_NOISE <= self.histogram_noise <= LARGEST_NOISE:
+            raise InputError(
+                f"`histogram_noise` must lie between {SMALLEST_NOISE:g} and {LARGEST_NOISE:g}, got"
+                f" {self.histogram_noise:g}"
+            )
+        if self.prompt_histogram and self.ownership == choices.PUBLIC_OWNERS:
+            raise InputError(
+                "a unit that shares its records has no share of a count of its own: drop `prompt_histogram`, or"
+                " `ownership`=public"
+            )
         if self.attention == choices.FUSED and not self.attend_across_documents:
             raise InputError(
                 "`attention`=fused is attention over whole rows, which `attend_across_documents`=false is not: use"

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from accounting.ledger.histogram import ReleasedHistogram
 from dpgemma.data import pipeline
 from dpgemma.data.batch import Batch, collate
 from dpgemma.data.source import UnitSource
+from dpgemma.data.text import prompts
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy import clip_norm
 from dpgemma.privacy.noise import noise_keys
@@ -18,6 +20,7 @@ from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place, processes
 from dpgemma.sharding.place import Layout
 from dpgemma.training import environment, memory, speed
+from dpgemma.training import histogram as histogram_lib
 from dpgemma.training import optimizer as optimizer_lib
 from dpgemma.training.checkpoint import Checkpoints
 from dpgemma.training.evaluation import measure
@@ -43,6 +46,21 @@ class UnitsToMeasure:
     every: int
     what: str
     is_public: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitsToCount:
+    """Training units that are counted by the prompts that they answer.
+
+    Attributes:
+      source: of the units.
+      prompts: public.
+      numbers: of the prompts, by the tokens with which rows begin (data.text.prompts.beginnings).
+    """
+
+    source: UnitSource
+    prompts: tuple[str, ...]
+    numbers: Mapping[bytes, int]
 
 
 class Trainer:
@@ -78,6 +96,7 @@ class Trainer:
         *,
         held_out: UnitSource | None = None,
         evaluation: UnitsToMeasure | None = None,
+        histogram: UnitsToCount | None = None,
     ) -> None:
         """Takes the run as it was opened or created.
 
@@ -85,15 +104,19 @@ class Trainer:
           source: the training units.
           held_out: units to measure when all steps are taken.
           evaluation: units to measure meanwhile.
+          histogram: of the training units, where one is released before the first step.
 
         Raises:
           InputError: the steps of the plan would exceed its target.
-          ValueError: the source has other columns than the objective reads.
+          ValueError: the source has other columns than the objective reads, or the plan has no histogram and there is
+            one to release, or the reverse.
         """
+        if (histogram is None) != (not plan.also):
+            raise ValueError("a plan with a histogram needs units to count, and only such a plan")
         if dict(source.spec) != dict(objective.spec):
             raise ValueError(f"the objective reads rows of {dict(objective.spec)}, the data have {dict(source.spec)}")
         self.plan, self.objective, self.source, self.run = plan, objective, source, run
-        self.held_out, self.evaluation = held_out, evaluation
+        self.held_out, self.evaluation, self.histogram = held_out, evaluation, histogram
         self.mechanism = plan.mechanism
         self.record = Record(run, plan, observers)
         self.mesh = mesh_lib.make(plan.mesh)
@@ -137,6 +160,7 @@ class Trainer:
             ) as checkpoints,
             self.record.opened(),
         ):
+            self._release_histogram()
             self.first_step, state, frozen = self._start_or_resume(checkpoints)
             step, state = self._take_steps(self.first_step, state, frozen, checkpoints, stop)
             checkpoints.settle(self.record.ledger)
@@ -147,6 +171,21 @@ class Trainer:
             with self.record.phase("writing the report"):
                 self.record.finish(measured)
             return measured
+
+    def _release_histogram(self) -> None:
+        """The first process counts, and releases what it has counted, while the others wait."""
+        wanted = self.histogram
+        if wanted is None:
+            return
+        noise = self.plan.also[0].noise_multiplier
+
+        def make(key: bytes) -> ReleasedHistogram:
+            unit = histogram_lib.unit_steps(noise)
+            with self.record.phase("counting prompts", wanted.source.num_units) as advance:
+                counts = prompts.counted(wanted.source, wanted.numbers, len(wanted.prompts), unit, advance)
+            return histogram_lib.released(wanted.prompts, counts, unit, noise, key)
+
+        processes.from_first(lambda: self.record.release_histogram(make))
 
     def _start_or_resume(self, checkpoints: Checkpoints) -> tuple[int, TrainState, Any]:
         replicated = place.replicated(self.mesh)
@@ -190,6 +229,7 @@ class Trainer:
         drawn = next(batches)
         with self.record.phase("compiling the step"):
             dp_step = self.dp_step.compiled(state, frozen, drawn[1], noise_keys(keys.noise, first))
+        self._check_memory(dp_step)
         if self.record.is_kept_here:
             self.record.inform(self._needs(dp_step))
         with self.record.of_steps(first, self.objective.volume) as record:
@@ -216,6 +256,22 @@ class Trainer:
                 if due and done < steps:
                     drawn = next(batches)  # data that cannot be read cost no step that was saved
         return steps, state
+
+    def _check_memory(self, dp_step: TrainStep) -> None:
+        """Refuses a step that does not fit, while nothing was computed.
+
+        Raises:
+          InputError: it does not.
+        """
+
+        def compare() -> None:
+            arrays = memory.Arrays.of(self.objective, self.mesh, self.optimizer)
+            needed, known = memory.of_process(dp_step.memory, arrays, self.mesh), memory.limit(self.mesh)
+            if needed is not None and known is not None:
+                here = known * memory.devices_here(self.mesh)
+                memory.check(needed, here, self.plan.strategy.microbatch_size)
+
+        processes.from_all(compare)
 
     def _needs(self, dp_step: TrainStep) -> str:
         """What the run needs of this computer, as far as it follows from public facts."""

@@ -104,7 +104,7 @@ def _privacy(fv: flags.FlagValues) -> dict[str, Any]:
     from dpgemma.commands import account
 
     names = ("epsilon", "noise_multiplier", "steps", "batch_size", "num_units")
-    mechanism = account.solve({name: fv[name].value for name in names}, fv.delta, None, fv.neighbouring_relation)
+    mechanism, _ = account.solve({name: fv[name].value for name in names}, fv.delta, None, fv.neighbouring_relation)
     return {
         "epsilon": float(Accountant(mechanism).epsilon(fv.delta).upper),
         "delta": fv.delta,

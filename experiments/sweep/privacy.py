@@ -13,7 +13,6 @@ import math
 import pathlib
 
 from accounting import rounding, run_files, tuning
-from accounting.accountant import Accountant
 from accounting.ledger import chain as ledger
 from accounting.ledger import executed as executed_lib
 from experiments.sweep.folder import SweepFolder
@@ -40,13 +39,12 @@ def summary(folder: SweepFolder, grid: Grid) -> dict:
     if grid.public_data:
         return _report(grid, len(begun), PUBLIC)
     keep_ledgers(folder, grid)
-    executed = [place for place in _spent(folder) if executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]
+    executed = [place for place in _spent(folder) if executed_lib.of(ledger.read(place / run_files.LEDGER)).has_spent]
     if not executed:
         return _report(grid, 0, _NOTHING)
     found = tuning.runs(executed)
     delta = max(run.delta for run in found.values())
-    accountant = Accountant([mechanism for mechanisms in tuning.released(found).values() for mechanism in mechanisms])
-    epsilon = accountant.upper(delta)
+    epsilon = tuning.accountant(found).upper(delta)
     statement = tuning.statement(found, epsilon, delta) + (_RAW if math.isfinite(epsilon) else "")
     runs = len({run.declared["run_id"] for run in found.values()})
     return _report(grid, runs, statement, rounding.round_up(epsilon), delta)

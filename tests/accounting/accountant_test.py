@@ -11,9 +11,11 @@ from scipy import optimize, stats
 
 from accounting import accountant, calibration
 from accounting.accountant import Accountant
+from accounting.curve import EpsilonCurve
 from accounting.errors import InputError
 from accounting.loss_distribution import truncation
-from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, dp_sgd
+from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT, dp_sgd, histogram
+from accounting.report import tables
 
 VAULTGEMMA = dp_sgd(12_695_312_500, 517_989, None, 0.614, 1.0, 100_000)
 
@@ -108,6 +110,47 @@ def test_heterogeneous_steps_agree_with_dp_accounting():
         composed = part if composed is None else composed.compose(part)
     ours = Accountant([mechanism(*setting) for setting in settings]).epsilon(1e-6)
     assert ours.lower * (1 - 5e-4) <= composed.get_epsilon_for_delta(1e-6) <= ours.upper * (1 + 5e-4)
+
+
+@pytest.mark.parametrize("relation", [ADD_OR_REMOVE, ZERO_OUT])
+@pytest.mark.parametrize("noise", [3.0, 20.0])
+def test_what_is_released_besides_agrees_with_dp_accounting(relation, noise):
+    """A Gaussian release of everybody beside subsampled steps; whatever number of steps is asked about."""
+    steps, counts = mechanism(0.02, 0.9, 200, relation=relation), histogram(1_000_000, noise, relation)
+    known = Accountant(steps, also=[counts])
+    for count in (0, 50, 200):
+        theirs = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-4)
+        theirs.compose(dp_accounting.GaussianDpEvent(noise))
+        if count:
+            theirs.compose(steps.event(count))
+        assert known.upper(1e-6, count) == pytest.approx(theirs.get_epsilon(1e-6), rel=2e-3)
+        assert known.upper(1e-6, count) > Accountant(steps).upper(1e-6, count)
+    alone = optimize.brentq(lambda epsilon: gaussian_delta(epsilon, 1 / noise) - 1e-6, 0, 50)
+    assert alone <= known.upper(1e-6, 0) <= alone * 1.002
+    assert known.steps == 200 and EpsilonCurve(known, 1e-6).at(0) >= alone
+    for many in (2, 3):
+        group = Accountant(steps, also=[counts], group_size=many).quick_upper(1e-6, 0)
+        wanted = optimize.brentq(lambda epsilon, k=many: gaussian_delta(epsilon, k / noise) - 1e-6, 0, 50)
+        assert wanted <= group <= wanted * 1.01
+    told, plain = (dict(tables.meaning(a, 1e-6).groups) for a in (known, Accountant(steps)))
+    assert all(told[k] > plain[k] for k in told)
+    contents = Accountant(steps, also=[counts], replaced=True).quick_upper(1e-6, 0)
+    assert contents == pytest.approx(Accountant(steps, also=[counts], group_size=2).quick_upper(1e-6, 0), rel=1e-2)
+
+
+def test_every_solver_leaves_room_for_what_is_released_besides():
+    plan, also = mechanism(0.02, 1.0, 200, units=50_000), [histogram(50_000, 2.0, ADD_OR_REMOVE)]
+    solved = calibration.noise_multiplier(plan, 4.0, 1e-5, also=also)
+    assert 3.99 < Accountant(solved, also=also).upper(1e-5) <= 4
+    assert solved.noise_multiplier > calibration.noise_multiplier(plan, 4.0, 1e-5).noise_multiplier * 1.05
+    solved = solved.replace(noise_multiplier=solved.noise_multiplier * 1.01)
+    for solve in (calibration.steps, calibration.expected_batch_size, calibration.num_units):
+        found = solve(solved, 4.0, 1e-5, also=also)
+        assert 3.9 < Accountant(found, also=also).upper(1e-5) <= 4 < Accountant(found, also=also * 8).upper(1e-5)
+        with pytest.raises(InputError, match=r"by itself, and the target is 0\.5"):
+            solve(solved, 0.5, 1e-5, also=also)
+    with pytest.raises(InputError, match="different neighbouring relations"):
+        Accountant(plan, also=[histogram(50_000, 2.0, ZERO_OUT)])
 
 
 def test_delta_at_any_epsilon_is_the_inverse_of_epsilon_at_delta():
@@ -316,8 +359,6 @@ def test_unreachable_epsilon_is_refused():
 
 
 def test_live_curve_never_shows_less_than_the_bound():
-    from accounting.curve import EpsilonCurve
-
     a = Accountant(mechanism(0.05, 1.0, 97, units=10_000))
     curve = EpsilonCurve(a, 1e-5)
     shown = [curve.at(t) for t in range(98)]

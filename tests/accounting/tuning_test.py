@@ -48,19 +48,53 @@ START = dict(
     config_sha256="", seal="", model="tiny", parameters=1, held_out_units=0, trained_parameters=1, architecture={},
     init_sha256=None, secret_keys=True,
 )  # fmt: skip
+# What ledgers say since they may hold histograms.
+NEW = dict(format=5, environment="here", seal_key=None, grid_bits=None)
 
 
-def write_run(folder, steps, run_id, **changes):
+def write_run(folder, steps, run_id, histogram=None, **changes):
     folder.mkdir()
     ledger = Ledger.open(folder / "ledger.jsonl")
     facts = START | changes
     ledger.append("start", run_id=run_id, **facts)
+    if histogram is not None:
+        ledger.append(**histogram)
     for step in range(steps):
         ledger.append_step(
             step, {"sampling_probability": 0.02, "noise_multiplier": facts["noise_multiplier"], "max_batch_size": None}
         )
     ledger.close()
     return folder
+
+
+def test_histograms_of_runs_add_up(tmp_path, capsys):
+    """Each counts, but for one that copies of a run share; a run may have released nothing else."""
+    from dpgemma import cli
+
+    line = {"kind": "histogram", "labels": ["a", "b"], "counts": [1.5, 2.5], "noise": 4.0}
+    for name, run_id, steps, changes in (
+        ("a", "a", 100, {}), ("copy", "a", 100, {}), ("forged", "a", 100, {"counts": [1.5, 2.25]}),
+        ("b", "b", 0, {}), ("plain", "c", 100, None),
+    ):  # fmt: skip
+        write_run(tmp_path / name, steps, run_id, histogram=None if changes is None else line | changes, **NEW)
+
+    def epsilon(*names):
+        assert cli.main(["account", f"--compose={','.join(str(tmp_path / name) for name in names)}", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["epsilon"]
+
+    counts = dp_sgd(10_000, 10_000, None, 4.0, 1.0, 1, ZERO_OUT, grid_bits=26)
+    steps = dp_sgd(10_000, 200, None, 1.0, 1.0, 100, ZERO_OUT)
+
+    def together(runs, histograms):
+        return Accountant([*[steps] * runs, *[counts] * histograms]).epsilon(1e-6).upper
+
+    assert epsilon("a") == pytest.approx(together(1, 1), rel=1e-3)
+    assert epsilon("a", "copy") == epsilon("a")
+    assert epsilon("a", "forged") == pytest.approx(together(1, 2), rel=1e-3)
+    assert epsilon("a", "b") == pytest.approx(together(1, 2), rel=1e-3)
+    assert epsilon("b") == pytest.approx(together(0, 1), rel=1e-3)
+    assert epsilon("b", "plain") == pytest.approx(together(1, 1), rel=1e-3)
+    assert epsilon("plain") < epsilon("a") - 0.01
 
 
 def test_pitfall_25_runs_on_the_same_data_add_up(tmp_path, capsys):

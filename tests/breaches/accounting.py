@@ -4,6 +4,7 @@ from tests.breaches.mutation import Mutation
 
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
 SECRECY, MOVING = "tests/training/secrecy_test.py", "tests/training/moving_test.py"
+COUNTED = "tests/training/histogram_test.py"
 TRAINER, RECORD, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "record", "step", "prepare"))
 PROCESSES, STORAGE = "tests/training/processes_test.py", "tests/training/storage_test.py"
 ACCOUNTANT, TRUNCATION = "accounting/accountant.py", "accounting/loss_distribution/truncation.py"
@@ -23,7 +24,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sweeps", "unfinished runs are left out of the sum", "experiments/sweep/privacy.py",
-        "executed_lib.of(ledger.read(place / run_files.LEDGER)).steps]",
+        "executed_lib.of(ledger.read(place / run_files.LEDGER)).has_spent]",
         "executed_lib.of(ledger.read(place / run_files.LEDGER)).finished]",
         ("tests/experiments/spending_test.py",),
     ),
@@ -51,7 +52,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tables", "owners of k units have k times epsilon", "accounting/report/tables.py",
-        "epsilon if k == 1 else Accountant(mechanisms, group_size=k).quick_upper(delta)", "k * epsilon",
+        "epsilon if k == 1 else Accountant(mechanisms, also=also, group_size=k).quick_upper(delta)", "k * epsilon",
         ("tests/accounting/conversions_test.py", "-k", "tables_of"),
     ),
     Mutation(
@@ -133,5 +134,42 @@ MUTATIONS = (
     Mutation(
         "synthetic text", "a card without the run's deviations", "accounting/report/card.py",
         "Deviations of the run:\n\n{deviations}", "", ("tests/inference/synthesis_test.py", "-k", "card"),
+    ),
+    Mutation(
+        "beside the steps", "solvers leave no room for a histogram", "accounting/calibration.py",
+        "return Accountant(mechanism, also=also).upper(delta, interval=interval) <= epsilon",
+        "return Accountant(mechanism).upper(delta, interval=interval) <= epsilon",
+        ("tests/accounting/accountant_test.py", "-k", "every_solver"),
+    ),
+    Mutation(
+        "beside the steps", "a histogram costs nothing until the last step", ACCOUNTANT,
+        "parts = [(m, m.steps) for m in self.also]",
+        "parts = [(m, m.steps) for m in self.also if steps in (None, self.steps)]",
+        ("tests/accounting/accountant_test.py", "-k", "released_besides"),
+    ),
+    Mutation(
+        "beside the steps", "a ledger's histogram is not charged", "accounting/ledger/executed.py",
+        'if record["kind"] == events.HISTOGRAM', 'if record["kind"] == "other"', (COUNTED, "-k", "part_of_the_budget"),
+    ),
+    Mutation(
+        "beside the steps", "owners of several units pay for a histogram as owners of one do",
+        "accounting/report/tables.py", "Accountant(mechanisms, also=also, group_size=k)",
+        "Accountant(mechanisms, group_size=k)",
+        ("tests/accounting/accountant_test.py", "-k", "released_besides"),
+    ),
+    Mutation(
+        "beside the steps", "another content costs no histogram", "accounting/report/spending.py",
+        "also=accountant.also, replaced=True", "replaced=True", (COUNTED, "-k", "part_of_the_budget"),
+    ),
+    Mutation(
+        "beside the steps", "copies that released other counts are charged once", "accounting/tuning.py",
+        'released = [run.declared["run_id"], record["labels"], record["counts"], record["noise"]]',
+        'released = [run.declared["run_id"], record["labels"], record["noise"]]',
+        ("tests/accounting/tuning_test.py", "-k", "histograms"),
+    ),
+    Mutation(
+        "beside the steps", "a histogram that was declared may be taken out of the ledger",
+        "accounting/audit/ledger_checks.py", "if wanted != (None, None) and steps and not found:", "if False:",
+        (COUNTED, "-k", "audit_finds"),
     ),
 )  # fmt: skip

@@ -5,6 +5,7 @@ from tests.breaches.mutation import Mutation
 RECOMPUTED = ("tests/training/recomputed_test.py",)
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
 SECRECY, MOVING = "tests/training/secrecy_test.py", "tests/training/moving_test.py"
+COUNTED = "tests/training/histogram_test.py"
 TRAINER, RECORD, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "record", "step", "prepare"))
 PROCESSES, STORAGE = "tests/training/processes_test.py", "tests/training/storage_test.py"
 CLIPPING, NOISE = "dpgemma/privacy/clipping.py", "dpgemma/privacy/noise.py"
@@ -383,5 +384,34 @@ MUTATIONS = (
         "public numbers that carry private ones", "a default batch follows the number of units, where that is private",
         PREPARE, "(settings.num_units or num_units) * settings", "num_units * settings",
         ("tests/training/defaults_test.py", "-k", "how_many_units"),
+    ),
+    Mutation(
+        "beside the steps", "the live epsilon leaves a histogram out", RECORD,
+        "Accountant(releases, also=self.plan.also, claimed", "Accountant(releases, claimed",
+        (COUNTED, "-k", "part_of_the_budget"),
+    ),
+    Mutation(
+        "histogram", "a unit of several rows is counted for each", "dpgemma/data/text/prompts.py",
+        "unit // np.maximum(np.bincount(owner, minlength=len(units)), 1)", "np.full(len(units), unit)",
+        (COUNTED, "-k", "at_most_one"),
+    ),
+    Mutation(
+        "histogram", "counts are released as they are", "dpgemma/training/histogram.py",
+        "noised = counts + np.asarray(", "noised = counts + 0 * np.asarray(", (COUNTED, "-k", "stated_deviation"),
+    ),
+    Mutation(
+        "histogram", "a unit is more than its noise is made for", "dpgemma/training/histogram.py",
+        "return int(grid.sensitivity_steps(grid.LAW_BITS, noise))", "return round(2**grid.LAW_BITS / noise)",
+        (COUNTED, "-k", "at_most_one"),
+    ),
+    Mutation(
+        "histogram", "its noise is that of a step", "dpgemma/training/run.py",
+        'return self.step_keys(start, ()).bound({"purpose": "histogram"}).noise',
+        'return self.step_keys(start, ((0, start["environment"]),)).noise', (COUNTED, "-k", "runs_key"),
+    ),
+    Mutation(
+        "histogram", "it is released again whenever the run goes on", RECORD,
+        "if self.ledger is None or histogram.of(self.ledger.records) is not None:", "if self.ledger is None:",
+        (COUNTED, "-k", "whatever_happens"),
     ),
 )  # fmt: skip

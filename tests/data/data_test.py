@@ -1,5 +1,7 @@
 import json
+import random
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from scipy import stats
 from accounting.errors import InputError
 from dpgemma.data import holdout, pipeline, readers
 from dpgemma.data.batch import collate
-from dpgemma.data.text.pieces import Reading
+from dpgemma.data.text import units
+from dpgemma.data.text.pieces import InMemoryPieces, Piece, Reading
 from dpgemma.data.text.rows import units_of_one_row
 from dpgemma.data.text.tokenizer import ByteTokenizer
 from dpgemma.sharding import mesh as mesh_lib
@@ -173,3 +176,31 @@ def test_batches_are_prepared_in_order(first):
         assert made == list(range(first, len(made) + first)) and len(made) <= t - first + 4
     with pytest.raises(InputError, match="unit 5 cannot be read"):
         next(batches)
+
+
+def test_reading_text_takes_at_most_nine_bytes_for_each_of_its_own(tmp_path):
+    """Five are kept: four for a token, and one for whether it is learned."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdef ", k=1000)) for _ in range(3000)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    reading = Reading("sequence", 128, "text")
+    tracemalloc.start()
+    units.read(str(tmp_path / "text.jsonl"), ByteTokenizer(), reading, 260)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9 * sum(map(len, texts)) + 2**23  # and a buffer of rows
+
+
+def test_tokens_of_pieces_joined_are_cut_anywhere():
+    rng = np.random.default_rng(0)
+    held = [Piece(rng.integers(0, 100, n).astype(np.int32), True, 0) for n in (3, 0, 5, 1)]
+    pieces = InMemoryPieces([piece.narrowed() for piece in held])
+    numbers = np.array([2, 1, 3, 0])
+    joined = np.concatenate([held[i].tokens for i in numbers])
+    assert all(piece.tokens.dtype == np.int16 for piece in pieces.held)
+    for begin in range(10):
+        for end in [None, *range(begin, 12)]:
+            cut = pieces.tokens(numbers, begin, end)
+            assert cut.dtype == np.int32 and cut.tolist() == joined[begin:end].tolist()
+    wide = Piece(np.array([-(2**15) - 1, 5], np.int32), True, 0).narrowed()
+    assert wide.tokens.dtype == np.int32 and wide.tokens.tolist() == [-(2**15) - 1, 5]

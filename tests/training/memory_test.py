@@ -3,9 +3,11 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from accounting.errors import InputError
+from dpgemma.data.batch import Batch
 from dpgemma.gemma import decoder
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.training import memory
@@ -14,6 +16,7 @@ from dpgemma.training.memory import Arrays, fitting, resolve_mesh
 from dpgemma.training.optimizer import Optimization
 from dpgemma.training.prepare import objective_of
 from dpgemma.training.settings import Settings
+from tests.training.runs import call, flags, step_records
 
 MIB = 2**20
 
@@ -42,10 +45,16 @@ def test_known_bytes_are_those_of_the_arrays(mesh, share, dtype):
     assert found["weights in use"] == pytest.approx(0 if (share, dtype) == (1, "float32") else in_use, rel=0.05)
 
 
+def least_bytes(objective):
+    """Of tiny on two devices: its arrays, and half of what one row keeps."""
+    known = arrays(model="tiny", mesh="data:2")[0].known_bytes("auto", 1).values()
+    return sum(known) + memory.activations(objective) // 2
+
+
 def test_a_mesh_on_which_the_model_cannot_fit_is_refused_with_one_that_would():
     settings = Settings(model="tiny", mesh="data:2")
     objective = objective_of(settings)
-    least = sum(arrays(model="tiny", mesh="data:2")[0].known_bytes("auto", 1).values())
+    least = least_bytes(objective)
     assert resolve_mesh(settings, objective, 2 * least) == "data:2"
     assert resolve_mesh(settings, objective, 1.1 * least) == "data:2"  # it may fit, and it was asked for
     with pytest.raises(InputError, match=r"needs at least .* GiB a device.*`mesh`=data:1,model:2 would leave room"):
@@ -57,7 +66,7 @@ def test_a_mesh_on_which_the_model_cannot_fit_is_refused_with_one_that_would():
 def test_auto_takes_the_smallest_model_axis_that_leaves_room():
     settings = Settings(model="tiny", mesh="auto")
     objective = objective_of(settings)
-    least = sum(arrays(model="tiny", mesh="data:2")[0].known_bytes("auto", 1).values())
+    least = least_bytes(objective)
     assert resolve_mesh(settings, objective, 2 * least) == "data:2"
     assert resolve_mesh(settings, objective, 1.1 * least) == "data:1,model:2"
     with pytest.raises(InputError, match="`mesh`=data:2 needs at least"):
@@ -81,3 +90,38 @@ def test_the_smallest_model_axis_is_searched_within_a_slice():
 def test_the_devices_of_a_cpu_share_its_memory():
     one, two = memory.limit(mesh_lib.make("data:1")), memory.limit(mesh_lib.make("data:2"))
     assert one == 2 * two and math.log2(one) > 30
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_activations_are_less_than_a_compiled_step_needs(remat):
+    """And without recomputation the greater part of it."""
+    rows, settings = 64, Settings(model="ladder_20k", remat=remat)
+    objective = objective_of(settings)
+    trainable, frozen = objective.init(0)
+    batch = Batch.of_rows(objective.noise_rows(rows), np.ones(rows, bool))
+
+    def losses(trainable, batch):
+        return jax.vmap(lambda unit: objective.loss(trainable, frozen, unit))(batch.units).sum()
+
+    analysis = jax.jit(jax.grad(losses)).lower(trainable, batch).compile().memory_analysis()
+    share = rows * memory.activations(objective) / analysis.temp_size_in_bytes
+    assert share < 1.1 and (share > 0.5 or remat == "block")
+
+
+def test_rows_at_once_that_cannot_fit_are_refused_before_anything_is_made():
+    settings = Settings(model="tiny", mesh="data:1", microbatch_size=4096, max_batch_size=4096)
+    objective = objective_of(settings)
+    with pytest.raises(InputError, match=r"4096 rows at once of 128 tokens need at least .*`microbatch_size`=2048"):
+        resolve_mesh(settings, objective, 4 * 2**30)
+    assert resolve_mesh(settings.replaced(microbatch_size=256), objective, 4 * 2**30) == "data:1"
+
+
+def test_a_compiled_step_that_does_not_fit_is_refused_before_it_is_taken(text, tmp_path):
+    """Of which half would fit."""
+    kept = memory.activations(objective_of(Settings(sequence_length=32)))
+    rows = int(1.8 * memory.of_this_computer() / kept)
+    together = dict(microbatch_size=rows, max_batch_size=rows, clipping="ghost", mesh="data:1")
+    done = call(*flags(text, tmp_path / "run", **together))
+    assert done.returncode == 2 and "dpgemma: a step needs " in done.stderr, done.stderr
+    assert f"in another --workdir, give --microbatch_size={rows // 2}" in done.stderr
+    assert not step_records(tmp_path / "run")

@@ -46,7 +46,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     facts = {name: start[name] for name in ("num_units", "model", "seal", "tokenizer_sha256")}
     fingerprint = json.loads(directory.data_file.read_text())["fingerprint"]
     directory.check_resumable(config, fingerprint, facts)
-    free = {*OPERATIONAL, "data", "init_from", "tokenizer", "mesh"}
+    free = {*OPERATIONAL, "data", "init_from", "tokenizer", "prompt_histogram", "mesh"}
     assert {field.name for field in dataclasses.fields(Settings)} <= set(config)
     for name in config:
         changed = {**config, name: "another value"}
@@ -60,7 +60,8 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     for name in facts:
         with pytest.raises(InputError, match=name):
             directory.check_resumable(config, fingerprint, {**facts, name: "another"})
-    assert changeable({**config, "release": "float32"}) == (*OPERATIONAL, "data", "init_from", "tokenizer")
+    named = ("data", "init_from", "tokenizer", "prompt_histogram")
+    assert changeable({**config, "release": "float32"}) == (*OPERATIONAL, *named)
 
 
 def test_what_a_run_began_with_stays_where_another_machine_finds_it_but_for_its_last_bits():

@@ -115,16 +115,20 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.002)
 
 
-def step_secrets(workdir):
-    """What batches and noise of a run are made from, by name: its secret keys under its circumstances, written out."""
+def step_secrets(workdir, places=None):
+    """What batches and noise of a run are made from, by name: its secret keys under its circumstances, written out.
+
+    Args:
+      places: of the step; by default of a run that never left its first one.
+    """
     records = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
     config, keys, data = (
         json.loads((workdir / name).read_text()) for name in ("config.json", "private/keys.json", "private/data.json")
     )
-    free = (*OPERATIONAL, "data", "init_from", "tokenizer", "mesh")
+    free = (*OPERATIONAL, "data", "init_from", "tokenizer", "prompt_histogram", "mesh")
     circumstances = {
         "data": data["fingerprint"],
-        "places": [[0, records[0]["environment"]]],  # of a run that never left its first one
+        "places": [[0, records[0]["environment"]]] if places is None else places,
         "settings": {k: v for k, v in config.items() if k not in free},
         "start": {k: v for k, v in records[0].items() if k not in ("n", "hash", "environment")},
     }

@@ -43,7 +43,7 @@ class Piece:
     """One record.
 
     Attributes:
-      tokens: int32 [n]; those not to be learned as -1 - t.
+      tokens: whole numbers [n], int32 or int16; those not to be learned as -1 - t.
       is_text: whether other text may follow it in its row; else it begins a row, and its last row ends with it.
       rows: of a piece that begins a row, rows of it in which something is learned.
       users: whose record it is; empty where the record names no user, or units are not users.
@@ -58,6 +58,12 @@ class Piece:
     def user(self) -> str | None:
         """The only one that it belongs to, if it does."""
         return self.users[0] if self.users else None
+
+    def narrowed(self) -> "Piece":
+        """The piece with tokens of two bytes where they fit, as those of bytes do."""
+        tokens = self.tokens
+        fits = not tokens.size or (tokens.min() >= -(2**15) and tokens.max() < 2**15)
+        return dataclasses.replace(self, tokens=tokens.astype(np.int16)) if fits else self
 
 
 def unsigned(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +195,7 @@ class Pieces(Protocol):
         ...
 
     def tokens(self, numbers: np.ndarray, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """The tokens begin .. end - 1 (by default all) of some pieces joined."""
+        """The tokens begin .. end - 1 (by default all) of some pieces joined, int32."""
         ...
 
 
@@ -217,4 +223,9 @@ class InMemoryPieces:
         return np.array([known.setdefault(name, len(known)) for name in names], np.int64)
 
     def tokens(self, numbers: np.ndarray, begin: int = 0, end: int | None = None) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int32), *(self.held[i].tokens for i in numbers)])[begin:end]
+        parts, before = [np.zeros(0, np.int32)], 0
+        for i in numbers:
+            tokens = self.held[i].tokens
+            parts.append(tokens[max(0, begin - before) : None if end is None else max(0, end - before)])
+            before += len(tokens)
+        return np.concatenate(parts)

@@ -22,6 +22,9 @@ from dpgemma.data.text.rows import SCORED, TOKENS, spec
 from dpgemma.data.text.tokenizer import Tokenizer, check_ids
 from dpgemma.data.text.users import within_limit
 
+# So that what is made of pieces on the way to columns takes little memory beside both.
+_ROWS_AT_ONCE = 1 << 12
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -128,8 +131,11 @@ def in_memory(pieces: InMemoryPieces, tokenizer: Tokenizer, reading: Reading) ->
     layout = Layout(pieces, reading.privacy_unit, reading.length, tokenizer.pad)
     if len(layout.first) == 1:
         raise InputError("the data are empty: there is no text to train on")
-    tokens, scored = unsigned(layout.rows(0, int(layout.first[-1])))
-    columns = {TOKENS: tokens, SCORED: scored}
+    count = int(layout.first[-1])
+    columns = {TOKENS: np.empty((count, reading.length), np.int32), SCORED: np.empty((count, reading.length), bool)}
+    for begin in range(0, count, _ROWS_AT_ONCE):
+        end = min(begin + _ROWS_AT_ONCE, count)
+        columns[TOKENS][begin:end], columns[SCORED][begin:end] = unsigned(layout.rows(begin, end))
     if reading.privacy_unit not in OF_SEVERAL_ROWS:
         return InMemory(columns)
     return InMemory(columns, layout.first, int(np.diff(layout.first).max()))
@@ -179,7 +185,7 @@ def read(
     people = None if unit == USER else People()
     records: Iterable[dict[str, Any]] = readers.records(data, reading.text_field, on_bad)
     records = records if people is None else people.seen(records)
-    pieces = InMemoryPieces(list(of_records(records, tokenizer, reading, on_bad)))
+    pieces = InMemoryPieces([piece.narrowed() for piece in of_records(records, tokenizer, reading, on_bad)])
     held = in_memory(pieces, tokenizer, reading)
     check_ids(held.columns[TOKENS], vocab_size)
     rows, to_learn = len(held.columns[TOKENS]), int(held.columns[SCORED].any(axis=1).sum())
@@ -196,7 +202,8 @@ def _shared(
         raise InputError(f"a token cache ({data}) holds records of one user each: give the records themselves")
     bad = LeftOut()
     on_bad = bad if skip_bad_records else refuse
-    pieces = list(of_records(readers.records(data, reading.text_field, on_bad), tokenizer, reading, on_bad))
+    records = readers.records(data, reading.text_field, on_bad)
+    pieces = [piece.narrowed() for piece in of_records(records, tokenizer, reading, on_bad)]
     kept = within_limit([piece.users for piece in pieces], limits.rows_per_unit)
     of_rows = dataclasses.replace(reading, privacy_unit=EXAMPLE)
     held = in_memory(InMemoryPieces([pieces[number] for number in kept]), tokenizer, of_rows)

@@ -1,0 +1,51 @@
+"""The line of a ledger that holds a released histogram: how many units fall under each of some public labels."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from accounting.ledger import events
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedHistogram:
+    """Noised counts of units under public labels.
+
+    Attributes:
+      labels: public texts, each once.
+      counts: of units under each; with noise they may be negative.
+      noise: standard deviation of the noise on each count, in units.
+    """
+
+    labels: tuple[str, ...]
+    counts: tuple[float, ...]
+    noise: float
+
+    def facts(self) -> dict[str, Any]:
+        """As a ledger's line records it."""
+        return {"labels": list(self.labels), "counts": list(self.counts), "noise": self.noise}
+
+
+def labels_sha256(labels: Sequence[str]) -> str:
+    """By which a start event names the labels that are to be counted."""
+    return hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()
+
+
+def unsound(record: dict[str, Any]) -> str | None:
+    """What is wrong with the values of a histogram's line, whose facts have their types; None where nothing is."""
+    labels, counts = record["labels"], record["counts"]
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        return "its labels are not texts that differ"
+    numbers = all(isinstance(count, float) and math.isfinite(count) for count in counts)
+    return None if numbers and len(counts) == len(labels) else "it has not one number for each label"
+
+
+def of(records: Sequence[dict[str, Any]]) -> ReleasedHistogram | None:
+    """The histogram that a sound ledger's records hold, if they hold one."""
+    for record in records:
+        if record["kind"] == events.HISTOGRAM:
+            return ReleasedHistogram(tuple(record["labels"]), tuple(record["counts"]), record["noise"])
+    return None

@@ -1,0 +1,31 @@
+"""A histogram over public labels that is released once beside the steps of training."""
+
+from accounting.mechanism import grid
+from accounting.mechanism.mechanism import Mechanism, dp_sgd
+
+
+def histogram(num_units: int, noise: float, neighbouring_relation: str) -> Mechanism:
+    """One release of counts to each of which a unit contributes at least 0, and to all of which together at most 1.
+
+    So its L2 sensitivity is at most 1. Every unit takes part: there is no sampling that would hide it.
+
+    >>> histogram(6000, noise=20, neighbouring_relation="zero_out").sampling_probability
+    1.0
+
+    Args:
+      num_units: N; under add_or_remove as declared.
+      noise: standard deviation of the noise on every count, in units.
+
+    Raises:
+      InputError: noise that hides nothing, or too much of it.
+    """
+    return dp_sgd(
+        num_units=num_units,
+        expected_batch_size=num_units,
+        max_batch_size=None,
+        noise_multiplier=noise,
+        clip_norm=1.0,
+        steps=1,
+        neighbouring_relation=neighbouring_relation,
+        grid_bits=grid.LAW_BITS,
+    )
