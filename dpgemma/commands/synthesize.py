@@ -17,6 +17,7 @@ from dpgemma.gemma.synthesis_settings import Prompts, SynthesisSettings
 from dpgemma.storage.objects import is_address
 
 if TYPE_CHECKING:
+    from dpgemma.inference.models import TrainedModel
     from dpgemma.inference.similarity import Similarity
 
 DESCRIPTION = "Sample a corpus from the latest checkpoint of a run. Run the same command again to go on."
@@ -102,22 +103,32 @@ def run(fv: flags.FlagValues) -> int:
         print(f"wrote {out}: {corpus.records} records of {corpus.candidates} sampled ({left_out or 'all kept'})")
         print(f"wrote {corpus.card}, the card that says what holds for it")
         if fv.compare:
-            _compare(out, fv.compare, fv.text_field, None if is_address(fv.workdir) else folder)
+            _compare(out, fv.compare, fv.text_field, None if is_address(fv.workdir) else folder, model)
     return 0
 
 
-def _compare(out: pathlib.Path, real: str, text_field: str, workdir: pathlib.Path | None) -> None:
+def _compare(
+    out: pathlib.Path, real: str, text_field: str, workdir: pathlib.Path | None, model: "TrainedModel"
+) -> None:
     """Says how like and how near the corpus is to real records: for the operator.
 
     Args:
       workdir: in whose private/ figures are kept; None for a terminal alone.
+      model: whose features MAUVE takes.
     """
     from accounting import run_files
     from dpgemma.commands import progress
-    from dpgemma.inference import similarity
+    from dpgemma.inference import mauve_score, models, similarity
+
+    length = models.sequence_length(model)
+
+    def score(some: list[str], others: list[str]) -> float | None:
+        return mauve_score.score(model, some, others, length)
 
     with progress.phase("comparing"):
-        found, halves = similarity.compare(str(out), real, text_field)
+        found, halves = similarity.compare(
+            str(out), real, text_field, score=score if mauve_score.is_installed() else None
+        )
     kept = workdir is not None and (workdir / run_files.PRIVATE).is_dir()
     if workdir is not None and kept:
         path = workdir / run_files.PRIVATE / "synthesis.jsonl"
@@ -144,5 +155,6 @@ def _text(found: "Similarity", halves: "Similarity", real: str) -> str:
             line(
                 "share of near-copies", found.near_copies / found.records, halves.near_copies / max(1, halves.records)
             ),
+            *([] if found.mauve is None or halves.mauve is None else [line("MAUVE", found.mauve, halves.mauve)]),
         ]
     )

@@ -20,6 +20,7 @@ from dpgemma.data.text.shapes import Conversation
 # A record is a near-copy if it shares so many characters in a row with a real one. In templates of a trade that
 # happens without copying, so the same is counted between halves of the real records.
 COPIED_CHARACTERS = 50
+Score = Callable[[list[str], list[str]], float | None]
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -32,6 +33,7 @@ class Similarity:
       words, pairs, characters: Jensen-Shannon divergence in bits, from 0 to 1, of the frequencies of words, of pairs of
         neighbouring words, and of four characters in a row (Lin 1991, IEEE Trans. Inf. Theory 37).
       near_copies: records that share COPIED_CHARACTERS in a row with one of the others.
+      mauve: by inference.mauve_score; None where it was not asked for, or there are too few records.
     """
 
     records: int
@@ -39,25 +41,34 @@ class Similarity:
     pairs: float
     characters: float
     near_copies: int
+    mauve: float | None = None
 
     @classmethod
-    def of(cls, some: list[str], others: list[str]) -> "Similarity":
-        """Texts, compared with others."""
+    def of(cls, some: list[str], others: list[str], score: Score | None = None) -> "Similarity":
+        """Texts, compared with others.
+
+        Args:
+          score: of MAUVE, or None.
+        """
 
         def distance(grams: Callable[[str], Iterable[Hashable]]) -> float:
             counts = [collections.Counter(gram for text in texts for gram in grams(text)) for texts in (some, others)]
             return divergence(*counts)
 
-        return cls(len(some), distance(words), distance(pairs), distance(characters), near_copies(some, others))
+        mauve = None if score is None else score(some, others)
+        return cls(len(some), distance(words), distance(pairs), distance(characters), near_copies(some, others), mauve)
 
 
-def compare(synthetic: str, real: str, text_field: str = "text", seed: int = 0) -> tuple[Similarity, Similarity]:
+def compare(
+    synthetic: str, real: str, text_field: str = "text", seed: int = 0, score: Score | None = None
+) -> tuple[Similarity, Similarity]:
     """(a corpus with real records, one half of the real records with the other: what to expect of a perfect corpus).
 
     Args:
       synthetic, real: as `data` names them.
       text_field: of the real records' text.
       seed: of the division into halves.
+      score: of MAUVE, or None.
 
     Raises:
       InputError: data that cannot be read.
@@ -66,7 +77,7 @@ def compare(synthetic: str, real: str, text_field: str = "text", seed: int = 0) 
     halves = known[:]
     random.Random(seed).shuffle(halves)
     middle = len(halves) // 2
-    return Similarity.of(made, known), Similarity.of(halves[:middle], halves[middle:])
+    return Similarity.of(made, known, score), Similarity.of(halves[:middle], halves[middle:], score)
 
 
 def texts_of(data: str, text_field: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from accounting.errors import InputError
+from dpgemma.gemma import decoder
 from dpgemma.gemma.synthesis import Candidate, Filter, Sampler, records
 from dpgemma.gemma.synthesis_settings import Prompts, SynthesisSettings
-from dpgemma.inference import models, similarity
+from dpgemma.inference import mauve_score, models, similarity
 from dpgemma.inference.corpus import Corpus
 from tests.training.runs import COMMAND, ENVIRONMENT, call, wait_for
 
@@ -201,6 +203,23 @@ def test_bad_input_is_one_sentence(case, trained, tmp_path):
     done = call("synthesize", *(argument.format(run=trained, tmp=tmp_path) for argument in arguments))
     assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_mauve_is_high_for_texts_of_one_source_and_low_for_others(trained):
+    """Its features are those of single texts, whatever stands in the batch beside them."""
+    model, rng = models.load(str(trained)), random.Random(0)
+    same = [[rng.choice(TEXTS) + f" day {rng.randrange(30)}" for _ in range(120)] for _ in range(2)]
+    others = ["".join(rng.choices("xyzqjk", k=12)) for _ in range(120)]
+    found = mauve_score.features(model, [*same[0][:70], "x" * 50], 32)
+    assert found.shape[0] == 71
+    for number in (0, 69, 70):
+        text = [*same[0][:70], "x" * 50][number]
+        ids = np.concatenate([[model.tokenizer.bos], model.tokenizer.encode(text.encode())])[:32]
+        states = decoder.hidden_states(model.config, model.parameters, ids[None])
+        np.testing.assert_allclose(found[number], np.asarray(states[0]).mean(0), rtol=1e-4, atol=1e-5)
+    alike, unlike = mauve_score.score(model, *same, 32), mauve_score.score(model, same[0], others, 32)
+    assert 0.8 < alike <= 1 and 0 <= unlike < 0.2
+    assert mauve_score.score(model, same[0][:20], others[:20], 32) is None
 
 
 def test_distances_and_near_copies_are_what_they_are_said_to_be(trained, tmp_path):
