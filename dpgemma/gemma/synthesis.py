@@ -1,9 +1,9 @@
 """A corpus of text sampled from a trained model: record after record, in batches, the same however often it is stopped.
 
-Formal guarantee: records, filters and card are functions of the model's parameters, of public settings and of a public
-seed, so they are post-processing of the run that trained the model, and what its report states holds for them too
-(Dwork and Roth 2014, proposition 2.1). Tested by tests/inference/synthesis_test.py::
-test_records_follow_from_the_model_and_public_settings_alone.
+Formal guarantee: records, filters and card are functions of the model's parameters, of public settings (or of counts
+that the run released under its budget) and of a public seed, so they are post-processing of the run that trained the
+model, and what its report states holds for them too (Dwork and Roth 2014, proposition 2.1). Tested by
+tests/inference/synthesis_test.py::test_records_follow_from_the_model_and_public_settings_alone.
 """
 
 import dataclasses

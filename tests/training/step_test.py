@@ -205,6 +205,6 @@ def test_a_plan_says_from_where_on_a_number_wraps_around():
     optimization = Optimization("adamw", 1e-3, 0, "constant", 0.0, 10)
     for noise_multiplier, cap, bits, said in ((1.0, 500_000, 22, "exceeds 0.00099 clip norms"), (1.0, 700, 21, None)):
         mechanism = dp_sgd(10**7, cap - 100, cap, noise_multiplier, 1.0, 10, grid_bits=bits)
-        plan = Plan(mechanism, 2.0, 1e-8, Strategy(), optimization, "data:1", 0, 1, 1, 1)
+        plan = Plan(mechanism, (), 2.0, 1e-8, Strategy(), optimization, "data:1", 0, 1, 1, 1)
         text = summary(plan, "model", "here")
         assert said in text if said else "wraps" not in text, text
