@@ -1,7 +1,6 @@
 """What it costs to choose: several runs on the same data, or the best of a random number of trials."""
 
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from accounting import rounding, run_files, support
 from accounting.accountant import Accountant, smallest_epsilon
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger
-from accounting.ledger import events
+from accounting.ledger import events, histogram
 from accounting.ledger import executed as executed_lib
 from accounting.ledger.executed import Executed, mechanisms_of
 from accounting.ledger.history import Lineage
@@ -66,13 +65,20 @@ def _check_copies(found: dict[pathlib.Path, Executed]) -> None:
     """Copies of one run add up only if what they share and what they do not can be told apart.
 
     Raises:
-      InputError: ledgers of one name that cannot be copies of one run, or copies whose noise was not bound to places.
+      InputError: ledgers of one name that cannot be copies of one run, copies whose noise was not bound to places, or
+        copies that released different counts under one noise.
     """
     for (a, one), (b, other) in itertools.combinations(found.items(), 2):
         if one.declared["run_id"] != other.declared["run_id"]:
             continue
         if one.declared != other.declared:
             raise InputError(f"{a} and {b} claim to be one run and begin differently: one of their ledgers is forged")
+        counts = [histogram.of(run.events) for run in (one, other)]
+        if None not in counts and counts[0] != counts[1]:
+            raise InputError(
+                f"{a} and {b} are copies of one run and released different counts under the same noise: no epsilon"
+                " holds for them together"
+            )
         shorter, longer = sorted((one, other), key=lambda run: run.steps)
         if one.version < events.PLACES and shorter.events != longer.events[: len(shorter.events)]:
             raise InputError(
@@ -101,17 +107,11 @@ def released(found: dict[pathlib.Path, Executed]) -> dict[pathlib.Path, tuple[Me
 def histograms(found: dict[pathlib.Path, Executed]) -> tuple[Mechanism, ...]:
     """What the runs released beside their steps.
 
-    Formal guarantee: every histogram counts, but for those that copies of one run share: these have equal bits, because
-    a histogram is a function of the run's keys, its first line and its data. Tested by
-    tests/accounting/tuning_test.py::test_histograms_of_runs_add_up.
+    Formal guarantee: every histogram counts, but for those that copies of one run share, which are equal: `runs` has
+    refused others. Tested by tests/accounting/tuning_test.py::test_histograms_of_runs_add_up.
     """
-    seen: dict[str, Mechanism] = {}
-    for run in found.values():
-        records = [event for event in run.events if event["kind"] == events.HISTOGRAM]
-        for record, mechanism in zip(records, run.also, strict=True):
-            released = [run.declared["run_id"], record["labels"], record["counts"], record["noise"]]
-            seen[json.dumps(released)] = mechanism
-    return tuple(seen.values())
+    of_runs = {run.declared["run_id"]: run.also for run in found.values() if run.also}
+    return tuple(mechanism for also in of_runs.values() for mechanism in also)
 
 
 def accountant(found: dict[pathlib.Path, Executed]) -> Accountant:
@@ -151,7 +151,8 @@ def statement(found: dict[pathlib.Path, Executed], epsilon: float, delta: float)
     return (
         f"{who} ({rounding.round_up(epsilon)}, {float(delta)!r})-differentially private with respect to one unit, which"
         f" is {words.unit_text(first.declared)}. Neighbouring data sets: {words.relation_text(first.planned)}. This"
-        " covers every checkpoint of every run, and every choice between them that looks at nothing else of the data."
+        f" covers {'every histogram and ' if any(run.also for run in found.values()) else ''}every checkpoint of every"
+        " run, and every choice between them that looks at nothing else of the data."
         + shared
         + words.origin_text([run.declared for run in found.values()])
         + "".join(f" In {folder}, {line}." for folder, run in found.items() for line in run.deviations)

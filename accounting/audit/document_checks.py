@@ -55,6 +55,12 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     differing = [name for name in _CONFIG_FIELDS if stored.get(name) != declared[name]]
     # A ledger that does not name one of these says that it has no meaning, or is not so.
     differing += [name for name in _UNIT_FIELDS if (stored.get(name) or None) != (declared[name] or None)]
+    counted = {"prompt_histogram": "histogram_sha256", "histogram_noise": "histogram_noise"}
+    for name, fact in counted.items():
+        declared[name] = executed.declared.get(fact)
+        is_other = (stored.get(name) is None) != (declared[name] is None)
+        if is_other or (name == fact and stored.get(name) != declared[name]):
+            differing.append(name)
     for name in differing:
         yield Finding(
             "config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger"

@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from accounting.errors import InputError
 from accounting.ledger import events
+from accounting.mechanism.histogram import LARGEST_NOISE, SMALLEST_NOISE, unit_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,25 @@ def unsound(record: dict[str, Any]) -> str | None:
     if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         return "its labels are not texts that differ"
     numbers = all(isinstance(count, float) and math.isfinite(count) for count in counts)
-    return None if numbers and len(counts) == len(labels) else "it has not one number for each label"
+    if not numbers or len(counts) != len(labels):
+        return "it has not one number for each label"
+    if not SMALLEST_NOISE <= record["noise"] <= LARGEST_NOISE:
+        return "its noise is none that a histogram may have"
+    # Nothing can hide in digits that a count does not need.
+    unit = unit_steps(record["noise"])
+    return None if all(round(count * unit) / unit == count for count in counts) else "a count has other digits"
 
 
 def of(records: Sequence[dict[str, Any]]) -> ReleasedHistogram | None:
-    """The histogram that a sound ledger's records hold, if they hold one."""
+    """The histogram that a ledger's records hold, if they hold one.
+
+    Raises:
+      InputError: one that this program did not write.
+    """
     for record in records:
         if record["kind"] == events.HISTOGRAM:
+            facts = {name: value for name, value in record.items() if name not in ("n", "kind")}
+            if events.unsound(events.HISTOGRAM, facts) or unsound(record):
+                raise InputError("the ledger's histogram is not what this program writes: run dpgemma audit")
             return ReleasedHistogram(tuple(record["labels"]), tuple(record["counts"]), record["noise"])
     return None

@@ -1,7 +1,11 @@
 """A histogram over public labels that is released once beside the steps of training."""
 
+from accounting.errors import InputError
 from accounting.mechanism import grid
 from accounting.mechanism.mechanism import Mechanism, dp_sgd
+
+# In units. A unit is `unit_steps` of a grid, which must be many.
+SMALLEST_NOISE, LARGEST_NOISE = 0.01, 1e4
 
 
 def histogram(num_units: int, noise: float, neighbouring_relation: str) -> Mechanism:
@@ -19,6 +23,11 @@ def histogram(num_units: int, noise: float, neighbouring_relation: str) -> Mecha
     Raises:
       InputError: noise that hides nothing, or too much of it.
     """
+    if not SMALLEST_NOISE <= noise <= LARGEST_NOISE:
+        raise InputError(
+            f"the noise of a histogram must lie between {SMALLEST_NOISE:g} and {LARGEST_NOISE:g} units, got {noise:g}:"
+            " see `histogram_noise`"
+        )
     return dp_sgd(
         num_units=num_units,
         expected_batch_size=num_units,
@@ -29,3 +38,12 @@ def histogram(num_units: int, noise: float, neighbouring_relation: str) -> Mecha
         neighbouring_relation=neighbouring_relation,
         grid_bits=grid.LAW_BITS,
     )
+
+
+def unit_steps(noise: float) -> int:
+    """What a unit contributes, in whole numbers on whose grid the noise has a standard deviation of 2^LAW_BITS.
+
+    Args:
+      noise: standard deviation of the noise, in units.
+    """
+    return int(grid.sensitivity_steps(grid.LAW_BITS, noise))

@@ -52,13 +52,14 @@ def _deviations(report: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in report["deviations"]) or "- none"
 
 
-def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str:
+def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any], *, drawn_by_histogram: bool) -> str:
     """The card of a synthetic corpus: what holds for it, because it was made from a run's parameters alone.
 
     Args:
       report: of the run.
       step: of the checkpoint from which the corpus was sampled.
       facts: of the file and of how it was sampled, by name.
+      drawn_by_histogram: whether prompts were drawn by the run's released histogram.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     assumptions, deviations = _assumptions(report, "Assumptions of the run"), _deviations(report)
@@ -66,8 +67,8 @@ def corpus_card(report: dict[str, Any], step: int, facts: dict[str, Any]) -> str
     if report["epsilon"] == "inf":
         holds = "No guarantee holds for this corpus, because none holds for the model that it was sampled from."
     else:
-        # Of a run with one, it is a part of what the run's epsilon covers.
-        counts = ", from the histogram of prompts that the run released" if "histogram" in report else ""
+        # What the run's epsilon covers.
+        counts = ", from the histogram of prompts that the run released" if drawn_by_histogram else ""
         holds = (
             f"This corpus is ({report['epsilon']}, {report['delta']!r})-differentially private with respect to one unit"
             f" of the model's training data: it is post-processing of the parameters of checkpoint {step}, made from"

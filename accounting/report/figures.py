@@ -19,16 +19,17 @@ _INK, _ACCENT = "#333333", "#0b5fa5"
 
 
 def epsilon_points(accountant: Accountant, delta: float, points: int = 24) -> list[tuple[int, float]]:
-    """(steps, epsilon) at evenly spread steps, the last included; upper bounds."""
+    """(steps, epsilon) at evenly spread steps, first none and then the last included; upper bounds."""
     total = accountant.steps
     interval = 4 * accountant.interval_for(delta)
     steps = sorted({1, *(max(1, round(total * i / points)) for i in range(1, points))})
     whole = accountant.epsilon(delta).upper
-    return [(t, min(whole, accountant.upper(delta, t, interval))) for t in steps if t < total] + [(total, whole)]
+    found = [(t, min(whole, accountant.upper(delta, t, interval))) for t in steps if t < total]
+    return [(0, accountant.upper(delta, 0)), *found, (total, whole)]
 
 
 def _draw_epsilon(axes: Any, points: Sequence[tuple[int, float]], target: float | None) -> None:
-    steps, epsilons = zip((0, 0.0), *points, strict=True)
+    steps, epsilons = zip(*points, strict=True)
     # A staircase: between two points only the later one's epsilon is an upper bound.
     axes.plot(steps, epsilons, color=_ACCENT, drawstyle="steps-pre")
     if target is not None and np.isfinite(target):

@@ -85,7 +85,7 @@ def mechanism_text(mechanism: Mechanism) -> str:
 def histogram_text(mechanism: Mechanism) -> str:
     """A release beside the steps, in words."""
     return (
-        "one release of how many units fall under each of some public labels (each unit counted once in all, Gaussian"
+        "one release of how many units fall under each of some public labels (each unit counted at most once, Gaussian"
         f" noise of {mechanism.noise_multiplier:g} units on every count, both in whole numbers of"
         f" 2^-{mechanism.noise.grid_bits} of that noise)"
     )

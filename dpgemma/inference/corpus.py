@@ -159,7 +159,8 @@ def card_of(model: TrainedModel, corpus: Corpus) -> str:
         raise InputError(f"checkpoint {model.step} does not belong to {model.run.ledger_file}: run dpgemma audit")
     done = executed_lib.of([line.record for line in lines])
     report = build(done, spent(done, done.accountant()), lines[-1].hash)
-    return card.corpus_card(run_files.encode(report), model.step, corpus.facts())
+    counted = corpus.identity["prompts"]["are_counted"]
+    return card.corpus_card(run_files.encode(report), model.step, corpus.facts(), drawn_by_histogram=counted)
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def divergence(some: collections.Counter, others: collections.Counter) -> float:
         p, q = some[gram] / first, others[gram] / second
         middle = (p + q) / 2
         total += (p * math.log2(p / middle) if p else 0.0) / 2 + (q * math.log2(q / middle) if q else 0.0) / 2
-    return total
+    return min(total, 1.0)
 
 
 def near_copies(made: list[str], known: list[str], length: int = COPIED_CHARACTERS) -> int:

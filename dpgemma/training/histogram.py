@@ -1,7 +1,7 @@
 """The release of a histogram: how many units answer each of some public prompts, under noise.
 
-Counts and noise are whole numbers; a unit contributes `unit_steps(noise)` of them, rounded down, so that the noise is
-never below what is charged.
+Counts and noise are whole numbers; a unit contributes `unit_steps(noise)` of them (accounting.mechanism.histogram),
+rounded down, so that the noise is never below what is charged.
 
 Formal guarantee: what is released is a function of (counts + noise), where the counts of data sets that differ in one
 unit are at most one unit apart in L1, and so in L2 (data.text.prompts.counted), and the noise has the law of
@@ -20,15 +20,6 @@ from accounting.ledger.histogram import ReleasedHistogram
 from accounting.mechanism import grid
 from dpgemma.privacy import integer_noise
 from dpgemma.privacy.noise import noise_keys
-
-
-def unit_steps(noise: float) -> int:
-    """What a unit contributes, in whole numbers on whose grid the noise has a standard deviation of 2^LAW_BITS.
-
-    Args:
-      noise: standard deviation of the noise, in units.
-    """
-    return int(grid.sensitivity_steps(grid.LAW_BITS, noise))
 
 
 def released(prompts: Sequence[str], counts: np.ndarray, unit: int, noise: float, key: bytes) -> ReleasedHistogram:

@@ -4,10 +4,12 @@ Nothing is compiled for it and no array is made, so that a run which cannot fit 
 buffers come on top; what a compiled step needs is compared with the memory before the first one is taken.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -27,6 +29,8 @@ from dpgemma.training.optimizer import Optimization
 from dpgemma.training.settings import Settings
 from dpgemma.training.step import state_shardings
 
+# Where Linux says what a container has, in the second and the first version of its interface.
+_LIMITS = tuple(pathlib.Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))
 # Of a device's memory, what the known arrays may take where the mesh is chosen.
 _SHARE = 0.8
 _WIDEST_MODEL_AXIS = 64
@@ -135,9 +139,17 @@ def bytes_on_one_device(arrays: Any) -> int:
     )
 
 
-def of_this_computer() -> float | None:
-    """Bytes of its memory; None where the system does not say."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+def of_this_computer(limits: Sequence[pathlib.Path] = _LIMITS) -> float | None:
+    """Bytes of its memory, or those that a container leaves this process; None where the system does not say.
+
+    Args:
+      limits: files in which Linux says how much a container has.
+    """
+    known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            known.append(int(path.read_text()))
+    return min(known, default=None)
 
 
 # Of a process of `train` with the smallest model, on x86 with Linux.
@@ -281,14 +293,16 @@ def resolve_mesh(settings: Settings, objective: Objective, memory: float | None 
     optimizer = optimizer_lib.make(Optimization.of(settings, settings.steps))
 
     rows = settings.microbatch_size or 1
-    kept = 0 if memory is None else rows * activations(objective)
+    # For a token less is kept than the model has; where that much would fit for every token, nothing need be traced.
+    most = rows * objective.volume[1] * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(objective.shapes()))
+    kept = 0 if memory is None or most < memory / 8 else rows * activations(objective)
 
     def of_arrays(shape: MeshShape) -> int:
         arrays = Arrays.of(objective, mesh_lib.make(str(shape)), optimizer)
         return sum(arrays.known_bytes(settings.clipping, rows).values())
 
     def known_bytes(shape: MeshShape) -> int:
-        # Half of what differentiation keeps: that much no compiler does without.
+        # Half of what differentiation keeps: on CPUs compilers need more than that.
         return of_arrays(shape) + kept // (2 * shape.model)
 
     least = known_bytes(shape)

@@ -16,6 +16,9 @@ from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.training.optimizer import Optimization
 from dpgemma.training.settings import Settings
 
+# Where it is not given, in units.
+HISTOGRAM_NOISE = 20.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -66,6 +69,7 @@ class Plan:
             "epsilon": self.epsilon,
             "clipping": self.strategy.name,
             "microbatch_size": self.strategy.microbatch_size,
+            "histogram_noise": self.also[0].noise_multiplier if self.also else None,
             "mesh": self.mesh,
         }
 
@@ -102,7 +106,8 @@ def resolve(
     if settings.release == EXACT:
         check_delta(settings.epsilon, settings.delta, settings.steps)
     counted = settings.prompt_histogram is not None
-    also = (histogram(num_units, settings.histogram_noise, settings.neighbouring_relation),) if counted else ()
+    noise = HISTOGRAM_NOISE if settings.histogram_noise is None else settings.histogram_noise
+    also = (histogram(num_units, noise, settings.neighbouring_relation),) if counted else ()
     given_noise = settings.noise_multiplier
     # If epsilon follows from the noise it is not known yet, so the cap is planned for a large epsilon: truncation
     # costs less at a smaller one.

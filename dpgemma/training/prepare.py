@@ -261,7 +261,7 @@ def _to_count(settings: Settings, privacy_unit: str, tokenizer: Tokenizer, train
         raise InputError(
             f"`prompt_histogram`={settings.prompt_histogram} has weights, which are to be counted: leave them out"
         )
-    return UnitsToCount(training, texts, prompts_lib.beginnings(texts, tokenizer))
+    return UnitsToCount(training, texts, prompts_lib.beginnings(texts, tokenizer, settings.sequence_length))
 
 
 def _evaluation(settings: Settings, objective: CausalLM, held_out: UnitSource) -> UnitsToMeasure | None:

@@ -122,6 +122,8 @@ class Record:
         released = make(self.run.histogram_key(self.ledger.records[0]))
         self.ledger.append(events.HISTOGRAM, **released.facts())
         self.ledger.sync()
+        units = self.plan.mechanism.num_units
+        self.inform(f"the released counts of prompts add up to {sum(released.counts):.0f} of {units} units")
 
     def resume(self, step: int, here: str, same_bits: bool) -> None:
         """Writes down that the run goes on at a step.

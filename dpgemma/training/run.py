@@ -22,6 +22,7 @@ from accounting.ledger.chain import Ledger
 from accounting.ledger.history import Lineage
 from accounting.ledger.seals import Seal
 from dpgemma.choices import EXACT, HMAC, SIGNATURE
+from dpgemma.data.text.prompts import COUNTING
 from dpgemma.privacy.keys import Keys
 from dpgemma.storage.mirror import Mirror
 from dpgemma.training.checkpoint_files import CheckpointFiles, InStorage, OnDisk
@@ -134,7 +135,7 @@ class RunDirectory:
         )
 
     def histogram_key(self, start: dict[str, Any]) -> bytes:
-        """The key of the noise on the run's histogram: bound to run, settings and data, and to no place.
+        """The key of the noise on the run's histogram: bound to run, settings, data and way of counting, to no place.
 
         Whole numbers and Threefry have the same bits everywhere, so that a copy of the run releases this histogram or
         none. No step has this key, because a step has a place and is no histogram. Tested by
@@ -143,7 +144,7 @@ class RunDirectory:
         Args:
           start: the ledger's start event.
         """
-        return self.step_keys(start, ()).bound({"purpose": "histogram"}).noise
+        return self.step_keys(start, ()).bound({"purpose": "histogram", "counting": COUNTING}).noise
 
     def has_secret_keys(self) -> bool:
         """Whether the keys came from the operating system, as the ledger's first line says."""

@@ -13,7 +13,6 @@ from typing import Any
 from accounting.errors import InputError
 from accounting.mechanism import RELATIONS, ZERO_OUT
 from accounting.mechanism.clip import SCALINGS
-from accounting.mechanism.noise import LARGEST_NOISE, SMALLEST_NOISE
 from dpgemma import choices
 from dpgemma.choices import AUTO
 from dpgemma.sharding.rules import SYNTAX
@@ -131,8 +130,8 @@ class Settings:
         "Public list of prompts, as `prompts` of synthesize takes it: how many units answer each is released under"
         " noise before the first step, as a part of the budget, for synthesize to draw prompts by.",
     )
-    histogram_noise: float = _setting(
-        20.0, "Standard deviation of the noise on each count of `prompt_histogram`, in units."
+    histogram_noise: float | None = _setting(
+        None, "Standard deviation of the noise on each count of `prompt_histogram`, in units; by default 20."
     )
     noise_multiplier: float | None = _setting(
         None, "Noise on the sum, in clip norms; omitted, it is solved from epsilon and delta."
@@ -273,10 +272,9 @@ class Settings:
         if self.public_eval_data and not self.eval_data:
             raise InputError("`public_eval_data` speaks of data that nobody gave: give `eval_data`, or drop it")
         self._check_units()
-        if not SMALLEST_NOISE <= self.histogram_noise <= LARGEST_NOISE:
+        if self.histogram_noise is not None and self.prompt_histogram is None:
             raise InputError(
-                f"`histogram_noise` must lie between {SMALLEST_NOISE:g} and {LARGEST_NOISE:g}, got"
-                f" {self.histogram_noise:g}"
+                "`histogram_noise` is noise on the counts of `prompt_histogram`: give that too, or neither"
             )
         if self.prompt_histogram and self.ownership == choices.PUBLIC_OWNERS:
             raise InputError(

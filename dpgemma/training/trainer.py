@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from accounting.ledger.histogram import ReleasedHistogram
+from accounting.mechanism.histogram import unit_steps
 from dpgemma.data import pipeline
 from dpgemma.data.batch import Batch, collate
 from dpgemma.data.source import UnitSource
@@ -55,7 +56,7 @@ class UnitsToCount:
     Attributes:
       source: of the units.
       prompts: public.
-      numbers: of the prompts, by the tokens with which rows begin (data.text.prompts.beginnings).
+      numbers: of the prompts, by what rows begin with (data.text.prompts.beginnings).
     """
 
     source: UnitSource
@@ -160,7 +161,6 @@ class Trainer:
             ) as checkpoints,
             self.record.opened(),
         ):
-            self._release_histogram()
             self.first_step, state, frozen = self._start_or_resume(checkpoints)
             step, state = self._take_steps(self.first_step, state, frozen, checkpoints, stop)
             checkpoints.settle(self.record.ledger)
@@ -173,14 +173,17 @@ class Trainer:
             return measured
 
     def _release_histogram(self) -> None:
-        """The first process counts, and releases what it has counted, while the others wait."""
+        """The first process counts, and releases what it has counted, while the others wait.
+
+        Nothing may be left that could refuse the run: another one would have to release another histogram.
+        """
         wanted = self.histogram
         if wanted is None:
             return
         noise = self.plan.also[0].noise_multiplier
 
         def make(key: bytes) -> ReleasedHistogram:
-            unit = histogram_lib.unit_steps(noise)
+            unit = unit_steps(noise)
             with self.record.phase("counting prompts", wanted.source.num_units) as advance:
                 counts = prompts.counted(wanted.source, wanted.numbers, len(wanted.prompts), unit, advance)
             return histogram_lib.released(wanted.prompts, counts, unit, noise, key)
@@ -232,6 +235,7 @@ class Trainer:
         self._check_memory(dp_step)
         if self.record.is_kept_here:
             self.record.inform(self._needs(dp_step))
+        self._release_histogram()
         with self.record.of_steps(first, self.objective.volume) as record:
             for t in range(first, steps):
                 done, (count, batch) = t + 1, drawn

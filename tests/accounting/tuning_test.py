@@ -10,6 +10,7 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.ledger.chain import Ledger
 from accounting.mechanism import ZERO_OUT, dp_sgd
+from accounting.mechanism.histogram import unit_steps
 
 PLAN = dp_sgd(10_000, 200, None, 1.0, 1.0, 100)
 
@@ -71,9 +72,10 @@ def test_histograms_of_runs_add_up(tmp_path, capsys):
     """Each counts, but for one that copies of a run share; a run may have released nothing else."""
     from dpgemma import cli
 
-    line = {"kind": "histogram", "labels": ["a", "b"], "counts": [1.5, 2.5], "noise": 4.0}
+    counts = [round(x * unit_steps(4.0)) / unit_steps(4.0) for x in (1.5, 2.5, 2.25)]
+    line = {"kind": "histogram", "labels": ["a", "b"], "counts": counts[:2], "noise": 4.0}
     for name, run_id, steps, changes in (
-        ("a", "a", 100, {}), ("copy", "a", 100, {}), ("forged", "a", 100, {"counts": [1.5, 2.25]}),
+        ("a", "a", 100, {}), ("copy", "a", 100, {}), ("forged", "a", 100, {"counts": counts[1:]}),
         ("b", "b", 0, {}), ("plain", "c", 100, None),
     ):  # fmt: skip
         write_run(tmp_path / name, steps, run_id, histogram=None if changes is None else line | changes, **NEW)
@@ -82,15 +84,16 @@ def test_histograms_of_runs_add_up(tmp_path, capsys):
         assert cli.main(["account", f"--compose={','.join(str(tmp_path / name) for name in names)}", "--json"]) == 0
         return json.loads(capsys.readouterr().out)["epsilon"]
 
-    counts = dp_sgd(10_000, 10_000, None, 4.0, 1.0, 1, ZERO_OUT, grid_bits=26)
+    released = dp_sgd(10_000, 10_000, None, 4.0, 1.0, 1, ZERO_OUT, grid_bits=26)
     steps = dp_sgd(10_000, 200, None, 1.0, 1.0, 100, ZERO_OUT)
 
     def together(runs, histograms):
-        return Accountant([*[steps] * runs, *[counts] * histograms]).epsilon(1e-6).upper
+        return Accountant([*[steps] * runs, *[released] * histograms]).epsilon(1e-6).upper
 
     assert epsilon("a") == pytest.approx(together(1, 1), rel=1e-3)
     assert epsilon("a", "copy") == epsilon("a")
-    assert epsilon("a", "forged") == pytest.approx(together(1, 2), rel=1e-3)
+    with pytest.raises(InputError, match="different counts under the same noise"):
+        tuning.runs([tmp_path / "a", tmp_path / "forged"])
     assert epsilon("a", "b") == pytest.approx(together(1, 2), rel=1e-3)
     assert epsilon("b") == pytest.approx(together(0, 1), rel=1e-3)
     assert epsilon("b", "plain") == pytest.approx(together(1, 1), rel=1e-3)

@@ -392,7 +392,7 @@ MUTATIONS = (
     ),
     Mutation(
         "histogram", "a unit of several rows is counted for each", "dpgemma/data/text/prompts.py",
-        "unit // np.maximum(np.bincount(owner, minlength=len(units)), 1)", "np.full(len(units), unit)",
+        "unit // np.maximum(np.bincount(owner[answers], minlength=len(units)), 1)", "np.full(len(units), unit)",
         (COUNTED, "-k", "at_most_one"),
     ),
     Mutation(
@@ -400,13 +400,13 @@ MUTATIONS = (
         "noised = counts + np.asarray(", "noised = counts + 0 * np.asarray(", (COUNTED, "-k", "stated_deviation"),
     ),
     Mutation(
-        "histogram", "a unit is more than its noise is made for", "dpgemma/training/histogram.py",
+        "histogram", "a unit is more than its noise is made for", "accounting/mechanism/histogram.py",
         "return int(grid.sensitivity_steps(grid.LAW_BITS, noise))", "return round(2**grid.LAW_BITS / noise)",
         (COUNTED, "-k", "at_most_one"),
     ),
     Mutation(
         "histogram", "its noise is that of a step", "dpgemma/training/run.py",
-        'return self.step_keys(start, ()).bound({"purpose": "histogram"}).noise',
+        'return self.step_keys(start, ()).bound({"purpose": "histogram", "counting": COUNTING}).noise',
         'return self.step_keys(start, ((0, start["environment"]),)).noise', (COUNTED, "-k", "runs_key"),
     ),
     Mutation(

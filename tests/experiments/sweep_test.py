@@ -213,6 +213,7 @@ def test_what_dies_is_tried_again_and_what_cannot_be_done_is_named(text, tmp_pat
     assert set(said["failed"]) == {refused} and said["done"] == 2 and state(tmp_path / "out" / "runs" / once) == before
 
 
+@pytest.mark.slow
 def test_pitfall_25_a_sweep_of_private_data_adds_up_all_its_runs(text, tmp_path):
     table = GRID | dict(noise_batch_ratio=[0.125, 0.25], steps=4)
     config = toml(tmp_path / "private.toml", text, table, public_data=False)

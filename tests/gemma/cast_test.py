@@ -12,7 +12,10 @@ from dpgemma.gemma import decoder, lora
 from tests import objectives
 from tests.sharding.eight import small
 
-FAMILIES = ["vaultgemma_1b", "gemma_2b", "gemma2_2b", "gemma3_1b", "recurrentgemma_2b"]
+FAMILIES = [
+    pytest.param("vaultgemma_1b", marks=pytest.mark.slow), "gemma_2b", "gemma2_2b", "gemma3_1b",
+    pytest.param("recurrentgemma_2b", marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 def random_like(shapes, scale=0.3):

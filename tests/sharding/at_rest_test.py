@@ -22,6 +22,7 @@ def test_the_bits_of_a_step_do_not_depend_on_where_its_state_lies():
     assert len(set(digests)) == 1
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_once_and_sums_scattered_once():
     text, share = eight.result_of("(lambda step: [step.text(), step.run(1).largest_share()])(Step('data:8'))")
     assert share == 1 / 8

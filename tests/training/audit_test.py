@@ -162,6 +162,7 @@ def test_a_vocabulary_that_knows_the_word_loss_is_no_leak(workdir):
     assert not list(secrecy_checks.leaks(workdir, [file], {exported}))
 
 
+@pytest.mark.slow
 def test_parameters_of_another_run_are_not_taken_for_this_ones(text, workdir, tmp_path, capsys):
     """Those of a baseline without noise, in the place of private ones: same model, same step, and meta as it was."""
     baseline = tmp_path / "baseline"

@@ -252,6 +252,7 @@ def umask():
     return mask
 
 
+@pytest.mark.slow
 def test_a_name_of_the_hub_is_what_was_downloaded(base, data, tmp_path, monkeypatch):
     """Files as `hf download` leaves them; nothing is fetched."""
     monkeypatch.setitem(vars(huggingface_hub.constants), "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -333,6 +334,7 @@ def test_merged_weights_are_float32_throughout(base, data, tmp_path):
     assert call("export", f"--workdir={workdir}", "--dtype=bfloat16", f"--out={tmp_path / 'x'}").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_gets_no_privacy_card(base, data, trained, tmp_path):
     workdir, other = shutil.copytree(trained, tmp_path / "run"), tmp_path / "other"
     done = train(base, data, other)

@@ -16,6 +16,7 @@ from accounting.accountant import Accountant
 from accounting.errors import InputError
 from accounting.ledger import executed
 from accounting.mechanism import ZERO_OUT, dp_sgd
+from accounting.mechanism.histogram import unit_steps
 from accounting.report import card
 from dpgemma import cli
 from dpgemma.data import holdout
@@ -33,7 +34,7 @@ from tests.training.recomputed_test import noise_of
 
 PROMPTS = ("heart:", "head:", "skin:")
 NOISE = 5.0
-UNIT = histogram.unit_steps(NOISE)
+UNIT = unit_steps(NOISE)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +98,13 @@ def any_unit(rng):
 
 def test_a_unit_moves_the_counts_by_at_most_one():
     """Whatever its rows hold; and counts are those of plain counting."""
-    rng, numbers = np.random.default_rng(0), prompts.beginnings(PROMPTS, ByteTokenizer())
+    rng, numbers = np.random.default_rng(0), prompts.beginnings(PROMPTS, ByteTokenizer(), 16)
     for _ in range(200):
         units = [any_unit(rng) for _ in range(rng.integers(1, 6))]
         counts = prompts.counted(source_of(units), numbers, len(PROMPTS), UNIT)
+        answered = [[prompt for prompt, answer in rows if answer and prompt in PROMPTS] for rows in units]
         expected = [
-            sum(UNIT // len(rows) for rows in units for prompt, answer in rows if answer and prompt == wanted)
+            sum(UNIT // len(prompts) for prompts in answered for prompt in prompts if prompt == wanted)
             for wanted in PROMPTS
         ]
         assert counts.tolist() == expected
@@ -118,7 +120,7 @@ def test_a_unit_moves_the_counts_by_at_most_one():
 def test_more_units_than_are_read_at_once_are_all_counted():
     one, told = source_of([[("skin:", "rest")]]), []
     many = InMemory({name: np.repeat(column, 10_000, axis=0) for name, column in one.columns.items()})
-    counts = prompts.counted(many, prompts.beginnings(PROMPTS, ByteTokenizer()), 3, 7, told.append)
+    counts = prompts.counted(many, prompts.beginnings(PROMPTS, ByteTokenizer(), 16), 3, 7, told.append)
     assert counts.tolist() == [0, 0, 70_000] and sum(told) == 10_000 and len(told) > 1
 
 
@@ -126,7 +128,7 @@ def test_what_is_released_is_counts_and_noise_from_the_runs_key(records, finishe
     """Recomputed from the files: keys, records and the description of the noise."""
     start, (line,) = lines(finished)[0], lines(finished, "histogram")
     keys = Keys.load(finished / "private/keys.json")
-    purpose = json.dumps({"purpose": "histogram"}, separators=(",", ":")).encode()
+    purpose = json.dumps({"counting": 1, "purpose": "histogram"}, separators=(",", ":")).encode()
     secret = hashlib.blake2b(
         purpose, key=runs.step_secrets(finished, places=[])["noise"], digest_size=32, person=b"dpgemma bound"
     ).digest()
@@ -237,13 +239,20 @@ def edited(change):
 
 
 TAMPERINGS = {
-    "less noise": (edited(lambda r, i: r[i].update(noise=1.0)), "mechanism_changed"),
+    "less noise": (edited(lambda r, i: r[i].update(noise=1.0, counts=[1.0, 2.0, 3.0])), "mechanism_changed"),
     "other labels": (edited(lambda r, i: r[i].update(labels=["a", "b", "c"])), "mechanism_changed"),
     "a second one": (edited(lambda r, i: r.insert(i, dict(r[i]))), "budget_exceeded"),
     "none": (edited(lambda r, i: r.pop(i)), "ledger_line_removed"),
     "a late one": (edited(lambda r, i: r.insert(i + 3, r.pop(i))), "mechanism_changed"),
     "a count too few": (edited(lambda r, i: r[i].update(counts=[1.0, 2.0])), "ledger_edited"),
     "a count that is a text": (edited(lambda r, i: r[i].update(counts=[1.0, 2.0, "x"])), "ledger_edited"),
+    "a count with digits of its own": (edited(lambda r, i: r[i].update(counts=[1.0, 2.0, 0.1234567])), "ledger_edited"),
+    "no noise": (edited(lambda r, i: r[i].update(noise=0.0)), "unparsable"),
+    "no labels": (edited(lambda r, i: r[i].pop("labels")), "ledger_edited"),
+    "no trace of it": (
+        edited(lambda r, i: [r.pop(i), *(r[0].pop(name) for name in ("histogram_sha256", "histogram_noise"))]),
+        "config_disagrees",
+    ),
     "a raw count beside": (edited(lambda r, i: r[i].update(raw=[1, 2, 3])), "raw_values_public"),
     "one that was not declared": (
         edited(lambda r, i: [r[0].pop(name) for name in ("histogram_sha256", "histogram_noise")]),
@@ -273,17 +282,19 @@ def test_an_edited_count_breaks_the_chain_for_the_audit_and_for_a_corpus(copied,
 def test_a_corpus_is_drawn_by_the_released_counts(copied):
     """By the ledger alone: the list and private/ are gone. A count below zero is none."""
     shutil.rmtree(copied / "private")
-    edited(lambda records, place: records[place].update(counts=[300.5, 100.25, -3.0]))(copied)
+    counts = [round(count * UNIT) / UNIT for count in (300.5, 100.25, -3.0)]
+    edited(lambda records, place: records[place].update(counts=counts))(copied)
     model = models.load(str(copied))
     drawn_by = corpus.counted_prompts(model, as_chat=False)
-    assert drawn_by.texts == PROMPTS and drawn_by.weights == (300.5, 100.25, 0.0) and drawn_by.are_counted
+    assert drawn_by.texts == PROMPTS and drawn_by.weights == (*counts[:2], 0.0) and drawn_by.are_counted
     sampler = Sampler(model.config, model.parameters, model.tokenizer, SynthesisSettings(), drawn_by, packed=False)
     drawn = np.bincount([sampler.prompt_of(number) for number in range(4000)], minlength=3)
     # Six deviations either way: below 1e-8.
     assert drawn[2] == 0 and abs(drawn[0] - 3000) < 6 * math.sqrt(4000 * 0.75 * 0.25)
     report = json.loads((copied / "report.json").read_text())
-    assert "from the histogram of prompts that the run released" in card.corpus_card(report, 6, {})
-    edited(lambda records, place: records[place].update(counts=[-1.0, -0.25, -3.0]))(copied)
+    told = [card.corpus_card(report, 6, {}, drawn_by_histogram=drawn) for drawn in (True, False)]
+    assert ["from the histogram of prompts that the run released" in text for text in told] == [True, False]
+    edited(lambda records, place: records[place].update(counts=[-1 / UNIT, -2 / UNIT, 0.0]))(copied)
     with pytest.raises(InputError, match="no noised count"):
         corpus.counted_prompts(model, as_chat=False)
 
@@ -295,7 +306,8 @@ def test_users_share_their_one_count(records, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     (line,) = lines(tmp_path / "run", "histogram")
     units = lines(tmp_path / "run")[0]["num_units"]
-    assert units * 0.75 < sum(line["counts"]) < units * 1.05  # a tenth of the records have another prompt
+    # A tenth of the records have another prompt, and next to no user has three of these. Six deviations either way.
+    assert abs(sum(line["counts"]) - units) < 6 * 3 * 3**0.5 + 5
     assert audited(capsys, tmp_path / "run")[0] == 0
 
 
@@ -322,7 +334,7 @@ def test_conversations_are_known_by_their_first_turn():
     said = [{"role": "user", "content": "head:"}, {"role": "assistant", "content": "rest."}]
     ids, learned = chat.turns(tokenizer, said)
     source = InMemory({"tokens": ids[None], "scored": learned[None]})
-    assert prompts.counted(source, prompts.beginnings(PROMPTS, tokenizer), 3, 5).tolist() == [0, 5, 0]
+    assert prompts.counted(source, prompts.beginnings(PROMPTS, tokenizer, 64), 3, 5).tolist() == [0, 5, 0]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +343,8 @@ def test_conversations_are_known_by_their_first_turn():
         ("", (), "is empty"),
         ("heart:\nheart:\n", (), "prompt 2 stands there twice"),
         (None, (), "cannot be read"),
-        ("heart:\n", ("--histogram_noise=0",), "--histogram_noise must lie between"),
+        ("heart:\n", ("--histogram_noise=0",), "must lie between 0.01 and 10000 units, got 0: see --histogram_noise"),
+        ("x" * 16 + "\n", (), "prompt 1 fills the 16 tokens of a row"),
         (
             "heart:\n",
             (
@@ -359,3 +372,22 @@ def test_packed_text_and_weights_are_refused(records, text, tmp_path):
     (tmp_path / "weights.jsonl").write_text('{"prompt": "heart:", "weight": 2}\n')
     done = train(records, tmp_path / "run", f"--prompt_histogram={tmp_path / 'weights.jsonl'}")
     assert done.returncode == 2 and "has weights, which are to be counted" in done.stderr
+    done = runs.call("train", f"--data={records / 'records.jsonl'}", "--histogram_noise=3")
+    assert done.returncode == 2 and "give that too, or neither" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "a", "weight": 1' + "0" * 400 + "}", "line 1: give a JSON object"),
+        ('{"prompt": ' + "[" * 100_000, "line 1: give a JSON object"),
+        ('{"prompt": "a", "weight": 1e308}\n{"prompt": "b", "weight": 1e308}', "must add up to a number"),
+        ('{"prompt": "a", "weight": NaN}', "a number from 0 on"),
+    ],
+)
+def test_weights_that_are_none_are_refused(line, message, tmp_path):
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        prompts.read(tmp_path / "p.jsonl", "prompts")
+    (tmp_path / "p.txt").write_text("\ufeffheart:\nhead:\n")
+    assert prompts.read(tmp_path / "p.txt", "prompts") == (("heart:", "head:"), None)

@@ -87,6 +87,21 @@ def test_the_smallest_model_axis_is_searched_within_a_slice():
     assert fitting(known_bytes, 64, 1, 10 * MIB) is None and fitting(known_bytes, 12, 1, 20 * MIB) is None
 
 
+def test_a_step_that_needs_more_than_there_is_is_refused_with_what_needs_less():
+    memory.check(MIB, MIB, 8)
+    with pytest.raises(InputError, match=r"0\.00 GiB.*give `microbatch_size`=4, `remat`=block or a smaller"):
+        memory.check(MIB + 1, MIB, 8)
+    with pytest.raises(InputError, match="give `remat`=block or a smaller `sequence_length`"):
+        memory.check(MIB + 1, MIB, 1)
+
+
+def test_a_container_has_the_memory_that_it_is_given(tmp_path):
+    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "less").write_text("1048576\n")
+    whole = memory.of_this_computer([tmp_path / "max", tmp_path / "none"])
+    assert whole > 2**30 and memory.of_this_computer([tmp_path / "max", tmp_path / "less"]) == MIB
+
+
 def test_the_devices_of_a_cpu_share_its_memory():
     one, two = memory.limit(mesh_lib.make("data:1")), memory.limit(mesh_lib.make("data:2"))
     assert one == 2 * two and math.log2(one) > 30
@@ -104,7 +119,10 @@ def test_activations_are_less_than_a_compiled_step_needs(remat):
         return jax.vmap(lambda unit: objective.loss(trainable, frozen, unit))(batch.units).sum()
 
     analysis = jax.jit(jax.grad(losses)).lower(trainable, batch).compile().memory_analysis()
-    share = rows * memory.activations(objective) / analysis.temp_size_in_bytes
+    kept = memory.activations(objective)
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, frozen)))
+    assert kept < objective.volume[1] * parameters  # which resolve_mesh takes for granted
+    share = rows * kept / analysis.temp_size_in_bytes
     assert share < 1.1 and (share > 0.5 or remat == "block")
 
 
@@ -116,6 +134,7 @@ def test_rows_at_once_that_cannot_fit_are_refused_before_anything_is_made():
     assert resolve_mesh(settings.replaced(microbatch_size=256), objective, 4 * 2**30) == "data:1"
 
 
+@pytest.mark.slow
 def test_a_compiled_step_that_does_not_fit_is_refused_before_it_is_taken(text, tmp_path):
     """Of which half would fit."""
     kept = memory.activations(objective_of(Settings(sequence_length=32)))

@@ -28,6 +28,7 @@ def test_a_run_resumes_bit_for_bit_where_layers_are_spread(finished, text, tmp_p
     assert len(step_records(workdir)) == 6 and call("audit", workdir).returncode == 0
 
 
+@pytest.mark.slow
 def test_on_another_mesh_lost_steps_have_other_noise_and_are_charged(finished, text, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/6")

@@ -353,6 +353,7 @@ def test_baseline_is_labelled(text, tmp_path):
     assert any("non-private baseline" in d for d in report["deviations"])
 
 
+@pytest.mark.slow
 def test_sample_and_export(finished, tmp_path):
     import torch
     import transformers

@@ -46,6 +46,7 @@ def trained(notes, workdir, **changes):
     return runs.call(*runs.flags(notes, workdir, steps=2, **units | changes))
 
 
+@pytest.mark.slow
 def test_a_report_says_what_holds_for_a_patient(notes, tmp_path):
     patients = {json.loads(line)["seen"]["patient"] for line in notes.read_text().splitlines()}
     done = trained(notes, tmp_path / "run")
