@@ -205,8 +205,15 @@ class RunDirectory:
         differing = [name for name in config if name not in free and stored.get(name) != config[name]]
         if differing:
             changes = ", ".join(f"{name} ({stored.get(name)} there, {config[name]} here)" for name in differing)
+            further = (
+                "; a run takes the steps that it was planned for: to train further, export it, start another run from"
+                " the export, and add up both (dpgemma account --compose)"
+                if "steps" in differing
+                else ""
+            )
             raise InputError(
                 f"{self.path} belongs to another configuration: {changes}; give the same flags or another `workdir`"
+                + further
             )
         try:
             known = json.loads(self.data_file.read_text())["fingerprint"]

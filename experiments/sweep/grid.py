@@ -148,7 +148,11 @@ def _runs(shared: dict, table: dict, where: str) -> list[Run]:
                 f"{where}: {name} is not a grid's to set: give noise_batch_ratio, and account for privacy afterwards"
             )
         if name in _FROM_WEIGHTS:
-            raise InputError(f"{where}: {name} is not a grid's to set: a sweep trains presets from random weights")
+            raise InputError(
+                f"{where}: {name} is not a grid's to set: a sweep trains presets from random weights; to compare"
+                " settings of fine-tuning, give dpgemma train each of them, and add up their budgets (dpgemma account"
+                " --compose)"
+            )
         if name not in _KINDS:
             raise InputError(f"{where}: {name!r} is no setting of dpgemma train: dpgemma train --help lists them")
     if RATIO not in given:

@@ -191,6 +191,7 @@ def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]  # nothing half-written stays
 
 
+@pytest.mark.slow
 def test_default_workdir_and_declared_units(text, tmp_path, monkeypatch, quick_compiles):
     monkeypatch.chdir(tmp_path)
     arguments = [

@@ -197,6 +197,7 @@ def surfaces():
     return lambda epsilon: kept.setdefault(epsilon, NoiseSurface(epsilon, noise_fields.DELTA))
 
 
+@pytest.mark.slow
 def test_fields_are_the_change_of_the_noise_batch_ratio(surfaces):
     powers = {"epsilon": (2,), "batch": (14, 18, 20), "units": (20, 24)}
     found = noise_fields.field("units", "batch", powers, surfaces)

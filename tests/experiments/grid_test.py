@@ -95,7 +95,7 @@ BAD = {
         {"sweep": PUBLIC, "train": {"noise_multiplier": 1}, "grid": [ONE]},
         "noise_multiplier is not a grid's to set",
     ),
-    "weights": ({"sweep": PUBLIC, "grid": [{**ONE, "init_from": "x"}]}, "random weights"),
+    "weights": ({"sweep": PUBLIC, "grid": [{**ONE, "init_from": "x"}]}, "random weights; to compare settings"),
     "no setting": ({"sweep": PUBLIC, "grid": [{**ONE, "learningrate": 1}]}, "'learningrate' is no setting"),
     "negative ratio": ({"sweep": PUBLIC, "grid": [{**ONE, "noise_batch_ratio": -1}]}, "not negative"),
     "infinite ratio": ({"sweep": PUBLIC, "grid": [{**ONE, "noise_batch_ratio": math.inf}]}, "must be finite"),

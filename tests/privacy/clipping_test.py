@@ -228,6 +228,7 @@ def test_pitfall_18_examples_do_not_influence_each_other():
     np.testing.assert_array_equal(flat(before), flat(after))
 
 
+@pytest.mark.slow
 def test_infinite_clip_norm_is_the_plain_gradient(quick_compiles):
     loss, params, batch = gemma_problem(rows=4)
     got = clipped_sum(loss, params, batch, jnp.ones(4, bool), float("inf")).total

@@ -107,20 +107,20 @@ def test_the_devices_of_a_cpu_share_its_memory():
     assert one == 2 * two and math.log2(one) > 30
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
 def test_activations_are_less_than_a_compiled_step_needs(remat):
     """And without recomputation the greater part of it."""
     rows, settings = 64, Settings(model="ladder_20k", remat=remat)
     objective = objective_of(settings)
-    trainable, frozen = objective.init(0)
+    trainable, _ = objective.shapes()
     batch = Batch.of_rows(objective.noise_rows(rows), np.ones(rows, bool))
 
     def losses(trainable, batch):
-        return jax.vmap(lambda unit: objective.loss(trainable, frozen, unit))(batch.units).sum()
+        return jax.vmap(lambda unit: objective.loss(trainable, {}, unit))(batch.units).sum()
 
     analysis = jax.jit(jax.grad(losses)).lower(trainable, batch).compile().memory_analysis()
     kept = memory.activations(objective)
-    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, frozen)))
+    parameters = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable))
     assert kept < objective.volume[1] * parameters  # which resolve_mesh takes for granted
     share = rows * kept / analysis.temp_size_in_bytes
     assert share < 1.1 and (share > 0.5 or remat == "block")

@@ -55,6 +55,8 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
         else:
             with pytest.raises(InputError, match=name):
                 directory.check_resumable(changed, fingerprint, facts)
+    with pytest.raises(InputError, match="to train further, export it, start another run from the export"):
+        directory.check_resumable({**config, "steps": 12}, fingerprint, facts)
     with pytest.raises(InputError, match="data differ"):
         directory.check_resumable(config, "00" * 32, facts)
     for name in facts:

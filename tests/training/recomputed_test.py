@@ -141,7 +141,8 @@ def test_a_run_is_what_its_keys_and_data_say(mesh, clip_norm, unit, text, tmp_pa
             mean = noised * clip_norm / grid_steps / 12
             # Moments are compared first, and the update with those that were kept: Adam divides by the second one, and
             # where that is nearly zero a rounding of the gradient would show enlarged.
-            np.testing.assert_allclose(after[1][i], 0.9 * first[i] + 0.1 * mean, rtol=1e-6, atol=1e-6)
+            # Rounding of float32 gradients is seen up to 1.2e-6; a unit moves the moment by 1e-2, and so does noise.
+            np.testing.assert_allclose(after[1][i], 0.9 * first[i] + 0.1 * mean, rtol=1e-6, atol=5e-6)
             np.testing.assert_allclose(after[2][i], 0.95 * second[i] + 0.05 * mean**2, rtol=1e-5, atol=1e-6)
             deviation = np.sqrt(after[2][i] / (1 - 0.95 ** (t + 1))) + 1e-8
             moved = values[i] - rate * after[1][i] / (1 - 0.9 ** (t + 1)) / deviation

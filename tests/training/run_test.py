@@ -226,6 +226,7 @@ class Signals(Silent):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, text, tmp_path):
     workdir = copy_of(finished, tmp_path)
     before = final_parameters(workdir)[1]
@@ -344,6 +345,7 @@ def test_a_run_that_is_told_to_stop_at_its_start_takes_no_step(text, tmp_path):
     trainer.run.unlock()
 
 
+@pytest.mark.slow
 def test_baseline_is_labelled(text, tmp_path):
     workdir = tmp_path / "run"
     done = call(*flags(text, workdir, epsilon="inf", noise_multiplier=0, clip_norm="inf"))

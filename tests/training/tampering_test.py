@@ -89,6 +89,16 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def without_last_metrics(workdir):
+    path = workdir / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+
+
+def half_a_line_of_metrics(workdir):
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text()[:-10])
+
+
 def largest_data_file(workdir):
     return max((workdir / "checkpoints/6").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
 
@@ -205,7 +215,8 @@ TAMPERINGS = {
     "cap changed": (change_later_steps(max_batch_size=13), "mechanism_changed", "ledger.jsonl"),
     "metrics: number": (lambda w: edit(w / "metrics.jsonl", 'rate": 0.00', 'rate": 0.01'), "metrics_edited", "metrics"),
     "metrics: loss": (add_loss_to_metrics, "raw_values_public", "metrics.jsonl"),
-    "metrics: truncated": (lambda w: truncate(w / "metrics.jsonl"), "metrics_edited", "metrics.jsonl"),
+    "metrics: without its last lines": (without_last_metrics, "metrics_edited", "metrics.jsonl"),
+    "metrics: truncated": (half_a_line_of_metrics, "unparsable", "metrics.jsonl line 6"),
     "metrics: text behind the last line": (text_behind_the_metrics, "unparsable", "metrics.jsonl line 7"),
     "metrics: missing": (lambda w: (w / "metrics.jsonl").unlink(), "missing_file", "metrics.jsonl"),
     "checkpoint: count": (
