@@ -73,6 +73,7 @@ def start(*arguments):
     return subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_real_trainings_ends_in_a_table(finished):
     config, out, done = finished
     said = json.loads(done.stdout)
@@ -110,6 +111,7 @@ def test_a_sweep_of_real_trainings_ends_in_a_table(finished):
     )
 
 
+@pytest.mark.slow
 def test_the_same_command_again_executes_nothing(finished, monkeypatch):
     config, out, _ = finished
     monkeypatch.setattr(launchers, "Process", None)

@@ -53,7 +53,7 @@ def released_norms(dtype, cases, **options):
     return np.array(norms), np.array(before)
 
 
-@pytest.mark.parametrize("cases", [60, pytest.param(CASES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [150, pytest.param(CASES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options, least",

@@ -253,7 +253,7 @@ def mixed_loss(shapes):
     return loss
 
 
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shapes_with_repeated_tokens(data):
     check_any_shapes(data)

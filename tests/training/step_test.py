@@ -148,6 +148,7 @@ def test_two_devices_sum_what_one_sums():
     np.testing.assert_allclose(sums[0], sums[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_baseline_takes_the_same_path_without_noise_and_clipping():
     mechanism = dp_sgd(100, 8, 8, 0.0, float("inf"), 10)
     start, end, _ = take_step(2, mechanism)
