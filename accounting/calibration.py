@@ -184,7 +184,7 @@ def _check(mechanism: Mechanism, epsilon: float, delta: float, also: Sequence[Me
     if alone > epsilon:
         raise InputError(
             f"what is released beside the steps costs epsilon {rounding.upper(alone)} by itself, and the target is"
-            f" {epsilon:g}: give it more noise, or raise epsilon"
+            f" {epsilon:g}: raise `histogram_noise`, or epsilon"
         )
 
 

@@ -39,6 +39,10 @@ def runs(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, Executed]:
         if not path.is_file():
             raise InputError(f"{folder} is no run directory: it has no {run_files.LEDGER}")
         found[folder] = executed_lib.of(ledger.read(path))
+        if len(found[folder].also) > 1:
+            raise InputError(
+                f"the ledger of {folder} holds several histograms, and a run releases one: run dpgemma audit"
+            )
         if not found[folder].has_secret_keys:
             raise InputError(
                 f"the noise of {folder} was made from a public seed: it hides nothing, so no epsilon holds for that run"
@@ -73,7 +77,7 @@ def _check_copies(found: dict[pathlib.Path, Executed]) -> None:
             continue
         if one.declared != other.declared:
             raise InputError(f"{a} and {b} claim to be one run and begin differently: one of their ledgers is forged")
-        counts = [histogram.of(run.events) for run in (one, other)]
+        counts = [histogram.of(run.events, run.planned.num_units) for run in (one, other)]
         if None not in counts and counts[0] != counts[1]:
             raise InputError(
                 f"{a} and {b} are copies of one run and released different counts under the same noise: no epsilon"

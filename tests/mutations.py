@@ -1,6 +1,6 @@
 """Plants breaches of privacy in a copy of the source, one at a time, and says which test notices each.
 
-    python -m tests.mutations               all of them, in about half an hour on two cores
+    python -m tests.mutations               all of them, in about three quarters of an hour on two cores
     python -m tests.mutations --only=noise  those whose kind or description holds a word
 
 They stand in tests.breaches. A mutation names the tests that are expected to notice it, so that a run takes minutes

@@ -58,8 +58,10 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     counted = {"prompt_histogram": "histogram_sha256", "histogram_noise": "histogram_noise"}
     for name, fact in counted.items():
         declared[name] = executed.declared.get(fact)
-        is_other = (stored.get(name) is None) != (declared[name] is None)
-        if is_other or (name == fact and stored.get(name) != declared[name]):
+        value = stored.get(name)
+        names_a_file = isinstance(value, str) and bool(value)
+        agrees = value == declared[name] if name == fact else names_a_file or value is None
+        if not agrees or (value is None) != (declared[name] is None):
             differing.append(name)
     for name in differing:
         yield Finding(

@@ -139,7 +139,9 @@ def histograms(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
         yield Finding("ledger_line_removed", WHERE, "a histogram is declared, and no line says that it was released")
     for place, (number, record) in enumerate(found):
         where = f"{WHERE} line {number}"
-        if problem := histogram.unsound(record):
+        if executed.version < events.HISTOGRAMS:
+            yield Finding("ledger_edited", where, "ledgers of this format hold no histogram")
+        elif problem := histogram.unsound(record, executed.planned.num_units):
             yield Finding("ledger_edited", where, problem)
         elif place > 0:
             yield Finding("mechanism_changed", where, "a second histogram: one at most is released")
@@ -159,7 +161,12 @@ def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
 
 
 def places(executed: Executed) -> Iterator[str]:
-    """What is worth knowing about where the run was executed."""
+    """What is worth knowing about what was released, and where."""
+    for mechanism in executed.also:
+        yield (
+            "how many units fall under each of some public labels was released once, with noise of"
+            f" {mechanism.noise_multiplier:g} units on each count, and is charged"
+        )
     for step, place in executed.history.lineage[1:]:
         yield f"from step {step} on the run was executed in another environment ({place})"
     if executed.repeated_steps:

@@ -15,6 +15,8 @@ FORMAT = 5
 OLDEST_FORMAT = 1
 # From this format on, keys are bound to the places where steps are executed (accounting.ledger.history).
 PLACES = 4
+# From this format on, a ledger may hold a histogram.
+HISTOGRAMS = 5
 
 START, HISTOGRAM, STEP, RESUME, CHECKPOINT, STORED, EVALUATION, FINISH, EXPORT, REPORT = (
     "start", "histogram", "step", "resume", "checkpoint", "stored", "evaluation", "finish", "export", "report",

@@ -36,7 +36,7 @@ def labels_sha256(labels: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()
 
 
-def unsound(record: dict[str, Any]) -> str | None:
+def unsound(record: dict[str, Any], num_units: int) -> str | None:
     """What is wrong with the values of a histogram's line, whose facts have their types; None where nothing is."""
     labels, counts = record["labels"], record["counts"]
     if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
@@ -46,13 +46,24 @@ def unsound(record: dict[str, Any]) -> str | None:
         return "it has not one number for each label"
     if not SMALLEST_NOISE <= record["noise"] <= LARGEST_NOISE:
         return "its noise is none that a histogram may have"
-    # Nothing can hide in digits that a count does not need.
-    unit = unit_steps(record["noise"])
+    # Nothing can hide in digits that a count does not need, nor in counts of more units than there are. The law of the
+    # noise ends at 32 standard deviations.
+    unit, far = unit_steps(record["noise"]), 32 * record["noise"]
+    if not all(-far <= count <= num_units + far for count in counts):
+        return "a count is none of so many units"
     return None if all(round(count * unit) / unit == count for count in counts) else "a count has other digits"
 
 
-def of(records: Sequence[dict[str, Any]]) -> ReleasedHistogram | None:
+def is_in(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of a ledger's records is a histogram."""
+    return any(record["kind"] == events.HISTOGRAM for record in records)
+
+
+def of(records: Sequence[dict[str, Any]], num_units: int) -> ReleasedHistogram | None:
     """The histogram that a ledger's records hold, if they hold one.
+
+    Args:
+      num_units: N, by the start event.
 
     Raises:
       InputError: one that this program did not write.
@@ -60,7 +71,7 @@ def of(records: Sequence[dict[str, Any]]) -> ReleasedHistogram | None:
     for record in records:
         if record["kind"] == events.HISTOGRAM:
             facts = {name: value for name, value in record.items() if name not in ("n", "kind")}
-            if events.unsound(events.HISTOGRAM, facts) or unsound(record):
+            if events.unsound(events.HISTOGRAM, facts) or unsound(record, num_units):
                 raise InputError("the ledger's histogram is not what this program writes: run dpgemma audit")
             return ReleasedHistogram(tuple(record["labels"]), tuple(record["counts"]), record["noise"])
     return None

@@ -63,7 +63,7 @@ def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
 
 
 def _histogram(executed: Executed) -> dict[str, Any]:
-    found = histogram.of(executed.events)
+    found = histogram.of(executed.events, executed.planned.num_units)
     return {} if found is None else {"histogram": {"labels": len(found.labels), "noise": found.noise}}
 
 

@@ -239,6 +239,7 @@ def _compose(fv: flags.FlagValues) -> int:
             "steps": run.steps,
             "steps_of_runs_before": run.steps - sum(mechanism.steps for mechanism in released[folder]),
             "noise_multiplier": run.planned.noise_multiplier,
+            **({"histogram_noise": run.also[0].noise_multiplier} if run.also else {}),
             "sampling_probability": run.planned.sampling_probability,
             "epsilon": float(Accountant(run.mechanisms or run.planned, also=run.also).epsilon(delta, run.steps).upper),
             "deviations": run.deviations,

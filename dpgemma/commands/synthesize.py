@@ -42,7 +42,8 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "compare",
         None,
-        "Real records to compare with; figures of them are private, and go to your terminal and to private/.",
+        "Real records to compare with, also a corpus that is complete; figures of them are private, and go to your"
+        " terminal and to private/.",
         fv,
     )
     command_flags.string("text_field", "text", "Field of --compare's records that holds the text.", fv)
@@ -69,8 +70,15 @@ def run(fv: flags.FlagValues) -> int:
     with places.for_reading(fv.workdir) as folder, locked(out):
         with progress.phase("reading the model"):
             model = models.load(str(folder), fv.init_from)
+        private = None if is_address(fv.workdir) else folder
+        if fv.compare and Corpus.is_complete(out):
+            _compare(out, fv.compare, fv.text_field, private, model)
+            return 0
         if prompts is None:
             prompts = counted_prompts(model, fv.chat) or Prompts()
+        if prompts.texts and not fv["keep_duplicates"].present:
+            given["keep_duplicates"] = True
+            settings = SynthesisSettings(**given)
         if fv.chat and not prompts.texts:
             raise InputError("`chat` needs `prompts`, which stand in the user's turns")
         config = model.run.config()
@@ -103,7 +111,7 @@ def run(fv: flags.FlagValues) -> int:
         print(f"wrote {out}: {corpus.records} records of {corpus.candidates} sampled ({left_out or 'all kept'})")
         print(f"wrote {corpus.card}, the card that says what holds for it")
         if fv.compare:
-            _compare(out, fv.compare, fv.text_field, None if is_address(fv.workdir) else folder, model)
+            _compare(out, fv.compare, fv.text_field, private, model)
     return 0
 
 

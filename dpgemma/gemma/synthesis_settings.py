@@ -17,7 +17,9 @@ class SynthesisSettings(SamplingSettings):
     num_records: int = setting(1000, "Records to write.")
     batch_size: int = setting(128, "Texts that are sampled at once; it changes none of them but for rounding.")
     min_characters: int = setting(1, "Shorter texts are left out.")
-    keep_duplicates: bool = setting(False, "Keep texts that were there before.")
+    keep_duplicates: bool = setting(
+        False, "Keep texts that were there before; with prompts that is the default, so that none is drawn less often."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

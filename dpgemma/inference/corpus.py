@@ -54,6 +54,12 @@ class Corpus:
         return self.path.with_suffix(".md")
 
     @classmethod
+    def is_complete(cls, path: pathlib.Path) -> bool:
+        """Whether a file is a corpus that has its card."""
+        corpus = cls(path, {})
+        return path.exists() and corpus.card.exists() and not corpus._state.exists()
+
+    @classmethod
     def opened(cls, path: pathlib.Path, identity: dict[str, Any], kept: Filter) -> "Corpus":
         """A new corpus, or one that goes on.
 
@@ -120,7 +126,17 @@ class Corpus:
             "sampled texts": self.candidates,
             **{f"left out, {reason}": number for reason, number in self.left_out.items()},
             **self.identity,
+            "prompts": _told(self.identity.get("prompts") or {}),
         }
+
+
+def _told(prompts: dict[str, Any]) -> str:
+    """Which prompts records answer."""
+    if not prompts.get("texts"):
+        return "none"
+    by = "the counts that the run released" if prompts["are_counted"] else "their weights"
+    how = "all alike" if prompts["weights"] is None else f"by {by}"
+    return f"{len(prompts['texts'])}, drawn {how}; what was left out makes some of them rarer"
 
 
 def counted_prompts(model: TrainedModel, as_chat: bool) -> Prompts | None:
@@ -135,7 +151,8 @@ def counted_prompts(model: TrainedModel, as_chat: bool) -> Prompts | None:
     lines, problems = chain.inspect(chain.text_of(model.run.ledger_file))
     if problems:
         raise InputError(f"{model.run.ledger_file} is damaged: run dpgemma audit")
-    found = histogram.of([line.record for line in lines])
+    records = [line.record for line in lines]
+    found = histogram.of(records, executed_lib.of(records).planned.num_units)
     if found is None:
         return None
     weights = tuple(max(0.0, count) for count in found.counts)

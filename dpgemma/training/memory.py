@@ -297,13 +297,13 @@ def resolve_mesh(settings: Settings, objective: Objective, memory: float | None 
     most = rows * objective.volume[1] * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(objective.shapes()))
     kept = 0 if memory is None or most < memory / 8 else rows * activations(objective)
 
-    def of_arrays(shape: MeshShape) -> int:
+    def of_arrays(shape: MeshShape, rows: int) -> int:
         arrays = Arrays.of(objective, mesh_lib.make(str(shape)), optimizer)
         return sum(arrays.known_bytes(settings.clipping, rows).values())
 
     def known_bytes(shape: MeshShape) -> int:
         # Half of what differentiation keeps: on CPUs compilers need more than that.
-        return of_arrays(shape) + kept // (2 * shape.model)
+        return of_arrays(shape, rows) + kept // (2 * shape.model)
 
     least = known_bytes(shape)
     if memory is None or least < _SHARE * memory:
@@ -311,7 +311,7 @@ def resolve_mesh(settings: Settings, objective: Objective, memory: float | None 
     found = fitting(known_bytes, shape.devices, shape.slices, memory)
     if settings.mesh == AUTO and found is not None:
         return str(found)
-    if least > memory > of_arrays(shape) and found is None:
+    if least > memory > of_arrays(shape, 1) and found is None:
         unit, number = objective.volume
         raise InputError(
             f"{rows} rows at once of {number} {unit} need at least {least / 2**30:.1f} GiB a device,"

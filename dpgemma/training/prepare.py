@@ -256,7 +256,10 @@ def _to_count(settings: Settings, privacy_unit: str, tokenizer: Tokenizer, train
             "rows of packed text answer no prompts: drop `prompt_histogram`, or give records with prompt and response,"
             " or with messages"
         )
-    texts, weights = prompts_lib.read(pathlib.Path(settings.prompt_histogram), "prompt_histogram")
+    data_path, prompts_path = pathlib.Path(settings.data), pathlib.Path(settings.prompt_histogram)
+    if data_path.exists() and prompts_path.exists() and data_path.samefile(prompts_path):
+        raise InputError("`prompt_histogram` is `data` itself: give a public list, which nobody took from the data")
+    texts, weights = prompts_lib.read(prompts_path, "prompt_histogram")
     if weights is not None:
         raise InputError(
             f"`prompt_histogram`={settings.prompt_histogram} has weights, which are to be counted: leave them out"

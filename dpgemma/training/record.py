@@ -29,6 +29,8 @@ from dpgemma.training.observers import Advance, Evaluated, Observer, Private, Re
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
 
+# Share of the units below which a list of prompts is taken for another one than was meant.
+_FEW = 0.2
 # In which another machine may find another epsilon for the same facts.
 _LAST_BITS = 1e-9
 
@@ -117,13 +119,18 @@ class Record:
         Args:
           make: the histogram with noise from a secret key.
         """
-        if self.ledger is None or histogram.of(self.ledger.records) is not None:
+        if self.ledger is None or histogram.is_in(self.ledger.records):
             return
         released = make(self.run.histogram_key(self.ledger.records[0]))
         self.ledger.append(events.HISTOGRAM, **released.facts())
         self.ledger.sync()
-        units = self.plan.mechanism.num_units
-        self.inform(f"the released counts of prompts add up to {sum(released.counts):.0f} of {units} units")
+        units, answered = self.plan.mechanism.num_units, sum(released.counts)
+        self.inform(f"the released counts of prompts add up to {answered:.0f} of {units} units")
+        if answered < _FEW * units:
+            self.warn(
+                "few units answer a prompt of `prompt_histogram`: it counts where a record begins with exactly its"
+                " characters, spaces at its end included"
+            )
 
     def resume(self, step: int, here: str, same_bits: bool) -> None:
         """Writes down that the run goes on at a step.

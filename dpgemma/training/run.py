@@ -230,8 +230,9 @@ class RunDirectory:
         said = {name: value for name, value in start_event.items() if name != events.TOKENIZER or name in facts}
         differing = [name for name in said if facts.get(name) != said[name]]
         if differing:
+            names = ", ".join("the list of prompts" if name == "histogram_sha256" else name for name in differing)
             raise InputError(
-                f"{self.path} started from something else: {', '.join(differing)} differ from its ledger; give the same"
+                f"{self.path} started from something else: {names} differ from its ledger; give the same"
                 " `init_from`, `tokenizer` and `prompt_histogram`, or another `workdir`"
             )
 

@@ -94,6 +94,14 @@ def test_histograms_of_runs_add_up(tmp_path, capsys):
     assert epsilon("a", "copy") == epsilon("a")
     with pytest.raises(InputError, match="different counts under the same noise"):
         tuning.runs([tmp_path / "a", tmp_path / "forged"])
+    twice = write_run(tmp_path / "twice", 100, "d", histogram=line, **NEW)
+    lines = (twice / "ledger.jsonl").read_text().splitlines(keepends=True)
+    ledger = Ledger.open(twice / "ledger.jsonl")
+    ledger.append(**line)
+    ledger.close()
+    assert len(lines) == 102
+    with pytest.raises(InputError, match="holds several histograms"):
+        tuning.runs([twice])
     assert epsilon("a", "b") == pytest.approx(together(1, 2), rel=1e-3)
     assert epsilon("b") == pytest.approx(together(0, 1), rel=1e-3)
     assert epsilon("b", "plain") == pytest.approx(together(1, 1), rel=1e-3)

@@ -411,7 +411,7 @@ MUTATIONS = (
     ),
     Mutation(
         "histogram", "it is released again whenever the run goes on", RECORD,
-        "if self.ledger is None or histogram.of(self.ledger.records) is not None:", "if self.ledger is None:",
+        "if self.ledger is None or histogram.is_in(self.ledger.records):", "if self.ledger is None:",
         (COUNTED, "-k", "whatever_happens"),
     ),
 )  # fmt: skip

@@ -144,9 +144,9 @@ def test_prompts_are_drawn_by_their_weights_and_answered(trained, tmp_path):
         tmp_path / "a.jsonl",
         "--num_records=30",
         f"--prompts={tmp_path / 'prompts.jsonl'}",
-        "--keep_duplicates",
     )
     assert done.returncode == 0, done.stderr
+    assert "there before" not in done.stdout  # a duplicate that is left out would make its prompt rarer
     written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert {record["prompt"] for record in written} == {"tea", "rest"} and all(
         "response" in record for record in written
@@ -244,7 +244,14 @@ def test_distances_and_near_copies_are_what_they_are_said_to_be(trained, tmp_pat
         trained, tmp_path / "a.jsonl", "--num_records=10", f"--compare={tmp_path / 'real.jsonl'}", "--text_field=note"
     )
     assert done.returncode == 0 and "near-copies" not in done.stdout + done.stderr  # there is no terminal
-    kept = json.loads((trained / "private" / "synthesis.jsonl").read_text())
+    # The same command once more compares, and samples nothing.
+    before = (tmp_path / "a.jsonl").read_bytes()
+    done = synthesize(
+        trained, tmp_path / "a.jsonl", "--num_records=10", f"--compare={tmp_path / 'real.jsonl'}", "--text_field=note"
+    )
+    assert done.returncode == 0 and (tmp_path / "a.jsonl").read_bytes() == before, done.stderr
+    kept, again = map(json.loads, (trained / "private" / "synthesis.jsonl").read_text().splitlines())
+    assert kept == again
     assert kept["records"] == 10 and kept["near_copies"] == 0 and kept["halves"]["near_copies"] == 10
     assert 0 < kept["characters"] <= 1
     # A copy is found whatever the fields of the real records are called.

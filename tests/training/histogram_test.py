@@ -223,7 +223,7 @@ def test_another_list_is_another_run(records, copied, tmp_path):
     (tmp_path / "fewer.txt").write_text("heart:\nhead:\n")
     shutil.rmtree(copied / "checkpoints/6")
     done = train(records, copied, f"--prompt_histogram={tmp_path / 'fewer.txt'}")
-    assert done.returncode == 2 and "histogram_sha256 differ from its ledger" in done.stderr
+    assert done.returncode == 2 and "the list of prompts differ from its ledger" in done.stderr
     shutil.copy(records / "prompts.txt", tmp_path / "moved.txt")
     done = train(records, copied, f"--prompt_histogram={tmp_path / 'moved.txt'}")
     assert done.returncode == 0, done.stderr
@@ -247,6 +247,9 @@ TAMPERINGS = {
     "a count too few": (edited(lambda r, i: r[i].update(counts=[1.0, 2.0])), "ledger_edited"),
     "a count that is a text": (edited(lambda r, i: r[i].update(counts=[1.0, 2.0, "x"])), "ledger_edited"),
     "a count with digits of its own": (edited(lambda r, i: r[i].update(counts=[1.0, 2.0, 0.1234567])), "ledger_edited"),
+    "a count without end": (edited(lambda r, i: r[i].update(counts=[1e308, 0.0, -1e308])), "ledger_edited"),
+    "a count of more units than there are": (edited(lambda r, i: r[i].update(counts=[1e6, 0.0, 7.0])), "ledger_edited"),
+    "an older format": (edited(lambda r, i: r[0].update(format=4)), "ledger_edited"),
     "no noise": (edited(lambda r, i: r[i].update(noise=0.0)), "unparsable"),
     "no labels": (edited(lambda r, i: r[i].pop("labels")), "ledger_edited"),
     "no trace of it": (
@@ -342,7 +345,8 @@ def test_conversations_are_known_by_their_first_turn():
     [
         ("", (), "is empty"),
         ("heart:\nheart:\n", (), "prompt 2 stands there twice"),
-        (None, (), "cannot be read"),
+        (None, (), "is no file: give a list of prompts"),
+        ("\ud800x", (), "is no text in UTF-8"),
         ("heart:\n", ("--histogram_noise=0",), "must lie between 0.01 and 10000 units, got 0: see --histogram_noise"),
         ("x" * 16 + "\n", (), "prompt 1 fills the 16 tokens of a row"),
         (
@@ -360,7 +364,7 @@ def test_conversations_are_known_by_their_first_turn():
 )
 def test_what_cannot_be_counted_is_refused(content, more, message, records, tmp_path):
     if content is not None:
-        (tmp_path / "prompts.txt").write_text(content)
+        (tmp_path / "prompts.txt").write_bytes(content.encode(errors="surrogatepass"))
     done = train(records, tmp_path / "run", f"--prompt_histogram={tmp_path / 'prompts.txt'}", *more)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -372,6 +376,8 @@ def test_packed_text_and_weights_are_refused(records, text, tmp_path):
     (tmp_path / "weights.jsonl").write_text('{"prompt": "heart:", "weight": 2}\n')
     done = train(records, tmp_path / "run", f"--prompt_histogram={tmp_path / 'weights.jsonl'}")
     assert done.returncode == 2 and "has weights, which are to be counted" in done.stderr
+    done = train(records, tmp_path / "run", f"--prompt_histogram={records / 'records.jsonl'}")
+    assert done.returncode == 2 and "is --data itself: give a public list" in done.stderr
     done = runs.call("train", f"--data={records / 'records.jsonl'}", "--histogram_noise=3")
     assert done.returncode == 2 and "give that too, or neither" in done.stderr
 
@@ -383,11 +389,13 @@ def test_packed_text_and_weights_are_refused(records, text, tmp_path):
         ('{"prompt": ' + "[" * 100_000, "line 1: give a JSON object"),
         ('{"prompt": "a", "weight": 1e308}\n{"prompt": "b", "weight": 1e308}', "must add up to a number"),
         ('{"prompt": "a", "weight": NaN}', "a number from 0 on"),
+        ('{"prompt": "a", "response": "b", "weight": 1}', r"line 1 has other fields \(response\)"),
+        ('{"prompt": "\\ud800"}', "prompt 1 has half a character"),
     ],
 )
 def test_weights_that_are_none_are_refused(line, message, tmp_path):
     (tmp_path / "p.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=message):
         prompts.read(tmp_path / "p.jsonl", "prompts")
-    (tmp_path / "p.txt").write_text("\ufeffheart:\nhead:\n")
-    assert prompts.read(tmp_path / "p.txt", "prompts") == (("heart:", "head:"), None)
+    (tmp_path / "p.txt").write_bytes("\ufeffheart:\r\nhead\u2028:\n".encode())
+    assert prompts.read(tmp_path / "p.txt", "prompts") == (("heart:", "head\u2028:"), None)

@@ -31,16 +31,25 @@ def read(path: pathlib.Path, flag: str) -> tuple[tuple[str, ...], tuple[float, .
       InputError: no such file, none in it, one twice, or a line that is no prompt.
     """
     where = f"`{flag}`={path}"
+    if not path.is_file():
+        raise InputError(f"{where} is no file: give a list of prompts")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{where} is no text in UTF-8: save it as that") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({error.strerror})") from None
     if not lines:
         raise InputError(f"{where} is empty: give a prompt on each line")
     if path.suffix != ".jsonl":
         texts, weights = lines, None
     else:
         texts, weights = _records(lines, where)
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: prompt {number} has half a character, which no text in UTF-8 holds") from None
     if len(set(texts)) < len(texts):
         twice = next(number for number, text in enumerate(texts, 1) if text in texts[: number - 1])
         raise InputError(f"{where}: prompt {twice} stands there twice; give each once")
@@ -55,6 +64,11 @@ def _records(lines: list[str], where: str) -> tuple[list[str], tuple[float, ...]
             text, weight = record["prompt"], float(record.get("weight", 1))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise InputError(f"{where}, line {number}: give a JSON object with prompt and perhaps weight") from None
+        if others := sorted(set(record) - {"prompt", "weight"}):
+            raise InputError(
+                f"{where}, line {number} has other fields ({', '.join(map(str, others))[:80]}): a public list has"
+                " prompt and weight alone, and is never taken from private records"
+            )
         if not isinstance(text, str) or not 0 <= weight < float("inf"):
             raise InputError(f"{where}, line {number}: prompt must be a text, and weight a number from 0 on")
         has_weights |= "weight" in record
