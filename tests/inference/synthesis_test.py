@@ -184,7 +184,7 @@ REFUSED = {
     "chat without turns": (
         ["--workdir={run}", "--out={tmp}/a.jsonl", "--chat", "--prompts={tmp}/p.txt"], "conversations need the",
     ),
-    "no prompts": (["--workdir={run}", "--out={tmp}/a.jsonl", "--prompts={tmp}/none"], "is no file: give a list of prompts"),
+    "no prompts": (["--workdir={run}", "--out={tmp}/a.jsonl", "--prompts={tmp}/none"], "is no file: give"),
     "empty prompts": (["--workdir={run}", "--out={tmp}/a.jsonl", "--prompts={tmp}/empty.txt"], "is empty"),
     "bad prompts": (["--workdir={run}", "--out={tmp}/a.jsonl", "--prompts={tmp}/bad.jsonl"], "line 1: give a"),
     "a long prompt": (["--workdir={run}", "--out={tmp}/a.jsonl", "--prompts={tmp}/long.txt"], "fills the model's"),
