@@ -351,6 +351,7 @@ def test_users_are_told_apart_by_all_bits_of_their_digests(tmp_path):
     assert found.owners().tolist() == [0, 1, 2, 0, 2, 1, 3, 0]
 
 
+@pytest.mark.slow
 def test_a_changed_row_changes_the_fingerprint(made):
     """Whatever is changed in the rows or in the index, and nothing else."""
     folder, reading = made[0] / "out", made[1]

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from dpgemma.data.limits import Limits
 from dpgemma.data.text import units
 from dpgemma.data.text.people import names_a_person
@@ -60,6 +62,7 @@ def test_what_is_cut_is_counted_with_the_length_that_would_do(tmp_path):
     assert f"`sequence_length`={lengths[94]} would keep 95 %" in told
 
 
+@pytest.mark.slow
 def test_the_first_lines_say_unit_model_and_what_is_needed(tmp_path):
     records = ({"text": f"Ada came with a cough, {i}.", "patient": i % 7} for i in range(400))
     (tmp_path / "notes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

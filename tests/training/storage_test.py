@@ -74,6 +74,7 @@ def audited(address):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_sampled_exported_and_audited_where_it_lies(text, address, tmp_path):
     done = runs.call(*runs.flags(text, address, steps=4, keep_checkpoints=1))
     assert done.returncode == 0, done.stderr
