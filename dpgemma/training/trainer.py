@@ -282,13 +282,14 @@ class Trainer:
         arrays = memory.Arrays.of(self.objective, self.mesh, self.optimizer)
         needed = memory.of_process(dp_step.memory, arrays, self.mesh)
         known = memory.limit(self.mesh)
-        seconds = speed.expected_seconds(self.objective, self.mechanism, self.mesh)
+        steps = self.mechanism.steps - self.first_step
+        seconds = speed.expected_seconds(self.objective, self.mechanism, self.mesh) * steps / self.mechanism.steps
         return "; ".join(
             [
                 "expected, data not counted: "
                 + (f"{needed / 2**30:.2f} GiB of memory" if needed is not None else "memory unknown")
                 + (f" of {known * memory.devices_here(self.mesh) / 2**30:.1f}" if known is not None else ""),
-                f"roughly {speed.in_words(seconds)} for {self.mechanism.steps} steps",
+                f"roughly {speed.in_words(seconds)} for {steps} steps",
                 f"{self.plan.keep_checkpoints} checkpoints of {memory.of_checkpoint(arrays) / 2**20:.0f} MiB are kept",
             ]
         )

@@ -74,7 +74,7 @@ SAID = re.compile(
     r"|246,624 of 246,624 parameters are trained, in rows of 32, with learning rate 0\.008 after 10 steps of warm-up,"
     r" in float32 \(by the model's size: --learning_rate, --warmup_steps, --dtype, --remat\)"
     r"|a unit is one row of 32 consecutive tokens of the packed training text"
-    r"|expected, data not counted: [\d.]+ GiB of memory of [\d.]+; roughly \d+ (seconds|minutes) for 6 steps;"
+    r"|expected, data not counted: [\d.]+ GiB of memory of [\d.]+; roughly \d+ (seconds|minutes) for [1-6] steps;"
     r" 3 checkpoints of 3 MiB are kept"
     r"|--clipping=example_scan --microbatch_size=1 \(the run is too short for a trial to pay\)"
     r"|(\r? *\d+%\|.{10}\| step \d/6 \[[\d:]+<[\d:?]+\](, epsilon [\d.]+/[\d.]+, \d+ units/s, \d+ tokens/s)?)+"
