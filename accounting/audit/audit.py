@@ -187,7 +187,7 @@ class _Audit:
                 + (", and its report is as old as its last checkpoint" if events.CHECKPOINT in kinds else "")
             )
         if not self.findings:
-            self.notices += ledger_checks.places(executed)
+            self.notices += [*ledger_checks.released_besides(executed), *ledger_checks.places(executed)]
 
     def _checkpoints(
         self, lines: list[ledger_lib.Line], executed: Executed, checkpoints: Sequence[dict[str, Any]]

@@ -55,14 +55,14 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     differing = [name for name in _CONFIG_FIELDS if stored.get(name) != declared[name]]
     # A ledger that does not name one of these says that it has no meaning, or is not so.
     differing += [name for name in _UNIT_FIELDS if (stored.get(name) or None) != (declared[name] or None)]
-    counted = {"prompt_histogram": "histogram_sha256", "histogram_noise": "histogram_noise"}
-    for name, fact in counted.items():
-        declared[name] = executed.declared.get(fact)
-        value = stored.get(name)
-        names_a_file = isinstance(value, str) and bool(value)
-        agrees = value == declared[name] if name == fact else names_a_file or value is None
-        if not agrees or (value is None) != (declared[name] is None):
-            differing.append(name)
+    declared["histogram_noise"] = executed.declared.get("histogram_noise")
+    if stored.get("histogram_noise") != declared["histogram_noise"]:
+        differing.append("histogram_noise")
+    # Of the list of prompts the ledger knows the SHA-256, and config.json the file's name, which may change.
+    declared["prompt_histogram"] = executed.declared.get("histogram_sha256")
+    names_one = isinstance(stored.get("prompt_histogram"), str) and stored["prompt_histogram"] != ""
+    if not (names_one if declared["prompt_histogram"] else stored.get("prompt_histogram") is None):
+        differing.append("prompt_histogram")
     for name in differing:
         yield Finding(
             "config_disagrees", f"{where} {name}", f"{stored.get(name)} there, {declared[name]} in the ledger"

@@ -160,13 +160,17 @@ def budget(executed: Executed, epsilon: float) -> Iterator[Finding]:
         )
 
 
-def places(executed: Executed) -> Iterator[str]:
-    """What is worth knowing about what was released, and where."""
+def released_besides(executed: Executed) -> Iterator[str]:
+    """What is worth knowing about releases that are no steps."""
     for mechanism in executed.also:
         yield (
             "how many units fall under each of some public labels was released once, with noise of"
             f" {mechanism.noise_multiplier:g} units on each count, and is charged"
         )
+
+
+def places(executed: Executed) -> Iterator[str]:
+    """What is worth knowing about where the run was executed."""
     for step, place in executed.history.lineage[1:]:
         yield f"from step {step} on the run was executed in another environment ({place})"
     if executed.repeated_steps:

@@ -13,6 +13,10 @@ def histogram(num_units: int, noise: float, neighbouring_relation: str) -> Mecha
 
     So its L2 sensitivity is at most 1. Every unit takes part: there is no sampling that would hide it.
 
+    Formal guarantee: such a release, with noise of this standard deviation, is no easier to tell from a neighbour's
+    than what the returned mechanism charges: a Gaussian of standard deviation `noise` from itself shifted by 1. Tested
+    by tests/accounting/accountant_test.py::test_what_is_released_besides_agrees_with_dp_accounting.
+
     >>> histogram(6000, noise=20, neighbouring_relation="zero_out").sampling_probability
     1.0
 
