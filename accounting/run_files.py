@@ -28,6 +28,8 @@ REMARKS = f"{PRIVATE}/remarks.txt"  # what was noticed about single records
 DAMAGED = f"{PRIVATE}/damaged"  # checkpoints that could not be used
 HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units, when all steps are taken
 EVALUATIONS = f"{PRIVATE}/evaluations.jsonl"  # measures while steps are taken, and of dpgemma evaluate
+CANARIES = f"{PRIVATE}/canaries.npz"  # contents and coins of planted canaries
+OBSERVED = f"{PRIVATE}/canaries_observed.npy"  # what an attacker sees of gradient canaries in every step
 LOG = f"{PRIVATE}/log"  # what a terminal would have shown
 
 PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS, SEAL)

@@ -64,6 +64,13 @@ HMAC = "hmac"  # with an HMAC of every line too, which the holders of the secret
 SIGNATURE = "signature"  # with a signature of every line too, which anyone with the public key can check
 SEALS = (CHAIN, HMAC, SIGNATURE)
 
+# What canaries are.
+RANDOM_TOKENS = "random_tokens"  # rows of random tokens
+NEW_TOKEN = "new_token"  # random tokens, and behind them one that no text has
+SYNTHETIC = "synthetic"  # texts sampled from a reference model, which look like any other
+GRADIENT = "gradient"  # no text, but a gradient of one number
+CANARY_KINDS = (RANDOM_TOKENS, NEW_TOKEN, SYNTHETIC, GRADIENT)
+
 # The type of exported weights; as_stored keeps that of the model.
 AS_STORED = "as_stored"
 EXPORT_DTYPES = (AS_STORED, *DTYPES)

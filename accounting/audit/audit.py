@@ -11,6 +11,7 @@ from typing import Any
 from accounting import run_files
 from accounting.accountant import Accountant
 from accounting.audit import (
+    canary_checks,
     document_checks,
     export_checks,
     folder_checks,
@@ -19,7 +20,9 @@ from accounting.audit import (
     seal_checks,
     secrecy_checks,
 )
+from accounting.audit.canary_checks import Measured
 from accounting.audit.findings import AuditResult, Finding
+from accounting.empirical import protocol
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
 from accounting.ledger import events
@@ -37,6 +40,7 @@ def audit(
     accountant: Callable[..., Accountant] = Accountant,
     head: str | None = None,
     required: AuditKey | None = None,
+    measured: Measured | None = None,
 ) -> AuditResult:
     """Checks a run directory and returns what does not agree. It writes nothing; the folder may be a moved copy.
 
@@ -48,6 +52,7 @@ def audit(
       accountant: what derives epsilon, from mechanisms.
       head: hash of a line that was deposited elsewhere, and must lie on this chain.
       required: key from elsewhere under which the ledger must be sealed.
+      measured: what was found of the run's canaries.
 
     Raises:
       InputError: the folder is no run, or an export is no export.
@@ -60,7 +65,7 @@ def audit(
         raise InputError(f"{workdir} is no run directory: it has none of {', '.join(names)}")
     if not (workdir / run_files.LEDGER).exists() and export_checks.weight_files(workdir):
         raise InputError(f"{workdir} is an exported model: give the run that it comes from, and `export`={workdir}")
-    return _Audit(workdir, accountant, head, required).run(checkpoints, exports)
+    return _Audit(workdir, accountant, head, required, measured or Measured()).run(checkpoints, exports)
 
 
 class _Audit:
@@ -70,8 +75,9 @@ class _Audit:
         accountant: Callable[..., Accountant],
         head: str | None,
         required: AuditKey | None,
+        measured: Measured,
     ) -> None:
-        self.workdir, self.head, self.required = workdir, head, required
+        self.workdir, self.head, self.required, self.measured = workdir, head, required, measured
         self.findings: list[Finding] = []
         self.notices: list[str] = []
         self._accountant = functools.lru_cache(maxsize=16)(accountant)
@@ -91,6 +97,8 @@ class _Audit:
                 executed = None
         if executed is not None and rederived is not None:
             self.findings += ledger_checks.budget(executed, rederived)
+            if not list(canary_checks.registered(executed, lines)):
+                self.findings += canary_checks.contradictions(executed, rederived, self.measured)
             try:
                 self._documents(lines, executed)
                 self._exports(lines, exports)
@@ -112,7 +120,18 @@ class _Audit:
             ledger_head=lines[-1].hash if lines else None,
             seal=executed.declared.get("seal") if executed else None,
             deviations=tuple(executed.deviations) if executed else (),
+            empirical=self._empirical(executed),
         )
+
+    def _empirical(self, executed: Executed | None) -> dict[str, Any] | None:
+        """The measured bounds, each with its meaning."""
+        found = self.measured.assessment
+        if found is None or executed is None:
+            return None
+        shown = found.as_dict()
+        bounds = [bound | {"meaning": protocol.BOUNDS[bound["bound"]]} for bound in shown["bounds"]]
+        significance = executed.declared["audit_protocol"]["significance"]
+        return shown | {"bounds": bounds, "significance": significance}
 
     def _content(self, name: str, *, required: bool) -> bytes | None:
         """A file's bytes; None, and a finding if it is required, where it is missing."""
@@ -158,6 +177,8 @@ class _Audit:
             self.findings += ledger_checks.order(lines)
         self.findings += ledger_checks.mechanism(executed, lines)
         self.findings += ledger_checks.histograms(executed, lines)
+        self.findings += canary_checks.registered(executed, lines)
+        self.findings += canary_checks.planted(self.workdir, executed, self.measured)
         findings, notices = seal_checks.sealed(self.workdir, executed, lines, self.required)
         self.findings += findings
         # With a head that was deposited elsewhere, nobody has to be told to deposit one.

@@ -58,6 +58,13 @@ def config(content: bytes, executed: Executed) -> Iterator[Finding]:
     declared["histogram_noise"] = executed.declared.get("histogram_noise")
     if stored.get("histogram_noise") != declared["histogram_noise"]:
         differing.append("histogram_noise")
+    declared["canaries"] = executed.declared.get("canaries", 0)
+    declared["canary_kind"] = executed.declared.get("canary_kind")
+    if stored.get("canaries", 0) != declared["canaries"]:
+        differing.append("canaries")
+    # Where config.json leaves the kind open, it is that of random text.
+    elif declared["canaries"] and stored.get("canary_kind") not in (None, declared["canary_kind"]):
+        differing.append("canary_kind")
     # Of the list of prompts the ledger knows the SHA-256, and config.json the file's name, which may change.
     declared["prompt_histogram"] = executed.declared.get("histogram_sha256")
     names_one = isinstance(stored.get("prompt_histogram"), str) and stored["prompt_histogram"] != ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from accounting import run_files
@@ -37,6 +38,9 @@ KINDS = {
     "export_unknown": "the ledger does not know an exported model",
     "export_edited": "a file of an export is not what the program wrote",
     "model_card_disagrees": "an exported model card states other values than the ledger gives",
+    "canaries_disagree": "the planted canaries are not those that the ledger registered",
+    "attack_disagrees": "the ledger's attack on the canaries is not what they show",
+    "guarantee_contradicted": "an attack on the canaries shows more than was proved",
     "key_readable": "secret keys can be read by others, or lie outside private/",
     "raw_values_public": "raw values of private data lie outside private/",
 }
@@ -81,6 +85,7 @@ class AuditResult:
       seal: what binds the ledger's lines.
       deviations: of the run from what it should be, as the ledger shows them.
       running: whether a process was training the run meanwhile.
+      empirical: the lower bounds of an attack that was measured for this audit.
     """
 
     findings: tuple[Finding, ...]
@@ -93,6 +98,7 @@ class AuditResult:
     seal: str | None
     deviations: tuple[str, ...]
     running: bool = False
+    empirical: Mapping[str, Any] | None = None
 
     def while_running(self) -> "AuditResult":
         """What is left of the result where a process wrote the run's files while they were read."""
@@ -115,6 +121,21 @@ class AuditResult:
     def as_dict(self) -> dict[str, Any]:
         return {"consistent": self.consistent, **dataclasses.asdict(self)}
 
+    def _bounds(self) -> list[str]:
+        """A line for each lower bound."""
+        if self.empirical is None:
+            return []
+        found = self.empirical
+        lines = [
+            f"an attack on {found['canaries']} canaries, {found['included']} of them trained on, shows epsilon"
+            f" {found['lower_bound']:g} at least; all bounds together are wrong in {found['significance']:.0%} of runs at"
+            " most"
+        ]
+        return lines + [
+            f"  {bound['epsilon']:<8g} {bound['score']}: {bound['bound']}, {bound['meaning']}"
+            for bound in found["bounds"]
+        ]
+
     def text(self) -> str:
         """Returns the result as lines of text for a terminal."""
 
@@ -127,6 +148,7 @@ class AuditResult:
             f"{verdict}: {state} run, {self.steps} steps, epsilon {shown(self.epsilon_reported)} reported,"
             f" {shown(self.epsilon_rederived)} re-derived from the ledger"
         ]
+        lines += self._bounds()
         lines += [f"finding: {finding.kind} in {finding.where}: {finding.message}" for finding in self.findings]
         lines += [f"deviation: {line}" for line in self.deviations]
         lines += [f"notice: {line}" for line in self.notices]

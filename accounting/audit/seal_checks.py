@@ -27,7 +27,7 @@ def sealed(
     declared = str(executed.declared["seal"])
     surplus = list(_surplus(workdir, declared, lines))
     own, facts = _own_key(workdir), _private_facts(workdir)
-    findings = surplus + _remembered(facts, own, declared, executed.version)
+    findings = surplus + _remembered(facts, own, executed)
     if facts is None and own is not None:
         findings.append(Finding("unparsable", run_files.DATA, "it is missing, or no JSON object"))
     verifier, notices = _verifier(executed, required or own, given=required is not None)
@@ -76,8 +76,10 @@ def _verifier(executed: Executed, key: AuditKey | None, *, given: bool) -> tuple
     return None, ["the ledger's seal was not checked: the key is not here; say where with --require_seal=KEY"]
 
 
-def _remembered(facts: dict[str, Any] | None, own: AuditKey | None, declared: str, version: int) -> list[Finding]:
-    """What private/ remembers of the seal, itself under the run's key."""
+def _remembered(facts: dict[str, Any] | None, own: AuditKey | None, executed: Executed) -> list[Finding]:
+    """What private/ remembers of seal and canaries, itself under the run's key."""
+    declared, version = str(executed.declared["seal"]), executed.version
+    registered = executed.declared.get("canary_sha256")
     if facts is None:
         return []
     found = []
@@ -87,6 +89,9 @@ def _remembered(facts: dict[str, Any] | None, own: AuditKey | None, declared: st
         if not hmac.compare_digest(given.encode(errors="replace"), wanted.encode()):
             message = "it was not written with this run's keys: what it says of data and seal was changed"
             found.append(Finding("seal_invalid", run_files.DATA, message))
+    if version >= events.CANARIES and facts.get("canary_sha256") != registered:
+        message = "the canaries that it registers are not those that the run was started with"
+        found.append(Finding("canaries_disagree", run_files.LEDGER, message))
     if facts.get("seal") not in (None, declared):
         message = f"the run was started with a {facts['seal']}, and this ledger claims to have a {declared}"
         found.append(Finding("seal_invalid", run_files.LEDGER, message))

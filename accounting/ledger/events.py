@@ -9,17 +9,21 @@ from typing import Any
 
 # 1: no `format` in the start event. 2: the start event names the format. 3: it says whether the release is exact, so a
 # report can say that it is not. 4: a checkpoint names its whole state and its files; a step that is executed again
-# elsewhere has another line. 5: a histogram may be released before the first step. All are audited; reports of the
+# elsewhere has another line. 5: a histogram may be released before the first step. 6: canaries may be planted, and what
+# an attack on them shows is recorded; the start event names the version of the program. All are audited; reports of the
 # older ones say no more than when they were written.
-FORMAT = 5
+FORMAT = 6
 OLDEST_FORMAT = 1
 # From this format on, keys are bound to the places where steps are executed (accounting.ledger.history).
 PLACES = 4
 # From this format on, a ledger may hold a histogram.
 HISTOGRAMS = 5
+# From this format on, a ledger may register canaries, and knows the program's version.
+CANARIES = 6
 
-START, HISTOGRAM, STEP, RESUME, CHECKPOINT, STORED, EVALUATION, FINISH, EXPORT, REPORT = (
-    "start", "histogram", "step", "resume", "checkpoint", "stored", "evaluation", "finish", "export", "report",
+START, HISTOGRAM, STEP, RESUME, CHECKPOINT, STORED, EVALUATION, ATTACK, FINISH, EXPORT, REPORT = (
+    "start", "histogram", "step", "resume", "checkpoint", "stored", "evaluation", "attack", "finish", "export",
+    "report",
 )  # fmt: skip
 
 TOKENIZER = "tokenizer_sha256"
@@ -97,9 +101,15 @@ EVENTS: dict[str, dict[str, Fact]] = {
         TOKENIZER: Fact(_TEXT, "of the tokenizer's kind, special ids and files", required=False),
         "histogram_sha256": Fact(_TEXT + _OR_NONE, "of the public labels whose units are counted", required=False),
         "histogram_noise": Fact(_NUMBER + _OR_NONE, "noise on these counts, in units", required=False),
+        "canaries": Fact(_COUNT, "made-up units, each planted by a secret fair coin", required=False),
+        "canary_kind": Fact(_TEXT, "what they are", required=False),
+        "canary_repeats": Fact((list,), "as how many units they are planted, in turn", required=False),
+        "canary_sha256": Fact(_TEXT, "binds their contents and coins, and hides them", required=False),
+        "audit_protocol": Fact((dict,), "how an attack on them is measured", required=False),
         "secret_keys": Fact((bool,), "whether the keys came from the operating system's randomness"),
         "held_out_units": Fact(_COUNT + _OR_NONE, "held out for evaluation; undisclosed under add_or_remove"),
         "environment": Fact(_TEXT, "versions and devices that decide the last bits of a step", since=4),
+        "program": Fact(_TEXT, "name and version of the program that began the run", since=6),
     },
     HISTOGRAM: {
         "labels": Fact((list,), "public texts"),
@@ -134,6 +144,10 @@ EVENTS: dict[str, dict[str, Fact]] = {
     EVALUATION: {
         "step": Fact(_COUNT, "number of steps taken"),
         "units": Fact(_TEXT, "which units were looked at"),
+    },
+    ATTACK: {
+        "step": Fact(_COUNT, "number of steps taken"),
+        "assessment": Fact((dict,), "lower bounds of epsilon by the registered protocol, and rates"),
     },
     FINISH: {"step": Fact(_COUNT, "number of steps taken")},
     EXPORT: {

@@ -110,6 +110,12 @@ class Executed:
                 f"delta {self.delta:g} is above 1/N = {1 / m.num_units:.3g}: at such a delta a mechanism may publish"
                 " some unit in the clear and still satisfy the definition; choose a delta well below 1/N"
             )
+        if planted := self.declared.get("canaries", 0):
+            found.append(
+                f"this is a model for audits: {planted} canaries of the kind {self.declared.get('canary_kind')} were"
+                " planted among the training units, each by a secret fair coin, and are among the units counted here;"
+                " what the model writes is not what the data alone would give"
+            )
         if self.has_float_release:
             found.append(
                 "sums and noise are float32 numbers: the guarantee is proved for real ones, and the rounding of sums"

@@ -47,8 +47,10 @@ def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
         "steps": executed.steps,
         **_histogram(executed),
         **({"repeated_steps": executed.repeated_steps} if executed.version >= events.PLACES else {}),
+        **_canaries(executed),
         "finished": executed.finished,
         "accountant": "pld",
+        **_receipt(executed),
         "cross_check": bracket.cross_check,
         "statement": statement(executed, spent),
         **({"assumptions": assumptions(executed)} if executed.version >= events.PLACES else {}),
@@ -65,6 +67,32 @@ def build(executed: Executed, spent: Spent, ledger_head: str) -> dict[str, Any]:
 def _histogram(executed: Executed) -> dict[str, Any]:
     found = histogram.of(executed.events, executed.planned.num_units)
     return {} if found is None else {"histogram": {"labels": len(found.labels), "noise": found.noise}}
+
+
+def _canaries(executed: Executed) -> dict[str, Any]:
+    """What was planted, how it was to be attacked, and what came of it."""
+    declared = executed.declared
+    if "canaries" not in declared:
+        return {}
+    names = ("canaries", "canary_kind", "canary_repeats", "canary_sha256", "audit_protocol")
+    attacks = [event["assessment"] for event in executed.events if event["kind"] == events.ATTACK]
+    shown = {"attack": {name: x for name, x in attacks[0].items() if name != "roc"}} if attacks else {}
+    return {name: declared.get(name) for name in names} | shown
+
+
+def _receipt(executed: Executed) -> dict[str, Any]:
+    """What somebody needs who repeats or checks the run: versions, and what the noised sum was divided by."""
+    if executed.version < events.CANARIES:
+        return {}
+    parts = str(executed.declared["environment"]).split("; ")
+    return {
+        "accountant_version": executed.declared["program"],
+        "divisor": executed.planned.expected_batch_size,
+        "divisor_is": "the public expected batch size: never the number of units that were drawn",
+        "program": executed.declared["program"],
+        "program_sha256": parts[-1].removeprefix("code "),
+        "libraries": parts[0],
+    }
 
 
 def exported_weights(event: dict[str, Any]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,19 +70,47 @@ def _drawers(points: Any, target: float | None, profile: Any) -> list[Any]:
 
 def svgs(points: Sequence[tuple[int, float]], target: float | None, profile: PrivacyProfile | None) -> list[str]:
     """Each plot as an SVG element to put into a page; none without a guarantee."""
+    return [_svg(draw, f"plot {number}") for number, draw in enumerate(_drawers(points, target, profile))]
+
+
+def _svg(draw: Any, name: str) -> str:
+    """One plot as an SVG element.
+
+    Args:
+      name: that no other plot of the page has.
+    """
     import matplotlib
 
-    elements = []
-    for number, draw in enumerate(_drawers(points, target, profile)):
-        # Identifiers must differ between the plots of one page, and not from one writing of it to the next.
-        with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"plot {number}"}):
-            buffer = io.StringIO()
-            _figure([draw], 5.6).savefig(
-                buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            )
-        text = buffer.getvalue()
-        elements.append(text[text.index("<svg") :])
-    return elements
+    # Identifiers must differ between the plots of one page, and not from one writing of it to the next.
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        buffer = io.StringIO()
+        _figure([draw], 5.6).savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def roc_svg(roc: Mapping[str, Mapping[str, Sequence[float]]], profile: PrivacyProfile | None) -> str:
+    """The rates of attacks on canaries, and above them the most that any attack can reach, as an SVG element."""
+
+    def draw(axes: Any) -> None:
+        if profile is not None:
+            rates = np.concatenate([[0.0], np.logspace(-6, 0, 400)])
+            axes.plot(rates, 1 - profile.tradeoff(rates), color=_ACCENT, label="no attack is better (proved)")
+        for name, curve in roc.items():
+            axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], linewidth=1, label=name)
+        axes.plot([0, 1], [0, 1], color=_INK, linestyle="--", linewidth=1, label="random guessing")
+        axes.set(
+            xlabel="false-positive rate",
+            ylabel="true-positive rate",
+            title="Attack on the canaries",
+            xlim=(0, 1),
+            ylim=(0, 1),
+        )
+        axes.legend(frameon=False, loc="lower right", fontsize=9)
+
+    return _svg(draw, "attack")
 
 
 def save(

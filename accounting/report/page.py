@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from accounting import rounding
+from accounting.empirical import protocol
 from accounting.ledger import events
 from accounting.ledger.executed import Executed
 from accounting.report import figures, words
@@ -60,6 +61,7 @@ def render(executed: Executed, content: dict[str, Any], meaning: Meaning, points
             for (heading, note), plot in zip(_PLOT_TEXTS, plots, strict=False)
         ),
         *(_tables(meaning) if private else []),
+        *_attack(executed, content, meaning),
         _section("Compute", _table(("", ""), _compute(executed))),
         *([_section("Assumptions", _list(content["assumptions"]))] if content.get("assumptions") else []),
         _section("Deviations", _list(content["deviations"])),
@@ -205,6 +207,40 @@ def _tables(meaning: Meaning) -> list[str]:
         ),
         _section("Delta at other epsilons", _table(("Epsilon", "Delta"), deltas)),
     ]
+
+
+def _attack(executed: Executed, content: dict[str, Any], meaning: Meaning) -> list[str]:
+    """What an attack on planted canaries showed, beside what was proved."""
+    if "canaries" not in content:
+        return []
+    kind, repeats = content["canary_kind"], ", ".join(map(str, content["canary_repeats"]))
+    text = (
+        f"<p>{content['canaries']:,} canaries of the kind {escape(str(kind))} were planted, each by a secret fair coin"
+        f" (as {escape(repeats)} units each, in turn). How they are attacked was registered before the first step.</p>"
+    )
+    assessed = next((event["assessment"] for event in executed.events if event["kind"] == events.ATTACK), None)
+    if assessed is None:
+        return [_section("Attack on canaries", text + "<p>They were not attacked yet.</p>")]
+    found = content["attack"]
+    verdict = (
+        f"<p><strong>The attack shows MORE THAN WAS PROVED: ε of at least {found['lower_bound']:g}. Release nothing of"
+        " this run.</strong></p>"
+        if found["contradicts"]
+        else f"<p>The attack shows that ε is at least {found['lower_bound']:g}; proved is at most"
+        f" {_bound(content['epsilon'])}. A small lower bound does not show that less leaks than was proved.</p>"
+    )
+    rows = [
+        (bound["score"], protocol.BOUNDS.get(bound["bound"], bound["bound"]), f"{bound['epsilon']:g}")
+        for bound in found["bounds"]
+    ]
+    significance = content["audit_protocol"]["significance"]
+    note = (
+        f"<p>Together these lower bounds are wrong in at most {significance:.0%} of runs. Each is stated in"
+        " accounting.empirical, with what it assumes.</p>"
+    )
+    plot = f"<figure>{figures.roc_svg(assessed['roc'], meaning.profile)}</figure>"
+    table = _table(("Score", "Bound", "Epsilon, at least"), rows)
+    return [_section("Attack on canaries", text + verdict + table + note + plot)]
 
 
 def _model_size(declared: dict[str, Any]) -> str:

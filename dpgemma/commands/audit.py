@@ -28,6 +28,12 @@ def define_flags(fv: flags.FlagValues) -> None:
         "Key from elsewhere under which the ledger must be sealed: a public key, a file with it, or a run's keys.json.",
         fv,
     )
+    command_flags.switch(
+        "empirical",
+        "Attack the run's canaries by the protocol that its ledger registered, and compare what that shows with what"
+        " was proved; needs private/.",
+        fv,
+    )
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
@@ -46,7 +52,12 @@ def run(fv: flags.FlagValues) -> int:
         ledger = workdir / run_files.LEDGER
         before = ledger.stat().st_size if ledger.is_file() else 0
         locked = run_files.is_locked(workdir) or places.is_held(fv.workdir)
-        result = audit(workdir, tuple(exports), head=fv.head, required=required)
+        attack = None
+        if fv.empirical:
+            from dpgemma.inference.attacking import attacked
+
+            attack = attacked(workdir)
+        result = audit(workdir, tuple(exports), head=fv.head, required=required, attack=attack)
         locked = locked or (ledger.is_file() and ledger.stat().st_size != before)
     if locked and not result.finished:  # its files are written one after the other; those of a finished run stay
         result = result.while_running()

@@ -46,10 +46,17 @@ Loss = Callable[[Any, Unit], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrivateStats:
-    """Raw per-unit values [B], zero for padding. The guarantee does not cover them: they may go to private/ only."""
+    """Raw values, zero for padding. The guarantee does not cover them: they may go to private/ only.
+
+    Attributes:
+      norms, losses: [B], of every unit.
+      observed: [m], where gradient canaries are measured: what the noised sum holds at their places, less the clipped
+        gradients of all other units, in units of the sensitivity. Beside the release it tells the noise.
+    """
 
     norms: jax.Array
     losses: jax.Array
+    observed: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

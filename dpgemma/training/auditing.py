@@ -1,11 +1,14 @@
-"""The audit of a run's folder, its checkpoints included."""
+"""The audit of a run's folder, its checkpoints and its canaries included."""
 
 import pathlib
 from typing import Any
 
 from accounting import run_files
 from accounting.audit import audit as audit_lib
+from accounting.audit.canary_checks import Measured
 from accounting.audit.findings import AuditResult
+from accounting.empirical.protocol import Assessment
+from accounting.errors import InputError
 from accounting.ledger.seals import AuditKey
 
 
@@ -15,6 +18,7 @@ def audit(
     *,
     head: str | None = None,
     required: AuditKey | None = None,
+    attack: Assessment | None = None,
 ) -> AuditResult:
     """Derives a run's epsilon again from its ledger, and compares it with everything else in its folder.
 
@@ -27,12 +31,14 @@ def audit(
       exports: exported folders to check besides those inside the run's.
       head: hash of a line that was deposited elsewhere.
       required: key from elsewhere under which the ledger must be sealed.
+      attack: on the run's canaries, measured anew (dpgemma.inference.attacking).
 
     Raises:
       InputError: the folder is no run, or an export is no export.
     """
     path = pathlib.Path(workdir)
-    return audit_lib.audit(path, _checkpoints(path / run_files.CHECKPOINTS), exports, head=head, required=required)
+    checkpoints = _checkpoints(path / run_files.CHECKPOINTS)
+    return audit_lib.audit(path, checkpoints, exports, head=head, required=required, measured=_canaries(path, attack))
 
 
 def _checkpoints(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -41,3 +47,18 @@ def _checkpoints(folder: pathlib.Path) -> list[dict[str, Any]]:
     from dpgemma.training import checkpoint
 
     return checkpoint.summaries(folder)
+
+
+def _canaries(workdir: pathlib.Path, attack: Assessment | None) -> Measured:
+    """What private/ holds of canaries."""
+    keys = workdir / run_files.KEYS
+    if not run_files.can_read_private(workdir) or not keys.exists() or not (workdir / run_files.CANARIES).exists():
+        return Measured(assessment=attack)
+    from dpgemma.privacy.keys import Keys
+    from dpgemma.training import canaries
+
+    try:
+        found = canaries.kept(workdir, Keys.load(keys).holdout)
+    except InputError as error:
+        return Measured(unreadable=str(error), assessment=attack)
+    return Measured(digest=found.digest(), assessment=attack)

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import dpgemma
 from accounting import run_files
 from accounting.errors import InputError
 from accounting.ledger.events import FORMAT
@@ -15,8 +16,9 @@ from accounting.ledger.seals import Signature
 from accounting.mechanism import ADD_OR_REMOVE, ZERO_OUT
 from accounting.report import words
 from dpgemma import user_cache
-from dpgemma.choices import OF_SEVERAL_ROWS, SEQUENCE
+from dpgemma.choices import AUTO, EXAMPLE_SCAN, GRADIENT, OF_SEVERAL_ROWS, SEQUENCE
 from dpgemma.data import holdout
+from dpgemma.data.canaries import Canaries, Planted, seed_of
 from dpgemma.data.source import Items, UnitSource
 from dpgemma.data.text import prompts as prompts_lib
 from dpgemma.data.text import tokenizer as tokenizer_lib
@@ -25,6 +27,7 @@ from dpgemma.data.text.units import Found
 from dpgemma.gemma import decoder
 from dpgemma.gemma import start as start_lib
 from dpgemma.objectives.causal import CausalLM
+from dpgemma.objectives.probes import ProbedCausalLM
 from dpgemma.objectives.protocol import Objective
 from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import mesh as mesh_lib
@@ -35,8 +38,10 @@ from dpgemma.storage import mirror as mirror_lib
 from dpgemma.storage.mirror import Mirror
 from dpgemma.storage.objects import is_address
 from dpgemma.training import agreement, clipping_choice, data, environment, memory
+from dpgemma.training import canaries as canaries_lib
 from dpgemma.training import plan as plan_lib
 from dpgemma.training import run as run_lib
+from dpgemma.training.canaries import kept
 from dpgemma.training.observers import Observer, phase
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
@@ -122,6 +127,11 @@ def _prepare(
     shape = mesh_lib.shape(named.mesh)
     clipping_choice.check(settings.clipping, settings.remat, shape)
     objective = _on(objective, shape)
+    if settings.kind_of_canary == GRADIENT:
+        if shape.model > 1 or shape.fully_sharded:
+            raise InputError("`canary_kind`=gradient needs whole gradients on every device: give `mesh`=data:N")
+        if settings.clipping == AUTO:
+            settings = settings.replaced(clipping=EXAMPLE_SCAN)
     place = workdir or f"runs/{named.digest()[:8]}"
     agreement.on_settings(named.as_dict() | {"workdir": place, "epsilon_given": epsilon_given})
     mirror: Mirror | None = None
@@ -164,10 +174,12 @@ def _prepare(
             " private under `neighbouring_relation`=add_or_remove: give `holdout_fraction`=0"
         )
     training, held_out = holdout.split(source, keys.holdout, settings.holdout_fraction)
+    canaries = _canaries(settings, objective, keys.holdout, path if begun else None)
+    planted = training if canaries is None else Planted(training, canaries)
     evaluation = _evaluation(settings, objective, held_out)
     to_count = _to_count(settings, privacy_unit, tokenizer, training)
     shared = None if found.users is None else training.num_units
-    num_units = training.num_units if found.users is None else found.users
+    num_units = planted.num_units if found.users is None else found.users
     places = (settings.num_units or num_units) * settings.items_per_unit
     settings = settings.with_fitting_batch(places if shared is None else shared)
     plan_lib.check(settings, num_units, shared)
@@ -192,7 +204,7 @@ def _prepare(
         )
     config = named.as_dict() | _whole_names(named) | {"batch_size": settings.batch_size, "privacy_unit": privacy_unit}
     config |= plan.resolved | settings.units
-    fingerprint = source.fingerprint(keys.fingerprint)
+    fingerprint = (source if canaries is None else Planted(source, canaries)).fingerprint(keys.fingerprint)
     seal = run_lib.seal_of(keys, config)
     seal_key = seal.public.hex() if isinstance(seal, Signature) else None
     facts = start_event(
@@ -203,6 +215,7 @@ def _prepare(
         secret_keys=told["secret"],
         seal_key=seal_key,
         prompts=() if to_count is None else to_count.prompts,
+        canaries=canaries_lib.registered(settings, canaries, plan.mechanism.sampling_probability),
     )
     given = evaluation if settings.eval_data is not None else None
     of_evaluation = "" if given is None else given.source.fingerprint(keys.fingerprint)
@@ -214,7 +227,9 @@ def _prepare(
         nonlocal run
         if run is None:
             here = environment.description(mesh_lib.shape(plan.mesh), plan.mechanism.noise.is_exact)
-            run = run_lib.create(path, config, keys, fingerprint, facts | {"environment": here}, mirror)
+            facts_here = facts | {"environment": here, "program": f"dpgemma {dpgemma.__version__}"}
+            private = {} if canaries is None else {run_files.CANARIES: canaries.as_bytes()}
+            run = run_lib.create(path, config, keys, fingerprint, facts_here, mirror, private)
         else:
             run.check_resumable(config, fingerprint, facts)
 
@@ -239,8 +254,38 @@ def _prepare(
             observer.inform(choice)
         if seal_key:
             observer.inform(f"the ledger's public key is {seal_key}: give it to whoever audits this run")
-    drawn = Items(training) if settings.items_per_unit > 1 and shared is None else training
-    return Trainer(plan, objective, drawn, run, observers, held_out=held_out, evaluation=evaluation, histogram=to_count)
+    drawn = Items(planted) if settings.items_per_unit > 1 and shared is None else planted
+    return Trainer(
+        plan,
+        objective,
+        drawn,
+        run,
+        observers,
+        held_out=held_out,
+        evaluation=evaluation,
+        histogram=to_count,
+        canaries=canaries,
+    )
+
+
+def _canaries(settings: Settings, objective: CausalLM, secret: bytes, folder: pathlib.Path | None) -> Canaries | None:
+    """What is planted, in every process.
+
+    Args:
+      secret: of the hold-out.
+      folder: of a run that goes on, whose canaries are kept there; None for a new one.
+
+    Raises:
+      InputError: canaries that cannot be made, or are not there any more.
+    """
+    if not settings.canaries:
+        return None
+
+    def first() -> str:
+        canaries = canaries_lib.made(settings, objective, secret) if folder is None else kept(folder, secret)
+        return canaries.as_bytes().hex()
+
+    return Canaries.of_bytes(bytes.fromhex(processes.from_first(first)), seed_of(secret))
 
 
 def _to_count(settings: Settings, privacy_unit: str, tokenizer: Tokenizer, training: UnitSource) -> UnitsToCount | None:
@@ -333,7 +378,8 @@ def objective_of(settings: Settings) -> CausalLM:
     """
     start, tokenizer = start_of(settings), data.load_tokenizer(settings)
     tokenizer_lib.check_vocabulary(tokenizer, start.model.vocab_size)
-    objective = CausalLM(
+    make = ProbedCausalLM if settings.kind_of_canary == GRADIENT else CausalLM
+    objective = make(
         start,
         tokenizer,
         settings.sequence_length,
@@ -378,6 +424,7 @@ def start_event(
     secret_keys: bool,
     seal_key: str | None = None,
     prompts: tuple[str, ...] = (),
+    canaries: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The public facts with which a ledger opens; the report is written from these and the steps alone.
 
@@ -387,6 +434,7 @@ def start_event(
       secret_keys: whether the keys came from the operating system.
       seal_key: public key of the ledger's signatures, where it has such.
       prompts: whose units are counted; none where there is no histogram.
+      canaries: what is registered of them.
     """
     trainable, frozen = objective.shapes()
     trained = decoder.count(trainable)
@@ -404,6 +452,7 @@ def start_event(
             if plan.also
             else {}
         ),
+        **(canaries or {}),
         **objective.facts,
         "parameters": trained + decoder.count(frozen),
         "trained_parameters": trained,

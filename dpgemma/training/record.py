@@ -11,20 +11,26 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
+
 from accounting import rounding, run_files
 from accounting.accountant import Accountant
 from accounting.curve import EpsilonCurve
+from accounting.empirical.protocol import Protocol
 from accounting.errors import InputError
 from accounting.ledger import events, executed, histogram
 from accounting.ledger.chain import Ledger
 from accounting.ledger.histogram import ReleasedHistogram
 from accounting.ledger.history import History
+from dpgemma.data.canaries import Canaries
 from dpgemma.privacy.clipping import PrivateStats
 from dpgemma.privacy.keys import Keys
 from dpgemma.sharding import processes
-from dpgemma.training import environment, metrics, report_files
+from dpgemma.training import attack, environment, metrics, report_files
+from dpgemma.training import observed as observed_lib
 from dpgemma.training import observers as observers_lib
 from dpgemma.training import optimizer as optimizer_lib
+from dpgemma.training.observed import ObservedFile
 from dpgemma.training.observers import Advance, Evaluated, Observer, Private, Released
 from dpgemma.training.plan import Plan
 from dpgemma.training.run import RunDirectory
@@ -197,11 +203,12 @@ class Record:
         return Keys.of_hex(processes.from_first(bound))
 
     @contextlib.contextmanager
-    def of_steps(self, first: int, volume: tuple[str, int]) -> Iterator["StepRecord"]:
+    def of_steps(self, first: int, volume: tuple[str, int], observed: int = 0) -> Iterator["StepRecord"]:
         """The record of the steps from `first` on; observers are told before and after.
 
         Args:
           volume: of a row, as observers take it.
+          observed: gradient canaries, whose observations are kept.
         """
         if not self.is_kept_here:
             yield StepRecord()
@@ -215,7 +222,9 @@ class Record:
             ):
                 curve = EpsilonCurve(self._accountant, self.plan.delta)
                 repeated = self._ledger.history.repeated
-                yield KeptStepRecord(self._ledger, self.plan, self.observers, curve, repeated, public, private)
+                steps = self.plan.mechanism.steps
+                file = ObservedFile(self.run.observed_file, steps, observed) if observed else None
+                yield KeptStepRecord(self._ledger, self.plan, self.observers, curve, repeated, public, private, file)
         finally:
             for observer in self.observers:
                 observer.end()
@@ -253,6 +262,31 @@ class Record:
             file.write(json.dumps(known | _finite(evaluated.figures)) + "\n")
         for observer in self.observers:
             observer.evaluated(evaluated)
+
+    def attacked(self, canaries: Canaries, scores: dict[str, np.ndarray] | None) -> None:
+        """Writes down what an attack on the run's canaries shows, unless the ledger has it.
+
+        Args:
+          scores: of canaries that are text; those of gradient canaries follow from what was observed.
+        """
+        if self.ledger is None or any(record["kind"] == events.ATTACK for record in self.ledger.records):
+            return
+        steps = self.plan.mechanism.steps
+        done = executed.of(self.ledger.records)
+        if scores is None:
+            seen = observed_lib.read(self.run.observed_file, steps, canaries.count)
+            scores = attack.observed_scores(seen, done.planned)
+        protocol = Protocol.of_facts(done.declared["audit_protocol"])
+        found = attack.assess(protocol, scores, canaries, done)
+        if found is None:
+            return
+        self.ledger.append(events.ATTACK, step=steps, assessment=run_files.encode(found.as_dict()))
+        self.ledger.sync()
+        message = f"an attack on {found.canaries} canaries shows epsilon {found.epsilon:.3g} at least"
+        if found.contradicts:
+            self.warn(f"{message}, which is MORE THAN WAS PROVED: this program or this machine is broken")
+        else:
+            self.inform(message)
 
     def finish(self, measured: Mapping[str, float]) -> None:
         """Closes the run whose steps are all taken.
@@ -293,6 +327,9 @@ class StepRecord:
           drawn: units of its batch.
         """
 
+    def flush(self) -> None:
+        """Returns when what a checkpoint needs beside it is on the disk."""
+
     @property
     def metrics_sha256(self) -> str:
         """SHA-256 of the public metrics so far."""
@@ -310,6 +347,7 @@ class KeptStepRecord(StepRecord):
     repeated: int
     public: metrics.MetricsFile
     private: metrics.MetricsFile
+    observed: ObservedFile | None = None
 
     def before(self, t: int) -> None:
         self.ledger.append_step(t, self.plan.mechanism.group)
@@ -322,8 +360,14 @@ class KeptStepRecord(StepRecord):
         epsilon = run_files.encode(rounding.round_up(released.epsilon))
         self.public.write(step=t, epsilon=epsilon, learning_rate=released.learning_rate)
         self.private.write(step=t, **dataclasses.asdict(raw))
+        if self.observed is not None and stats.observed is not None:
+            self.observed.write(t, np.asarray(stats.observed))
         for observer in self.observers:
             observer.step(released, raw)
+
+    def flush(self) -> None:
+        if self.observed is not None:
+            self.observed.flush()
 
     @property
     def metrics_sha256(self) -> str:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from accounting import run_files
@@ -52,6 +52,7 @@ class RunDirectory:
         self.held_out_file = path / run_files.HELD_OUT
         self.evaluations_file = path / run_files.EVALUATIONS
         self.log_file = path / run_files.LOG
+        self.observed_file = path / run_files.OBSERVED
         self.remarks_file = path / run_files.REMARKS
         self.damaged = path / run_files.DAMAGED
         self.keys_file = path / run_files.KEYS
@@ -284,10 +285,14 @@ def create(
     fingerprint: str,
     start_event: dict[str, Any],
     mirror: Mirror | None = None,
+    private: Mapping[str, bytes] | None = None,
 ) -> RunDirectory:
     """A new run's folder, complete or absent.
 
     In an object storage the ledger's first line comes first, so that of two new runs one has no line there and ends.
+
+    Args:
+      private: further files of private/ that it begins with, by name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = RunDirectory(path.with_name(f".{path.name}.{os.getpid()}.new"))
@@ -297,6 +302,9 @@ def create(
         temporary.private.chmod(0o700)
         keys.save(temporary.keys_file)
         facts = {"fingerprint": fingerprint, "seal": start_event["seal"]}
+        facts |= {name: start_event[name] for name in ("canary_sha256",) if name in start_event}
+        for name, content in (private or {}).items():
+            (temporary.path / name).write_bytes(content)
         temporary.data_file.write_text(json.dumps(facts | {"mac": run_files.private_mac(keys.ledger, facts)}))
         text = run_files.dumps(config)
         temporary.config_file.write_text(text)

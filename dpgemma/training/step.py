@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from accounting.mechanism import Clip, Mechanism
 from accounting.mechanism.clip import CLIP
 from dpgemma.data.batch import Batch, Unit
+from dpgemma.objectives.probes import Coordinates, without_probes
 from dpgemma.privacy import clip_norm, clipping, tracking
 from dpgemma.privacy.clipping import ClippedSum, PrivateStats, Strategy
-from dpgemma.privacy.noise import NoisedMean, divide, scale
+from dpgemma.privacy.noise import NoisedMean, NoisedSum, divide, scale
 from dpgemma.privacy.noisers import Noiser, noiser_of
 from dpgemma.sharding import place
 from dpgemma.sharding.place import Places
@@ -140,11 +141,13 @@ class TrainStep:
       program: the compiled function of state, frozen parameters, batch, keys and noise multiplier.
       noise_multiplier: of the gradients.
       noiser: whose state the first TrainState has to hold.
+      probes: where gradient canaries are observed; None where there are none.
     """
 
     program: Any
     noise_multiplier: np.float32
     noiser: Noiser
+    probes: Coordinates | None = None
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> Any:
         return self.program(state, frozen, batch, noise_keys, self.noise_multiplier)
@@ -160,6 +163,12 @@ class TrainStep:
 
     def lower(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> Any:
         return self.program.lower(state, frozen, batch, noise_keys, self.noise_multiplier)
+
+
+def _observed(probes: Coordinates, noised: NoisedSum, others: ClippedSum) -> jax.Array:
+    """What a release holds at the places of gradient canaries, less the sum of all other units, in sensitivities."""
+    unit = 1.0 if others.steps is None else others.sensitivity / others.steps
+    return (probes.of(noised.total) - probes.of(others.total) * unit) / others.sensitivity
 
 
 def state_shardings(optimizer: optax.GradientTransformation, at_rest: Any, mesh: Mesh) -> TrainState:
@@ -187,6 +196,7 @@ def make_train_step(
     how: Strategy = Strategy(),
     places: Places | None = None,
     cast: Callable[[Any], Any] = lambda trainable: trainable,
+    probes: Coordinates | None = None,
 ) -> TrainStep:
     """The step of one mechanism, compiled when it is first called.
 
@@ -198,6 +208,8 @@ def make_train_step(
       places: where parameters lie. Sums, noise and moments lie as the trained parameters at rest: these are gathered
         once in a step, and their sum is scattered once. None: every device holds all.
       cast: from the parameters at rest to those that the loss takes, in other types; gradients are those by its result.
+      probes: where gradient canaries move parameters; given, PrivateStats hold what is observed there, which takes the
+        clipped sum of all other units once more.
 
     Raises:
       InputError: the count of clipped units leaves no noise for the gradients.
@@ -211,11 +223,20 @@ def make_train_step(
     def dp_train_step(
         state: TrainState, frozen: Any, batch: Batch, noise_keys: Any, noise_multiplier: Any
     ) -> tuple[TrainState, PrivateStats]:
-        steps = noiser.steps(noise_multiplier)
-        clipped = sharded_clipped_sum(
-            loss, cast(state.parameters), frozen, batch, clip, how, mesh, state.clip_norm, steps, places
-        )
+        steps, cast_parameters = noiser.steps(noise_multiplier), cast(state.parameters)
+
+        def clipped_sum_of(batch: Batch) -> ClippedSum:
+            return sharded_clipped_sum(
+                loss, cast_parameters, frozen, batch, clip, how, mesh, state.clip_norm, steps, places
+            )
+
+        clipped = clipped_sum_of(batch)
         noised, noise_state = noiser.add(clipped, state.noise_state, noise_keys, noise_multiplier, in_shards)
+        stats = clipped.stats
+        if probes is not None:
+            stats = dataclasses.replace(
+                stats, observed=_observed(probes, noised, clipped_sum_of(without_probes(batch)))
+            )
         mean = divide(noised, mechanism.expected_batch_size)
         if clip.adapts and clip.scaling == CLIP:
             mean = scale(mean, state.clip_norm)  # the gradients were divided by it: their sensitivity is constant
@@ -224,7 +245,7 @@ def make_train_step(
             assert noised.count is not None
             norm = clip_norm.following(clip, norm, noised.count, mechanism.expected_batch_size)
         state = dataclasses.replace(state, clip_norm=norm, noise_state=noise_state)
-        return state.apply(optimizer, mean), clipped.stats
+        return state.apply(optimizer, mean), stats
 
     replicated, spread = place.replicated(mesh), place.over_units(mesh)
     state: Any = replicated if places is None else state_shardings(optimizer, places.at_rest, mesh)
@@ -236,4 +257,4 @@ def make_train_step(
         out_shardings=(state, replicated),
         compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
-    return TrainStep(program, np.float32(noiser.multiplier), noiser)
+    return TrainStep(program, np.float32(noiser.multiplier), noiser, probes)

@@ -11,6 +11,7 @@ from accounting.ledger.histogram import ReleasedHistogram
 from accounting.mechanism.histogram import unit_steps
 from dpgemma.data import pipeline
 from dpgemma.data.batch import Batch, collate
+from dpgemma.data.canaries import Canaries
 from dpgemma.data.source import UnitSource
 from dpgemma.data.text import prompts
 from dpgemma.objectives.protocol import Objective
@@ -20,7 +21,8 @@ from dpgemma.privacy.samplers import sampler_of
 from dpgemma.sharding import mesh as mesh_lib
 from dpgemma.sharding import place, processes
 from dpgemma.sharding.place import Layout
-from dpgemma.training import environment, memory, speed
+from dpgemma.training import attack, environment, memory, speed
+from dpgemma.training import canaries as canaries_lib
 from dpgemma.training import histogram as histogram_lib
 from dpgemma.training import optimizer as optimizer_lib
 from dpgemma.training.checkpoint import Checkpoints
@@ -98,6 +100,7 @@ class Trainer:
         held_out: UnitSource | None = None,
         evaluation: UnitsToMeasure | None = None,
         histogram: UnitsToCount | None = None,
+        canaries: Canaries | None = None,
     ) -> None:
         """Takes the run as it was opened or created.
 
@@ -106,6 +109,7 @@ class Trainer:
           held_out: units to measure when all steps are taken.
           evaluation: units to measure meanwhile.
           histogram: of the training units, where one is released before the first step.
+          canaries: that are planted among the training units.
 
         Raises:
           InputError: the steps of the plan would exceed its target.
@@ -117,14 +121,21 @@ class Trainer:
         if dict(source.spec) != dict(objective.spec):
             raise ValueError(f"the objective reads rows of {dict(objective.spec)}, the data have {dict(source.spec)}")
         self.plan, self.objective, self.source, self.run = plan, objective, source, run
-        self.held_out, self.evaluation, self.histogram = held_out, evaluation, histogram
+        self.held_out, self.evaluation, self.histogram, self.canaries = held_out, evaluation, histogram, canaries
         self.mechanism = plan.mechanism
         self.record = Record(run, plan, observers)
         self.mesh = mesh_lib.make(plan.mesh)
         self.optimizer = optimizer_lib.make(plan.optimization)
         self.places = Layout(self.mesh).places(objective.axes(), objective.shapes())
         self.dp_step: TrainStep = make_train_step(
-            objective.loss, self.optimizer, self.mechanism, self.mesh, plan.strategy, self.places, objective.cast
+            objective.loss,
+            self.optimizer,
+            self.mechanism,
+            self.mesh,
+            plan.strategy,
+            self.places,
+            objective.cast,
+            canaries_lib.coordinates_of(canaries),
         )
         self.first_step = 0
 
@@ -168,6 +179,7 @@ class Trainer:
                 self.record.stopped(step)
                 return None
             measured = self._measure(state.parameters, frozen, self.held_out, "held-out units")
+            self._attack(state.parameters, frozen)
             with self.record.phase("writing the report"):
                 self.record.finish(measured)
             return measured
@@ -236,7 +248,8 @@ class Trainer:
         if self.record.is_kept_here:
             self.record.inform(self._needs(dp_step))
         self._release_histogram()
-        with self.record.of_steps(first, self.objective.volume) as record:
+        observed = 0 if self.canaries is None or self.dp_step.probes is None else self.canaries.count
+        with self.record.of_steps(first, self.objective.volume, observed) as record:
             for t in range(first, steps):
                 done, (count, batch) = t + 1, drawn
                 due = done % plan.checkpoint_every == 0 or done == steps
@@ -251,6 +264,7 @@ class Trainer:
                 if stopped or due:
                     # In this order a crash leaves a report that says too much, never too little.
                     self.record.report()
+                    record.flush()
                     checkpoints.save(done, state, self.record.ledger, metrics_sha256=record.metrics_sha256)
                     if self.waits_for_checkpoints:
                         checkpoints.settle(self.record.ledger)
@@ -317,6 +331,20 @@ class Trainer:
         if wanted is not None and steps % wanted.every == 0:
             figures = self._measure(trainable, frozen, wanted.source, wanted.what)
             self.record.evaluated(Evaluated(steps, figures, wanted.what, wanted.is_public))
+
+    def _attack(self, trainable: Any, frozen: Any) -> None:
+        """Measures what the run's canaries show, by the protocol that its ledger registered."""
+        canaries = self.canaries
+        if canaries is None:
+            return
+        with self.record.phase("attacking the canaries", 2 * canaries.count) as advance:
+            scores = None
+            if canaries_lib.coordinates_of(canaries) is None:
+                gathered = jax.jit(lambda x: x, out_shardings=self.places.in_use)
+                start = self.objective.init(self.plan.seed, (self.places.at_rest, self.places.frozen))[0]
+                trained, start = (gathered(trainable), frozen), (gathered(start), frozen)
+                scores = attack.text_scores(self.objective, trained, start, canaries, advance)
+            self.record.attacked(canaries, scores)
 
     def _measure(self, trainable: Any, frozen: Any, source: UnitSource | None, what: str) -> dict[str, float]:
         if source is None or source.num_units == 0:

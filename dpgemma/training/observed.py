@@ -1,0 +1,53 @@
+"""What an attacker who sees every release observes of gradient canaries, step by step, kept in private/.
+
+Beside the releases it tells their noise, so it is as secret as the keys.
+"""
+
+import pathlib
+
+import numpy as np
+
+
+class ObservedFile:
+    """An array float32 [steps, m] on a disk, NaN where a step was not taken yet.
+
+    A step that is executed again after a crash writes its row again, with the bits it had.
+    """
+
+    def __init__(self, path: pathlib.Path, steps: int, count: int) -> None:
+        """Opens the file, or begins one where there is none of this shape."""
+        try:
+            self._values = np.lib.format.open_memmap(path, mode="r+")
+            fits = self._values.shape == (steps, count) and self._values.dtype == np.float32
+        except (OSError, ValueError):
+            fits = False
+        if not fits:
+            temporary = path.with_name(path.name + ".tmp")
+            new = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(steps, count))
+            new[:] = np.nan
+            new.flush()
+            temporary.replace(path)
+            self._values = np.lib.format.open_memmap(path, mode="r+")
+
+    def write(self, step: int, observed: np.ndarray) -> None:
+        """Keeps the row of a step."""
+        self._values[step] = observed
+
+    def flush(self) -> None:
+        """Returns when what was written is on the disk."""
+        self._values.flush()
+
+
+def read(path: pathlib.Path, steps: int, count: int) -> np.ndarray:
+    """What was observed, float32 [steps, m], not in memory.
+
+    Raises:
+      ValueError: no such file, or one of another shape.
+    """
+    try:
+        values: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {error.strerror}") from None
+    if values.shape != (steps, count) or values.dtype != np.float32:
+        raise ValueError(f"it holds {values.shape} and not {(steps, count)} numbers")
+    return values
