@@ -128,11 +128,11 @@ class AuditResult:
         found = self.empirical
         lines = [
             f"an attack on {found['canaries']} canaries, {found['included']} of them trained on, shows epsilon"
-            f" {found['lower_bound']:g} at least; all bounds together are wrong in {found['significance']:.0%} of runs at"
-            " most"
+            f" {found['lower_bound']:g} at least; all bounds together are wrong in at most"
+            f" {found['significance']:.0%} of runs"
         ]
         return lines + [
-            f"  {bound['epsilon']:<8g} {bound['score']}: {bound['bound']}, {bound['meaning']}"
+            f"  {bound['epsilon']:<8g} {bound['score']}, {bound['bound']}: {bound['meaning']}"
             for bound in found["bounds"]
         ]
 
