@@ -65,10 +65,11 @@ def likelihood_ratio(observed: np.ndarray, sampling_probability: float, noise_mu
     total = np.zeros(observed.shape[1])
     for first in range(0, len(observed), _STEPS_AT_ONCE):
         y = np.asarray(observed[first : first + _STEPS_AT_ONCE], np.float64)
-        exponent = (2 * y - 1) / (2 * noise_multiplier**2)
+        seen = ~np.isnan(y)
+        ratio = (2 * np.where(seen, y, 0.0) - 1) / (2 * noise_multiplier**2)
         if sampling_probability < 1:
-            exponent = np.logaddexp(math.log1p(-sampling_probability), math.log(sampling_probability) + exponent)
-        total += np.nan_to_num(exponent, nan=0.0).sum(axis=0)
+            ratio = np.logaddexp(math.log1p(-sampling_probability), math.log(sampling_probability) + ratio)
+        total += np.where(seen, ratio, 0.0).sum(axis=0)
     return total
 
 

@@ -1,0 +1,359 @@
+"""Runs with canaries: what is planted, registered, observed, attacked, reported and audited."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from accounting.accountant import Accountant
+from accounting.ledger import chain
+from accounting.mechanism import ZERO_OUT, dp_sgd, grid
+from dpgemma import Settings, cli
+from dpgemma.data import canaries as canaries_lib
+from dpgemma.data import holdout
+from dpgemma.data.batch import Unit
+from dpgemma.data.source import InMemory
+from dpgemma.data.text import units
+from dpgemma.data.text.pieces import Reading
+from dpgemma.data.text.rows import SCORED, TOKENS
+from dpgemma.data.text.tokenizer import ByteTokenizer
+from dpgemma.inference.attacking import attacked
+from dpgemma.privacy import keystream
+from dpgemma.privacy.keys import Keys
+from dpgemma.privacy.samplers import PoissonSampler
+from dpgemma.training import attack, canaries, observed, prepare
+from dpgemma.training import run as run_lib
+from dpgemma.training.trainer import Trainer
+from tests.training import runs
+from tests.training.forgery import audited, edit, rewrite_chain
+from tests.training.recomputed_test import noise_of
+
+LENGTH = 16
+COMMON = dict(model="ladder_20k", sequence_length=LENGTH, delta=1e-5, mesh="data:2", checkpoint_every=4)
+WHITE_BOX = dict(
+    canaries=1000, canary_kind="gradient", epsilon=8, batch_size=400, max_batch_size=560, steps=8, clipping="auto"
+)
+TEXTS = dict(canaries=60, canary_kind="random_tokens", epsilon=8, batch_size=60, max_batch_size=120, steps=8)
+
+
+def train(text, workdir, **settings):
+    flags = [f"--{name}={value}" for name, value in {**COMMON, **settings}.items()]
+    return runs.call("train", f"--data={text}", f"--workdir={workdir}", *flags)
+
+
+@pytest.fixture(scope="module")
+def white_box(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("white_box") / "run"
+    done = train(text, workdir, **WHITE_BOX)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def black_box(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("black_box") / "run"
+    done = train(text, workdir, **TEXTS, canary_repeats="1,4")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def records_of(workdir):
+    return chain.read(workdir / "ledger.jsonl")
+
+
+def planted_of(workdir):
+    return canaries.kept(workdir, Keys.load(workdir / "private" / "keys.json").holdout)
+
+
+def test_a_white_box_attack_on_a_real_run_finds_much_and_no_more_than_was_proved(white_box, capsys):
+    code, result = audited(capsys, white_box, "--empirical")
+    assert code == 0 and result["findings"] == []
+    assert 2 <= result["empirical"]["lower_bound"] <= 8 and not result["empirical"]["contradicts"]
+    recorded = next(record["assessment"] for record in records_of(white_box) if record["kind"] == "attack")
+    assert recorded["lower_bound"] == result["empirical"]["lower_bound"]
+    report = json.loads((white_box / "report.json").read_text())
+    assert report["attack"]["lower_bound"] == recorded["lower_bound"] and report["canaries"] == 1000
+    page = (white_box / "report.html").read_text()
+    assert "Attack on canaries" in page and f"ε is at least {recorded['lower_bound']:g}" in page
+
+
+def test_what_is_observed_is_the_canaries_draws_and_the_noise(white_box):
+    """Recomputed from keys by other code: which canaries a step drew, and the noise at their places."""
+    start = records_of(white_box)[0]
+    planted, secrets = planted_of(white_box), runs.step_secrets(white_box)
+    seen = observed.read(white_box / "private" / "canaries_observed.npy", 8, 1000)
+    own = start["num_units"] - 1000
+    sigma, bits = start["noise_multiplier"], start["grid_bits"]
+    objective = prepare.objective_of(Settings(**COMMON, data="synthetic"))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(objective.shapes()[0])]
+    sampler = PoissonSampler(start["num_units"], 400 / start["num_units"], start["max_batch_size"])
+    leaves, offsets = planted.columns[canaries_lib.LEAF], planted.columns[canaries_lib.OFFSET]
+    for step in (0, 3):
+        drawn = np.isin(np.arange(own, start["num_units"]), sampler.draw(secrets["sampling"], step))
+        noise = np.zeros(1000)
+        for number, shape in enumerate(shapes):
+            here = leaves == number
+            noise[here] = noise_of(secrets["noise"], step, number, shape, bits).ravel()[offsets[here]]
+        # In units of the clip norm; a canary's gradient is cut off to whole steps of the grid.
+        expected = (drawn & planted.included) + noise / grid.sensitivity_steps(bits, sigma)
+        np.testing.assert_allclose(seen[step], expected, atol=3e-5)
+
+
+def test_scores_do_not_know_the_coins(white_box, black_box):
+    """They are computed from contents alone: with other coins they are the same."""
+    for workdir in (white_box, black_box):
+        planted = planted_of(workdir)
+        other = dataclasses.replace(planted, included=~planted.included)
+        objective = prepare.objective_of(Settings(**COMMON, data="synthetic"))
+        if canaries.coordinates_of(planted) is None:
+            start = objective.init(0)
+            mine, theirs = (attack.text_scores(objective, start, objective.init(1), x) for x in (planted, other))
+            for name in mine:
+                np.testing.assert_array_equal(mine[name], theirs[name])
+
+
+def test_the_score_of_texts_is_their_likelihood(black_box):
+    planted, objective = planted_of(black_box), prepare.objective_of(Settings(**COMMON, data="synthetic"))
+    (trained, frozen), start = objective.init(3), objective.init(0)
+    found = attack.text_scores(objective, (trained, frozen), start, planted)
+    for i in (0, 7):
+        unit = Unit({name: jnp.array(planted.columns[name][i : i + 1]) for name in (TOKENS, SCORED)}, jnp.ones(1, bool))
+        after = LENGTH * float(objective.loss(trained, frozen, unit))
+        before = LENGTH * float(objective.loss(*start, unit))
+        assert found["loss"][i] == pytest.approx(-after, rel=1e-4)
+        assert found["loss_against_start"][i] == pytest.approx(before - after, abs=1e-3 * before)
+
+
+def test_planting_changes_nothing_but_the_rows_added(text, tmp_path):
+    """Neither epsilon nor a bit: a run whose data hold the same rows, planted by hand, ends with equal parameters."""
+    keys = Keys.generate()
+    settings = Settings(
+        data=str(text), canaries=60, canary_repeats="1,2", batch_size=60, steps=4, noise_multiplier=1.0,
+        epsilon=math.inf, max_batch_size=120, **COMMON,
+    )  # fmt: skip
+    with prepare.prepare_with_public_keys(settings, keys, str(tmp_path / "planted")) as trainer:
+        trainer.train()
+    planted = planted_of(tmp_path / "planted")
+    everything = units.read(str(text), ByteTokenizer(), Reading("sequence", LENGTH, "text"), 260).units
+    kept = np.flatnonzero(~holdout.held_out(keys.holdout, everything.num_units, 0.1))
+    rows, _ = everything.read(kept)
+    copies = np.repeat(np.arange(60), planted.repeats)
+    there = planted.included[copies]
+    by_hand = InMemory({
+        TOKENS: np.concatenate([rows[TOKENS], planted.columns[TOKENS][copies]]),
+        SCORED: np.concatenate([rows[SCORED], planted.columns[SCORED][copies] & there[:, None]]),
+    })  # fmt: skip
+    plan, objective = trainer.plan, prepare.objective_of(settings)
+    facts = prepare.start_event(
+        plan, {**settings.as_dict(), "privacy_unit": "sequence"}, objective, 0, secret_keys=False
+    )
+    config = json.loads((tmp_path / "planted" / "config.json").read_text())
+    facts |= {"environment": records_of(tmp_path / "planted")[0]["environment"], "program": "by hand"}
+    other = run_lib.create(tmp_path / "by_hand", config, keys, "none", facts)
+    with Trainer(plan, objective, by_hand, other) as by_hand_trainer:
+        by_hand_trainer.train()
+    assert plan.mechanism.num_units == by_hand.num_units
+    runs.assert_same_bits(*(runs.final_parameters(tmp_path / name)[1] for name in ("planted", "by_hand")))
+
+
+def test_epsilon_is_that_of_as_many_units(black_box):
+    report = json.loads((black_box / "report.json").read_text())
+    start = records_of(black_box)[0]
+    m = dp_sgd(
+        start["num_units"], 60, 120, noise_multiplier=start["noise_multiplier"], clip_norm=1.0, steps=8,
+        neighbouring_relation=ZERO_OUT, grid_bits=start["grid_bits"],
+    )  # fmt: skip
+    assert report["epsilon"] == pytest.approx(Accountant(m).upper(1e-5), abs=1e-3)
+    assert planted_of(black_box).units == 30 * 1 + 30 * 4
+
+
+def test_the_ledger_registers_everything_before_the_first_step_and_no_coin(black_box):
+    first = records_of(black_box)[0]
+    planted = planted_of(black_box)
+    assert first["canary_sha256"] == planted.digest()
+    assert (first["canaries"], first["canary_kind"], first["canary_repeats"]) == (60, "random_tokens", [1, 4])
+    assert first["audit_protocol"]["bounds"] == ["one_run", "one_run_curve"]
+    public = (black_box / "ledger.jsonl").read_text() + (black_box / "config.json").read_text()
+    assert "included" not in json.dumps(first) and planted.columns[TOKENS][0].tobytes().hex() not in public
+    report = json.loads((black_box / "report.json").read_text())
+    assert report["attack"]["canaries"] == 30 and any("model for audits" in line for line in report["deviations"])
+    assert report["divisor"] == 60 and report["program"].startswith("dpgemma ") and "jax " in report["libraries"]
+    assert first["environment"].endswith(report["program_sha256"])
+
+
+def registered_elsewhere(workdir):
+    shutil.rmtree(workdir / "private")
+
+
+def drop(*names):
+    def change(records):
+        for name in names:
+            del records[0][name]
+        return [record for record in records if record["kind"] != "attack"]
+
+    return change
+
+
+FACTS = ("canaries", "canary_kind", "canary_repeats", "canary_sha256", "audit_protocol")
+
+
+def without_a_trace(workdir):
+    """Ledger and config.json as of a run without canaries, under a whole chain."""
+    rewrite_chain(workdir, drop(*FACTS))
+    edit(workdir / "config.json", '"canaries": 60', '"canaries": 0')
+
+
+def raised(records):
+    for record in records:
+        if record["kind"] == "attack":
+            record["assessment"]["lower_bound"] = record["assessment"]["bounds"][0]["epsilon"] = 3.25
+    return records
+
+
+TAMPERED = {
+    "the facts of the canaries": (lambda w: rewrite_chain(w, drop(*FACTS)), {"config_disagrees", "canaries_disagree"}),
+    "one of the facts": (lambda w: rewrite_chain(w, drop("canary_sha256")), {"ledger_edited"}),
+    "all that is public": (without_a_trace, {"canaries_disagree"}),
+    "the line of the attack": (
+        lambda w: rewrite_chain(w, lambda records: [r for r in records if r["kind"] != "attack"]),
+        {"ledger_line_removed"},
+    ),
+    "a second attack": (
+        lambda w: rewrite_chain(w, lambda rs: [x for r in rs for x in ([r, r] if r["kind"] == "attack" else [r])]),
+        {"ledger_line_repeated"},
+    ),
+    "the lower bound": (lambda w: rewrite_chain(w, raised), {"report_disagrees"}),
+    "the file of the canaries": (lambda w: (w / "private" / "canaries.npz").unlink(), {"missing_file"}),
+    "its content": (lambda w: (w / "private" / "canaries.npz").write_bytes(b"PK"), {"canaries_disagree"}),
+    "other canaries": (
+        lambda w: (w / "private" / "canaries.npz").write_bytes(
+            canaries_lib.of_columns(planted_of(w).columns, [1], bytes(32)).as_bytes()
+        ),
+        {"canaries_disagree"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_an_audit_notices_canaries_that_were_tampered_with(what, black_box, tmp_path, capsys):
+    workdir = shutil.copytree(black_box, tmp_path / "run")
+    change, kinds = TAMPERED[what]
+    change(workdir)
+    code, result = audited(capsys, workdir)
+    assert code == 1 and kinds <= {finding["kind"] for finding in result["findings"]}, result["findings"]
+
+
+def test_an_attack_that_shows_other_figures_than_the_ledger_is_a_finding(white_box, tmp_path, capsys):
+    workdir = shutil.copytree(white_box, tmp_path / "run")
+
+    def lowered(records):
+        for record in records:
+            if record["kind"] == "attack":
+                for bound in record["assessment"]["bounds"]:
+                    bound["epsilon"] = 0.0
+                record["assessment"]["lower_bound"] = 0.0
+        return records
+
+    rewrite_chain(workdir, lowered)
+    code, result = audited(capsys, workdir, "--empirical")
+    assert code == 1 and "attack_disagrees" in {finding["kind"] for finding in result["findings"]}
+
+
+def test_a_lower_bound_above_the_upper_one_is_loud(white_box, tmp_path, capsys):
+    """As if the program's noise had been too small: the observations of canaries that were drawn are scaled up."""
+    workdir = shutil.copytree(white_box, tmp_path / "run")
+    planted = planted_of(workdir)
+    path = workdir / "private" / "canaries_observed.npy"
+    np.save(path, np.load(path) / 4 + planted.included.astype(np.float32) * 0.5)
+    code = cli.main(["audit", str(workdir), "--empirical"])
+    text = capsys.readouterr().out
+    assert code == 1 and "guarantee_contradicted" in text and "AN ATTACK ON THE CANARIES SHOWS EPSILON" in text
+    assert "release nothing" in text
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_has_the_same_canaries_and_the_same_result(text, tmp_path):
+    """Stopped and gone on with: canaries, observations and lower bounds come from what is kept."""
+    workdir = tmp_path / "run"
+    settings = Settings(data=str(text), **COMMON, **WHITE_BOX)
+    trainer = prepare.prepare(settings, str(workdir), epsilon_given=True)
+    asked = iter([False] * 3 + [True])
+    with trainer:
+        assert trainer.train(lambda: next(asked)) is None
+    before = planted_of(workdir).digest()
+    first = np.load(workdir / "private" / "canaries_observed.npy")
+    assert np.isnan(first[3:]).all() and not np.isnan(first[:3]).any()
+    done = train(text, workdir, **WHITE_BOX)
+    assert done.returncode == 0, done.stderr
+    after = np.load(workdir / "private" / "canaries_observed.npy")
+    assert planted_of(workdir).digest() == before and not np.isnan(after).any()
+    np.testing.assert_array_equal(after[:3], first[:3])
+    assert attacked(workdir).epsilon >= 1
+
+
+def test_a_run_without_its_canaries_does_not_go_on(text, tmp_path):
+    workdir = tmp_path / "run"
+    with prepare.prepare(Settings(data=str(text), **COMMON, **TEXTS), str(workdir), epsilon_given=True) as trainer:
+        assert trainer.train(lambda: True) is None
+    (workdir / "private" / "canaries.npz").unlink()
+    done = train(text, workdir, **TEXTS)
+    assert done.returncode == 2 and "canaries.npz is missing or damaged" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+REFUSED = {
+    "a kind without canaries": (dict(canary_kind="gradient"), "there are none: give --canaries"),
+    "a negative number": (dict(canaries=-1), "must not be negative"),
+    "repeats of nothing": (dict(canaries=5, canary_repeats="1,x"), "must be numbers from 1"),
+    "repeated gradients": (dict(canaries=5, canary_kind="gradient", canary_repeats="4"), "drop --canary_repeats"),
+    "gradients that are not formed": (dict(canaries=5, canary_kind="gradient", clipping="ghost"), "example_scan"),
+    "no bound to clip to": (
+        dict(canaries=5, canary_kind="gradient", clip_norm="inf", epsilon="inf"), "finite --clip_norm",
+    ),
+    "texts without a model": (dict(canaries=5, canary_kind="synthetic"), "give --canary_model"),
+    "cold texts": (
+        dict(canaries=5, canary_kind="synthetic", canary_model="x", canary_temperature=0.5), "between 0.8 and 10",
+    ),
+    "a model for random ones": (dict(canaries=5, canary_model="x"), "canary_kind=synthetic"),
+    "more than there are parameters": (dict(canaries=1_000_000, canary_kind="gradient"), "are too many"),
+    "layers in parts": (dict(canaries=5, canary_kind="gradient", mesh="data:1,model:2"), "--mesh=data:N"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_canaries_that_cannot_be_are_refused_in_one_sentence(what, text, tmp_path):
+    settings, message = REFUSED[what]
+    done = train(text, tmp_path / "run", **{"steps": 2, **settings})
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "run").exists(), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_without_canaries_is_no_audit_model(finished, capsys):
+    code = cli.main(["audit", str(finished[0]), "--empirical"])
+    assert code == 2 and "planted no canaries" in capsys.readouterr().err
+
+
+def test_the_likelihood_ratio_is_that_of_the_subsampled_gaussian():
+    """Against the densities written out."""
+    y = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    q, sigma = 0.3, 0.7
+    density = lambda x, mean: np.exp(-((x - mean) ** 2) / (2 * sigma**2))  # noqa: E731
+    wanted = np.log(((1 - q) * density(y, 0) + q * density(y, 1)) / density(y, 0)).sum(axis=0)
+    np.testing.assert_allclose(attack.likelihood_ratio(y, q, sigma), wanted, rtol=1e-5)
+    y[2] = np.nan
+    np.testing.assert_allclose(
+        attack.likelihood_ratio(y, q, sigma), attack.likelihood_ratio(np.delete(y, 2, 0), q, sigma)
+    )
+
+
+def test_the_key_of_the_canaries_is_no_other_key(white_box):
+    keys = Keys.load(white_box / "private" / "keys.json")
+    seed = canaries_lib.seed_of(keys.holdout)
+    others = [bytes.fromhex(key) for key in keys.as_hex().values()]
+    others += [keystream.derive(keys.holdout, "hold-out")]
+    assert seed not in others and seed.hex() not in (white_box / "ledger.jsonl").read_text()
