@@ -65,8 +65,8 @@ SIGNATURE = "signature"  # with a signature of every line too, which anyone with
 SEALS = (CHAIN, HMAC, SIGNATURE)
 
 # What canaries are.
-RANDOM_TOKENS = "random_tokens"  # rows of random tokens
-NEW_TOKEN = "new_token"  # random tokens, and behind them one that no text has
+RANDOM_TOKENS = "random_tokens"  # rows of what comes by chance
+NEW_TOKEN = "new_token"  # so too, and behind it something that no text has
 SYNTHETIC = "synthetic"  # texts sampled from a reference model, which look like any other
 GRADIENT = "gradient"  # no text, but a gradient of one number
 CANARY_KINDS = (RANDOM_TOKENS, NEW_TOKEN, SYNTHETIC, GRADIENT)

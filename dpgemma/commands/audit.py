@@ -4,11 +4,21 @@ folder.
 
 import json
 import pathlib
+import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from accounting.errors import InputError
 from dpgemma.commands import command_flags, places
+
+if TYPE_CHECKING:
+    from dpgemma.inference.memorisation import Share
+
+_PRIVATE = (
+    "These figures are facts about single units, which no guarantee covers: they are for the operator alone. Intervals"
+    " are 95 %."
+)
 
 DESCRIPTION = "Check a run: dpgemma audit WORKDIR. Exit code 0: all agrees; 1: findings; 2: no run."
 POSITIONAL = ("workdir",)
@@ -34,12 +44,32 @@ def define_flags(fv: flags.FlagValues) -> None:
         " was proved; needs private/.",
         fv,
     )
+    command_flags.switch(
+        "memorisation",
+        "Instead of the audit, count which passages of its training data the model continues word for word; also for a"
+        " Hugging Face directory, with --data.",
+        fv,
+    )
+    command_flags.string(
+        "against", None, "With --memorisation, another run or Hugging Face directory, which is asked too.", fv
+    )
+    command_flags.string(
+        "data", None, "With --memorisation, where the run's data lie now, or the records to ask for.", fv
+    )
+    command_flags.string("text_field", "text", "Field of such a record that holds the text.", fv)
+    command_flags.count("passages", 10_000, "The most passages of each kind that are asked for.", fv)
+    command_flags.count("prefix", 50, "Tokens that the model is given.", fv)
+    command_flags.count("suffix", 50, "Tokens that it has to continue them with.", fv)
     command_flags.switch("json", "Print one JSON object.", fv)
 
 
 def run(fv: flags.FlagValues) -> int:
     if not fv.workdir:
         raise InputError("say which run to check: dpgemma audit WORKDIR")
+    if fv.memorisation:
+        return _memorisation(fv)
+    if fv.against or fv.data:
+        raise InputError("--against and --data belong to --memorisation: give that too, or drop them")
     from accounting import run_files
     from accounting.ledger import seals
     from dpgemma.training.auditing import audit
@@ -63,3 +93,44 @@ def run(fv: flags.FlagValues) -> int:
         result = result.while_running()
     print(json.dumps(run_files.encode(result.as_dict()), indent=1) if fv.json else result.text())
     return 0 if result.consistent else 1
+
+
+def _memorisation(fv: flags.FlagValues) -> int:
+    """Prints what models have memorised."""
+    if fv.empirical:
+        raise InputError("--memorisation and --empirical are two questions: ask one at a time")
+    from dpgemma.commands import progress
+    from dpgemma.inference import memorisation as lib
+    from dpgemma.inference.models import TrainedModel
+
+    question = lib.Question(fv.passages, fv.prefix, fv.suffix)
+    shares: list[lib.Share] = []
+    groups: list[lib.Group] = []
+    for folder in [fv.workdir, *([fv.against] if fv.against else [])]:
+        with progress.phase(f"reading {folder}"):
+            model = lib.model_of(folder)
+            # A run is asked for its own units and canaries; another model for those of the first one.
+            if isinstance(model, TrainedModel):
+                groups = lib.of_run(model, fv.data, question)
+            elif not groups:
+                if not fv.data:
+                    raise InputError(
+                        f"{folder} does not know what it was trained on: give --data, the records to ask for"
+                    )
+                groups = lib.of_records(model, fv.data, fv.text_field, question)
+        shares += lib.measured(model, folder, groups, progress.phase)
+    print(_PRIVATE, file=sys.stderr)
+    if fv.json:
+        print(json.dumps([share.as_dict() for share in shares]))
+        return 0
+    print(f"{'exact':>22}  {'within 10 %':>22}  repeats  passages")
+    for share in shares:
+        cells = [_share(share, count) for count in (share.exact, share.approximate)]
+        repeats = "-" if share.repeats is None else share.repeats
+        print(f"{cells[0]:>22}  {cells[1]:>22}  {repeats:>7}  {share.passages:>8}  {share.group} ({share.model})")
+    return 0
+
+
+def _share(share: "Share", count: int) -> str:
+    low, high = share.interval(count)
+    return f"{count / share.passages:.2%} ({low:.1%} to {high:.1%})"

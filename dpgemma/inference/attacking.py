@@ -1,6 +1,5 @@
 """The attack on a finished run's canaries, measured anew from its checkpoint, its keys and what was observed."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 
@@ -8,7 +7,6 @@ from accounting.empirical.protocol import Assessment, Protocol
 from accounting.errors import InputError
 from accounting.ledger import chain
 from accounting.ledger import executed as executed_lib
-from dpgemma.choices import AUTO
 from dpgemma.gemma import lora
 from dpgemma.inference import models
 from dpgemma.training import attack, observed
@@ -50,9 +48,7 @@ def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda cana
             raise InputError(f"{run.observed_file} is missing or damaged ({error}): restore it") from None
         scores = attack.observed_scores(seen, executed.planned)
     else:
-        config = run.config()
-        given = {field.name: config[field.name] for field in dataclasses.fields(Settings) if field.name in config}
-        settings = Settings(**given | {"mesh": AUTO})
+        settings = Settings.of_config(run.config())
         objective = objective_of(settings)
         trained = lora.split(objective.model, models.load(str(workdir)).parameters)
         scores = attack.text_scores(objective, trained, objective.init(settings.seed), canaries, advance)

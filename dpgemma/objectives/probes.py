@@ -37,8 +37,8 @@ class ProbedCausalLM(CausalLM):
         """The loss of a text; for a gradient canary 2^40 (x - x_0), with x the parameter that it moves and x_0 its
         present value, so that the loss is zero and its gradient 2^40.
 
-        Formal guarantee: it is a function of one unit and the parameters, as that of CausalLM is, and equals that one
-        for every unit that is no gradient canary. Tested by tests/objectives/probes_test.py.
+        Formal guarantee: it is a function of one unit and the parameters, as that of CausalLM is, and equals that one,
+        up to rounding, for every unit that is no gradient canary. Tested by tests/training/probes_test.py.
         """
         leaf, offset = unit.rows[LEAF][0], unit.rows[OFFSET][0]
 

@@ -8,6 +8,7 @@ import json
 import math
 import numbers
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from accounting.errors import InputError
@@ -143,7 +144,7 @@ class Settings:
     )
     canary_kind: str | None = _setting(
         None,
-        "What canaries are: random_tokens (by default), new_token (random tokens, and one that no text has), synthetic"
+        "What canaries are: random_tokens (by default), new_token (at the end one that no text has), synthetic"
         " (sampled from `canary_model`), or gradient (one number of the gradient each, for an attack that sees every"
         " step).",
         choices.CANARY_KINDS,
@@ -373,6 +374,12 @@ class Settings:
         )
         for name in omitted:
             object.__setattr__(self, name, getattr(found, name))
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> "Settings":
+        """Those of a run's config.json, for whatever devices are here."""
+        given = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
+        return cls(**given | {"mesh": AUTO})
 
     @property
     def omitted(self) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ MUTATIONS = (
     ),
     Mutation(
         "which rows are evaluated", "the printed loss is that of training rows", PREPARE,
-        "held_out=held_out, evaluation", "held_out=training, evaluation", RECOMPUTED,
+        "        held_out=held_out,\n", "        held_out=training,\n", RECOMPUTED,
     ),
     Mutation(
         "coupling between units", "the loss is weighted by the scored tokens of its device", STEP,
@@ -72,13 +72,13 @@ MUTATIONS = (
     ),
     Mutation(
         "optimizer sees what was not noised", "Adam's second moment from the clipped sum", STEP,
-        "return state.apply(optimizer, mean), clipped.stats",
+        "return state.apply(optimizer, mean), stats",
         "after = state.apply(optimizer, mean)\n"
         "        raw = jax.tree.map(lambda x: (x / (1.0 * clipped.steps)) ** 2 * 0.05, clipped.total)\n"
         "        adam = after.optimizer_state\n"
         "        if isinstance(adam, tuple) and hasattr(adam[0], 'nu'):\n"
         "            adam = (adam[0]._replace(nu=raw), *adam[1:])\n"
-        "        return dataclasses.replace(after, optimizer_state=adam), clipped.stats",
+        "        return dataclasses.replace(after, optimizer_state=adam), stats",
         RECOMPUTED,
     ),
     Mutation(
