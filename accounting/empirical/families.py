@@ -21,7 +21,9 @@ Curve = Callable[[float], float]
 
 # Steps of the search in a family of scaled noise: a factor of 2^(1/8), about 9 %.
 _PER_OCTAVE = 8
-_OCTAVES = (-6, 4)
+_OCTAVES = (-6, 2)
+# Beyond this epsilon nothing is tested.
+_LARGEST_EPSILON = 400.0
 # Points of a curve.
 _POINTS = 400
 
@@ -88,10 +90,12 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 class ScaledNoise:
-    """A run's own mechanisms with all their noise divided by x; x = 1 is what its accountant accounts for.
+    """A run's own mechanisms with all their noise divided by x.
 
-    Its curve is a lower bound of the true one, so what it rules out leaks more indeed. Its epsilon is the lower end of
-    the accountant's bracket.
+    x = 1 is what its accountant accounts for, truncation included. Other mechanisms of the family draw batches without
+    a cap: what truncation costs grows with e^epsilon, and would hide every curve beyond the run's own. A curve is a
+    lower bound of the true one, so what it rules out leaks more indeed, and epsilon is the lower end of the
+    accountant's bracket.
 
     >>> from accounting.mechanism import dp_sgd
     >>> run = dp_sgd(1000, 100, None, noise_multiplier=1.0, clip_norm=1.0, steps=10)
@@ -116,10 +120,14 @@ class ScaledNoise:
 
     def _at(self, leak: float) -> tuple[float, np.ndarray, np.ndarray]:
         def scaled(mechanism: Mechanism) -> Mechanism:
-            return mechanism.replace(noise_multiplier=mechanism.noise_multiplier / leak)
+            if leak == 1:
+                return mechanism
+            return mechanism.replace(noise_multiplier=mechanism.noise_multiplier / leak, max_batch_size=None)
 
         accountant = Accountant(tuple(map(scaled, self.mechanisms)), also=tuple(map(scaled, self.also)))
         bracket = accountant.epsilon(self.delta)
+        if bracket.upper > _LARGEST_EPSILON:
+            return _LARGEST_EPSILON, np.zeros(1), np.ones(1)  # a curve that rules out nothing
         profile = conversions.profile(accountant, self.delta, bracket.upper, _POINTS)
         return bracket.lower, profile.epsilons, profile.deltas
 

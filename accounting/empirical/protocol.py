@@ -11,13 +11,13 @@ tests/accounting/empirical_test.py::test_a_protocol_shares_its_significance.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from accounting.empirical import gaussian, one_run, thresholds
-from accounting.empirical.families import ScaledNoise, gaussian_epsilon
+from accounting.empirical.families import Curve, ScaledNoise, gaussian_epsilon, largest_ruled_out
 from accounting.errors import InputError
 
 VERSION = 1
@@ -205,34 +205,38 @@ def _bounded(
     family: ScaledNoise | None,
 ) -> tuple[float, bool]:
     """(lower bound of epsilon, whether it rules out what was proved)."""
-    m = len(scores)
-    if bound in (ONE_RUN, ONE_RUN_CURVE):
-        ways = [2 * int(share * m / 2) for share in guessed]
-        counts = [(g, one_run.correct_guesses(scores, included, g)) for g in ways if g > 0]
-        each = significance / len(guessed)
-        if bound == ONE_RUN:
-            found = [one_run.with_epsilon_delta(m, g, c, delta, each) for g, c in counts]
-            return _plain(max(found, default=0.0), proven)
-        return _of_leaks(
-            [] if family is None else [one_run.with_family(family, m, g, c, each) for g, c in counts], family
-        )
+    m, each = len(scores), significance / len(guessed)
+    counts = []
+    for guesses in (2 * int(share * m / 2) for share in guessed):
+        if guesses > 0:
+            counts.append((guesses, one_run.correct_guesses(scores, included, guesses)))
+    if bound == ONE_RUN:
+        found = [one_run.with_epsilon_delta(m, g, c, delta, each) for g, c in counts]
+        return _plain(max(found, default=0.0), proven)
+    if bound == ONE_RUN_CURVE:
+
+        def rules_out(curve: Curve) -> bool:
+            return any(one_run.contradicts(curve, m, g, c, each) for g, c in counts)
+
+        return _of_family(family, rules_out)
     if bound == GAUSSIAN:
         return _plain(gaussian_epsilon(gaussian.mu(scores, included, significance), delta), proven)
     known = thresholds.rates(scores, included, significance)
     if bound == THRESHOLDS:
         return _plain(thresholds.with_epsilon_delta(known, delta), proven)
-    return _of_leaks([] if family is None else [thresholds.with_family(family, known)], family)
+    return _of_family(family, lambda curve: thresholds.contradict(curve, known))
 
 
 def _plain(epsilon: float, proven: float) -> tuple[float, bool]:
     return epsilon, epsilon > proven
 
 
-def _of_leaks(leaks: list[float | None], family: ScaledNoise | None) -> tuple[float, bool]:
-    ruled_out = [leak for leak in leaks if leak is not None]
-    if not ruled_out or family is None:
+def _of_family(family: ScaledNoise | None, rules_out: Callable[[Curve], bool]) -> tuple[float, bool]:
+    """By what a run's own curve (x = 1), and those of more and of less noise, allow."""
+    if family is None:
         return 0.0, False
-    return family.epsilon(max(ruled_out)), max(ruled_out) >= 1
+    largest = largest_ruled_out(family, lambda leak: rules_out(family.tradeoff(leak)))
+    return 0.0 if largest is None else family.epsilon(largest), rules_out(family.tradeoff(1.0))
 
 
 def _roc(scores: np.ndarray, included: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -19,7 +19,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from accounting.empirical.families import Family, largest_ruled_out
+from accounting.empirical.families import Curve, Family, largest_ruled_out
 
 # Shares of the held-out canaries that lie above a threshold, the largest one alone beside them.
 _SHARES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5)
@@ -73,8 +73,9 @@ def with_epsilon_delta(known: list[Rates], delta: float) -> float:
 def with_family(family: Family, known: list[Rates]) -> float | None:
     """The largest leak of a family whose curve allows no such pair of rates; None where all do."""
 
-    def is_ruled_out(leak: float) -> bool:
-        curve = family.tradeoff(leak)
-        return any(r.true_positive > 1 - curve(r.false_positive) for r in known)
+    return largest_ruled_out(family, lambda leak: contradict(family.tradeoff(leak), known))
 
-    return largest_ruled_out(family, is_ruled_out)
+
+def contradict(curve: Curve, known: list[Rates]) -> bool:
+    """Whether a trade-off curve allows no such pair of rates."""
+    return any(r.true_positive > 1 - curve(r.false_positive) for r in known)
