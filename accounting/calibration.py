@@ -75,7 +75,7 @@ def noise_multiplier(
                 " or delta, or give the noise multiplier"
             )
         low, high = low / 2, low
-    low, high = _shrink(coarse, low, high, 1e-2)
+    low, high = shrink(coarse, low, high, 1e-2)
     # The interval that suffices at the coarse answer serves for all that follow.
     interval = Accountant(at(high), also=also).interval_for(delta)
 
@@ -106,7 +106,7 @@ def steps(
     """
     _check(mechanism, epsilon, delta, also)
     accountant = Accountant(mechanism, also=also)
-    most = _largest_integer(lambda t: accountant.upper(delta, t) <= epsilon, 0, largest, start=max(1, mechanism.steps))
+    most = largest_integer(lambda t: accountant.upper(delta, t) <= epsilon, 0, largest, start=max(1, mechanism.steps))
     return mechanism.replace(steps=most)
 
 
@@ -124,7 +124,7 @@ def expected_batch_size(
         return mechanism.replace(expected_batch_size=b)
 
     start = max(1, int(mechanism.num_items / math.sqrt(mechanism.steps)))
-    best = _largest_integer(lambda b: _meets(at(b), epsilon, delta, also=also), 0, mechanism.num_items, start)
+    best = largest_integer(lambda b: _meets(at(b), epsilon, delta, also=also), 0, mechanism.num_items, start)
     if best == 0:
         raise InputError(
             f"even an expected batch of 1 exceeds epsilon {epsilon:g} at delta {delta:g}: raise the noise multiplier"
@@ -188,7 +188,7 @@ def _check(mechanism: Mechanism, epsilon: float, delta: float, also: Sequence[Me
         )
 
 
-def _shrink(meets: Callable[[float], bool], low: float, high: float, tolerance: float) -> tuple[float, float]:
+def shrink(meets: Callable[[float], bool], low: float, high: float, tolerance: float) -> tuple[float, float]:
     """Halves the logarithmic gap between a failing `low` and a meeting `high` down to `tolerance`."""
     while high / low > 1 + tolerance:
         middle = math.sqrt(low * high)
@@ -196,7 +196,7 @@ def _shrink(meets: Callable[[float], bool], low: float, high: float, tolerance: 
     return low, high
 
 
-def _largest_integer(meets: Callable[[int], bool], low: int, largest: int, start: int) -> int:
+def largest_integer(meets: Callable[[int], bool], low: int, largest: int, start: int) -> int:
     """The largest integer in [low, largest] that meets a condition which small numbers meet; low is taken to
     meet it."""
     high = min(start, largest)

@@ -20,6 +20,8 @@ from scipy import special
 from accounting.accountant import Accountant
 
 FALSE_POSITIVE_RATES = (1e-4, 1e-3, 1e-2, 0.1)
+# How often somebody guesses right who knows nothing but what is likely.
+PRIORS = (0.01, 0.1, 0.5)
 _LARGEST_MU = 1e6
 
 

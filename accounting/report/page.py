@@ -191,6 +191,7 @@ def _histogram(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _tables(meaning: Meaning) -> list[str]:
     groups = [(k, _bound(rounding.round_up(epsilon))) for k, epsilon in meaning.groups]
     attacks = [(f"{rate:g}", f"{rounding.upper(detected, 4)}") for rate, detected in meaning.attacks]
+    inferences = [(f"{prior:g}", rounding.upper(rate, 4)) for prior, rate in meaning.inferences]
     deltas = [(rounding.upper(epsilon), rounding.upper(delta, 3)) for epsilon, delta in meaning.deltas]
     return [
         _section(
@@ -204,6 +205,12 @@ def _tables(meaning: Meaning) -> list[str]:
             + f"<p>The two rates differ by at most {rounding.upper(meaning.membership_advantage, 4)}. As far as delta"
             " reaches, the run is at least as private as a Gaussian mechanism with μ ="
             f" {rounding.upper(meaning.gaussian_mu, 4)}.</p>",
+        ),
+        _section(
+            "Guesses about a unit",
+            "<p>Somebody who guesses an attribute of one unit, or all of it, and would be right at the first rate if it"
+            " had not taken part, is right at most at the second one.</p>"
+            + _table(("Right guesses without it", "Right guesses with it, at most"), inferences),
         ),
         _section("Delta at other epsilons", _table(("Epsilon", "Delta"), deltas)),
     ]

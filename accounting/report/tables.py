@@ -18,6 +18,8 @@ class Meaning:
     Attributes:
       groups: (k, epsilon) for an owner of k units, at the same delta; inf where no finite bound holds.
       attacks: (false-positive rate, largest true-positive rate of any membership attack at it).
+      inferences: (rate of right guesses about what one unit holds, where it took no part; largest such rate where it
+        did) (accounting.risk).
       deltas: (epsilon, delta) at some round epsilons.
       membership_advantage: largest difference of the two rates.
       gaussian_mu: mu of the Gaussian mechanism that is nowhere more private, down to delta.
@@ -26,6 +28,7 @@ class Meaning:
 
     groups: tuple[tuple[int, float], ...]
     attacks: tuple[tuple[float, float], ...]
+    inferences: tuple[tuple[float, float], ...]
     deltas: tuple[tuple[float, float], ...]
     membership_advantage: float
     gaussian_mu: float
@@ -35,6 +38,7 @@ class Meaning:
         return {
             "groups": [{"units": k, "epsilon": epsilon} for k, epsilon in self.groups],
             "attacks": [{"false_positive_rate": fpr, "true_positive_rate": tpr} for fpr, tpr in self.attacks],
+            "inferences": [{"prior": prior, "right_guesses": rate} for prior, rate in self.inferences],
             "deltas": [{"epsilon": epsilon, "delta": delta} for epsilon, delta in self.deltas],
             "membership_advantage": self.membership_advantage,
             "gaussian_mu": self.gaussian_mu,
@@ -47,7 +51,8 @@ def meaning(accountant: Accountant, delta: float) -> Meaning:
     epsilon = accountant.epsilon(delta).upper
     if not math.isfinite(epsilon):
         hopeless = tuple((rate, 1.0) for rate in conversions.FALSE_POSITIVE_RATES)
-        return Meaning(tuple((k, math.inf) for k in GROUP_SIZES), hopeless, (), 1.0, math.inf, None)
+        known = tuple((prior, 1.0) for prior in conversions.PRIORS)
+        return Meaning(tuple((k, math.inf) for k in GROUP_SIZES), hopeless, known, (), 1.0, math.inf, None)
     largest = min(min(m.num_units, LARGEST_GROUP // m.items_per_unit) for m in mechanisms)
     sizes = [k for k in GROUP_SIZES if k <= largest]
     groups = [
@@ -55,11 +60,18 @@ def meaning(accountant: Accountant, delta: float) -> Meaning:
     ]
     profile = conversions.profile(accountant, delta, epsilon)
     attacks = [(rate, profile.true_positive_rate(rate)) for rate in conversions.FALSE_POSITIVE_RATES]
+    inferences = [(prior, profile.true_positive_rate(prior)) for prior in conversions.PRIORS]
     deltas = [(e, delta if e == epsilon else profile.delta(e)) for e in _round_epsilons(epsilon)]
     # A larger group never has a smaller epsilon; a coarser grid may say so by a hair.
     groups = [(k, max(e for _, e in groups[: i + 1])) for i, (k, _) in enumerate(groups)]
     return Meaning(
-        tuple(groups), tuple(attacks), tuple(deltas), profile.membership_advantage, profile.gaussian_mu(delta), profile
+        tuple(groups),
+        tuple(attacks),
+        tuple(inferences),
+        tuple(deltas),
+        profile.membership_advantage,
+        profile.gaussian_mu(delta),
+        profile,
     )
 
 
@@ -76,6 +88,8 @@ def text(result: Meaning) -> str:
     lines += [f"{k:>18}   {upper(round_up(epsilon), 10)}" for k, epsilon in result.groups]
     lines += ["", "false-positive rate  true-positive rate of any membership attack, at most"]
     lines += [f"{rate:>19g}  {upper(detected, 4)}" for rate, detected in result.attacks]
+    lines += ["", "right guesses before  right guesses of what one unit holds, at most"]
+    lines += [f"{prior:>20g}  {upper(rate, 4)}" for prior, rate in result.inferences]
     lines += ["", "            epsilon  delta"]
     lines += [f"{upper(epsilon):>19}  {upper(delta, 4)}" for epsilon, delta in result.deltas]
     lines += [

@@ -15,6 +15,7 @@ from dpgemma.commands import command_flags
 
 if TYPE_CHECKING:
     from accounting.accountant import Accountant
+    from accounting.risk import Risk
 
 DESCRIPTION = "Solve a privacy budget: leave out one of epsilon, noise_multiplier, steps, batch_size and num_units."
 
@@ -45,6 +46,14 @@ def define_flags(fv: flags.FlagValues) -> None:
         "histogram_noise",
         None,
         "Noise on the counts of a histogram that is released besides, in units, as train has it.",
+        fv,
+    )
+    command_flags.string(
+        "solve_for_risk",
+        None,
+        "In the place of --epsilon, the most that an attack may reach: advantage:A (of telling whether a unit took"
+        " part), detection:RATE@FALSE_POSITIVE_RATE, or inference:RATE@PRIOR (right guesses about what a unit holds,"
+        " where PRIOR are right without it).",
         fv,
     )
     command_flags.switch("tables", "Also say what epsilon means: owners of several units, attacks, other deltas.", fv)
@@ -80,7 +89,14 @@ def run(fv: flags.FlagValues) -> int:
 def _plan(fv: flags.FlagValues) -> int:
     given = {name: fv[name].value for name in _QUANTITIES}
     omitted = [name for name, value in given.items() if value is None]
-    if len(omitted) != 1:
+    if fv.solve_for_risk is not None:
+        if given["epsilon"] is not None or len(omitted) != 2 or fv.trials is not None:
+            raise InputError(
+                "--solve_for_risk stands in the place of --epsilon: leave that out, and one more of"
+                f" {', '.join('--' + name for name in _QUANTITIES[1:])}, the one to solve for; and drop --trials"
+            )
+        omitted.remove("epsilon")
+    elif len(omitted) != 1:
         raise InputError(
             f"leave out exactly one of {', '.join('--' + name for name in _QUANTITIES)}, the one to solve for; "
             + (f"{len(omitted)} are missing: {', '.join(omitted)}" if omitted else "all five are given")
@@ -91,16 +107,21 @@ def _plan(fv: flags.FlagValues) -> int:
             raise InputError(f"--{name} must be at least 1, got {value}")
     if given["epsilon"] is not None and not given["epsilon"] > 0:
         raise InputError(f"--epsilon must be positive, got {given['epsilon']:g}")
-    from accounting import tuning
+    from accounting import risk, tuning
     from accounting.accountant import Accountant
 
     items = _items(fv)
     cap, noise = _cap(fv, given, items), fv.histogram_noise
     if noise is not None and fv.trials is not None:
         raise InputError("--trials has no proof for trials that release a histogram too: drop --histogram_noise")
-    mechanism, also = solve(given, fv.delta, cap, fv.neighbouring_relation, fv.sampler, items, noise)
+    facts = (fv.delta, cap, fv.neighbouring_relation, fv.sampler, items, noise)
+    wanted = None if fv.solve_for_risk is None else risk.Risk.of_text(fv.solve_for_risk)
+    mechanism, also = solve(given, *facts) if wanted is None else solve_for_risk(given, omitted[0], wanted, *facts)
     accountant = Accountant(mechanism, also=also)
     result = {
+        **(
+            {} if wanted is None else {"risk": fv.solve_for_risk, "reached": risk.reached(wanted, accountant, fv.delta)}
+        ),
         **_bracket(accountant, fv.delta),
         "noise_multiplier": mechanism.noise_multiplier,
         "noise_batch_ratio": mechanism.noise_batch_ratio,
@@ -170,25 +191,10 @@ def solve(
     Args:
       items: of every unit, which are drawn by themselves.
     """
-    from accounting import calibration, support
+    from accounting import calibration
 
-    if cap is not None and sampler == FIXED:
-        raise InputError("a cap truncates Poisson batches: drop --max_batch_size under --sampler=fixed")
+    mechanism, also = _known(given, cap, relation, sampler, items, histogram_noise)
     target = given["epsilon"]
-    units = given["num_units"] or 10 * given["batch_size"]
-    mechanism = dp_sgd(
-        num_units=units,
-        expected_batch_size=given["batch_size"] or 1,
-        max_batch_size=cap,
-        noise_multiplier=1.0 if given["noise_multiplier"] is None else given["noise_multiplier"],
-        clip_norm=1.0,
-        steps=given["steps"] or 1,
-        neighbouring_relation=relation,
-        sampler=sampler,
-        items_per_unit=items,
-    )
-    support.check(mechanism.sampling, relation)
-    also = () if histogram_noise is None else (histogram(units, histogram_noise, relation),)
     if given["noise_multiplier"] is None:
         mechanism = calibration.noise_multiplier(mechanism, target, delta, also=also)
     elif given["steps"] is None:
@@ -202,11 +208,58 @@ def solve(
     return mechanism, also
 
 
+def solve_for_risk(
+    given: dict[str, Any],
+    omitted: str,
+    wanted: "Risk",
+    delta: float,
+    cap: int | None,
+    relation: str,
+    sampler: str = POISSON,
+    items: int = 1,
+    histogram_noise: float | None = None,
+) -> tuple[Mechanism, tuple[Mechanism, ...]]:
+    """As `solve`, for a risk in the place of an epsilon.
+
+    Args:
+      omitted: the quantity to solve for.
+    """
+    from accounting import risk
+
+    mechanism, also = _known(given, cap, relation, sampler, items, histogram_noise)
+    return risk.solved(mechanism, omitted, wanted, delta, also=also), also
+
+
+def _known(
+    given: dict[str, Any], cap: int | None, relation: str, sampler: str, items: int, histogram_noise: float | None
+) -> tuple[Mechanism, tuple[Mechanism, ...]]:
+    """The mechanism with something in the place of the omitted quantity, and what is released besides."""
+    from accounting import support
+
+    if cap is not None and sampler == FIXED:
+        raise InputError("a cap truncates Poisson batches: drop --max_batch_size under --sampler=fixed")
+    units = given["num_units"] or 10 * given["batch_size"]
+    mechanism = dp_sgd(
+        num_units=units,
+        expected_batch_size=given["batch_size"] or 1,
+        max_batch_size=cap,
+        noise_multiplier=1.0 if given["noise_multiplier"] is None else given["noise_multiplier"],
+        clip_norm=1.0,
+        steps=given["steps"] or 1,
+        neighbouring_relation=relation,
+        sampler=sampler,
+        items_per_unit=items,
+    )
+    support.check(mechanism.sampling, relation)
+    return mechanism, () if histogram_noise is None else (histogram(units, histogram_noise, relation),)
+
+
 def _compose(fv: flags.FlagValues) -> int:
     given = [
         name for name in (*_QUANTITIES, "max_batch_size", "batch_multiple", "trials") if fv[name].value is not None
     ]
     optional = (
+        "solve_for_risk",
         "histogram_noise",
         "neighbouring_relation",
         "sampler",
