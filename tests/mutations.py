@@ -2,6 +2,7 @@
 
     python -m tests.mutations               all of them, in about three quarters of an hour on two cores
     python -m tests.mutations --only=noise  those whose kind or description holds a word
+    python -m tests.mutations --page=FILE   writes the page docs/breaches.md too
 
 They stand in tests.breaches. A mutation names the tests that are expected to notice it, so that a run takes minutes
 and not hours; the fast suite holds all of these. Prints one line for each, and ends with exit code 1 if one survives or
@@ -28,8 +29,9 @@ COPIED = ("dpgemma", "accounting", "experiments", "tests", "pyproject.toml", "RE
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="a word of the kind or the description")
-    chosen = parser.parse_args().only
-    survived = 0
+    parser.add_argument("--page", type=pathlib.Path, help="file for a page that lists all of them, in Markdown")
+    given = parser.parse_args()
+    chosen, survived, results = given.only, 0, []
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
         for name in COPIED:
@@ -40,7 +42,30 @@ def main() -> int:
                 result = tried(mutation, place)
                 survived += not result["noticed_by"]
                 print(json.dumps(result), flush=True)
+                results.append(result)
+    if given.page:
+        given.page.write_text(page(results))
     return 1 if survived else 0
+
+
+def page(results: list[dict[str, object]]) -> str:
+    """All results as a page of the documentation."""
+    noticed = sum(bool(result["noticed_by"]) for result in results)
+    rows = [f"| {r['kind']} | {r['what']} | {r['noticed_by'] or 'NOTHING'} |" for r in results]
+    return "\n".join(
+        [
+            "# Breaches that the tests notice",
+            "",
+            f"`python -m tests.mutations --page=docs/breaches.md` planted {len(results)} breaches of privacy in a copy"
+            f" of the source, one at a time; {noticed} of them were noticed. For each: its kind, what was changed, and"
+            " the first test that failed. Each is one member of its kind; the tests are written for the kind.",
+            "",
+            "| kind | breach | noticed by |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def tried(mutation: Mutation, place: pathlib.Path) -> dict[str, object]:

@@ -3,7 +3,7 @@
 Every one is a member of a kind of breach; the tests are meant to notice the kind.
 """
 
-from tests.breaches import accounting, program
+from tests.breaches import accounting, empirical, program
 from tests.breaches.mutation import Mutation
 
-MUTATIONS: tuple[Mutation, ...] = (*accounting.MUTATIONS, *program.MUTATIONS)
+MUTATIONS: tuple[Mutation, ...] = (*accounting.MUTATIONS, *program.MUTATIONS, *empirical.MUTATIONS)

@@ -1,0 +1,128 @@
+"""Breaches of canaries, of the bounds that an attack on them gives, and of noise that a white-box attack sees."""
+
+from tests.breaches.mutation import Mutation
+
+ATTACK, BOUNDS = "tests/training/attack_test.py", "tests/accounting/empirical_test.py"
+PLANTED, HEART = "tests/data/canaries_test.py", "tests/inference/memorisation_test.py"
+CHECKS, PROTOCOL = "accounting/audit/canary_checks.py", "accounting/empirical/protocol.py"
+CANARIES = "dpgemma/data/canaries.py"
+
+MUTATIONS = (
+    Mutation(
+        "noise of the real loop", "a quarter of the noise", "dpgemma/privacy/integer_noise.py",
+        "coarser = LAW_BITS - bits\n", "coarser = LAW_BITS - bits + 2\n", (ATTACK, "-k", "white_box_attack_on_a_real"),
+    ),
+    Mutation(
+        "canaries", "coins from a public seed", CANARIES,
+        'keystream.uniform_uint64(keystream.derive(seed, "coins"), 0, count)',
+        'keystream.uniform_uint64(keystream.derive(bytes(32), "coins"), 0, count)', (PLANTED, "-k", "coins_are_fair"),
+    ),
+    Mutation(
+        "canaries", "a coin follows the content", CANARIES,
+        ">= np.uint64(2**63)\n",
+        ">= np.uint64(2**63)\n    coins = next(iter(columns.values())).reshape(count, -1)[:, 0] % 2 == 0\n",
+        (PLANTED, "-k", "coins"),
+    ),
+    Mutation(
+        "canaries", "more are included than a fair coin would", CANARIES,
+        ">= np.uint64(2**63)", ">= np.uint64(2**62)", (PLANTED, "-k", "coins_are_fair"),
+    ),
+    Mutation(
+        "canaries", "held-out canaries are trained on too", CANARIES,
+        "there = planted.included[which]", "there = np.ones(len(which), bool)", (PLANTED, "-k", "held_out_one_is_none"),
+    ),
+    Mutation(
+        "canaries", "a repeated canary is planted once", CANARIES,
+        "return int(self.repeats.sum())", "return len(self.repeats)", (PLANTED, "-k", "repeated"),
+    ),
+    Mutation(
+        "canaries", "coins are not bound before the first step", CANARIES,
+        "self.repeats.astype(np.int64).tobytes() + self.included.astype(np.uint8).tobytes()",
+        "self.repeats.astype(np.int64).tobytes()", (PLANTED, "-k", "binds"),
+    ),
+    Mutation(
+        "canaries", "what binds them can be guessed", CANARIES,
+        "digest = hashlib.sha256(self.seed)", "digest = hashlib.sha256()", (PLANTED, "-k", "binds"),
+    ),
+    Mutation(
+        "canaries", "they are not counted among the units", "dpgemma/training/prepare.py",
+        "num_units = planted.num_units if found.users is None else found.users",
+        "num_units = training.num_units if found.users is None else found.users",
+        (ATTACK, "-k", "as_many_units or rows_added"),
+    ),
+    Mutation(
+        "canaries", "a run that goes on plants others", "dpgemma/training/prepare.py",
+        "canaries = canaries_lib.made(settings, objective, secret) if folder is None else kept(folder, secret)",
+        "canaries = canaries_lib.made(settings, objective, secret)", (ATTACK, "-k", "does_not_go_on"),
+    ),
+    Mutation(
+        "canaries", "the audit takes any canaries", CHECKS,
+        "elif known != measured.digest:", "elif False:", (ATTACK, "-k", "tampered"),
+    ),
+    Mutation(
+        "canaries", "private/ forgets that some were registered", "dpgemma/training/run.py",
+        'facts |= {name: start_event[name] for name in ("canary_sha256",) if name in start_event}\n', "",
+        (ATTACK, "-k", "finds_much"),
+    ),
+    Mutation(
+        "attack", "the score knows the coin", "dpgemma/training/attack.py",
+        "after, before = losses(trained), losses(start)",
+        "after, before = losses(trained) - 9 * canaries.included, losses(start)",
+        (ATTACK, "-k", "know_the_coins"),
+    ),
+    Mutation(
+        "attack", "what is observed leaves the noise out", "dpgemma/training/step.py",
+        "return (probes.of(noised.total) - probes.of(others.total) * unit) / others.sensitivity",
+        "return jnp.round(probes.of(noised.total) - probes.of(others.total) * unit) / others.sensitivity",
+        (ATTACK, "-k", "draws_and_the_noise"),
+    ),
+    Mutation(
+        "attack", "a contradiction is not a finding", CHECKS,
+        "or (found is not None and found.contradicts):", "or False:", (ATTACK, "-k", "loud"),
+    ),
+    Mutation(
+        "attack", "canaries of several units are held against the epsilon of one", "dpgemma/training/attack.py",
+        "single = canaries.repeats == 1", "single = canaries.repeats >= 1", (ATTACK, "-k", "registers_everything"),
+    ),
+    Mutation(
+        "bounds", "each way to guess has the whole significance", PROTOCOL,
+        "m, each = len(scores), significance / len(guessed)", "m, each = len(scores), significance",
+        (BOUNDS, "-k", "shares"),
+    ),
+    Mutation(
+        "bounds", "each bound has the whole significance", PROTOCOL,
+        "share = protocol.significance / (len(protocol.scores) * len(protocol.bounds))",
+        "share = protocol.significance",
+        (BOUNDS, "-k", "shares"),
+    ),
+    Mutation(
+        "bounds", "mu without its sign", "accounting/empirical/gaussian.py",
+        "statistic = float((inside.mean() - outside.mean())", "statistic = float(abs(inside.mean() - outside.mean())",
+        (BOUNDS, "-k", "wrong_sign"),
+    ),
+    Mutation(
+        "bounds", "delta costs nothing in one run", "accounting/empirical/one_run.py",
+        "if delta == 0 or correct == 0:", "if True:", (BOUNDS, "-k", "jax_privacy"),
+    ),
+    Mutation(
+        "bounds", "the recursion forgets wrong guesses", "accounting/empirical/one_run.py",
+        "wrong = significance * (guesses - correct) / canaries", "wrong = significance / canaries",
+        (BOUNDS, "-k", "linear_program"),
+    ),
+    Mutation(
+        "bounds", "rates are point estimates", "accounting/empirical/thresholds.py",
+        "false_positive = float(stats.beta.ppf(1 - each, k, len(outside) - k + 1))",
+        "false_positive = k / len(outside)",
+        (BOUNDS, "-k", "truth"),
+    ),
+    Mutation(
+        "risk", "the risk of one step", "accounting/risk.py",
+        "return risk.of(conversions.profile(accountant, delta, epsilon))",
+        "return risk.of(conversions.profile(Accountant(accountant.mechanisms[0].replace(steps=1)), delta, epsilon))",
+        ("tests/accounting/risk_test.py", "-k", "solved"),
+    ),
+    Mutation(
+        "memorisation", "a continuation that begins well counts as exact", "dpgemma/gemma/memorisation.py",
+        "bool((text[: len(suffix)] == suffix).all())", "bool((text[:2] == suffix[:2]).all())", (HEART, "-k", "learned"),
+    ),
+)  # fmt: skip
