@@ -61,8 +61,9 @@ ATTENTION = (AUTO, DENSE, BLOCKWISE, FUSED)
 # How the lines of a ledger are bound.
 CHAIN = "chain"  # by a hash chain without a key
 HMAC = "hmac"  # with an HMAC of every line too, which the holders of the secret key can check
-SIGNATURE = "signature"  # with a signature of every line too, which anyone with the public key can check
-SEALS = (CHAIN, HMAC, SIGNATURE)
+SIGNATURE = "signature"  # with an Ed25519 signature of every line too, which anyone with the public key can check
+ED25519 = "ed25519"  # another name for signature
+SEALS = (CHAIN, HMAC, SIGNATURE, ED25519)
 
 # What canaries are.
 RANDOM_TOKENS = "random_tokens"  # rows of what comes by chance

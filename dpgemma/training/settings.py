@@ -237,7 +237,8 @@ class Settings:
     seed: int = _setting(0, "Public seed of the initial parameters. Sampling and noise never use it.")
     ledger_seal: str = _setting(
         "chain",
-        "How the ledger is sealed: chain has no key; hmac is checked with the secret key, signature with a public one.",
+        "How the ledger is sealed: chain has no key; hmac is checked with the secret key, signature (or ed25519) with a"
+        " public one.",
         choices.SEALS,
     )
     checkpoint_every: int = _setting(40, "Updates between checkpoints.")
@@ -277,6 +278,8 @@ class Settings:
                 raise InputError(f"`{field.name}` must be of type {kinds[0].__name__}, got {value!r}")
         if self.steps < 1:
             raise InputError(f"`steps` must be at least 1, got {self.steps}")
+        if self.ledger_seal == choices.ED25519:
+            object.__setattr__(self, "ledger_seal", choices.SIGNATURE)
         object.__setattr__(self, "_omitted", tuple(fitting))
         if fitting:
             self._fill(fitting)
