@@ -30,6 +30,8 @@ COMMANDS = {
     "export": ("dpgemma.commands.export", "write a Hugging Face directory"),
     "sweep": ("experiments.commands.sweep", "run a grid of trainings; the same command goes on"),
 }
+# So long is no flag's name; absl's search for a similar one would take hours.
+_LONGEST_NAME = 100
 _HELP = ("--help", "-h", "-help", "help")
 
 
@@ -118,6 +120,8 @@ def _refuse_repeated(fv: flags.FlagValues, arguments: list[str]) -> None:
             continue
         name, has_value, _ = word.lstrip("-").partition("=")
         name = name if name in fv else name.removeprefix("no")
+        if len(name) > _LONGEST_NAME:
+            raise InputError(f"there is no flag {name[:_LONGEST_NAME]!r}...: see `dpgemma COMMAND --help`")
         if name not in fv or isinstance(fv[name], flags.MultiFlag):
             continue
         if name in seen:

@@ -300,6 +300,27 @@ def _rows(path: File, file: IO[bytes], delimiter: str, on_bad: OnBad) -> Iterato
         csv.field_size_limit(limit)
 
 
+class _Piecewise:
+    """A file that is read a mebibyte at a time, so that nobody asks for as much memory as a length in a damaged file
+    says."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            whole: bytes = self._file.read()
+            return whole
+        parts, left = [], size
+        while left and (part := self._file.read(min(left, 1 << 20))):
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+
+
 def _tables(path: File, start: bytes) -> Iterator[dict[str, Any]]:
     """Of a file whose parts are found from its end."""
     import pyarrow
@@ -308,14 +329,21 @@ def _tables(path: File, start: bytes) -> Iterator[dict[str, Any]]:
     try:
         with path.open() as opened:
             if start.startswith(_PARQUET):
-                for batch in parquet.ParquetFile(opened).iter_batches(_AT_ONCE):
-                    yield from batch.to_pylist()
+                for batch in parquet.ParquetFile(_Piecewise(opened)).iter_batches(_AT_ONCE):
+                    yield from _checked(batch)
                 return
-            file = ipc.open_file(opened)
+            file = ipc.open_file(_Piecewise(opened))
             for number in range(file.num_record_batches):
-                yield from file.get_batch(number).to_pylist()
-    except pyarrow.ArrowException as error:
+                yield from _checked(file.get_batch(number))
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None
+
+
+def _checked(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch whose offsets lie inside it: Arrow follows others to anywhere in this process's memory."""
+    batch.validate(full=True)
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
 
 
 def _arrow(path: File, file: IO[bytes]) -> Iterator[dict[str, Any]]:
@@ -323,9 +351,9 @@ def _arrow(path: File, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     from pyarrow import ipc
 
     try:
-        for batch in ipc.open_stream(file):
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+        for batch in ipc.open_stream(_Piecewise(file)):
+            yield from _checked(batch)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from None
 
 

@@ -101,7 +101,7 @@ def read(path: pathlib.Path) -> Grid:
         content = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the TOML file of a sweep") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is no TOML: {error}") from None
     return parse(content, str(path))
 

@@ -6,12 +6,14 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from accounting.ledger import chain, seals
-from dpgemma import cli
+from dpgemma import Settings, cli
 from tests.training.forgery import audited, rewrite_chain, rewrite_report, write_chain
 from tests.training.runs import call, flags
 
@@ -211,3 +213,34 @@ def test_what_is_no_key_is_refused_in_one_sentence(sealed, tmp_path, capsys):
 def test_a_chain_without_a_key_does_not_pass_where_a_seal_is_required(exported, capsys):
     code, result = audited(capsys, exported, f"--require_seal={'ab' * 32}")
     assert code == 1 and kinds(result) == {"seal_missing"}
+
+
+def test_a_signed_run_is_checked_without_this_program(sealed, tmp_path):
+    """By the script of docs/verifying.md, in a process that has nothing of ours."""
+    public = records_of(sealed)[0]["seal_key"]
+    if public is None:
+        pytest.skip("an HMAC is no signature")
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "verifying.md").read_text()
+    script = tmp_path / "verify.py"
+    script.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+
+    def checked(folder):
+        return subprocess.run(
+            [sys.executable, "-I", script, folder, public], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        )
+
+    done = checked(sealed)
+    assert done.returncode == 0 and "the report are signed by" in done.stdout, done.stderr
+    for name, old, new in (
+        ("ledger.jsonl", '"steps":4', '"steps":5'), ("report.json", '"epsilon"', '"Epsilon"'),
+        ("seal.json", '"lines": ', '"lines": 9'),
+    ):  # fmt: skip
+        edited = pathlib.Path(shutil.copytree(sealed, tmp_path / name))
+        text = (edited / name).read_text()
+        assert old in text
+        (edited / name).write_text(text.replace(old, new, 1))
+        assert checked(edited).returncode == 1, name
+
+
+def test_ed25519_is_another_name_of_a_signature():
+    assert Settings(ledger_seal="ed25519") == Settings(ledger_seal="signature")

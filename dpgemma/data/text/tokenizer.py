@@ -193,7 +193,9 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 def _is_bytes(path: pathlib.Path) -> bool:
     """Whether a tokenizer.json is the byte tokenizer's, as exports have it."""
-    specials = _json(path).get("added_tokens") or []
+    specials = _json(path).get("added_tokens")
+    if not isinstance(specials, list):
+        return False
     return [token.get("content") for token in specials if isinstance(token, dict)] == list(
         fast_tokenizers.BYTE_SPECIALS
     )

@@ -79,8 +79,11 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
         return [directory / SINGLE_FILE]
     try:
         names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{index} is damaged: download it again") from None
+    outside = [name for name in names if pathlib.PurePath(name).name != name]
+    if outside:
+        raise InputError(f"{index} names {outside[0]!r}, which is no file of its folder: download it again")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise InputError(f"{directory} lacks {', '.join(missing)}, which its index names: download them")
