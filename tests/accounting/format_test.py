@@ -15,7 +15,7 @@ from accounting.mechanism.mechanism import GROUP
 from tests.accounting.report_test import records
 from tests.training.forgery import write_chain
 
-OF_THIS_FORMAT = {"format": events.FORMAT, "environment": "a laptop", "seal_key": None}
+OF_THIS_FORMAT = {"format": events.FORMAT, "environment": "a laptop", "program": "dpgemma 0", "seal_key": None}
 
 
 def test_a_ledger_without_a_format_is_of_the_first_and_means_what_it_meant():
@@ -43,7 +43,7 @@ def test_a_ledger_of_this_format_says_whether_its_release_is_exact(version):
     assert executed.of([{**lines[0], "format": version}, *lines[1:]]).steps == 100
 
 
-@pytest.mark.parametrize("version", [0, 6, -1, "2", 2.5, None])
+@pytest.mark.parametrize("version", [0, 7, -1, "2", 2.5, None])
 def test_a_ledger_of_another_format_is_refused_in_one_sentence(version):
     with pytest.raises(InputError, match="format"):
         executed.of([{**records()[0], "format": version}, *records()[1:]])

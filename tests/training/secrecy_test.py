@@ -107,7 +107,7 @@ def test_pitfall_15_keys_come_from_the_operating_system(text, tmp_path):
         trainer.run.unlock()
         found.append(json.loads((tmp_path / name / "private/keys.json").read_text()))
         ledger = json.loads((tmp_path / name / "ledger.jsonl").read_text().splitlines()[0])
-        assert ledger["secret_keys"] is True and ledger["format"] == 5
+        assert ledger["secret_keys"] is True and ledger["format"] == 6
     assert len({*found[0].values(), *found[1].values()}) == 10
 
 
