@@ -42,10 +42,7 @@ def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda cana
     if canaries.digest() != executed.declared["canary_sha256"]:
         raise InputError(f"the canaries in {workdir} are not those that its ledger registered: run dpgemma audit")
     if canaries_lib.coordinates_of(canaries) is not None:
-        try:
-            seen = observed.read(run.observed_file, executed.planned.steps, canaries.count)
-        except ValueError as error:
-            raise InputError(f"{run.observed_file} is missing or damaged ({error}): restore it") from None
+        seen = observed.read(run.observed_file, executed.planned.steps, canaries.count)
         scores = attack.observed_scores(seen, executed.planned)
     else:
         settings = Settings.of_config(run.config())

@@ -7,6 +7,8 @@ import pathlib
 
 import numpy as np
 
+from accounting.errors import InputError
+
 
 class ObservedFile:
     """An array float32 [steps, m] on a disk, NaN where a step was not taken yet.
@@ -42,12 +44,13 @@ def read(path: pathlib.Path, steps: int, count: int) -> np.ndarray:
     """What was observed, float32 [steps, m], not in memory.
 
     Raises:
-      ValueError: no such file, or one of another shape.
+      InputError: no such file, or one of another shape.
     """
     try:
         values: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}") from None
-    if values.shape != (steps, count) or values.dtype != np.float32:
-        raise ValueError(f"it holds {values.shape} and not {(steps, count)} numbers")
+        sound = values.shape == (steps, count) and values.dtype == np.float32
+    except (OSError, ValueError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path} is missing or damaged: restore it; without it nothing can be said of the canaries")
     return values
