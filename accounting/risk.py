@@ -27,6 +27,8 @@ ADVANTAGE, DETECTION, INFERENCE = "advantage", "detection", "inference"
 SYNTAX = "advantage:A, detection:RATE@FALSE_POSITIVE_RATE or inference:RATE@PRIOR"
 _FORM = re.compile(r"(?:(advantage):([^@:]+)|(detection|inference):([^@:]+)@([^@:]+))")
 _TOLERANCE = 1e-4
+# A solved noise that stays so far below the risk met it because less noise cannot be accounted for.
+_LEAST_SHARE = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +103,21 @@ def solved(
     def meets(changed: Mechanism) -> bool:
         return reached(risk, Accountant(changed, also=also), delta) <= risk.most
 
-    return {
+    if (
+        also
+        and risk.of(conversions.profile(Accountant(also), delta, Accountant(also).epsilon(delta).upper)) > risk.most
+    ):
+        raise InputError("what is released beside the steps exceeds the risk by itself: raise `histogram_noise`")
+
+    found = {
         "noise_multiplier": _noise_multiplier,
         "steps": _steps,
         "batch_size": _batch_size,
         "num_units": _num_units,
     }[quantity](mechanism, meets)
+    if quantity == "noise_multiplier" and reached(risk, Accountant(found, also=also), delta) < _LEAST_SHARE * risk.most:
+        raise InputError("so large a risk is not reached with any noise, and protects nobody: allow a smaller one")
+    return found
 
 
 def _noise_multiplier(mechanism: Mechanism, meets: Callable[[Mechanism], bool]) -> Mechanism:

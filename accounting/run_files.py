@@ -30,6 +30,8 @@ HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units, when a
 EVALUATIONS = f"{PRIVATE}/evaluations.jsonl"  # measures while steps are taken, and of dpgemma evaluate
 CANARIES = f"{PRIVATE}/canaries.npz"  # contents and coins of planted canaries
 OBSERVED = f"{PRIVATE}/canaries_observed.npy"  # what an attacker sees of gradient canaries in every step
+ATTACK = f"{PRIVATE}/attack.json"  # what an attack on gradient canaries shows, and as a page
+ATTACK_PAGE = f"{PRIVATE}/attack.html"
 LOG = f"{PRIVATE}/log"  # what a terminal would have shown
 
 PUBLIC_FILES = (CONFIG, LEDGER, REPORT, PAGE, METRICS, SEAL)

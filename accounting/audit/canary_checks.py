@@ -7,9 +7,8 @@ from typing import Any
 
 from accounting import run_files
 from accounting.audit.findings import Finding
-from accounting.audit.tolerance import is_close
+from accounting.empirical import protocol as protocol_lib
 from accounting.empirical.protocol import Assessment, Protocol
-from accounting.errors import InputError
 from accounting.ledger import events
 from accounting.ledger.chain import Line
 from accounting.ledger.executed import Executed
@@ -27,20 +26,26 @@ class Measured:
     Attributes:
       digest: by which the ledger binds canaries, of those in private/; None where there are none.
       unreadable: why those that are there could not be read.
+      coins_follow: whether their coins are those of the run's keys.
+      kept: what an attack showed that is kept in private/, and its keyed hash.
       assessment: of an attack that was measured for this audit.
     """
 
     digest: str | None = None
     unreadable: str | None = None
+    coins_follow: bool = True
+    kept: tuple[dict[str, Any], str] | None = None
     assessment: Assessment | None = None
 
 
-def attack_of(executed: Executed) -> dict[str, Any] | None:
-    """The assessment that the ledger records, if it records one."""
+def attack_of(executed: Executed, measured: Measured) -> dict[str, Any] | None:
+    """The assessment that the ledger records, or binds in private/, if there is one."""
     for event in executed.events:
-        if event["kind"] == events.ATTACK:
+        if event["kind"] == events.ATTACK and "assessment" in event:
             found: dict[str, Any] = event["assessment"]
             return found
+        if event["kind"] == events.ATTACK and measured.kept is not None:
+            return measured.kept[0]
     return None
 
 
@@ -56,17 +61,25 @@ def registered(executed: Executed, lines: Sequence[Line]) -> Iterator[Finding]:
     if len(given) < len(FIELDS) or declared["canaries"] < 1 or executed.version < events.CANARIES:
         yield Finding("ledger_edited", where, "its canaries are not registered as this program does it")
         return
-    try:
-        protocol = Protocol.of_facts(declared["audit_protocol"])
-    except InputError as error:
-        yield Finding("ledger_edited", where, str(error))
+    protocol = protocol_lib.of_kind(declared["canary_kind"], executed.planned.sampling_probability)
+    repeats = declared["canary_repeats"]
+    if declared["audit_protocol"] != protocol.facts():
+        yield Finding("ledger_edited", where, "its audit protocol is not the one that this program registers")
+        return
+    if not repeats or not all(type(times) is int and times >= 1 for times in repeats):
+        yield Finding("ledger_edited", where, "its canaries are planted as no number of units")
         return
     if len(attacks) > 1:
         yield Finding("ledger_line_repeated", _WHERE, "a second attack: canaries are attacked once, by the protocol")
-    if executed.finished and not attacks and 1 in declared["canary_repeats"]:
+    if executed.finished and not attacks and 1 in repeats[: declared["canaries"]]:
         yield Finding("ledger_line_removed", _WHERE, "canaries are registered, and no line says what they showed")
     for record in attacks:
-        if problem := _unsound(record["assessment"], protocol, declared["canaries"]):
+        is_public = declared["canary_kind"] != protocol_lib.GRADIENT
+        if "not_measured" in record:
+            yield Finding("attack_disagrees", _WHERE, f"the attack was not measured: {record['not_measured']}")
+        elif ("assessment" in record) != is_public or ("kept_sha256" in record) == is_public:
+            yield Finding("ledger_edited", _WHERE, "what an attack showed is not where this program writes it")
+        elif is_public and (problem := _unsound(record["assessment"], protocol, declared["canaries"])):
             yield Finding("ledger_edited", _WHERE, problem)
         elif record["step"] != executed.planned.steps:
             yield Finding("ledger_edited", _WHERE, "an attack before the last step: nothing was registered of it")
@@ -76,7 +89,7 @@ def _unsound(found: dict[str, Any], protocol: Protocol, canaries: int) -> str | 
     """What is wrong with an assessment's form; None where nothing is."""
     wanted = [(score, bound) for score in protocol.scores for bound in protocol.bounds]
     try:
-        numbers = [bound["epsilon"] for bound in found["bounds"]] + [found["lower_bound"]]
+        numbers = [bound["epsilon"] for bound in found["bounds"]]
         sound = (
             set(found) == {"canaries", "included", "lower_bound", "contradicts", "bounds", "roc"}
             and [(bound["score"], bound["bound"]) for bound in found["bounds"]] == wanted
@@ -110,23 +123,37 @@ def planted(workdir: pathlib.Path, executed: Executed, measured: Measured) -> It
         yield Finding("missing_file", run_files.CANARIES, "the ledger registers canaries, and they are not here")
     elif known != measured.digest:
         yield Finding("canaries_disagree", run_files.CANARIES, "they are not those that the ledger registered")
+    elif not measured.coins_follow:
+        yield Finding("canaries_disagree", run_files.CANARIES, "their coins are not those of the run's keys")
+    for event in executed.events:
+        if event["kind"] == events.ATTACK and "kept_sha256" in event:
+            if measured.kept is None:
+                yield Finding("missing_file", run_files.ATTACK, "the ledger binds it, and it is not here")
+            elif measured.kept[1] != event["kept_sha256"]:
+                yield Finding("attack_disagrees", run_files.ATTACK, "it is not what the ledger binds")
 
 
 def contradictions(executed: Executed, epsilon: float, measured: Measured) -> Iterator[Finding]:
-    """Whether an attack shows more than was proved, and whether the ledger's agrees with one that was measured anew."""
-    known, found = attack_of(executed), measured.assessment
-    if (known is not None and known["contradicts"]) or (found is not None and found.contradicts):
-        shown = max(
-            found.epsilon if found is not None and found.contradicts else 0.0,
-            known["lower_bound"] if known is not None and known["contradicts"] else 0.0,
-        )
+    """Whether an attack shows more than was proved, and whether the run's agrees with one that was measured anew.
+
+    Args:
+      epsilon: that was derived from the ledger.
+    """
+    known = attack_of(executed, measured)
+    found = None if measured.assessment is None else measured.assessment.as_dict()
+    contradicting = [attack["lower_bound"] for attack in (known, found) if attack is not None and attack["contradicts"]]
+    if contradicting:
         yield Finding(
             "guarantee_contradicted",
             _WHERE,
-            f"AN ATTACK ON THE CANARIES SHOWS EPSILON {shown:g} AT LEAST, AND {epsilon:g} WAS PROVED AT MOST: the"
-            " program or the machine that trained this model does not do what the proof assumes; release nothing of it",
+            f"AN ATTACK ON THE CANARIES SHOWS EPSILON {max(contradicting):g} AT LEAST, AND {epsilon:g} WAS PROVED AT"
+            " MOST: the program or the machine that trained this model does not do what the proof assumes; release"
+            " nothing of it",
         )
-    if known is not None and found is not None:
-        there, here = known["lower_bound"], found.as_dict()["lower_bound"]
-        if not (is_close(there, here) or abs(there - here) <= _TOLERANCE * max(there, here, 1.0)):
-            yield Finding("attack_disagrees", _WHERE, f"an attack showed {there:g} there, and shows {here:g} here")
+    if known is None or found is None:
+        return
+    for there, here in zip(known["bounds"], found["bounds"], strict=False):
+        a, b = there["epsilon"], here["epsilon"]
+        if there["contradicts"] != here["contradicts"] or abs(a - b) > _TOLERANCE * max(a, b, 1.0):
+            message = f"{there['bound']} of {there['score']} showed {a:g} there, and shows {b:g} here"
+            yield Finding("attack_disagrees", _WHERE, message)

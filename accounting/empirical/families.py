@@ -15,6 +15,7 @@ from scipy import optimize, special
 
 from accounting import conversions
 from accounting.accountant import Accountant
+from accounting.errors import InputError
 from accounting.mechanism import Mechanism
 
 Curve = Callable[[float], float]
@@ -26,6 +27,8 @@ _OCTAVES = (-6, 2)
 _LARGEST_EPSILON = 400.0
 # Points of a curve.
 _POINTS = 400
+# Epsilon, epsilons and deltas of a curve that rules out nothing.
+_NOTHING = (_LARGEST_EPSILON, np.zeros(1), np.ones(1))
 
 
 class Family(Protocol):
@@ -90,12 +93,12 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 class ScaledNoise:
-    """A run's own mechanisms with all their noise divided by x.
+    """A run's mechanisms with all their noise divided by x, and batches drawn without a cap.
 
-    x = 1 is what its accountant accounts for, truncation included. Other mechanisms of the family draw batches without
-    a cap: what truncation costs grows with e^epsilon, and would hide every curve beyond the run's own. A curve is a
-    lower bound of the true one, so what it rules out leaks more indeed, and epsilon is the lower end of the
-    accountant's bracket.
+    What truncation costs grows with e^epsilon, and would hide every curve beyond the run's own; so the run itself is
+    in this family but for its cap, and `own` is the curve that its accountant proves, truncation included. A curve is
+    a lower bound of the true one, so what it rules out leaks more indeed; epsilon is the lower end of the accountant's
+    bracket.
 
     >>> from accounting.mechanism import dp_sgd
     >>> run = dp_sgd(1000, 100, None, noise_multiplier=1.0, clip_norm=1.0, steps=10)
@@ -120,19 +123,30 @@ class ScaledNoise:
 
     def _at(self, leak: float) -> tuple[float, np.ndarray, np.ndarray]:
         def scaled(mechanism: Mechanism) -> Mechanism:
-            if leak == 1:
-                return mechanism
             return mechanism.replace(noise_multiplier=mechanism.noise_multiplier / leak, max_batch_size=None)
 
-        accountant = Accountant(tuple(map(scaled, self.mechanisms)), also=tuple(map(scaled, self.also)))
+        try:
+            return self._of(Accountant(tuple(map(scaled, self.mechanisms)), also=tuple(map(scaled, self.also))))
+        except InputError:  # noise that is too small to be accounted for
+            return _NOTHING
+
+    def _of(self, accountant: Accountant) -> tuple[float, np.ndarray, np.ndarray]:
+        """(epsilon from below, epsilons, deltas) of a profile."""
         bracket = accountant.epsilon(self.delta)
         if bracket.upper > _LARGEST_EPSILON:
-            return _LARGEST_EPSILON, np.zeros(1), np.ones(1)  # a curve that rules out nothing
+            return _NOTHING
         profile = conversions.profile(accountant, self.delta, bracket.upper, _POINTS)
         return bracket.lower, profile.epsilons, profile.deltas
 
+    @functools.cached_property
+    def own(self) -> Curve:
+        """What the accountant proves of the run itself."""
+        return self._curve(*self._of(Accountant(self.mechanisms, also=self.also))[1:])
+
     def tradeoff(self, leak: float) -> Curve:
-        _, epsilons, deltas = self._known(leak)
+        return self._curve(*self._known(leak)[1:])
+
+    def _curve(self, epsilons: np.ndarray, deltas: np.ndarray) -> Curve:
         kept, flat, steep = 1 - deltas, np.exp(-epsilons), np.exp(epsilons)
 
         def curve(false_positive_rate: float) -> float:

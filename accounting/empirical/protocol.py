@@ -3,10 +3,12 @@
 A protocol names the scores, the bounds and the significance, which the bounds share. So nobody can choose afterwards
 what suits the result.
 
-Formal guarantee: if every bound holds as its module states, the probability that any number of `assess` exceeds the
-true epsilon is at most the protocol's significance: each pair of score and bound, and within a bound each way to guess
-and each threshold, has its share of it. Tested by
-tests/accounting/empirical_test.py::test_a_protocol_shares_its_significance.
+Formal guarantee: if every bound holds as its module states, the probability that any of them is wrong is at most the
+protocol's significance: each pair of score and bound, and within a bound each way to guess and each threshold, has its
+share of it. A bound by a curve is wrong if the mechanism is one of the family that leaks less than it says; of other
+mechanisms it says nothing. With probability 1 - `contradiction` or more, no bound contradicts what was proved of a
+program that keeps it. Tested by tests/accounting/empirical_test.py::test_a_protocol_shares_its_significance and
+::test_a_sound_run_is_not_contradicted_and_a_broken_one_is.
 """
 
 import dataclasses
@@ -22,6 +24,8 @@ from accounting.errors import InputError
 
 VERSION = 1
 SIGNIFICANCE = 0.05
+# Of the claim that a program is broken, which nobody should have to make of one run in twenty.
+CONTRADICTION = 1e-6
 # Shares of the canaries whose coins are guessed; the guesser abstains from the others.
 GUESSED = (1.0, 0.3, 0.1, 0.03)
 
@@ -34,13 +38,16 @@ SCORES = (LOSS, LOSS_AGAINST_START, LIKELIHOOD_RATIO)
 ONE_RUN, ONE_RUN_CURVE = "one_run", "one_run_curve"
 THRESHOLDS, THRESHOLDS_CURVE = "thresholds", "thresholds_curve"
 GAUSSIAN = "gaussian"
+GRADIENT = "gradient"  # the kind of canaries that have a coordinate each
+
 BOUNDS = {
     ONE_RUN: "guesses of coins, for any mechanism (Steinke et al. 2023)",
-    ONE_RUN_CURVE: "guesses of coins, by the mechanism's trade-off curve (Mahloujifar et al. 2024)",
+    ONE_RUN_CURVE: "guesses of coins, among mechanisms like this with other noise (Mahloujifar et al. 2024)",
     THRESHOLDS: "rates at thresholds, for independent scores (Clopper and Pearson 1934)",
-    THRESHOLDS_CURVE: "rates at thresholds, by the mechanism's trade-off curve",
+    THRESHOLDS_CURVE: "rates at thresholds, for independent scores, among mechanisms like this with other noise",
     GAUSSIAN: "difference of means, for independent Gaussian scores (noncentral t)",
 }
+_BY_CURVE = (ONE_RUN_CURVE, THRESHOLDS_CURVE)
 # Points of a printed ROC.
 _POINTS = 100
 
@@ -53,12 +60,14 @@ class Protocol:
       scores, bounds: names.
       guessed: shares of the canaries that are guessed.
       significance: the most that all bounds together may be wrong.
+      contradiction: the most that any of them may contradict what was proved of a sound program.
     """
 
     scores: tuple[str, ...]
     bounds: tuple[str, ...]
     guessed: tuple[float, ...] = GUESSED
     significance: float = SIGNIFICANCE
+    contradiction: float = CONTRADICTION
 
     def facts(self) -> dict[str, Any]:
         """As a ledger records it."""
@@ -68,6 +77,7 @@ class Protocol:
             "bounds": list(self.bounds),
             "guessed": list(self.guessed),
             "significance": self.significance,
+            "contradiction": self.contradiction,
         }
 
     @classmethod
@@ -77,17 +87,15 @@ class Protocol:
         Raises:
           InputError: a protocol that this program does not know.
         """
-        try:
-            protocol = cls(
-                tuple(facts["scores"]), tuple(facts["bounds"]), tuple(facts["guessed"]), facts["significance"]
-            )
-            known = set(protocol.scores) <= set(SCORES) and set(protocol.bounds) <= set(BOUNDS)
-            sound = known and 0 < protocol.significance < 1 and all(0 < share <= 1 for share in protocol.guessed)
-        except (KeyError, TypeError):
-            sound = False
-        if not sound or protocol.facts() != facts:
-            raise InputError("the ledger's audit protocol is none that this version knows: run the one that wrote it")
-        return protocol
+        for known in (of_texts(), of_gradients(0.5), of_gradients(1.0)):
+            if known.facts() == facts:
+                return known
+        raise InputError("the ledger's audit protocol is none that this version knows: run the one that wrote it")
+
+
+def of_kind(kind: str, sampling_probability: float) -> Protocol:
+    """How an attack on canaries of a kind is measured."""
+    return of_gradients(sampling_probability) if kind == GRADIENT else of_texts()
 
 
 def of_texts() -> Protocol:
@@ -180,63 +188,68 @@ def assess(
     Raises:
       ValueError: a score that is missing, or not a number.
     """
-    m = len(included)
-    share = protocol.significance / (len(protocol.scores) * len(protocol.bounds))
+    m, parts = len(included), len(protocol.scores) * len(protocol.bounds)
     found = []
     for name in protocol.scores:
         values = np.asarray(scores[name], np.float64)
         if values.shape != (m,) or np.isnan(values).any():
             raise ValueError(f"score {name} needs one number for each of the {m} canaries")
         for bound in protocol.bounds:
-            epsilon, contradicts = _bounded(bound, values, included, protocol.guessed, share, delta, proven, family)
-            found.append(LowerBound(name, bound, epsilon, contradicts))
+            measure = _Measure(values, included, protocol.guessed, delta, family)
+            epsilon = measure.epsilon(bound, protocol.significance / parts)
+            contradicts = measure.exceeds(bound, protocol.contradiction / parts, proven)
+            found.append(LowerBound(name, bound, max(epsilon, proven) if contradicts else epsilon, contradicts))
     roc = {name: _roc(np.asarray(scores[name], np.float64), included) for name in protocol.scores}
     return Assessment(m, int(included.sum()), tuple(found), roc)
 
 
-def _bounded(
-    bound: str,
-    scores: np.ndarray,
-    included: np.ndarray,
-    guessed: tuple[float, ...],
-    significance: float,
-    delta: float,
-    proven: float,
-    family: ScaledNoise | None,
-) -> tuple[float, bool]:
-    """(lower bound of epsilon, whether it rules out what was proved)."""
-    m, each = len(scores), significance / len(guessed)
-    counts = []
-    for guesses in (2 * int(share * m / 2) for share in guessed):
-        if guesses > 0:
-            counts.append((guesses, one_run.correct_guesses(scores, included, guesses)))
-    if bound == ONE_RUN:
-        found = [one_run.with_epsilon_delta(m, g, c, delta, each) for g, c in counts]
-        return _plain(max(found, default=0.0), proven)
-    if bound == ONE_RUN_CURVE:
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """What one score shows.
 
-        def rules_out(curve: Curve) -> bool:
-            return any(one_run.contradicts(curve, m, g, c, each) for g, c in counts)
+    Attributes:
+      scores, included, guessed, delta, family: as `assess` has them.
+    """
 
-        return _of_family(family, rules_out)
-    if bound == GAUSSIAN:
-        return _plain(gaussian_epsilon(gaussian.mu(scores, included, significance), delta), proven)
-    known = thresholds.rates(scores, included, significance)
-    if bound == THRESHOLDS:
-        return _plain(thresholds.with_epsilon_delta(known, delta), proven)
-    return _of_family(family, lambda curve: thresholds.contradict(curve, known))
+    scores: np.ndarray
+    included: np.ndarray
+    guessed: tuple[float, ...]
+    delta: float
+    family: ScaledNoise | None
 
+    def epsilon(self, bound: str, significance: float) -> float:
+        """A lower bound of epsilon."""
+        if bound in _BY_CURVE:
+            if self.family is None:
+                return 0.0
+            family, rules_out = self.family, self._rules_out(bound, significance)
+            largest = largest_ruled_out(family, lambda leak: rules_out(family.tradeoff(leak)))
+            return 0.0 if largest is None else family.epsilon(largest)
+        if bound == ONE_RUN:
+            m, each = len(self.scores), significance / len(self.guessed)
+            found = [one_run.with_epsilon_delta(m, g, c, self.delta, each) for g, c in self._counts()]
+            return max(found, default=0.0)
+        if bound == GAUSSIAN:
+            return gaussian_epsilon(gaussian.mu(self.scores, self.included, significance), self.delta)
+        return thresholds.with_epsilon_delta(thresholds.rates(self.scores, self.included, significance), self.delta)
 
-def _plain(epsilon: float, proven: float) -> tuple[float, bool]:
-    return epsilon, epsilon > proven
+    def exceeds(self, bound: str, significance: float, proven: float) -> bool:
+        """Whether it rules out what was proved: the certified curve, or an epsilon."""
+        if bound in _BY_CURVE:
+            return self.family is not None and self._rules_out(bound, significance)(self.family.own)
+        return self.epsilon(bound, significance) > proven
 
+    def _rules_out(self, bound: str, significance: float) -> Callable[[Curve], bool]:
+        if bound == THRESHOLDS_CURVE:
+            known = thresholds.rates(self.scores, self.included, significance)
+            return lambda curve: thresholds.contradict(curve, known)
+        m, each, counts = len(self.scores), significance / len(self.guessed), self._counts()
+        return lambda curve: any(one_run.contradicts(curve, m, g, c, each) for g, c in counts)
 
-def _of_family(family: ScaledNoise | None, rules_out: Callable[[Curve], bool]) -> tuple[float, bool]:
-    """By what a run's own curve (x = 1), and those of more and of less noise, allow."""
-    if family is None:
-        return 0.0, False
-    largest = largest_ruled_out(family, lambda leak: rules_out(family.tradeoff(leak)))
-    return 0.0 if largest is None else family.epsilon(largest), rules_out(family.tradeoff(1.0))
+    def _counts(self) -> list[tuple[int, int]]:
+        """(guesses, right ones) of every way to guess."""
+        ways = [2 * int(share * len(self.scores) / 2) for share in self.guessed]
+        return [(g, one_run.correct_guesses(self.scores, self.included, g)) for g in ways if g > 0]
 
 
 def _roc(scores: np.ndarray, included: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

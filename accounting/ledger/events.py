@@ -147,7 +147,9 @@ EVENTS: dict[str, dict[str, Fact]] = {
     },
     ATTACK: {
         "step": Fact(_COUNT, "number of steps taken"),
-        "assessment": Fact((dict,), "lower bounds of epsilon by the registered protocol, and rates"),
+        "assessment": Fact((dict,), "lower bounds of epsilon by the registered protocol, and rates", required=False),
+        "kept_sha256": Fact(_TEXT, "keyed hash of an assessment that is kept in private/", required=False),
+        "not_measured": Fact(_TEXT, "why there is no assessment", required=False),
     },
     FINISH: {"step": Fact(_COUNT, "number of steps taken")},
     EXPORT: {

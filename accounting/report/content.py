@@ -75,8 +75,9 @@ def _canaries(executed: Executed) -> dict[str, Any]:
     if "canaries" not in declared:
         return {}
     names = ("canaries", "canary_kind", "canary_repeats", "canary_sha256", "audit_protocol")
-    attacks = [event["assessment"] for event in executed.events if event["kind"] == events.ATTACK]
-    shown = {"attack": {name: x for name, x in attacks[0].items() if name != "roc"}} if attacks else {}
+    attacks = [event.get("assessment") for event in executed.events if event["kind"] == events.ATTACK]
+    # That of gradient canaries is kept in private/.
+    shown = {"attack": attacks[0] and {name: x for name, x in attacks[0].items() if name != "roc"}} if attacks else {}
     return {name: declared.get(name) for name in names} | shown
 
 

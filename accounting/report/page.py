@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from accounting import rounding
+from accounting.conversions import PrivacyProfile
 from accounting.empirical import protocol
 from accounting.ledger import events
 from accounting.ledger.executed import Executed
@@ -67,6 +68,10 @@ def render(executed: Executed, content: dict[str, Any], meaning: Meaning, points
         _section("Deviations", _list(content["deviations"])),
         _section("How to check this", _checking(executed, content)),
     ]
+    return _document(title, body)
+
+
+def _document(title: str, body: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -225,29 +230,49 @@ def _attack(executed: Executed, content: dict[str, Any], meaning: Meaning) -> li
         f"<p>{content['canaries']:,} canaries of the kind {escape(str(kind))} were planted, each by a secret fair coin"
         f" (as {escape(repeats)} units each, in turn). How they are attacked was registered before the first step.</p>"
     )
-    assessed = next((event["assessment"] for event in executed.events if event["kind"] == events.ATTACK), None)
-    if assessed is None:
-        return [_section("Attack on canaries", text + "<p>They were not attacked yet.</p>")]
-    found = content["attack"]
+    event = next((event for event in executed.events if event["kind"] == events.ATTACK), {})
+    if "assessment" in event:
+        text += _bounds(executed, event["assessment"], content["epsilon"], meaning.profile)
+    elif "kept_sha256" in event:
+        text += (
+            "<p>What the attack showed follows from the noise too, which this report must not tell. It is in private/,"
+            " and <code>dpgemma audit WORKDIR --empirical</code> measures it again.</p>"
+        )
+    else:
+        text += "<p>They were not attacked.</p>"
+    return [_section("Attack on canaries", text)]
+
+
+def attack(executed: Executed, assessment: dict[str, Any], epsilon: float, profile: PrivacyProfile | None) -> str:
+    """The page of an attack alone, for private/.
+
+    Args:
+      epsilon: that was proved.
+      profile: whose trade-off curve no attack can pass; None without a guarantee.
+    """
+    title = f"Attack on the canaries of run {executed.declared['run_id'][:8]}"
+    return _document(title, [f"<h1>{escape(title)}</h1>", _bounds(executed, assessment, epsilon, profile)])
+
+
+def _bounds(executed: Executed, found: dict[str, Any], epsilon: float, profile: PrivacyProfile | None) -> str:
     verdict = (
         f"<p><strong>The attack shows MORE THAN WAS PROVED: ε of at least {found['lower_bound']:g}. Release nothing of"
         " this run.</strong></p>"
         if found["contradicts"]
-        else f"<p>The attack shows that ε is at least {found['lower_bound']:g}; proved is at most"
-        f" {_bound(content['epsilon'])}. A small lower bound does not show that less leaks than was proved.</p>"
+        else f"<p>The attack shows that ε is at least {found['lower_bound']:g}; proved is at most {_bound(epsilon)}. A"
+        " small lower bound does not show that less leaks than was proved.</p>"
     )
     rows = [
         (bound["score"], protocol.BOUNDS.get(bound["bound"], bound["bound"]), f"{bound['epsilon']:g}")
         for bound in found["bounds"]
     ]
-    significance = content["audit_protocol"]["significance"]
+    significance = executed.declared["audit_protocol"]["significance"]
     note = (
         f"<p>Together these lower bounds are wrong in at most {significance:.0%} of runs. Each is stated in"
         " accounting.empirical, with what it assumes.</p>"
     )
-    plot = f"<figure>{figures.roc_svg(assessed['roc'], meaning.profile)}</figure>"
-    table = _table(("Score", "Bound", "Epsilon, at least"), rows)
-    return [_section("Attack on canaries", text + verdict + table + note + plot)]
+    plot = f"<figure>{figures.roc_svg(found['roc'], profile)}</figure>"
+    return verdict + _table(("Score", "Bound", "Epsilon, at least"), rows) + note + plot
 
 
 def _model_size(declared: dict[str, Any]) -> str:

@@ -20,6 +20,9 @@ _PRIVATE = (
     " are 95 %."
 )
 
+_OF_AUDIT = ("export", "head", "require_seal", "empirical")
+_OF_MEMORISATION = ("against", "data", "text_field", "passages", "prefix", "suffix")
+
 DESCRIPTION = "Check a run: dpgemma audit WORKDIR. Exit code 0: all agrees; 1: findings; 2: no run."
 POSITIONAL = ("workdir",)
 
@@ -66,10 +69,13 @@ def define_flags(fv: flags.FlagValues) -> None:
 def run(fv: flags.FlagValues) -> int:
     if not fv.workdir:
         raise InputError("say which run to check: dpgemma audit WORKDIR")
+    others = _OF_AUDIT if fv.memorisation else _OF_MEMORISATION
+    given = [name for name in others if fv[name].present]
+    if given:
+        what = "have no meaning with" if fv.memorisation else "belong to"
+        raise InputError(f"{', '.join(f'--{name}' for name in given)} {what} --memorisation: drop one of them")
     if fv.memorisation:
         return _memorisation(fv)
-    if fv.against or fv.data:
-        raise InputError("--against and --data belong to --memorisation: give that too, or drop them")
     from accounting import run_files
     from accounting.ledger import seals
     from dpgemma.training.auditing import audit
@@ -97,18 +103,18 @@ def run(fv: flags.FlagValues) -> int:
 
 def _memorisation(fv: flags.FlagValues) -> int:
     """Prints what models have memorised."""
-    if fv.empirical:
-        raise InputError("--memorisation and --empirical are two questions: ask one at a time")
     from dpgemma.commands import progress
     from dpgemma.inference import memorisation as lib
-    from dpgemma.inference.models import TrainedModel
+    from dpgemma.inference.models import Model, TrainedModel
 
     question = lib.Question(fv.passages, fv.prefix, fv.suffix)
     shares: list[lib.Share] = []
     groups: list[lib.Group] = []
+    first: Model | None = None
     for folder in [fv.workdir, *([fv.against] if fv.against else [])]:
         with progress.phase(f"reading {folder}"):
             model = lib.model_of(folder)
+            lib.check_context(model, question)
             # A run is asked for its own units and canaries; another model for those of the first one.
             if isinstance(model, TrainedModel):
                 groups = lib.of_run(model, fv.data, question)
@@ -118,10 +124,13 @@ def _memorisation(fv: flags.FlagValues) -> int:
                         f"{folder} does not know what it was trained on: give --data, the records to ask for"
                     )
                 groups = lib.of_records(model, fv.data, fv.text_field, question)
+            elif first is not None:
+                lib.check_alike(model, folder, first)
+            first = first or model
         shares += lib.measured(model, folder, groups, progress.phase)
     print(_PRIVATE, file=sys.stderr)
     if fv.json:
-        print(json.dumps([share.as_dict() for share in shares]))
+        print(json.dumps({"shares": [share.as_dict() for share in shares]}))
         return 0
     print(f"{'exact':>22}  {'within 10 %':>22}  repeats  passages")
     for share in shares:

@@ -3,7 +3,7 @@
 Each canary is included by a fair coin that only the run's secret key knows; one that lost is held out, and is as good
 as any other for the question which ones the model has seen. A canary that is included is a unit like any other, and one
 that is held out is an empty unit: the two data sets of the zero_out relation. So a guess of a coin is an attack on the
-run's own guarantee.
+run's own guarantee; under add_or_remove too, because an empty unit gives the sums that an absent one does.
 
 Formal guarantee: contents, repetitions and coins are functions of the run's secret key and of public settings, never of
 the training units; the coins are independent of the contents. The source's own units keep their numbers and their rows.
@@ -64,6 +64,15 @@ class Canaries:
         digest.update(self.repeats.astype(np.int64).tobytes() + self.included.astype(np.uint8).tobytes())
         return digest.hexdigest()
 
+    def bound(self, content: bytes) -> str:
+        """A hash of some content that only whoever has the seed can make or check."""
+        return hashlib.blake2b(content, key=self.seed, digest_size=32, person=b"dpgemma attack").hexdigest()
+
+    @property
+    def coins_follow_from_seed(self) -> bool:
+        """Whether these are the coins that a run with this seed tosses."""
+        return bool((self.included == _coins(self.seed, self.count)).all())
+
     def as_bytes(self) -> bytes:
         """The content of a file, which `of_bytes` reads."""
         file = io.BytesIO()
@@ -82,7 +91,18 @@ class Canaries:
             with np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 found = {name: stored[name] for name in stored.files}
             columns = {name.removeprefix("row "): found[name] for name in found if name.startswith("row ")}
-            return cls(columns, found["repeats"], found["included"], seed)
+            repeats, included = found["repeats"], found["included"]
+            sound = (
+                repeats.dtype == np.int64
+                and included.dtype == bool
+                and repeats.shape == included.shape == (len(included),)
+                and (repeats >= 1).all()
+                and columns
+                and all(len(column) == len(included) and column.dtype.kind in "ib" for column in columns.values())
+            )
+            if not sound:
+                raise ValueError("its arrays do not belong together")
+            return cls(columns, repeats, included, seed)
         except Exception as error:  # NumPy, zipfile and zlib have their own ones each
             raise ValueError(f"no canaries: {error}") from None
 
@@ -138,8 +158,12 @@ def seed_of(secret: bytes) -> bytes:
 def of_columns(columns: Mapping[str, np.ndarray], repeats: Sequence[int], seed: bytes) -> Canaries:
     """Canaries with these rows [m, ...], planted so often in turn, with coins of the seed."""
     count = len(next(iter(columns.values())))
-    coins = keystream.uniform_uint64(keystream.derive(seed, "coins"), 0, count) >= np.uint64(2**63)
-    return Canaries(columns, np.resize(np.array(repeats, np.int64), count), coins, seed)
+    return Canaries(columns, np.resize(np.array(repeats, np.int64), count), _coins(seed, count), seed)
+
+
+def _coins(seed: bytes, count: int) -> np.ndarray:
+    coins: np.ndarray = keystream.uniform_uint64(keystream.derive(seed, "coins"), 0, count) >= np.uint64(2**63)
+    return coins
 
 
 def coordinates(sizes: Sequence[int], count: int, seed: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,10 @@ def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda cana
       InputError: a run without canaries, one that is not finished, or one whose files are missing or damaged.
     """
     run = RunDirectory(workdir)
+    if not run.ledger_file.is_file():
+        raise InputError(f"{workdir} is no run directory: it has no ledger")
+    if not run.keys_file.is_file():
+        raise InputError(f"{workdir} has no private/ here, and an attack on its canaries needs it")
     executed = executed_lib.of(chain.read(run.ledger_file))
     if "audit_protocol" not in executed.declared:
         raise InputError(
@@ -39,7 +43,7 @@ def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda cana
         )
     protocol = Protocol.of_facts(executed.declared["audit_protocol"])
     canaries = canaries_lib.kept(workdir, run.keys.holdout)
-    if canaries.digest() != executed.declared["canary_sha256"]:
+    if canaries.digest() != executed.declared.get("canary_sha256"):
         raise InputError(f"the canaries in {workdir} are not those that its ledger registered: run dpgemma audit")
     if canaries_lib.coordinates_of(canaries) is not None:
         seen = observed.read(run.observed_file, executed.planned.steps, canaries.count)

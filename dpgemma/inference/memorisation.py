@@ -21,10 +21,12 @@ from dpgemma.data import holdout
 from dpgemma.data.canaries import LEAF, Canaries, Planted
 from dpgemma.data.source import UnitSource
 from dpgemma.data.text import passages as passages_lib
+from dpgemma.data.text import tokenizer as tokenizer_lib
 from dpgemma.data.text.passages import Passage
 from dpgemma.gemma.memorisation import memorised
 from dpgemma.inference import models
 from dpgemma.inference.models import Model, TrainedModel
+from dpgemma.storage import hub
 from dpgemma.training import canaries as canaries_lib
 from dpgemma.training import data
 from dpgemma.training.settings import Settings
@@ -102,6 +104,32 @@ class Question:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
 
 
+def check_context(model: Model, question: Question) -> None:
+    """Refuses passages that have no room in a model's context, where none could be continued.
+
+    Raises:
+      InputError: it has too few places.
+    """
+    if 1 + question.prefix + question.suffix > model.config.max_length:
+        raise InputError(
+            f"`prefix`={question.prefix} and `suffix`={question.suffix} do not fit into the model's context of"
+            f" {model.config.max_length}, which has a place of its own for the beginning: lower them"
+        )
+
+
+def check_alike(other: Model, name: str, first: Model) -> None:
+    """Refuses to ask a model for the passages of another one with other ids.
+
+    Raises:
+      InputError: their tokenizers or vocabularies differ.
+    """
+    mine, theirs = (tokenizer_lib.digest(model.require_tokenizer()) for model in (other, first))
+    texts = ("seen today, 37.5 C: rest.", "Zoë — ça va?")
+    ids = [[model.require_tokenizer().encode(text.encode()).tolist() for text in texts] for model in (other, first)]
+    if other.config.vocab_size != first.config.vocab_size or (mine != theirs and ids[0] != ids[1]):
+        raise InputError(f"{name} has another tokenizer than the first model: ask it by itself, with `data`")
+
+
 def measured(model: Model, name: str, groups: Sequence[Group], phase: Phase) -> list[Share]:
     """How many passages of every group a model has memorised.
 
@@ -140,6 +168,8 @@ def of_run(model: TrainedModel, path: str | None, question: Question) -> list[Gr
       InputError: other data than the run's, or none that can be read; no keys.
     """
     run, config = model.run, model.run.config()
+    if not run.keys_file.exists():
+        raise InputError(f"{run.path} has no private/ here, which says what was trained on: ask where it is")
     settings = Settings.of_config(config | ({"data": path} if path else {}))
     keys, tokenizer = run.keys, model.require_tokenizer()
     source = data.read(settings, tokenizer, model.config.vocab_size, keys.holdout).units
@@ -232,5 +262,13 @@ def is_run(folder: str) -> bool:
 
 
 def model_of(folder: str) -> Model:
-    """A run's model, or one in Hugging Face format."""
-    return models.load(folder) if is_run(folder) else models.load_directory(folder)
+    """A run's model, or one in Hugging Face format.
+
+    Raises:
+      InputError: neither of them.
+    """
+    if is_run(folder):
+        return models.load(folder)
+    if not (pathlib.Path(folder).is_dir() or hub.is_hub_name(folder)):
+        raise InputError(f"{folder} is neither a run's folder nor a Hugging Face directory on this disk")
+    return models.load_directory(folder)

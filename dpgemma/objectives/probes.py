@@ -60,24 +60,24 @@ class ProbedCausalLM(CausalLM):
         return {**super().noise_rows(count), LEAF: nowhere, OFFSET: nowhere}
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Coordinates:
-    """Places in a tree of parameters.
+    """Places in a tree of parameters. They are secret, so a compiled program takes them as arguments.
 
     Attributes:
       leaves, offsets: int32 [m]: number of the leaf, as jax.tree.leaves orders them, and place in it.
     """
 
-    leaves: np.ndarray
-    offsets: np.ndarray
+    leaves: Any
+    offsets: Any
 
     def of(self, tree: Any) -> jax.Array:
         """The numbers [m] of a tree at these places."""
-        leaves = jax.tree.leaves(tree)
-        found = jnp.zeros(len(self.leaves), leaves[0].dtype)
-        for number in np.unique(self.leaves):
-            here = np.flatnonzero(self.leaves == number)
-            found = found.at[here].set(leaves[number].ravel()[self.offsets[here]])
+        found = jnp.zeros(self.leaves.shape, jax.tree.leaves(tree)[0].dtype)
+        for number, leaf in enumerate(jax.tree.leaves(tree)):
+            there = leaf.ravel()[jnp.clip(self.offsets, 0, leaf.size - 1)]
+            found = jnp.where(self.leaves == number, there, found)
         return found
 
 

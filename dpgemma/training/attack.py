@@ -53,8 +53,7 @@ def likelihood_ratio(observed: np.ndarray, sampling_probability: float, noise_mu
     """Log-likelihood ratio float64 [m] of being included: the best test of two data sets that differ in one canary.
 
     A canary that is included moves its number by 1, in sensitivities, whenever it is drawn: a step's ratio is
-    1 - q + q exp((2 y - 1) / (2 sigma^2)) (Abadi et al. 2016, arXiv 1607.00133, section 3.2). Steps that were not
-    observed count nothing.
+    1 - q + q exp((2 y - 1) / (2 sigma^2)) (Abadi et al. 2016, arXiv 1607.00133, section 3.2).
 
     >>> likelihood_ratio(np.array([[0.5, 1.5]]), sampling_probability=1.0, noise_multiplier=1.0)
     array([0., 1.])
@@ -65,11 +64,10 @@ def likelihood_ratio(observed: np.ndarray, sampling_probability: float, noise_mu
     total = np.zeros(observed.shape[1])
     for first in range(0, len(observed), _STEPS_AT_ONCE):
         y = np.asarray(observed[first : first + _STEPS_AT_ONCE], np.float64)
-        seen = ~np.isnan(y)
-        ratio = (2 * np.where(seen, y, 0.0) - 1) / (2 * noise_multiplier**2)
+        ratio = (2 * y - 1) / (2 * noise_multiplier**2)
         if sampling_probability < 1:
             ratio = np.logaddexp(math.log1p(-sampling_probability), math.log(sampling_probability) + ratio)
-        total += np.where(seen, ratio, 0.0).sum(axis=0)
+        total += ratio.sum(axis=0)
     return total
 
 

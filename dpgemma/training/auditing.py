@@ -1,5 +1,6 @@
 """The audit of a run's folder, its checkpoints and its canaries included."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -61,4 +62,9 @@ def _canaries(workdir: pathlib.Path, attack: Assessment | None) -> Measured:
         found = canaries.kept(workdir, Keys.load(keys).holdout)
     except InputError as error:
         return Measured(unreadable=str(error), assessment=attack)
-    return Measured(digest=found.digest(), assessment=attack)
+    try:
+        content = (workdir / run_files.ATTACK).read_bytes()
+        kept = (json.loads(content), found.bound(content))
+    except (OSError, ValueError, RecursionError):
+        kept = None
+    return Measured(found.digest(), None, found.coins_follow_from_seed, kept, attack)

@@ -9,7 +9,6 @@ import numpy as np
 
 from accounting import run_files
 from accounting.empirical import protocol as protocol_lib
-from accounting.empirical.protocol import Protocol
 from accounting.errors import InputError
 from dpgemma.choices import GRADIENT, NEW_TOKEN, SYNTHETIC
 from dpgemma.data import canaries as canaries_lib
@@ -82,11 +81,6 @@ def kept(folder: pathlib.Path, secret: bytes) -> Canaries:
         ) from None
 
 
-def protocol_of(kind: str, sampling_probability: float) -> Protocol:
-    """How an attack on canaries of a kind is measured."""
-    return protocol_lib.of_gradients(sampling_probability) if kind == GRADIENT else protocol_lib.of_texts()
-
-
 def registered(settings: Settings, canaries: Canaries | None, sampling_probability: float) -> dict[str, Any]:
     """What a start event says of canaries: that there are some and how they are measured, never which; nothing where
     there are none."""
@@ -98,7 +92,7 @@ def registered(settings: Settings, canaries: Canaries | None, sampling_probabili
         "canary_kind": kind,
         "canary_repeats": list(settings.planted_repeats),
         "canary_sha256": canaries.digest(),
-        "audit_protocol": protocol_of(kind, sampling_probability).facts(),
+        "audit_protocol": protocol_lib.of_kind(kind, sampling_probability).facts(),
     }
 
 

@@ -13,7 +13,8 @@ from accounting.errors import InputError
 class ObservedFile:
     """An array float32 [steps, m] on a disk, NaN where a step was not taken yet.
 
-    A step that is executed again after a crash writes its row again, with the bits it had.
+    A step that is executed again after a crash writes its row again. If that is in another environment, with other
+    noise, only the later execution is looked at, though the report charges both.
     """
 
     def __init__(self, path: pathlib.Path, steps: int, count: int) -> None:
@@ -28,6 +29,7 @@ class ObservedFile:
             new = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(steps, count))
             new[:] = np.nan
             new.flush()
+            temporary.chmod(0o600)
             temporary.replace(path)
             self._values = np.lib.format.open_memmap(path, mode="r+")
 
@@ -44,13 +46,15 @@ def read(path: pathlib.Path, steps: int, count: int) -> np.ndarray:
     """What was observed, float32 [steps, m], not in memory.
 
     Raises:
-      InputError: no such file, or one of another shape.
+      InputError: no such file, one of another shape, or one in which a step was not observed.
     """
     try:
         values: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-        sound = values.shape == (steps, count) and values.dtype == np.float32
+        sound = values.shape == (steps, count) and values.dtype == np.float32 and np.isfinite(values).all()
     except (OSError, ValueError):
         sound = False
     if not sound:
-        raise InputError(f"{path} is missing or damaged: restore it; without it nothing can be said of the canaries")
+        raise InputError(
+            f"{path} is not there, damaged, or lacks steps: without it nothing can be said of the canaries"
+        )
     return values

@@ -266,6 +266,11 @@ class Record:
     def attacked(self, canaries: Canaries, scores: dict[str, np.ndarray] | None) -> None:
         """Writes down what an attack on the run's canaries shows, unless the ledger has it.
 
+        Formal guarantee: what goes to public files is a function of the released parameters and of the canaries. The
+        scores of gradient canaries also follow from the noise and from what other units' gradients are, so that they
+        are kept in private/, and the ledger binds them by a hash under a key. Tested by
+        tests/training/attack_test.py::test_nothing_that_was_observed_leaves_private.
+
         Args:
           scores: of canaries that are text; those of gradient canaries follow from what was observed.
         """
@@ -273,14 +278,27 @@ class Record:
             return
         steps = self.plan.mechanism.steps
         done = executed.of(self.ledger.records)
-        if scores is None:
-            seen = observed_lib.read(self.run.observed_file, steps, canaries.count)
-            scores = attack.observed_scores(seen, done.planned)
+        is_kept = scores is None
+        try:
+            if scores is None:
+                seen = observed_lib.read(self.run.observed_file, steps, canaries.count)
+                scores = attack.observed_scores(seen, done.planned)
+        except InputError as error:
+            self.warn(str(error))
+            self.ledger.append(events.ATTACK, step=steps, not_measured="the observations are not whole")
+            return
         protocol = Protocol.of_facts(done.declared["audit_protocol"])
         found = attack.assess(protocol, scores, canaries, done)
         if found is None:
             return
-        self.ledger.append(events.ATTACK, step=steps, assessment=run_files.encode(found.as_dict()))
+        shown = run_files.encode(found.as_dict())
+        if is_kept:
+            text = run_files.dumps(shown)
+            run_files.write(self.run.path / run_files.ATTACK, text)
+            run_files.write(self.run.path / run_files.ATTACK_PAGE, report_files.attack_page(done, shown))
+            self.ledger.append(events.ATTACK, step=steps, kept_sha256=canaries.bound(text.encode()))
+        else:
+            self.ledger.append(events.ATTACK, step=steps, assessment=shown)
         self.ledger.sync()
         message = f"an attack on {found.canaries} canaries shows epsilon {found.epsilon:.3g} at least"
         if found.contradicts:

@@ -46,6 +46,13 @@ def write(
     return content
 
 
+def attack_page(executed: Executed, assessment: dict[str, Any]) -> str:
+    """The page of an attack that is kept in private/."""
+    accountant = executed.accountant()
+    epsilon = accountant.epsilon(executed.delta).upper
+    return page.attack(executed, assessment, epsilon, tables.meaning(accountant, executed.delta).profile)
+
+
 def _page(executed: Executed, content: dict[str, Any]) -> str:
     accountant = executed.accountant()
     meaning = tables.meaning(accountant, executed.delta)

@@ -245,7 +245,7 @@ def changeable(config: dict[str, Any]) -> tuple[str, ...]:
     fingerprint and SHA-256. Whole numbers have the same sum in any order, so an
     exact release may also go on with another mesh, which is another environment.
     """
-    named = ("data", "init_from", "tokenizer", "prompt_histogram")
+    named = ("data", "init_from", "tokenizer", "prompt_histogram", "canary_model")
     return (*OPERATIONAL, *named, *(["mesh"] if config["release"] == EXACT else []))
 
 
@@ -305,6 +305,7 @@ def create(
         facts |= {name: start_event[name] for name in ("canary_sha256",) if name in start_event}
         for name, content in (private or {}).items():
             (temporary.path / name).write_bytes(content)
+            (temporary.path / name).chmod(0o600)
         temporary.data_file.write_text(json.dumps(facts | {"mac": run_files.private_mac(keys.ledger, facts)}))
         text = run_files.dumps(config)
         temporary.config_file.write_text(text)

@@ -451,12 +451,21 @@ class Settings:
                     f"`canary_kind`=gradient needs gradients that are formed, which `clipping`={self.clipping} does not"
                     f" do: give {choices.EXAMPLE_SCAN}, or another kind"
                 )
+            if self.clip_quantile is not None:
+                raise InputError(
+                    "`canary_kind`=gradient has gradients that are always clipped, which a clip norm would follow: drop"
+                    " `clip_quantile`"
+                )
             if repeats != (1,):
                 raise InputError("`canary_kind`=gradient has nothing to memorise: drop `canary_repeats`")
             if math.isinf(self.clip_norm):
                 raise InputError(
                     "`canary_kind`=gradient needs a finite `clip_norm`, to which its gradients are clipped"
                 )
+        if self.kind_of_canary == choices.NEW_TOKEN and repeats != (1,):
+            raise InputError(
+                "`canary_kind`=new_token has one token to learn, which is no passage to memorise: drop `canary_repeats`"
+            )
         if self.kind_of_canary != choices.SYNTHETIC:
             if self.canary_model is not None or self.canary_temperature is not None:
                 raise InputError(
@@ -484,7 +493,7 @@ class Settings:
         Raises:
           InputError: something else than numbers.
         """
-        parts = (self.canary_repeats or "1").split(",")
+        parts = ("1" if self.canary_repeats is None else self.canary_repeats).split(",")
         if not all(part.strip().isdecimal() and 1 <= int(part) <= _MOST_REPEATS for part in parts):
             raise InputError(
                 f"`canary_repeats` must be numbers from 1 to {_MOST_REPEATS}, separated by commas, got"

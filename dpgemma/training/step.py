@@ -138,7 +138,7 @@ class TrainStep:
     nothing else share one program; it is fixed here, where the step is made.
 
     Attributes:
-      program: the compiled function of state, frozen parameters, batch, keys and noise multiplier.
+      program: the compiled function of state, frozen parameters, batch, keys, noise multiplier and probes.
       noise_multiplier: of the gradients.
       noiser: whose state the first TrainState has to hold.
       probes: where gradient canaries are observed; None where there are none.
@@ -150,7 +150,7 @@ class TrainStep:
     probes: Coordinates | None = None
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> Any:
-        return self.program(state, frozen, batch, noise_keys, self.noise_multiplier)
+        return self.program(state, frozen, batch, noise_keys, self.noise_multiplier, self.probes)
 
     def compiled(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> "TrainStep":
         """The step as it is compiled for such arguments, without computing anything."""
@@ -162,7 +162,7 @@ class TrainStep:
         return self.program.memory_analysis()
 
     def lower(self, state: TrainState, frozen: Any, batch: Batch, noise_keys: Any) -> Any:
-        return self.program.lower(state, frozen, batch, noise_keys, self.noise_multiplier)
+        return self.program.lower(state, frozen, batch, noise_keys, self.noise_multiplier, self.probes)
 
 
 def _observed(probes: Coordinates, noised: NoisedSum, others: ClippedSum) -> jax.Array:
@@ -221,7 +221,7 @@ def make_train_step(
         in_shards = functools.partial(place.in_shards, mesh, specs)
 
     def dp_train_step(
-        state: TrainState, frozen: Any, batch: Batch, noise_keys: Any, noise_multiplier: Any
+        state: TrainState, frozen: Any, batch: Batch, noise_keys: Any, noise_multiplier: Any, probes: Coordinates | None
     ) -> tuple[TrainState, PrivateStats]:
         steps, cast_parameters = noiser.steps(noise_multiplier), cast(state.parameters)
 
@@ -253,7 +253,7 @@ def make_train_step(
     program = jax.jit(
         dp_train_step,
         donate_argnums=0,
-        in_shardings=(state, of_frozen, spread, replicated, replicated),
+        in_shardings=(state, of_frozen, spread, replicated, replicated, replicated),
         out_shardings=(state, replicated),
         compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )

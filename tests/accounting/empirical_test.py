@@ -138,6 +138,53 @@ def test_the_recursion_is_the_optimum_of_a_linear_program(mu, canaries, guesses,
     assert one_run.contradicts(curve, m, g, c, most * 1.02) and not one_run.contradicts(curve, m, g, c, most * 0.98)
 
 
+# Guesses of coins, and a pair (epsilon, delta), are too blunt to tell a quarter of the noise with so few canaries.
+SHARPEST = {protocol.THRESHOLDS_CURVE, protocol.GAUSSIAN}
+
+
+def steps_without_sampling(sigma):
+    return dp_sgd(1000, 1000, None, noise_multiplier=sigma, clip_norm=1.0, steps=4)
+
+
+def test_a_sound_run_is_not_contradicted_and_a_broken_one_is():
+    """Four steps without sampling: a Gaussian of mu = 2 / sigma. Of 300 sound runs 15 have a bound above the truth."""
+    registered = protocol.of_gradients(1.0)
+    family = families.ScaledNoise(steps_without_sampling(2.0), DELTA)
+    proven = family.epsilon(1.0) * 1.001
+    above = 0
+    for seed in range(100):
+        rng = np.random.default_rng([seed, 7])
+        coins = rng.random(1000) < 0.5
+        noise = rng.normal(size=1000)
+        found = protocol.assess(registered, {protocol.LIKELIHOOD_RATIO: noise + coins}, coins, DELTA, proven, family)
+        assert not found.contradicts
+        above += found.epsilon > proven
+        broken = {protocol.LIKELIHOOD_RATIO: noise / 4 + coins}
+        if seed < 3:
+            found = protocol.assess(registered, broken, coins, DELTA, proven, family)
+            assert found.contradicts and found.epsilon >= proven
+            assert {bound.bound for bound in found.bounds if bound.contradicts} >= SHARPEST
+    assert above <= stats.binom.ppf(1 - FALSE_ALARM, 100, SIGNIFICANCE)
+
+
+@pytest.mark.parametrize("cap", [220, 260])
+def test_a_cap_that_costs_much_is_left_out_of_the_family_and_not_of_the_proof(cap):
+    """With it epsilon would not grow with the leak, and the search would be stuck at the run itself."""
+    run = dp_sgd(4000, 200, cap, noise_multiplier=1.0, clip_norm=1.0, steps=10, neighbouring_relation="zero_out")
+    family = families.ScaledNoise(run, DELTA)
+    epsilons = [family.epsilon(leak) for leak in family.leaks[40:60]]
+    assert epsilons == sorted(epsilons) and epsilons[0] < epsilons[-1]
+    for rate in (0.001, 0.1):
+        assert family.own(rate) <= family.tradeoff(1.0)(rate)
+        curves = [family.tradeoff(leak)(rate) for leak in family.leaks[40:60]]
+        assert curves == sorted(curves, reverse=True)
+
+
+def test_noise_that_cannot_be_accounted_for_rules_out_nothing():
+    run = dp_sgd(1000, 100, None, noise_multiplier=0.004, clip_norm=1.0, steps=1)
+    assert families.ScaledNoise(run, DELTA).tradeoff(4.0)(0.5) == 0
+
+
 def test_a_run_s_own_curve_is_a_family():
     run = dp_sgd(2000, 200, None, noise_multiplier=0.8, clip_norm=1.0, steps=20)
     family = families.ScaledNoise(run, DELTA)
@@ -155,10 +202,10 @@ def test_a_run_s_own_curve_is_a_family():
 @pytest.mark.parametrize("bounds", [(protocol.ONE_RUN,), (protocol.ONE_RUN, protocol.THRESHOLDS, protocol.GAUSSIAN)])
 def test_a_protocol_shares_its_significance(bounds):
     """Two scores and several bounds: each has its part of the significance, and so has each way to guess."""
-    scores, coins = simulated(4.0, 1000, seed=5)
+    scores, coins = simulated(8.0, 1000, seed=5)
     both = {protocol.LOSS: scores, protocol.LOSS_AGAINST_START: -scores}
     registered = protocol.Protocol(tuple(both), bounds)
-    found = protocol.assess(registered, both, coins, DELTA, 8.0, None)
+    found = protocol.assess(registered, both, coins, DELTA, 20.0, None)
     share = SIGNIFICANCE / (2 * len(bounds))
     wanted = {
         protocol.ONE_RUN: max(
@@ -171,12 +218,24 @@ def test_a_protocol_shares_its_significance(bounds):
     assert of_first == {name: wanted[name] for name in bounds}
     assert all(bound.epsilon == 0 for bound in found.bounds if bound.score != protocol.LOSS)
     assert found.epsilon == max(of_first.values()) and not found.contradicts
-    assert protocol.assess(registered, both, coins, DELTA, 0.1, None).contradicts
+    # A claim is contradicted at the smaller significance alone.
+    if protocol.GAUSSIAN in bounds:
+        each = share * protocol.CONTRADICTION / SIGNIFICANCE
+        surely = families.gaussian_epsilon(gaussian.mu(scores, coins, each), DELTA)
+        assert 0 < surely < of_first[protocol.GAUSSIAN]
+        for proven, contradicts in ((0.99 * surely, True), (1.01 * surely, False)):
+            found = protocol.assess(registered, both, coins, DELTA, proven, None)
+            assert found.bounds[2].contradicts == contradicts and found.bounds[2].bound == protocol.GAUSSIAN
 
 
 def test_a_protocol_is_what_the_ledger_says_it_is():
     registered = protocol.of_gradients(0.1)
     assert protocol.Protocol.of_facts(registered.facts()) == registered
-    for changed in ({"significance": 2.0}, {"scores": ["other"]}, {"bounds": "one_run"}, {"version": 99}, {"more": 1}):
+    assert protocol.Protocol.of_facts(protocol.of_texts().facts()) == protocol.of_texts()
+    for changed in (
+        {"significance": 0.2}, {"scores": ["other"]}, {"scores": []}, {"bounds": "one_run"}, {"version": 9},
+        {"more": 1},
+        {"bounds": ["one_run", "one_run"]}, {"guessed": []}, {"contradiction": 0.5},
+    ):  # fmt: skip
         with pytest.raises(protocol.InputError):
             protocol.Protocol.of_facts(registered.facts() | changed)

@@ -27,10 +27,10 @@ def mechanism(sigma=1.0, q=0.02, steps=500):
 
 
 CASES = [
-    ("advantage:0.3", 0.1, 50),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
+            ("advantage:0.3", 0.1, 50),
             ("advantage:0.2", 0.02, 500),
             ("advantage:0.05", 0.002, 10_000),
             ("advantage:0.5", 0.1, 1000),

@@ -5,7 +5,7 @@ from tests.breaches.mutation import Mutation
 ATTACK, BOUNDS = "tests/training/attack_test.py", "tests/accounting/empirical_test.py"
 PLANTED, HEART = "tests/data/canaries_test.py", "tests/inference/memorisation_test.py"
 CHECKS, PROTOCOL = "accounting/audit/canary_checks.py", "accounting/empirical/protocol.py"
-CANARIES = "dpgemma/data/canaries.py"
+CANARIES, RECORD = "dpgemma/data/canaries.py", "dpgemma/training/record.py"
 
 MUTATIONS = (
     Mutation(
@@ -78,7 +78,7 @@ MUTATIONS = (
     ),
     Mutation(
         "attack", "a contradiction is not a finding", CHECKS,
-        "or (found is not None and found.contradicts):", "or False:", (ATTACK, "-k", "loud"),
+        "if contradicting:", "if False:", (ATTACK, "-k", "loud"),
     ),
     Mutation(
         "attack", "canaries of several units are held against the epsilon of one", "dpgemma/training/attack.py",
@@ -86,13 +86,13 @@ MUTATIONS = (
     ),
     Mutation(
         "bounds", "each way to guess has the whole significance", PROTOCOL,
-        "m, each = len(scores), significance / len(guessed)", "m, each = len(scores), significance",
-        (BOUNDS, "-k", "shares"),
+        "m, each = len(self.scores), significance / len(self.guessed)\n            found",
+        "m, each = len(self.scores), significance\n            found", (BOUNDS, "-k", "shares"),
     ),
     Mutation(
         "bounds", "each bound has the whole significance", PROTOCOL,
-        "share = protocol.significance / (len(protocol.scores) * len(protocol.bounds))",
-        "share = protocol.significance",
+        "epsilon = measure.epsilon(bound, protocol.significance / parts)",
+        "epsilon = measure.epsilon(bound, protocol.significance)",
         (BOUNDS, "-k", "shares"),
     ),
     Mutation(
@@ -114,6 +114,24 @@ MUTATIONS = (
         "false_positive = float(stats.beta.ppf(1 - each, k, len(outside) - k + 1))",
         "false_positive = k / len(outside)",
         (BOUNDS, "-k", "truth"),
+    ),
+    Mutation(
+        "bounds", "what was proved is contradicted as easily as anything", PROTOCOL,
+        "contradicts = measure.exceeds(bound, protocol.contradiction / parts, proven)",
+        "contradicts = measure.exceeds(bound, protocol.significance / parts, proven)",
+        (BOUNDS, "-k", "shares or sound"),
+    ),
+    Mutation(
+        "attack", "what follows from the noise is published", RECORD,
+        "        if is_kept:\n", "        if False:\n", (ATTACK, "-k", "leaves_private"),
+    ),
+    Mutation(
+        "canaries", "coins are chosen by the operator", CHECKS,
+        "elif not measured.coins_follow:", "elif False:", (ATTACK, "-k", "tampered"),
+    ),
+    Mutation(
+        "canaries", "any protocol will do", CHECKS,
+        'if declared["audit_protocol"] != protocol.facts():', "if False:", (ATTACK, "-k", "tampered"),
     ),
     Mutation(
         "risk", "the risk of one step", "accounting/risk.py",

@@ -106,7 +106,13 @@ def test_canaries_are_kept_as_they_are():
     planted = made(30, (1, 2))
     again = Canaries.of_bytes(planted.as_bytes(), planted.seed)
     assert again.digest() == planted.digest()
-    for content in (b"", b"PK\3\4 something", planted.as_bytes()[:-100]):
+    wrong = [
+        Canaries(planted.columns, planted.repeats, np.array(["a"] * 30), planted.seed),
+        Canaries(planted.columns, planted.repeats * 0, planted.included, planted.seed),
+        Canaries(planted.columns, planted.repeats[:-1], planted.included, planted.seed),
+        Canaries({TOKENS: planted.columns[TOKENS][:-1]}, *_rest(planted)),
+    ]
+    for content in (b"", b"PK\3\4 something", planted.as_bytes()[:-100], *(x.as_bytes() for x in wrong)):
         with pytest.raises(ValueError, match="no canaries"):
             Canaries.of_bytes(content, planted.seed)
 

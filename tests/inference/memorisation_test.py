@@ -68,7 +68,7 @@ def asked(capsys, *arguments):
     capsys.readouterr()
     code = cli.main(["audit", *map(str, arguments), "--memorisation", "--json", *ASK])
     captured = capsys.readouterr()
-    return code, json.loads(captured.out) if code == 0 else captured.err
+    return code, json.loads(captured.out)["shares"] if code == 0 else captured.err
 
 
 def test_what_was_seen_often_is_continued_word_for_word_and_what_was_held_out_is_not(learned, capsys):
@@ -116,9 +116,12 @@ def test_other_data_than_the_run_s_are_refused(learned, capsys, tmp_path):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--against=x"], "belong to --memorisation"),
-    (["--memorisation", "--empirical"], "two questions"),
+    (["--memorisation", "--empirical"], "--empirical have no meaning with --memorisation"),
+    (["--memorisation", "--head=zz"], "--head have no meaning with --memorisation"),
+    (["--prefix=3"], "--prefix belong to --memorisation"),
     (["--memorisation", "--passages=0"], "--passages must be at least 1"),
-    (["--memorisation", "--prefix=500"], "lower --prefix"),
+    (["--memorisation", "--prefix=500"], "do not fit into the model's context"),
+    (["--memorisation", "--prefix=30", "--suffix=30"], "lower --prefix"),
 ])  # fmt: skip
 def test_questions_without_a_meaning_are_refused(learned, flags, message, capsys):
     assert cli.main(["audit", str(learned / "run"), *flags]) == 2

@@ -125,7 +125,7 @@ def step_secrets(workdir, places=None):
     config, keys, data = (
         json.loads((workdir / name).read_text()) for name in ("config.json", "private/keys.json", "private/data.json")
     )
-    free = (*OPERATIONAL, "data", "init_from", "tokenizer", "prompt_histogram", "mesh")
+    free = (*OPERATIONAL, "data", "init_from", "tokenizer", "prompt_histogram", "canary_model", "mesh")
     circumstances = {
         "data": data["fingerprint"],
         "places": [[0, records[0]["environment"]]] if places is None else places,
