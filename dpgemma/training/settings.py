@@ -18,13 +18,10 @@ from dpgemma import choices
 from dpgemma.choices import AUTO
 from dpgemma.sharding.rules import SYNTAX
 from dpgemma.storage import hub
-from dpgemma.training import defaults
+from dpgemma.training import canary_settings, defaults
 
 # So that float32 numbers hold what is multiplied with it.
 _LARGEST = 1e30
-
-# Units that one canary may take.
-_MOST_REPEATS = 10_000
 
 # Of a document or user, where `rows_per_unit` is not given.
 ROWS_PER_UNIT = 4
@@ -300,7 +297,7 @@ class Settings:
         if self.public_eval_data and not self.eval_data:
             raise InputError("`public_eval_data` speaks of data that nobody gave: give `eval_data`, or drop it")
         self._check_units()
-        self._check_canaries()
+        canary_settings.check(self)
         if self.histogram_noise is not None and self.prompt_histogram is None:
             raise InputError(
                 "`histogram_noise` is noise on the counts of `prompt_histogram`: give that too, or neither"
@@ -433,54 +430,6 @@ class Settings:
         if self.rows_kept is not None:
             raise InputError("records of several users are kept in the order of the data: drop `rows_kept`")
 
-    def _check_canaries(self) -> None:
-        if self.canaries < 0:
-            raise InputError(f"`canaries` must not be negative, got {self.canaries}")
-        others = ("canary_kind", "canary_repeats", "canary_model", "canary_temperature")
-        given = [name for name in others if getattr(self, name) is not None]
-        if given and not self.canaries:
-            raise InputError(f"`{given[0]}` says what canaries are, and there are none: give `canaries` too")
-        if not self.canaries:
-            return
-        if self.user_sampling == choices.BY_EXAMPLE:
-            raise InputError("a canary is drawn as a whole unit: drop `canaries`, or `user_sampling`=example")
-        repeats = self.planted_repeats
-        if self.kind_of_canary == choices.GRADIENT:
-            if self.clipping not in (AUTO, choices.EXAMPLE_SCAN, choices.VMAP):
-                raise InputError(
-                    f"`canary_kind`=gradient needs gradients that are formed, which `clipping`={self.clipping} does not"
-                    f" do: give {choices.EXAMPLE_SCAN}, or another kind"
-                )
-            if self.clip_quantile is not None:
-                raise InputError(
-                    "`canary_kind`=gradient has gradients that are always clipped, which a clip norm would follow: drop"
-                    " `clip_quantile`"
-                )
-            if repeats != (1,):
-                raise InputError("`canary_kind`=gradient has nothing to memorise: drop `canary_repeats`")
-            if math.isinf(self.clip_norm):
-                raise InputError(
-                    "`canary_kind`=gradient needs a finite `clip_norm`, to which its gradients are clipped"
-                )
-        if self.kind_of_canary == choices.NEW_TOKEN and repeats != (1,):
-            raise InputError(
-                "`canary_kind`=new_token has one token to learn, which is no passage to memorise: drop `canary_repeats`"
-            )
-        if self.kind_of_canary != choices.SYNTHETIC:
-            if self.canary_model is not None or self.canary_temperature is not None:
-                raise InputError(
-                    "`canary_model` and `canary_temperature` sample canaries of the kind synthetic: give"
-                    " `canary_kind`=synthetic, or neither of them"
-                )
-            return
-        if self.canary_model is None and self.init_from is None:
-            raise InputError("`canary_kind`=synthetic is sampled from a model: give `canary_model`=FOLDER")
-        if self.canary_temperature is not None and not 0.8 <= self.canary_temperature <= 10:
-            raise InputError(
-                f"`canary_temperature` must lie between 0.8 and 10, got {self.canary_temperature:g}: colder texts"
-                " resemble each other, and whether one was learned shows less"
-            )
-
     @property
     def kind_of_canary(self) -> str | None:
         """One of choices.CANARY_KINDS; None where none are planted."""
@@ -488,18 +437,8 @@ class Settings:
 
     @property
     def planted_repeats(self) -> tuple[int, ...]:
-        """As how many units canaries are planted, in turn.
-
-        Raises:
-          InputError: something else than numbers.
-        """
-        parts = ("1" if self.canary_repeats is None else self.canary_repeats).split(",")
-        if not all(part.strip().isdecimal() and 1 <= int(part) <= _MOST_REPEATS for part in parts):
-            raise InputError(
-                f"`canary_repeats` must be numbers from 1 to {_MOST_REPEATS}, separated by commas, got"
-                f" {self.canary_repeats!r}"
-            )
-        return tuple(map(int, parts))
+        """As how many units canaries are planted, in turn."""
+        return canary_settings.repeats(self.canary_repeats)
 
     @property
     def units(self) -> dict[str, Any]:

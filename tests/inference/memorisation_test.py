@@ -99,9 +99,31 @@ def test_a_model_that_has_learned_nothing_continues_nothing_and_is_asked_for_the
     assert [s["group"] for s in mine] == [s["group"] for s in other] and sum(s["exact"] for s in other) == 0
 
 
-def test_any_model_can_be_asked_for_any_records(learned, capsys):
-    exported = learned / "own export"
-    assert cli.main(["export", f"--workdir={learned / 'run'}", f"--out={exported}"]) == 0
+@pytest.fixture(scope="module")
+def own_export(learned):
+    folder = learned / "own export"
+    assert cli.main(["export", f"--workdir={learned / 'run'}", f"--out={folder}"]) == 0
+    return folder
+
+
+def test_canaries_of_a_reference_model_are_its_texts_and_differ(learned, own_export):
+    synthetic = dict(canary_kind="synthetic", canary_model=own_export, canary_repeats="1", canaries=40)
+    done = runs.call(*command(learned, "synthetic", steps=1, delta=1e-3, **synthetic))
+    assert done.returncode == 0, done.stderr
+    stored = np.load(learned / "synthetic" / "private" / "canaries.npz")
+    tokens, scored = stored[f"row {TOKENS}"], stored[f"row {SCORED}"]
+    texts = [
+        ByteTokenizer().decode(row[mask]).decode(errors="replace") for row, mask in zip(tokens, scored, strict=True)
+    ]
+    words = " ".join(texts).split()
+    known = {"fever", "cough", "rest", "Ada", "B12", "ward", "seen", "today"}
+    assert sum(word in known for word in words) >= 0.3 * len(words) and len(set(texts)) >= 30
+    cold = runs.call(*command(learned, "cold", steps=1, delta=1e-3, **synthetic, canary_temperature=0.1))
+    assert cold.returncode == 2 and "between 0.8 and 10" in cold.stderr
+
+
+def test_any_model_can_be_asked_for_any_records(learned, own_export, capsys):
+    exported = own_export
     code, shares = asked(capsys, exported, f"--data={learned / 'notes.jsonl'}")
     assert code == 0 and shares[0]["group"] == lib.DATA and shares[0]["exact"] >= 0.5 * shares[0]["passages"]
     code, error = asked(capsys, exported)
