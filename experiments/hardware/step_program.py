@@ -93,4 +93,4 @@ class StepProgram:
         )
         keys = placed(jax.eval_shape(lambda: noise_keys(bytes(32), 0)), place.replicated(self.mesh))
         state = TrainState(self.arrays.trainable, self.arrays.moments)
-        return step.program.trace(state, self.arrays.frozen, batch, keys, step.noise_multiplier)
+        return step.program.trace(state, self.arrays.frozen, batch, keys, step.noise_multiplier, step.probes)

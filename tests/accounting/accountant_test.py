@@ -347,6 +347,7 @@ def test_calibration_ends_on_the_private_side():
     assert Accountant(units).epsilon(1e-5).upper <= 8.0
 
 
+@pytest.mark.slow
 def test_calibration_of_vaultgemmas_noise():
     solved = calibration.noise_multiplier(VAULTGEMMA, 2.0, 1.1e-10)
     assert solved.noise_multiplier == pytest.approx(0.5985, abs=2e-4)

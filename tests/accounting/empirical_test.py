@@ -147,12 +147,12 @@ def steps_without_sampling(sigma):
 
 
 def test_a_sound_run_is_not_contradicted_and_a_broken_one_is():
-    """Four steps without sampling: a Gaussian of mu = 2 / sigma. Of 300 sound runs 15 have a bound above the truth."""
+    """Four steps without sampling, a Gaussian of mu = 2 / sigma. In one run of twenty a bound may exceed the truth."""
     registered = protocol.of_gradients(1.0)
     family = families.ScaledNoise(steps_without_sampling(2.0), DELTA)
     proven = family.epsilon(1.0) * 1.001
     above = 0
-    for seed in range(100):
+    for seed in range(40):
         rng = np.random.default_rng([seed, 7])
         coins = rng.random(1000) < 0.5
         noise = rng.normal(size=1000)
@@ -164,10 +164,10 @@ def test_a_sound_run_is_not_contradicted_and_a_broken_one_is():
             found = protocol.assess(registered, broken, coins, DELTA, proven, family)
             assert found.contradicts and found.epsilon >= proven
             assert {bound.bound for bound in found.bounds if bound.contradicts} >= SHARPEST
-    assert above <= stats.binom.ppf(1 - FALSE_ALARM, 100, SIGNIFICANCE)
+    assert above <= stats.binom.ppf(1 - FALSE_ALARM, 40, SIGNIFICANCE)
 
 
-@pytest.mark.parametrize("cap", [220, 260])
+@pytest.mark.parametrize("cap", [220, pytest.param(260, marks=pytest.mark.slow)])
 def test_a_cap_that_costs_much_is_left_out_of_the_family_and_not_of_the_proof(cap):
     """With it epsilon would not grow with the leak, and the search would be stuck at the run itself."""
     run = dp_sgd(4000, 200, cap, noise_multiplier=1.0, clip_norm=1.0, steps=10, neighbouring_relation="zero_out")

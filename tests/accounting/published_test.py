@@ -129,6 +129,7 @@ def test_vaultgemmas_setting():
     assert 1.7080 <= ours.lower <= 1.71053 <= ours.upper <= 1.7130
 
 
+@pytest.mark.slow
 def test_vaultgemmas_claim_holds_from_9_7e9_sequences_on():
     # google/vaultgemma-1b: epsilon <= 2 at delta 1.1e-10
     for units in (9_700_000_000, 11_000_000_000, 12_695_312_500):

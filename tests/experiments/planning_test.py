@@ -20,6 +20,7 @@ def surface():
     return noise.NoiseSurface(BUDGET.epsilon, BUDGET.delta)
 
 
+@pytest.mark.slow
 def test_surface_agrees_with_the_certified_calibration(surface):
     rng = np.random.default_rng(0)
     steps, q = np.exp(rng.uniform(np.log(60), np.log(5000), 8)).round(), np.exp(rng.uniform(np.log(1e-3), 0, 8))

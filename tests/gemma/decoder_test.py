@@ -95,6 +95,7 @@ def test_sliding_layers_see_exactly_their_window():
     assert np.flatnonzero(difference).tolist() == [3, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [CAPPED, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["attention", "recurrent"]
 )
@@ -110,6 +111,7 @@ def test_remat_changes_nothing_but_memory(config):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_remat_policies_keep_less_for_the_backward_pass():
     config = dataclasses.replace(PLAIN, layer_types=(FULL,) * 8)
     params, rows = random_parameters(config), np.zeros((32, 64), np.int32)

@@ -87,6 +87,7 @@ def test_what_was_seen_often_is_continued_word_for_word_and_what_was_held_out_is
         assert low <= share["exact"] / share["passages"] <= high
 
 
+@pytest.mark.slow
 def test_a_model_that_has_learned_nothing_continues_nothing_and_is_asked_for_the_same(learned, capsys):
     """The second model is a Hugging Face directory: it is asked for the first one's passages."""
     done = runs.call(*command(learned, "private", steps=1, delta=1e-3))
@@ -106,6 +107,7 @@ def own_export(learned):
     return folder
 
 
+@pytest.mark.slow
 def test_canaries_of_a_reference_model_are_its_texts_and_differ(learned, own_export):
     synthetic = dict(canary_kind="synthetic", canary_model=own_export, canary_repeats="1", canaries=40)
     done = runs.call(*command(learned, "synthetic", steps=1, delta=1e-3, **synthetic))

@@ -79,6 +79,7 @@ def test_the_card_states_the_runs_guarantee(trained, tmp_path):
     assert done.returncode == 0, done.stdout  # nothing of it lies in the run's folder
 
 
+@pytest.mark.slow
 def test_a_killed_synthesis_goes_on_to_the_same_corpus(trained, tmp_path):
     given = ["synthesize", f"--workdir={trained}", "--batch_size=8", "--max_new_tokens=60", "--num_records=60"]
     given.append("--keep_duplicates")
@@ -124,6 +125,7 @@ def test_a_corpus_can_be_made_longer_until_it_is_complete(trained, tmp_path):
         Corpus.opened(tmp_path / "a.jsonl", {"seed": 0}, kept)
 
 
+@pytest.mark.slow
 def test_a_text_that_is_cut_has_not_ended(trained):
     """Where prompts leave unequal room, and where packed rows are longer than what is asked for."""
     model = models.load(str(trained))
@@ -205,6 +207,7 @@ def test_bad_input_is_one_sentence(case, trained, tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_mauve_is_high_for_texts_of_one_source_and_low_for_others(trained):
     """Its features are those of single texts, whatever stands in the batch beside them."""
     model, rng = models.load(str(trained)), random.Random(0)

@@ -60,7 +60,7 @@ def released_norms(dtype, cases, **options):
     [
         (dict(strategy="example_scan"), 1 - 1e-5),
         pytest.param(dict(strategy="vmap", microbatch_size=2), 1 - 1e-5, marks=pytest.mark.slow),
-        (dict(strategy="ghost", microbatch_size=2), 0.97),
+        pytest.param(dict(strategy="ghost", microbatch_size=2), 0.97, marks=pytest.mark.slow),
         pytest.param(dict(strategy="per_layer", microbatch_size=2), 0.2, marks=pytest.mark.slow),
     ],
     ids=lambda value: value["strategy"] if isinstance(value, dict) else "",

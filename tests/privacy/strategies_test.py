@@ -253,6 +253,7 @@ def mixed_loss(shapes):
     return loss
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shapes_with_repeated_tokens(data):

@@ -79,6 +79,7 @@ def trained(base, data, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_nothing_but_model_data_and_epsilon_need_be_said(base, data, tmp_path):
     """Rows fill the context, the batch is a quarter of the units, and what was chosen is told and kept."""
     few = tmp_path / "few.jsonl"
@@ -119,6 +120,7 @@ def test_the_report_says_what_was_protected(trained):
     assert report["trained_parameters"] == 4 * 8 * ((32 + 64) + 2 * (32 + 32) + (64 + 32) + 2 * (32 + 48) + (48 + 32))
 
 
+@pytest.mark.slow
 def test_from_a_directory_to_transformers_generate(base, trained, tmp_path):
     # Adapters alone, in PEFT's format.
     workdir = shutil.copytree(trained, tmp_path / "run")

@@ -46,7 +46,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     facts = {name: start[name] for name in ("num_units", "model", "seal", "tokenizer_sha256")}
     fingerprint = json.loads(directory.data_file.read_text())["fingerprint"]
     directory.check_resumable(config, fingerprint, facts)
-    free = {*OPERATIONAL, "data", "init_from", "tokenizer", "prompt_histogram", "mesh"}
+    free = {*OPERATIONAL, "data", "init_from", "tokenizer", "prompt_histogram", "canary_model", "mesh"}
     assert {field.name for field in dataclasses.fields(Settings)} <= set(config)
     for name in config:
         changed = {**config, name: "another value"}
@@ -62,7 +62,7 @@ def test_every_setting_but_the_operational_ones_makes_another_run(finished):
     for name in facts:
         with pytest.raises(InputError, match=name):
             directory.check_resumable(config, fingerprint, {**facts, name: "another"})
-    named = ("data", "init_from", "tokenizer", "prompt_histogram")
+    named = ("data", "init_from", "tokenizer", "prompt_histogram", "canary_model")
     assert changeable({**config, "release": "float32"}) == (*OPERATIONAL, *named)
 
 

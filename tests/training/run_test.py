@@ -182,6 +182,7 @@ def half_written(workdir):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_signals_save_and_exit_cleanly(number, text, tmp_path):
     workdir = tmp_path / "run"
