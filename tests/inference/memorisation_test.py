@@ -119,7 +119,8 @@ def test_canaries_of_a_reference_model_are_its_texts_and_differ(learned, own_exp
     ]
     words = " ".join(texts).split()
     known = {"fever", "cough", "rest", "Ada", "B12", "ward", "seen", "today"}
-    assert sum(word in known for word in words) >= 0.3 * len(words) and len(set(texts)) >= 30
+    # The model knows sixteen notes by heart, so texts of it repeat; random ones would hold none of these words.
+    assert sum(word in known for word in words) >= 0.3 * len(words) and len(set(texts)) >= 8
     cold = runs.call(*command(learned, "cold", steps=1, delta=1e-3, **synthetic, canary_temperature=0.1))
     assert cold.returncode == 2 and "between 0.8 and 10" in cold.stderr
 
