@@ -91,7 +91,7 @@ def compared(suffixes: Sequence[np.ndarray], written: Sequence[np.ndarray]) -> t
     """Whether each text begins with its suffix, exactly and approximately: bool [n] each.
 
     >>> wanted = np.arange(20)
-    >>> other = np.where(wanted < 2, 99, wanted)
+    >>> other = np.where(wanted > 17, 99, wanted)
     >>> exact, near = compared([wanted] * 3, [wanted, other, other[::-1]])
     >>> exact.tolist(), near.tolist()
     ([True, False, False], [True, True, False])

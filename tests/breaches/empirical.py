@@ -3,7 +3,7 @@
 from tests.breaches.mutation import Mutation
 
 ATTACK, BOUNDS = "tests/training/attack_test.py", "tests/accounting/empirical_test.py"
-PLANTED, HEART = "tests/data/canaries_test.py", "tests/inference/memorisation_test.py"
+PLANTED = "tests/data/canaries_test.py"
 CHECKS, PROTOCOL = "accounting/audit/canary_checks.py", "accounting/empirical/protocol.py"
 CANARIES, RECORD = "dpgemma/data/canaries.py", "dpgemma/training/record.py"
 
@@ -141,6 +141,7 @@ MUTATIONS = (
     ),
     Mutation(
         "memorisation", "a continuation that begins well counts as exact", "dpgemma/gemma/memorisation.py",
-        "bool((text[: len(suffix)] == suffix).all())", "bool((text[:2] == suffix[:2]).all())", (HEART, "-k", "learned"),
+        "bool((text[: len(suffix)] == suffix).all())", "bool((text[:2] == suffix[:2]).all())",
+        ("tests/doctest_test.py", "-k", "gemma.memorisation"),
     ),
 )  # fmt: skip
