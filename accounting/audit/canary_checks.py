@@ -45,7 +45,9 @@ def attack_of(executed: Executed, measured: Measured) -> dict[str, Any] | None:
             found: dict[str, Any] = event["assessment"]
             return found
         if event["kind"] == events.ATTACK and measured.kept is not None:
-            return measured.kept[0]
+            kept, declared = measured.kept[0], executed.declared
+            protocol = protocol_lib.of_kind(declared["canary_kind"], executed.planned.sampling_probability)
+            return kept if _unsound(kept, protocol, declared["canaries"]) is None else None
     return None
 
 
@@ -101,7 +103,7 @@ def _unsound(found: dict[str, Any], protocol: Protocol, canaries: int) -> str | 
             and set(found["roc"]) == set(protocol.scores)
             and all(_are_rates(rates) for curve in found["roc"].values() for rates in curve.values())
         )
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         sound = False
     return None if sound else "what an attack showed is not what this program writes"
 
@@ -152,7 +154,7 @@ def contradictions(executed: Executed, epsilon: float, measured: Measured) -> It
         )
     if known is None or found is None:
         return
-    for there, here in zip(known["bounds"], found["bounds"], strict=False):
+    for there, here in zip(known["bounds"], found["bounds"], strict=True):
         a, b = there["epsilon"], here["epsilon"]
         if there["contradicts"] != here["contradicts"] or abs(a - b) > _TOLERANCE * max(a, b, 1.0):
             message = f"{there['bound']} of {there['score']} showed {a:g} there, and shows {b:g} here"

@@ -6,8 +6,8 @@ canaries interfere with each other: nothing here assumes that their scores are i
 
 Formal guarantee: for every (epsilon, delta)-differentially private mechanism, and every way to guess that sees its
 results alone, P[`with_epsilon_delta` exceeds epsilon] is at most the significance; for every mechanism whose trade-off
-curve lies nowhere below that of a family's leak x, P[`with_family` rules out x] is at most the significance. Both hold
-for any number of canaries. Tested by tests/accounting/empirical_test.py::test_no_bound_exceeds_the_truth_too_often and,
+curve lies nowhere below a given one, P[`contradicts` that curve] is at most the significance. Both hold for any number
+of canaries. Tested by tests/accounting/empirical_test.py::test_no_bound_exceeds_the_truth_too_often and,
 for the recursion, against a linear program by ::test_the_recursion_is_the_optimum_of_a_linear_program.
 """
 
@@ -17,7 +17,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from accounting.empirical.families import Curve, Family, largest_ruled_out
+from accounting.empirical.families import Curve
 
 # Epsilons are found to this precision, from below.
 _PRECISION = 1e-3
@@ -105,12 +105,3 @@ def contradicts(curve: Curve, canaries: int, guesses: int, correct: int, signifi
         more = max(wrong, curve(1 - right))
         right, wrong = right + i / (guesses - i) * (more - wrong), more
     return right + wrong > guesses / canaries
-
-
-def with_family(family: Family, canaries: int, guesses: int, correct: int, significance: float) -> float | None:
-    """The largest leak of a family that so many right guesses rule out; None where they rule out none."""
-
-    def is_ruled_out(leak: float) -> bool:
-        return contradicts(family.tradeoff(leak), canaries, guesses, correct, significance)
-
-    return largest_ruled_out(family, is_ruled_out)

@@ -33,7 +33,6 @@ GUESSED = (1.0, 0.3, 0.1, 0.03)
 LOSS = "loss"  # the negative loss under the trained model
 LOSS_AGAINST_START = "loss_against_start"  # by how much training lowered it
 LIKELIHOOD_RATIO = "log_likelihood_ratio"  # of all steps, for whoever sees every release
-SCORES = (LOSS, LOSS_AGAINST_START, LIKELIHOOD_RATIO)
 
 ONE_RUN, ONE_RUN_CURVE = "one_run", "one_run_curve"
 THRESHOLDS, THRESHOLDS_CURVE = "thresholds", "thresholds_curve"

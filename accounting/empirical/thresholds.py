@@ -3,8 +3,8 @@
 Formal guarantee: let the scores of the held-out canaries be independent draws of one distribution Q, and those of the
 included ones independent draws of one distribution P. If P and Q are results of an (epsilon, delta)-differentially
 private mechanism on neighbouring data sets, P[`with_epsilon_delta` exceeds epsilon] is at most the significance; if
-their trade-off curve lies nowhere below that of a family's leak x, so is P[`with_family` rules out x]. This holds for
-any numbers of canaries. Within one training run it holds where nothing couples the canaries: gradient canaries have a
+their trade-off curve lies nowhere below a given one, so is P[`contradict` that curve]. This holds for any
+numbers of canaries. Within one training run it holds where nothing couples the canaries: gradient canaries have a
 coordinate each, on which noise is independent; texts that one model learned are coupled, and these bounds are not used
 for them. Tested by tests/accounting/empirical_test.py::test_no_bound_exceeds_the_truth_too_often.
 
@@ -19,7 +19,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from accounting.empirical.families import Curve, Family, largest_ruled_out
+from accounting.empirical.families import Curve
 
 # Shares of the held-out canaries that lie above a threshold, the largest one alone beside them.
 _SHARES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5)
@@ -68,12 +68,6 @@ def with_epsilon_delta(known: list[Rates], delta: float) -> float:
     return max(
         [0.0, *(math.log((r.true_positive - delta) / r.false_positive) for r in known if r.true_positive > delta)]
     )
-
-
-def with_family(family: Family, known: list[Rates]) -> float | None:
-    """The largest leak of a family whose curve allows no such pair of rates; None where all do."""
-
-    return largest_ruled_out(family, lambda leak: contradict(family.tradeoff(leak), known))
 
 
 def contradict(curve: Curve, known: list[Rates]) -> bool:

@@ -116,7 +116,7 @@ def _plan(fv: flags.FlagValues) -> int:
         raise InputError("--trials has no proof for trials that release a histogram too: drop --histogram_noise")
     facts = (fv.delta, cap, fv.neighbouring_relation, fv.sampler, items, noise)
     wanted = None if fv.solve_for_risk is None else risk.Risk.of_text(fv.solve_for_risk)
-    mechanism, also = solve(given, *facts) if wanted is None else solve_for_risk(given, omitted[0], wanted, *facts)
+    mechanism, also = solve(given, *facts, wanted)
     accountant = Accountant(mechanism, also=also)
     result = {
         **(
@@ -185,15 +185,20 @@ def solve(
     sampler: str = POISSON,
     items: int = 1,
     histogram_noise: float | None = None,
+    wanted: "Risk | None" = None,
 ) -> tuple[Mechanism, tuple[Mechanism, ...]]:
     """The mechanism with the omitted (None) quantity filled in, and what is released besides.
 
     Args:
       items: of every unit, which are drawn by themselves.
+      wanted: a risk that stands in the place of the epsilon.
     """
-    from accounting import calibration
+    from accounting import calibration, risk
 
     mechanism, also = _known(given, cap, relation, sampler, items, histogram_noise)
+    if wanted is not None:
+        omitted = next(name for name in _QUANTITIES[1:] if given[name] is None)
+        return risk.solved(mechanism, omitted, wanted, delta, also=also), also
     target = given["epsilon"]
     if given["noise_multiplier"] is None:
         mechanism = calibration.noise_multiplier(mechanism, target, delta, also=also)
@@ -206,28 +211,6 @@ def solve(
     elif given["num_units"] is None:
         mechanism = calibration.num_units(mechanism, target, delta, also=also)
     return mechanism, also
-
-
-def solve_for_risk(
-    given: dict[str, Any],
-    omitted: str,
-    wanted: "Risk",
-    delta: float,
-    cap: int | None,
-    relation: str,
-    sampler: str = POISSON,
-    items: int = 1,
-    histogram_noise: float | None = None,
-) -> tuple[Mechanism, tuple[Mechanism, ...]]:
-    """As `solve`, for a risk in the place of an epsilon.
-
-    Args:
-      omitted: the quantity to solve for.
-    """
-    from accounting import risk
-
-    mechanism, also = _known(given, cap, relation, sampler, items, histogram_noise)
-    return risk.solved(mechanism, omitted, wanted, delta, also=also), also
 
 
 def _known(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from accounting.accountant import Accountant
 from accounting.empirical import protocol as protocol_lib
 from accounting.empirical.families import ScaledNoise
 from accounting.empirical.protocol import Assessment, Protocol
@@ -82,15 +81,11 @@ def assess(
     scores: dict[str, np.ndarray],
     canaries: Canaries,
     executed: Executed,
-    accountant: Accountant | None = None,
 ) -> Assessment | None:
     """The lower bounds that the scores give, against what the run's accountant proves.
 
     Canaries that are planted several times are several units, of which the guarantee of one unit says nothing; they are
     for memorisation alone.
-
-    Args:
-      accountant: of all that was executed, if there is one already.
 
     Returns:
       None where every canary is planted several times.
@@ -98,7 +93,7 @@ def assess(
     single = canaries.repeats == 1
     if not single.any():
         return None
-    accountant = executed.accountant() if accountant is None else accountant
+    accountant = executed.accountant()
     proven = accountant.epsilon(executed.delta).upper
     family = ScaledNoise(accountant.mechanisms, executed.delta, accountant.also) if math.isfinite(proven) else None
     return protocol_lib.assess(

@@ -303,6 +303,9 @@ class Record:
         message = f"an attack on {found.canaries} canaries shows epsilon {found.epsilon:.3g} at least"
         if found.contradicts:
             self.warn(f"{message}, which is MORE THAN WAS PROVED: this program or this machine is broken")
+        elif is_kept:
+            for observer in self.observers:
+                observer.confide(message)
         else:
             self.inform(message)
 

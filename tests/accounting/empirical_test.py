@@ -42,9 +42,16 @@ def of_leak(leak):
     return 0.0 if leak is None else GAUSSIANS.epsilon(leak)
 
 
+def ruled_out_by_guesses(family, canaries, guesses, correct, significance):
+    def is_ruled_out(leak):
+        return one_run.contradicts(family.tradeoff(leak), canaries, guesses, correct, significance)
+
+    return families.largest_ruled_out(family, is_ruled_out)
+
+
 def of_one_run_curve(scores, coins):
     each, m = SIGNIFICANCE / len(protocol.GUESSED), len(scores)
-    return max(of_leak(one_run.with_family(GAUSSIANS, m, g, c, each)) for g, c in guess_counts(scores, coins))
+    return max(of_leak(ruled_out_by_guesses(GAUSSIANS, m, g, c, each)) for g, c in guess_counts(scores, coins))
 
 
 def of_thresholds(scores, coins):
@@ -52,7 +59,10 @@ def of_thresholds(scores, coins):
 
 
 def of_thresholds_curve(scores, coins):
-    return of_leak(thresholds.with_family(GAUSSIANS, thresholds.rates(scores, coins, SIGNIFICANCE)))
+    known = thresholds.rates(scores, coins, SIGNIFICANCE)
+    return of_leak(
+        families.largest_ruled_out(GAUSSIANS, lambda leak: thresholds.contradict(GAUSSIANS.tradeoff(leak), known))
+    )
 
 
 def of_gaussian(scores, coins):
@@ -109,7 +119,7 @@ def test_one_run_agrees_with_jax_privacy(epsilon, canaries, guesses):
         wanted, abs=2e-3
     )
     wanted = theirs.epsilon_one_run_fdp(SIGNIFICANCE, DELTA, **explicit)
-    mine = one_run.with_family(
+    mine = ruled_out_by_guesses(
         families.Gaussians(DELTA, np.geomspace(1e-2, 5, 4000)), canaries, guesses, correct, SIGNIFICANCE
     )
     assert of_leak(mine) == pytest.approx(wanted, rel=0.01, abs=0.02)

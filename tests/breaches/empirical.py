@@ -45,6 +45,12 @@ MUTATIONS = (
         "digest = hashlib.sha256(self.seed)", "digest = hashlib.sha256()", (PLANTED, "-k", "binds"),
     ),
     Mutation(
+        "canaries", "anyone can test a guess of what an attack showed", CANARIES,
+        "return hashlib.blake2b(content, key=self.seed, digest_size=32",
+        "return hashlib.blake2b(content, digest_size=32",
+        (PLANTED, "-k", "seed_alone"),
+    ),
+    Mutation(
         "canaries", "they are not counted among the units", "dpgemma/training/prepare.py",
         "num_units = planted.num_units if found.users is None else found.users",
         "num_units = training.num_units if found.users is None else found.users",

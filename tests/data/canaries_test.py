@@ -102,6 +102,14 @@ def test_the_digest_binds_everything_and_hides_it():
         assert changed.digest() != planted.digest(), what
 
 
+def test_what_is_bound_can_be_checked_by_whoever_has_the_seed_alone():
+    """An unkeyed hash would let anyone test a guess of what an attack showed."""
+    planted = made(5)
+    other = Canaries(planted.columns, planted.repeats, planted.included, bytes(32))
+    assert planted.bound(b"x") == made(5).bound(b"x")
+    assert len({planted.bound(b"x"), planted.bound(b"y"), other.bound(b"x")}) == 3
+
+
 def test_canaries_are_kept_as_they_are():
     planted = made(30, (1, 2))
     again = Canaries.of_bytes(planted.as_bytes(), planted.seed)

@@ -51,6 +51,10 @@ def white_box(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("white_box") / "run"
     done = train(text, workdir, **WHITE_BOX)
     assert done.returncode == 0, done.stderr
+    # What gradient canaries show is for the terminal of an operator, which this is not, and for private/.
+    assert "shows epsilon" not in done.stderr + done.stdout and "shows epsilon" in (workdir / "private/log").read_text()
+    for name in ("canaries.npz", "canaries_observed.npy"):
+        assert (workdir / "private" / name).stat().st_mode & 0o077 == 0, name
     return workdir
 
 
@@ -311,11 +315,16 @@ def test_an_attack_that_shows_other_figures_than_were_kept_is_a_finding(white_bo
     kept = json.loads(path.read_text())
     for bound in kept["bounds"]:
         bound["epsilon"] = 0.0
+    kept["lower_bound"] = 0.0
     path.write_text(json.dumps(kept))
     code, result = audited(capsys, workdir)
     assert code == 1 and {finding["kind"] for finding in result["findings"]} == {"attack_disagrees"}
     code, result = audited(capsys, workdir, "--empirical")
     assert code == 1 and sum(finding["kind"] == "attack_disagrees" for finding in result["findings"]) >= 2
+    for content in ("[]", '{"bounds": 3, "contradicts": true}', '{"bounds": [], "roc": {}}'):
+        path.write_text(content)
+        code, result = audited(capsys, workdir)
+        assert code == 1 and {finding["kind"] for finding in result["findings"]} == {"attack_disagrees"}
     path.unlink()
     code, result = audited(capsys, workdir)
     assert code == 1 and result["findings"][0]["kind"] == "missing_file"
