@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from dpgemma.data.text.tokenizer import END_OF_TURN, Tokenizer
 from dpgemma.gemma import lora
 from dpgemma.gemma.files import config_json, peft, weights
 from dpgemma.inference.models import Model, TrainedModel
+from dpgemma.storage.appearing import appearing
 from dpgemma.training import report_files
 from dpgemma.training import run as run_directory
 
@@ -31,17 +31,10 @@ _GENERATION = "generation_config.json"
 
 @contextlib.contextmanager
 def folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder under a temporary name that becomes `out` when all went well, and disappears otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.new")
-    try:
-        temporary.mkdir()
+    """A folder of a model, which appears complete, with the rights that new files have."""
+    with appearing(out) as temporary:
         yield temporary
         _share_as_others(temporary)
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _share_as_others(directory: pathlib.Path) -> None:
@@ -119,7 +112,7 @@ def export_run(model: TrainedModel, out: pathlib.Path, *, merge: bool, dtype: An
             files = {path.name: run_files.file_digest(path) for path in sorted(temporary.iterdir())}
             ledger.append(events.EXPORT, step=model.step, files=files)
             ledger.sync()
-        report_files.write(run, ledger, accountant, with_page=done.finished)
+            report_files.write(run, ledger, accountant, with_page=done.finished)
 
 
 def export_directory(model: Model, out: pathlib.Path, dtype: Any = None) -> None:

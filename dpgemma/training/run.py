@@ -8,10 +8,8 @@ import contextlib
 import fcntl
 import functools
 import json
-import os
 import pathlib
 import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -24,6 +22,7 @@ from accounting.ledger.seals import Seal
 from dpgemma.choices import EXACT, HMAC, SIGNATURE
 from dpgemma.data.text.prompts import COUNTING
 from dpgemma.privacy.keys import Keys
+from dpgemma.storage.appearing import appearing
 from dpgemma.storage.mirror import Mirror
 from dpgemma.training.checkpoint_files import CheckpointFiles, InStorage, OnDisk
 from dpgemma.training.settings import OPERATIONAL
@@ -294,12 +293,9 @@ def create(
     Args:
       private: further files of private/ that it begins with, by name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = RunDirectory(path.with_name(f".{path.name}.{os.getpid()}.new"))
-    shutil.rmtree(temporary.path, ignore_errors=True)
-    try:
-        temporary.private.mkdir(parents=True)
-        temporary.private.chmod(0o700)
+    with appearing(path) as folder:
+        temporary = RunDirectory(folder)
+        temporary.private.mkdir(mode=0o700)
         keys.save(temporary.keys_file)
         facts = {"fingerprint": fingerprint, "seal": start_event["seal"]}
         facts |= {name: start_event[name] for name in ("canary_sha256",) if name in start_event}
@@ -316,10 +312,6 @@ def create(
         )
         ledger.sync()
         ledger.close()
-        os.rename(temporary.path, path)
-    except BaseException:
-        shutil.rmtree(temporary.path, ignore_errors=True)
-        raise
     run = RunDirectory(path, mirror, None if mirror is None else mirror.checkpoints_address)
     run.lock()
     if mirror is not None:

@@ -27,6 +27,7 @@ from dpgemma.data.text.layout import Layout
 from dpgemma.data.text.parts import USUAL, FilePieces, Progress, Sizes, tokenise, write_whole
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import Tokenizer
+from dpgemma.storage.refusal import as_os_errors
 
 _PARTS, _KEY, _LOCK = "parts", "key.json", "lock"
 _HASHED_AT_ONCE = 1 << 20
@@ -205,17 +206,25 @@ def _described(path: pathlib.Path) -> dict[str, Any]:
 
 def _write_shard(path: pathlib.Path, layout: Layout, begin: int, end: int, progress: Progress, at_once: int) -> int:
     """Writes the rows begin .. end - 1: in how many of them something is learned."""
+    learned = 0
+    with _records_of(path) as writer:
+        for first in range(begin, end, at_once):
+            last = min(first + at_once, end)
+            rows = layout.rows(first, last)
+            units = np.searchsorted(layout.first, np.arange(first, last), "right") - 1
+            for number, (unit, row) in enumerate(zip(units, rows, strict=True), first):
+                writer.write(cache.encoded(unit, number, row))
+            learned += int((rows >= 0).any(axis=1).sum())
+            progress.advance(last - first)
+    return learned
+
+
+@contextlib.contextmanager
+def _records_of(path: pathlib.Path) -> Iterator[Any]:
+    """A writer of an ArrayRecord file, which tells of a disk that refuses as Python does."""
     from array_record.python import array_record_module
 
-    learned = 0
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:1")
-    for first in range(begin, end, at_once):
-        last = min(first + at_once, end)
-        rows = layout.rows(first, last)
-        units = np.searchsorted(layout.first, np.arange(first, last), "right") - 1
-        for number, (unit, row) in enumerate(zip(units, rows, strict=True), first):
-            writer.write(cache.encoded(unit, number, row))
-        learned += int((rows >= 0).any(axis=1).sum())
-        progress.advance(last - first)
-    writer.close()
-    return learned
+    with as_os_errors(path, RuntimeError):
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+        yield writer
+        writer.close()

@@ -30,7 +30,7 @@ def write(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int, templa
     fast.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos)]
     )
-    fast.save(str(directory / JSON_FILE))
+    (directory / JSON_FILE).write_text(fast.to_str(pretty=True), encoding="utf-8")
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": token for name, token in names.items()},

@@ -6,12 +6,11 @@ import re
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from dpgemma.gemma import decoder
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.family import LINEAR, Weight
-from dpgemma.gemma.files import weights
+from dpgemma.gemma.files import tensor_files, weights
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -52,7 +51,7 @@ def save_peft(
         ):
             name = weight.name.replace(".model.layers", f".model.{_TEXT_TOWER}layers") if multimodal else weight.name
             tensors[name.format(i)] = weights.to_file(array, weight, _fan_in(weight, array.shape))
-    save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+    tensor_files.save(tensors, directory / ADAPTER_FILE)
     lora = config.lora
     assert lora is not None
     targets = rf".*{re.escape(_TEXT_TOWER)}.*\.({'|'.join(lora.targets)})" if multimodal else list(lora.targets)

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from accounting.errors import InputError
+from dpgemma.storage.refusal import as_os_errors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -88,3 +91,13 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     if missing:
         raise InputError(f"{directory} lacks {', '.join(missing)}, which its index names: download them")
     return [directory / name for name in names]
+
+
+def save(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+      OSError: the disk refuses.
+    """
+    with as_os_errors(path, SafetensorError):
+        save_file(dict(tensors), path, metadata={"format": "pt"})

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from accounting.errors import InputError
 from dpgemma.gemma import decoder
@@ -26,6 +25,7 @@ from dpgemma.gemma.family import (
     outside_of_layers,
     recurrent_unit,
 )
+from dpgemma.gemma.files import tensor_files
 from dpgemma.gemma.files.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles
 from dpgemma.sharding.rules import RANK
 
@@ -229,7 +229,7 @@ def save(
 
     def flush() -> None:
         name = f"model-{len(sizes) + 1:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        tensor_files.save(shard, directory / name)
         places.update(dict.fromkeys(shard, name))
         sizes.append(sum(array.nbytes for array in shard.values()))
         shard.clear()

@@ -1,0 +1,57 @@
+"""Folders that appear complete or not at all."""
+
+import contextlib
+import fcntl
+import glob
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder under a temporary name that becomes `path` when all went well, and disappears otherwise.
+
+    What killed processes left of the same folder is removed. A process locks the folder that it writes, so one that is
+    still being written stays.
+
+    Args:
+      path: does not exist, or is an empty folder.
+
+    Raises:
+      OSError: the disk refuses, or `path` has been filled in the meantime.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(path)
+    temporary, descriptor = _locked_folder(path.with_name(f".{path.name}.{os.getpid()}.new"))
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _locked_folder(temporary: pathlib.Path) -> tuple[pathlib.Path, int]:
+    while True:
+        temporary.mkdir()
+        descriptor = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # of file systems without locks; nothing is removed there either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():  # no other process took it for one that was left, in between
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _remove_left(path: pathlib.Path) -> None:
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.new"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
