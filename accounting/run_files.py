@@ -64,6 +64,11 @@ def can_read_private(workdir: pathlib.Path) -> bool:
     return True
 
 
+def is_open_to_others(path: pathlib.Path) -> bool:
+    """Whether others than its owner have rights to a file or folder."""
+    return bool(path.stat().st_mode & 0o077)
+
+
 def encode(value: Any) -> Any:
     """JSON has no infinity: it becomes the string "inf", at any depth.
 

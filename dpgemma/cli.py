@@ -99,6 +99,14 @@ def _run(name: str, rest: list[str]) -> int:
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""
         return _fail(f"the disk refused{place}: {error.strerror or error}; nothing that was saved before is lost")
+    except (MemoryError, RuntimeError) as error:
+        if not process.is_out_of_memory(error):
+            raise
+        return _fail(
+            "the memory is used up; nothing that was saved before is lost: free some, or take less at once (of train,"
+            " --microbatch_size=1, --remat=block, a --mesh of more devices, or a smaller model; of the others,"
+            " --batch_size)"
+        )
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted; nothing that was saved before is lost")
 

@@ -24,7 +24,7 @@ def permissions(private: pathlib.Path) -> Iterator[Finding]:
     for path, name in ((private, "private/"), (private / pathlib.Path(run_files.KEYS).name, run_files.KEYS)):
         if not path.exists():
             yield Finding("missing_file", name, "the run has no keys; restore them or keep this copy without private/")
-        elif stat.S_IMODE(path.stat().st_mode) & 0o077:
+        elif run_files.is_open_to_others(path):
             mode = stat.S_IMODE(path.stat().st_mode)
             yield Finding(
                 "key_readable",

@@ -185,11 +185,13 @@ class Ledger:
         """Opens or creates; a last line that a crash cut off is dropped, because its step was never executed.
 
         Raises:
-          InputError: the chain does not hold.
+          InputError: the chain does not hold, or the file has no whole line.
         """
         text = text_of(path) if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         lines = _verified(whole, path)
+        if not lines and path.exists():
+            raise InputError(f"{path} has no whole line left: restore it; without it nobody knows what was spent")
         if whole != text:
             with open(path, "r+") as file:
                 file.truncate(len(whole.encode()))

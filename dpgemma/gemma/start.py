@@ -76,10 +76,12 @@ def of_directory(
       lora_targets: names of linear layers, separated by commas, or "all".
 
     Raises:
-      InputError: no such directory, one that this program cannot run or write again, or impossible adapters.
+      InputError: no such directory, one that this program cannot run or write again, weights that are damaged, or
+        impossible adapters.
     """
     model = config_json.read(directory)
     config_json.to_hf_config(model, {})  # what could not be exported is refused before it is trained
+    weights.check(model, directory)
     if lora_rank is not None:
         alpha = lora_alpha if lora_alpha is not None else lora_rank
         model = dataclasses.replace(model, lora=lora.adapters(model, lora_rank, alpha, lora_targets))

@@ -12,6 +12,7 @@ from typing import Any
 from accounting.errors import InputError
 
 _BYTES = 32
+_CHECK = "check"  # in a file of keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,16 @@ class Keys:
           FileExistsError: keys are never replaced.
         """
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(self.as_hex(), file)
+            json.dump(self.as_hex() | {_CHECK: self._check()}, file)
 
     def as_hex(self) -> dict[str, str]:
         """The secrets by name, as files and other processes of a run get them."""
         return {field.name: getattr(self, field.name).hex() for field in dataclasses.fields(self)}
+
+    def _check(self) -> str:
+        """By which a file of keys knows that none of its bits is wrong: other keys would add other noise."""
+        text = json.dumps(self.as_hex(), sort_keys=True).encode()
+        return hashlib.blake2b(text, key=self.ledger, digest_size=_BYTES, person=b"dpgemma keys").hexdigest()
 
     @classmethod
     def of_hex(cls, stored: Mapping[str, str]) -> "Keys":
@@ -90,7 +96,10 @@ class Keys:
           InputError: the file is damaged, or was not written by this program.
         """
         try:
-            keys = cls.of_hex(json.loads(path.read_text()))
+            stored = json.loads(path.read_text())
+            keys = cls.of_hex(stored)
+            if stored.get(_CHECK, keys._check()) != keys._check():  # older files have none
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise InputError(
                 f"{path} is damaged: without its keys this run cannot go on; start another in a new `workdir`"

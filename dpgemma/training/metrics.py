@@ -3,6 +3,7 @@
 The public one holds public values only. Losses, norms and batch sizes of private data go to the private one.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -15,7 +16,8 @@ from dpgemma.privacy.clipping import PrivateStats
 
 
 class MetricsFile:
-    """One JSON object per step; lines from beyond a resumed step are dropped, because they will be written again.
+    """One JSON object per step; lines from beyond a resumed step are dropped, because they will be written again. So
+    are lines that are damaged.
 
     Attributes:
       digest: SHA-256 of what the file holds, by which a checkpoint event of the ledger knows it.
@@ -24,12 +26,11 @@ class MetricsFile:
     def __init__(self, path: pathlib.Path, resumed_step: int) -> None:
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
-                try:
+            for line in path.read_text(errors="replace").splitlines():
+                # A crash may have cut a line off.
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     if json.loads(line)["step"] < resumed_step:
                         kept.append(line + "\n")
-                except ValueError:  # a line that a crash cut off
-                    continue
         self._hash = hashlib.sha256("".join(kept).encode())
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept))

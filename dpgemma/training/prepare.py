@@ -247,6 +247,8 @@ def _prepare(
                 f"records have a field {field!r}, and no person is protected by it: `privacy_unit`=user"
                 f" `user_field`={field} protects all of a person's records together"
             )
+        for path in run.open_to_others():
+            observer.warn(f"others can read {path}: take their rights away with chmod -R go= {run.private}")
         for remark in remarks:
             observer.confide(remark)
         observer.inform(_learning(settings, objective))

@@ -220,6 +220,7 @@ class Record:
                 metrics.MetricsFile(self.run.metrics_file, first) as public,
                 metrics.MetricsFile(self.run.private_metrics_file, first) as private,
             ):
+                self._compare_metrics(first, public.digest)
                 curve = EpsilonCurve(self._accountant, self.plan.delta)
                 repeated = self._ledger.history.repeated
                 steps = self.plan.mechanism.steps
@@ -228,6 +229,15 @@ class Record:
         finally:
             for observer in self.observers:
                 observer.end()
+
+    def _compare_metrics(self, first: int, digest: str) -> None:
+        """Warns where the public metrics of the steps before the first are not those of its checkpoint."""
+        known = [r for r in self._ledger.records if r["kind"] == events.CHECKPOINT and r["step"] == first]
+        if known and known[-1].get("metrics_sha256", digest) != digest:
+            self.warn(
+                f"{self.run.metrics_file} was changed since step {first} was saved: restore it, or dpgemma audit will"
+                " say so of the run"
+            )
 
     def report(self, *, with_page: bool = False) -> None:
         """Writes the report of what was executed until now, unless the files there are current."""

@@ -100,6 +100,10 @@ class RunDirectory:
         """The run's secret keys, read once."""
         return Keys.load(self.keys_file)
 
+    def open_to_others(self) -> list[pathlib.Path]:
+        """Those of private/ and its keys that others than their owner have rights to."""
+        return [path for path in (self.private, self.keys_file) if run_files.is_open_to_others(path)]
+
     def remark(self, remarks: Sequence[str]) -> None:
         """Keeps what was noticed about single records, in private/."""
         self.remarks_file.write_text("".join(f"{remark}\n" for remark in remarks))
@@ -226,6 +230,11 @@ class RunDirectory:
                 f"the data differ from those that {self.path} was started with: give the same data or another `workdir`"
             )
         facts = self._start_event()
+        if run_files.file_digest(self.config_file) != facts["config_sha256"]:
+            raise InputError(
+                f"{self.config_file} is not the file that {self.path} was started with: restore it, or choose another"
+                " `workdir`"
+            )
         # Runs of earlier versions do not say which tokenizer they have.
         said = {name: value for name, value in start_event.items() if name != events.TOKENIZER or name in facts}
         differing = [name for name in said if facts.get(name) != said[name]]

@@ -1,8 +1,10 @@
-/* Preloaded into a process: at the n-th call that changes files below a folder, the disk is full from then on, or the
-   process is killed in place of the call. Nothing happens until disk_fault_arm was called.
+/* Preloaded into a process: at the n-th call that changes files below a folder, the process is killed in place of the
+   call, or the disk is full from then on, or can only be read. Nothing happens until disk_fault_arm was called.
 
    Calls are counted over all threads. A full disk refuses to create, write, grow, rename and synchronise, with ENOSPC;
-   it lets go of files as ever. A kill counts removals too. */
+   it lets go of files as ever, and removals are not counted.
+
+   The clock of the day goes back when clock_fault_arm is called. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,16 +19,17 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static char folder[PATH_MAX];
-static int kills;
+static enum { FULL, KILL, READ_ONLY } kind;
 static long fault_at; /* 0: never */
 static atomic_long calls;
 
-void disk_fault_arm(const char *path, int by_kill, long at) {
+void disk_fault_arm(const char *path, int of_kind, long at) {
     strncpy(folder, path, sizeof folder - 1);
-    kills = by_kill;
+    kind = of_kind;
     fault_at = at;
     atomic_store(&calls, 0);
 }
@@ -67,15 +70,19 @@ static int file_is_below(int file) {
 
 /* Whether the call is refused; it does not return where the process is to die here. */
 static int refused(int removes) {
-    if (removes && !kills) return 0;
+    if (removes && kind == FULL) return 0;
     long number = atomic_fetch_add(&calls, 1) + 1;
     if (!fault_at || number < fault_at) return 0;
-    if (kills) {
+    if (kind == KILL) {
         kill(getpid(), SIGKILL);
         for (;;) pause();
     }
-    errno = ENOSPC;
+    errno = kind == FULL ? ENOSPC : EROFS;
     return 1;
+}
+
+static int is_change(int flags) {
+    return (flags & (O_CREAT | O_TRUNC)) || (kind == READ_ONLY && (flags & O_ACCMODE) != O_RDONLY);
 }
 
 #define REAL(type, name, ...) \
@@ -120,7 +127,7 @@ ssize_t copy_file_range(int from, off64_t *read_at, int file, off64_t *at, size_
         mode_t mode = va_arg(more, mode_t); \
         va_end(more); \
         REAL(int, #name, const char *, int, ...); \
-        int changes = (flags & (O_CREAT | O_TRUNC)) && path_is_below(AT_FDCWD, path); \
+        int changes = is_change(flags) && path_is_below(AT_FDCWD, path); \
         return changes && refused(0) ? -1 : real(path, flags, mode); \
     }
 #define OPENS_AT(name) \
@@ -130,7 +137,7 @@ ssize_t copy_file_range(int from, off64_t *read_at, int file, off64_t *at, size_
         mode_t mode = va_arg(more, mode_t); \
         va_end(more); \
         REAL(int, #name, int, const char *, int, ...); \
-        int changes = (flags & (O_CREAT | O_TRUNC)) && path_is_below(directory, path); \
+        int changes = is_change(flags) && path_is_below(directory, path); \
         return changes && refused(0) ? -1 : real(directory, path, flags, mode); \
     }
 OPENS(open)
@@ -156,3 +163,14 @@ ON_PATH(symlink, 0, (const char *from, const char *to), AT_FDCWD, to, (from, to)
 ON_PATH(unlink, 1, (const char *path), AT_FDCWD, path, (path), const char *)
 ON_PATH(unlinkat, 1, (int at, const char *path, int flags), at, path, (at, path, flags), int, const char *, int)
 ON_PATH(rmdir, 1, (const char *path), AT_FDCWD, path, (path), const char *)
+
+static atomic_long seconds_back;
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    REAL(int, "clock_gettime", clockid_t, struct timespec *);
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec -= atomic_load(&seconds_back);
+    return result;
+}
+
+void clock_fault_arm(long seconds) { atomic_store(&seconds_back, seconds); }

@@ -13,12 +13,14 @@ import pathlib
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 
 from tests.training.runs import ENVIRONMENT, last_of_each
 
-FULL, KILL = 0, 1
+FULL, KILL, READ_ONLY = 0, 1, 2
+Before = Callable[[], object] | None
 _IMPORTED = ["dpgemma.cli", "dpgemma.commands.train", "dpgemma.training.prepare", "dpgemma.inference.exporting"]
 
 
@@ -27,7 +29,7 @@ class Fault:
     """What happens at the call number `at` that changes something below a folder.
 
     Attributes:
-      kind: FULL, where the disk refuses this call and all later ones, or KILL.
+      kind: FULL or READ_ONLY, where the disk refuses this call and all later ones, or KILL.
       at: counted from 1; 0 for never.
     """
 
@@ -53,11 +55,15 @@ class Program:
         self._place = place
         self._context = multiprocessing.get_context("forkserver")
 
-    def start(self, *arguments: object, fault: Fault | None = None) -> BaseProcess:
-        """A process that runs the program."""
+    def start(self, *arguments: object, fault: Fault | None = None, before: Before = None) -> BaseProcess:
+        """A process that runs the program.
+
+        Args:
+          before: a function that the process calls first.
+        """
         for name in ("out", "err", "calls"):
             (self._place / name).unlink(missing_ok=True)
-        process = self._context.Process(target=_run, args=(last_of_each(arguments), fault, self._place))
+        process = self._context.Process(target=_run, args=(last_of_each(arguments), fault, before, self._place))
         process.start()
         return process
 
@@ -71,9 +77,9 @@ class Program:
         texts = [self._text(name) for name in ("out", "err", "calls")]
         return Done(process.exitcode, texts[0], texts[1], int(texts[2] or 0))
 
-    def run(self, *arguments: object, fault: Fault | None = None) -> Done:
+    def run(self, *arguments: object, fault: Fault | None = None, before: Before = None) -> Done:
         """Runs the program to its end."""
-        return self.end_of(self.start(*arguments, fault=fault))
+        return self.end_of(self.start(*arguments, fault=fault, before=before))
 
     def _text(self, name: str) -> str:
         path = self._place / name
@@ -115,21 +121,20 @@ def program(place: pathlib.Path) -> Iterator[Program]:
         os.environ.update(before)
 
 
-def _run(arguments: list[str], fault: Fault | None, place: pathlib.Path) -> None:
+def _run(arguments: list[str], fault: Fault | None, before: Before, place: pathlib.Path) -> None:
     os.setsid()
-    for descriptor, name in ((1, "out"), (2, "err")):
-        file = os.open(place / name, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.dup2(file, descriptor)
-        os.close(file)
+    files = [os.open(place / name, os.O_WRONLY | os.O_CREAT, 0o600) for name in ("out", "err", "calls")]
+    os.dup2(files[0], 1)
+    os.dup2(files[1], 2)
     disk = ctypes.CDLL(None)
-    disk.disk_fault_arm(str(fault.folder if fault else "").encode(), fault.kind if fault else FULL,
-                        ctypes.c_long(fault.at if fault else 0))  # fmt: skip
-    import sys
-
+    if fault is not None:
+        disk.disk_fault_arm(str(fault.folder).encode(), fault.kind, ctypes.c_long(fault.at))
+    if before is not None:
+        before()
     from dpgemma import cli
 
     sys.argv = ["dpgemma", *arguments]
     try:
         cli.entry_point()
     finally:
-        (place / "calls").write_text(str(disk.disk_fault_calls()))
+        os.write(files[2], str(disk.disk_fault_calls()).encode())

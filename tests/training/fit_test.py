@@ -109,3 +109,13 @@ def test_trees_of_several_arrays_are_trained():
     )  # fmt: skip
     assert jax.tree.structure(fitted.parameters) == jax.tree.structure({"w": 0, "b": 0})
     np.testing.assert_allclose(fitted.parameters["w"], [1, 2, 3], atol=0.6)
+
+
+def test_units_whose_losses_are_all_no_numbers_add_nothing_to_the_noise():
+    given = dict(delta=1e-5, batch_size=60, steps=3, noise_multiplier=0.8, keys=KEYS)
+    bad, none = (
+        fit(lambda weights, record, factor=factor: factor * weights.sum(), jnp.ones(3), RECORDS, **given)
+        for factor in (np.nan, 0.0)
+    )
+    np.testing.assert_array_equal(bad.parameters, none.parameters)
+    assert np.isfinite(bad.parameters).all() and not np.array_equal(bad.parameters, np.ones(3))

@@ -22,6 +22,7 @@ _PREFIXES = {
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
+_AT_ONCE = 1 << 20  # numbers that are looked at together
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
@@ -66,9 +67,21 @@ class TensorFiles:
         return file.get_slice(key)[:0].dtype
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """One tensor, or some of its rows."""
+        """One tensor, or some of its rows.
+
+        Raises:
+          InputError: a number that is infinite, or none.
+        """
         file, key = self._places[name]
-        return file.get_tensor(key) if rows == slice(None) else file.get_slice(key)[rows]
+        found: np.ndarray = file.get_tensor(key) if rows == slice(None) else file.get_slice(key)[rows]
+        if not _is_finite(found):
+            raise InputError(f"tensor {name} of {self._directory} holds NaN or infinity: give weights that are whole")
+        return found
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[i : i + _AT_ONCE]).all() for i in range(0, flat.size, _AT_ONCE))
 
 
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:

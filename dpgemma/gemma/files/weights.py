@@ -148,6 +148,23 @@ def load(config: GemmaConfig, directory: pathlib.Path, sharding: Any = None, dty
     return tree_of(parameters)
 
 
+def check(config: GemmaConfig, directory: pathlib.Path) -> None:
+    """Reads all tensors once, one at a time, so that a run finds before it begins what `load` would refuse.
+
+    Args:
+      config: without adapters.
+
+    Raises:
+      InputError: as `load` does.
+    """
+    shapes = {path: leaf.shape for path, leaf in leaves(decoder.parameter_shapes(config)).items()}
+    with TensorFiles(directory) as checkpoint:
+        _check(config, checkpoint, shapes)
+        for weight in table(config):
+            for name in _names(config, weight):
+                checkpoint.read(name)
+
+
 def _names(config: GemmaConfig, weight: Weight) -> list[str]:
     """The tensors that a parameter is made of."""
     return [weight.name.format(i) for i in layers_of(config, weight)] or [weight.name]
