@@ -5,8 +5,8 @@
     python -m tests.mutations --page=FILE   writes the page docs/breaches.md too
 
 They stand in tests.breaches. A mutation names the tests that are expected to notice it, so that a run takes minutes
-and not hours; the fast suite holds all of these. Prints one line for each, and ends with exit code 1 if one survives or
-does not apply any more.
+and not hours; the fast suite holds nearly all of these. Prints one line for each, and ends with exit code 1 if one
+survives or does not apply any more.
 """
 
 import argparse

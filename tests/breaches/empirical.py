@@ -67,7 +67,7 @@ MUTATIONS = (
     ),
     Mutation(
         "canaries", "private/ forgets that some were registered", "dpgemma/training/run.py",
-        'facts |= {name: start_event[name] for name in ("canary_sha256",) if name in start_event}\n', "",
+        'facts |= {name: start_event[name] for name in ("canary_sha256",) if name in start_event}', "facts |= {}",
         (ATTACK, "-k", "finds_much"),
     ),
     Mutation(

@@ -21,3 +21,6 @@ class Mutation:
     old: str
     new: str
     tests: tuple[str, ...]
+
+
+SLOW_TOO = ("-m", "slow or not slow")  # among the tests of a mutation that a slow one notices

@@ -1,11 +1,12 @@
 """Breaches of what trains and samples: data, batches, clipping, noise, keys, what is shown."""
 
-from tests.breaches.mutation import Mutation
+from tests.breaches.mutation import SLOW_TOO, Mutation
 
 RECOMPUTED = ("tests/training/recomputed_test.py",)
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
 SECRECY, MOVING = "tests/training/secrecy_test.py", "tests/training/moving_test.py"
 COUNTED = "tests/training/histogram_test.py"
+REPLAY, UNFIT = ("tests/training/replay_test.py",), ("tests/training/run_test.py", "-k", "does_not_fit")
 TRAINER, RECORD, STEP, PREPARE = (f"dpgemma/training/{name}.py" for name in ("trainer", "record", "step", "prepare"))
 PROCESSES, STORAGE = "tests/training/processes_test.py", "tests/training/storage_test.py"
 CLIPPING, NOISE = "dpgemma/privacy/clipping.py", "dpgemma/privacy/noise.py"
@@ -89,6 +90,14 @@ MUTATIONS = (
         "            raw = jax.tree.map(lambda x: x * (clipped.sensitivity / clipped.steps), clipped.total)\n"
         "            mean = divide(dataclasses.replace(noised, total=raw), mechanism.expected_batch_size)",
         RECOMPUTED,
+    ),
+    Mutation(
+        "optimizer sees what was not noised", "the mean loss of a batch scales its update", STEP,
+        "mean = divide(noised, mechanism.expected_batch_size)",
+        "mean = divide(noised, mechanism.expected_batch_size)\n"
+        "        by = 1 + 1e-3 * stats.losses.mean()\n"
+        "        mean = dataclasses.replace(mean, mean=jax.tree.map(lambda x: x * by, mean.mean))",
+        REPLAY,
     ),
     Mutation(
         "scaling by strategy", "normalise does not divide by C", CLIPPING,
@@ -183,12 +192,20 @@ MUTATIONS = (
     ),
     Mutation(
         "repeated steps", "repeated steps may pass the target", RECORD,
-        "if spent > self.plan.epsilon * (1 + _LAST_BITS):", "if False:", (MOVING, "-k", "beyond_the_target"),
+        "if spent > self.plan.epsilon * (1 + _LAST_BITS):", "if False:", (MOVING, "-k", "beyond_the_target", *SLOW_TOO),
     ),
     Mutation(
         "repeated steps", "two states of a step are saved", "dpgemma/training/checkpoint.py",
         'if ledger.history.state_at(step) not in (None, sha256["state_sha256"]):', "if False:",
         ("tests/training/checkpoint_test.py",),
+    ),
+    Mutation(
+        "identity of a run", "a config.json that was changed goes on", "dpgemma/training/run.py",
+        'if run_files.file_digest(self.config_file) != facts["config_sha256"]:', "if False:", UNFIT,
+    ),
+    Mutation(
+        "noise of the real loop", "a wrong bit in the file of the keys is not noticed", KEYS,
+        "if stored.get(_CHECK, keys._check()) != keys._check():", "if False:", UNFIT,
     ),
     Mutation(
         "identity of a run", "number formats and attention may change on resume", "dpgemma/training/settings.py",
@@ -260,7 +277,7 @@ MUTATIONS = (
     Mutation(
         "several processes", "an error shows the keys", "dpgemma/sharding/processes.py",
         "    return cast(T, told)\n", "    print(told)\n    return cast(T, told)\n",
-        (PROCESSES, "-k", "none_outlives"),
+        (PROCESSES, "-k", "none_outlives", *SLOW_TOO),
     ),
     Mutation(
         "keys bound to places", "variables of compilers have no part in the environment",
@@ -280,7 +297,7 @@ MUTATIONS = (
     Mutation(
         "sums over devices", "a fully sharded sum holds units twice", "dpgemma/sharding/place.py",
         "return jax.lax.psum_scatter(whole,", "return 2 * jax.lax.psum_scatter(whole,",
-        ("tests/sharding/tensor_test.py", "-k", "fully_sharded"),
+        ("tests/sharding/tensor_test.py", "-k", "fully_sharded", *SLOW_TOO),
     ),
     Mutation(
         "users", "every record is a unit of its own", "dpgemma/data/text/pieces.py",
@@ -296,7 +313,7 @@ MUTATIONS = (
     Mutation(
         "users", "of rows that are drawn one by one, only those of few users are", "dpgemma/privacy/samplers.py",
         "return PoissonSampler(sampling.num_items,", "return PoissonSampler(sampling.num_units,",
-        ("tests/training/users_test.py", "-k", "one_by_one"),
+        ("tests/training/users_test.py", "-k", "one_by_one", *SLOW_TOO),
     ),
     Mutation(
         "users", "a user's row that was not drawn takes part", "dpgemma/data/source.py",

@@ -269,7 +269,16 @@ def with_other_coins(workdir):
     rewrite_chain(workdir, change)
 
 
+def with_another_text(workdir):
+    """One token of one canary; coins and keys are those of the run."""
+    planted = planted_of(workdir)
+    columns = {name: column.copy() for name, column in planted.columns.items()}
+    columns["tokens"][3].reshape(-1)[2] ^= 1
+    (workdir / "private" / "canaries.npz").write_bytes(dataclasses.replace(planted, columns=columns).as_bytes())
+
+
 TAMPERED = {
+    "the text of a canary": (with_another_text, {"canaries_disagree"}),
     "the facts of the canaries": (lambda w: rewrite_chain(w, drop(*FACTS)), {"config_disagrees", "canaries_disagree"}),
     "one of the facts": (lambda w: rewrite_chain(w, drop("canary_sha256")), {"ledger_edited"}),
     "all that is public": (without_a_trace, {"canaries_disagree"}),

@@ -266,12 +266,24 @@ REFUSALS = {
         "hash chain",
     ),
     "damaged keys": ({}, lambda w: (w / "private/keys.json").write_text("{}"), "keys.json is damaged"),
+    "a wrong digit of a key": ({}, lambda w: one_digit(w / "private/keys.json", "noise"), "keys.json is damaged"),
+    "another name of a setting": (
+        {},
+        lambda w: edit(w / "config.json", '"mesh"', '"mesi"'),
+        "is not the file that",
+    ),
     "damaged config": ({}, lambda w: (w / "config.json").write_text("{"), "config.json is damaged"),
 }
 
 
 def edit(path, old, new):
     path.write_text(path.read_text().replace(old, new, 1))
+
+
+def one_digit(path, name):
+    stored = json.loads(path.read_text())
+    stored[name] = ("0" if stored[name][0] != "0" else "1") + stored[name][1:]
+    path.write_text(json.dumps(stored))
 
 
 @pytest.mark.parametrize("case", REFUSALS)
