@@ -23,6 +23,7 @@ from accounting.audit import (
 from accounting.audit.canary_checks import Measured
 from accounting.audit.findings import AuditResult, Finding
 from accounting.empirical import protocol
+from accounting.empirical.protocol import Assessment
 from accounting.errors import InputError
 from accounting.ledger import chain as ledger_lib
 from accounting.ledger import events
@@ -128,10 +129,9 @@ class _Audit:
         found = self.measured.assessment
         if found is None or executed is None:
             return None
-        shown = found.as_dict()
-        bounds = [bound | {"meaning": protocol.BOUNDS[bound["bound"]]} for bound in shown["bounds"]]
-        significance = executed.declared["audit_protocol"]["significance"]
-        return shown | {"bounds": bounds, "significance": significance}
+        shown = _with_meanings(found) | {"significance": executed.declared["audit_protocol"]["significance"]}
+        against = self.measured.against
+        return shown if against is None else shown | {"against": _with_meanings(against)}
 
     def _content(self, name: str, *, required: bool) -> bytes | None:
         """A file's bytes; None, and a finding if it is required, where it is missing."""
@@ -257,3 +257,11 @@ class _Audit:
             self.findings += secrecy_checks.permissions(self.workdir / run_files.PRIVATE)
         else:
             self.notices.append("private/ is not here: permissions and keys were not checked")
+
+
+def _with_meanings(found: Assessment) -> dict[str, Any]:
+    shown = found.as_dict()
+    return shown | {
+        "bounds": [bound | {"meaning": protocol.BOUNDS[bound["bound"]]} for bound in shown["bounds"]],
+        "significance": protocol.SIGNIFICANCE,
+    }

@@ -29,6 +29,7 @@ class Measured:
       coins_follow: whether their coins are those of the run's keys.
       kept: what an attack showed that is kept in private/, and its keyed hash.
       assessment: of an attack that was measured for this audit.
+      against: of an attack by a reference model that no protocol named.
     """
 
     digest: str | None = None
@@ -36,6 +37,7 @@ class Measured:
     coins_follow: bool = True
     kept: tuple[dict[str, Any], str] | None = None
     assessment: Assessment | None = None
+    against: Assessment | None = None
 
 
 def attack_of(executed: Executed, measured: Measured) -> dict[str, Any] | None:
@@ -143,7 +145,9 @@ def contradictions(executed: Executed, epsilon: float, measured: Measured) -> It
     """
     known = attack_of(executed, measured)
     found = None if measured.assessment is None else measured.assessment.as_dict()
-    contradicting = [attack["lower_bound"] for attack in (known, found) if attack is not None and attack["contradicts"]]
+    against = None if measured.against is None else measured.against.as_dict()
+    shown = [attack for attack in (known, found, against) if attack is not None]
+    contradicting = [attack["lower_bound"] for attack in shown if attack["contradicts"]]
     if contradicting:
         yield Finding(
             "guarantee_contradicted",

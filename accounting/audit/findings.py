@@ -129,12 +129,18 @@ class AuditResult:
         lines = [
             f"an attack on {found['canaries']} canaries, {found['included']} of them trained on, shows epsilon"
             f" {found['lower_bound']:g} at least; all bounds together are wrong in at most"
-            f" {found['significance']:.0%} of runs"
+            f" {found['significance']:.0%} of runs",
+            *_table(found),
         ]
-        return lines + [
-            f"  {bound['epsilon']:<8g} {bound['score']}, {bound['bound']}: {bound['meaning']}"
-            for bound in found["bounds"]
-        ]
+        against = found.get("against")
+        if against is not None:
+            lines += [
+                f"against the reference model, which no protocol named before the run: epsilon"
+                f" {against['lower_bound']:g} at least; these bounds are wrong in at most"
+                f" {against['significance']:.0%} of runs",
+                *_table(against),
+            ]
+        return lines
 
     def text(self) -> str:
         """Returns the result as lines of text for a terminal."""
@@ -155,3 +161,9 @@ class AuditResult:
         if self.ledger_head:
             lines.append(f"ledger head {self.ledger_head} ({self.seal})")
         return "\n".join(lines)
+
+
+def _table(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"  {bound['epsilon']:<8g} {bound['score']}, {bound['bound']}: {bound['meaning']}" for bound in found["bounds"]
+    ]

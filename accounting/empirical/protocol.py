@@ -32,6 +32,7 @@ GUESSED = (1.0, 0.3, 0.1, 0.03)
 # Scores, each higher for canaries that seem to be included.
 LOSS = "loss"  # the negative loss under the trained model
 LOSS_AGAINST_START = "loss_against_start"  # by how much training lowered it
+LOSS_AGAINST_REFERENCE = "loss_against_reference"  # how much lower it is than under a model without the canaries
 LIKELIHOOD_RATIO = "log_likelihood_ratio"  # of all steps, for whoever sees every release
 
 ONE_RUN, ONE_RUN_CURVE = "one_run", "one_run_curve"
@@ -100,6 +101,11 @@ def of_kind(kind: str, sampling_probability: float) -> Protocol:
 def of_texts() -> Protocol:
     """For canaries that the model reads as text: what one model learns of them is coupled, so one-run bounds alone."""
     return Protocol((LOSS, LOSS_AGAINST_START), (ONE_RUN, ONE_RUN_CURVE))
+
+
+def of_texts_against_reference() -> Protocol:
+    """For a reference model that is named after the run: registered nowhere, so with a significance of its own."""
+    return Protocol((LOSS_AGAINST_REFERENCE,), of_texts().bounds)
 
 
 def of_gradients(sampling_probability: float) -> Protocol:

@@ -21,7 +21,7 @@ _PRIVATE = (
 )
 
 _OF_AUDIT = ("export", "head", "require_seal", "empirical")
-_OF_MEMORISATION = ("against", "data", "text_field", "passages", "prefix", "suffix")
+_OF_MEMORISATION = ("data", "text_field", "passages", "prefix", "suffix")
 
 DESCRIPTION = "Check a run: dpgemma audit WORKDIR. Exit code 0: all agrees; 1: findings; 2: no run."
 POSITIONAL = ("workdir",)
@@ -54,7 +54,11 @@ def define_flags(fv: flags.FlagValues) -> None:
         fv,
     )
     command_flags.string(
-        "against", None, "With --memorisation, another run or Hugging Face directory, which is asked too.", fv
+        "against",
+        None,
+        "With --memorisation, another run or Hugging Face directory, which is asked too; with --empirical, one without"
+        " the canaries, under which they are as likely as their texts make them.",
+        fv,
     )
     command_flags.string(
         "data", None, "With --memorisation, where the run's data lie now, or the records to ask for.", fv
@@ -76,6 +80,8 @@ def run(fv: flags.FlagValues) -> int:
         raise InputError(f"{', '.join(f'--{name}' for name in given)} {what} --memorisation: drop one of them")
     if fv.memorisation:
         return _memorisation(fv)
+    if fv.against and not fv.empirical:
+        raise InputError("--against needs a question: give --empirical or --memorisation with it")
     from accounting import run_files
     from accounting.ledger import seals
     from dpgemma.training.auditing import audit
@@ -88,12 +94,13 @@ def run(fv: flags.FlagValues) -> int:
         ledger = workdir / run_files.LEDGER
         before = ledger.stat().st_size if ledger.is_file() else 0
         locked = run_files.is_locked(workdir) or places.is_held(fv.workdir)
-        attack = None
+        attack = against = None
         if fv.empirical:
-            from dpgemma.inference.attacking import attacked
+            from dpgemma.inference.attacking import attacked, attacked_against
 
             attack = attacked(workdir)
-        result = audit(workdir, tuple(exports), head=fv.head, required=required, attack=attack)
+            against = attacked_against(workdir, fv.against) if fv.against else None
+        result = audit(workdir, tuple(exports), head=fv.head, required=required, attack=attack, against=against)
         locked = locked or (ledger.is_file() and ledger.stat().st_size != before)
     if locked and not result.finished:  # its files are written one after the other; those of a finished run stay
         result = result.while_running()

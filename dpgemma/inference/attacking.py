@@ -1,14 +1,21 @@
 """The attack on a finished run's canaries, measured anew from its checkpoint, its keys and what was observed."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
+
+from accounting.empirical import protocol as protocol_lib
 from accounting.empirical.protocol import Assessment, Protocol
 from accounting.errors import InputError
 from accounting.ledger import chain
 from accounting.ledger import executed as executed_lib
+from accounting.ledger.executed import Executed
+from dpgemma.data.canaries import Canaries
 from dpgemma.gemma import lora
 from dpgemma.inference import models
+from dpgemma.inference.memorisation import check_alike, is_run, model_of
 from dpgemma.training import attack, observed
 from dpgemma.training import canaries as canaries_lib
 from dpgemma.training.prepare import objective_of
@@ -26,6 +33,57 @@ def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda cana
     Raises:
       InputError: a run without canaries, one that is not finished, or one whose files are missing or damaged.
     """
+    run, executed, canaries = _finished(workdir)
+    protocol = Protocol.of_facts(executed.declared["audit_protocol"])
+    if canaries_lib.coordinates_of(canaries) is not None:
+        seen = observed.read(run.observed_file, executed.planned.steps, canaries.count)
+        scores = attack.observed_scores(seen, executed.planned)
+    else:
+        settings = Settings.of_config(run.config())
+        objective = objective_of(settings)
+        trained = lora.split(objective.model, models.load(str(workdir)).parameters)
+        scores = attack.text_scores(objective, trained, objective.init(settings.seed), canaries, advance)
+    return _assessed(workdir, protocol, scores, canaries, executed)
+
+
+def attacked_against(workdir: pathlib.Path, reference: str) -> Assessment:
+    """The lower bounds of a score that is the loss of a canary against its loss under a reference model.
+
+    The reference may be chosen after the run: it is no part of the registered protocol, and its bounds have a
+    significance of their own. It must not have seen the canaries' coins. So a run that planted canaries is refused;
+    of a Hugging Face directory that is assumed.
+
+    Args:
+      workdir: of a run that planted canaries which are text, with its private/.
+      reference: folder of a run without canaries, or a Hugging Face directory, with the same tokenizer.
+
+    Raises:
+      InputError: a reference that cannot be one, and as `attacked` does.
+    """
+    run, executed, canaries = _finished(workdir)
+    if canaries_lib.coordinates_of(canaries) is not None:
+        raise InputError(f"{workdir} planted gradient canaries, which are no text that a model could be asked for")
+    if is_run(reference) and RunDirectory(pathlib.Path(reference)).config().get("canaries"):
+        raise InputError(f"{reference} planted canaries itself: a reference is a run without them")
+    trained, other = models.load(str(workdir)), model_of(reference)
+    check_alike(other, reference, trained)
+    objective = objective_of(Settings.of_config(run.config()))
+    if objective.length > other.config.max_length:
+        raise InputError(f"{reference} takes {other.config.max_length} tokens, and canaries have {objective.length}")
+    start = dataclasses.replace(objective.start, name=other.config.model_type, model=other.config)
+    as_reference = dataclasses.replace(objective, start=start)
+    after = attack.losses(objective, lora.split(objective.model, trained.parameters), canaries)
+    before = attack.losses(as_reference, lora.split(other.config, other.parameters), canaries)
+    scores = {protocol_lib.LOSS_AGAINST_REFERENCE: before - after}
+    return _assessed(workdir, protocol_lib.of_texts_against_reference(), scores, canaries, executed)
+
+
+def _finished(workdir: pathlib.Path) -> tuple[RunDirectory, Executed, Canaries]:
+    """A finished run, and its canaries as its ledger registered them.
+
+    Raises:
+      InputError: as `attacked` does.
+    """
     run = RunDirectory(workdir)
     if not run.ledger_file.is_file():
         raise InputError(f"{workdir} is no run directory: it has no ledger")
@@ -41,18 +99,15 @@ def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda cana
             f"{workdir} has taken {executed.updates} of {executed.planned.steps} steps: its canaries are attacked when"
             " it is finished"
         )
-    protocol = Protocol.of_facts(executed.declared["audit_protocol"])
     canaries = canaries_lib.kept(workdir, run.keys.holdout)
     if canaries.digest() != executed.declared.get("canary_sha256"):
         raise InputError(f"the canaries in {workdir} are not those that its ledger registered: run dpgemma audit")
-    if canaries_lib.coordinates_of(canaries) is not None:
-        seen = observed.read(run.observed_file, executed.planned.steps, canaries.count)
-        scores = attack.observed_scores(seen, executed.planned)
-    else:
-        settings = Settings.of_config(run.config())
-        objective = objective_of(settings)
-        trained = lora.split(objective.model, models.load(str(workdir)).parameters)
-        scores = attack.text_scores(objective, trained, objective.init(settings.seed), canaries, advance)
+    return run, executed, canaries
+
+
+def _assessed(
+    workdir: pathlib.Path, protocol: Protocol, scores: dict[str, np.ndarray], canaries: Canaries, executed: Executed
+) -> Assessment:
     found = attack.assess(protocol, scores, canaries, executed)
     if found is None:
         raise InputError(

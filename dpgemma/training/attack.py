@@ -40,12 +40,24 @@ def text_scores(
       advance: is told how many more canaries were measured.
     """
 
-    def losses(parameters: tuple[Any, Any]) -> np.ndarray:
-        found = measure(objective, *parameters, InMemory(canaries.columns), advance=advance)
-        return found.numerators[NATS_PER_TOKEN]
-
-    after, before = losses(trained), losses(start)
+    after, before = (losses(objective, parameters, canaries, advance) for parameters in (trained, start))
     return {protocol_lib.LOSS: -after, protocol_lib.LOSS_AGAINST_START: before - after}
+
+
+def losses(
+    objective: Objective,
+    parameters: tuple[Any, Any],
+    canaries: Canaries,
+    advance: Callable[[int], None] = lambda units: None,
+) -> np.ndarray:
+    """Losses float64 [m] of canaries that are text, in nats.
+
+    Args:
+      parameters: trainable and frozen ones.
+      advance: is told how many more canaries were measured.
+    """
+    found = measure(objective, *parameters, InMemory(canaries.columns), advance=advance)
+    return found.numerators[NATS_PER_TOKEN]
 
 
 def likelihood_ratio(observed: np.ndarray, sampling_probability: float, noise_multiplier: float) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The audit of a run's folder, its checkpoints and its canaries included."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -20,6 +21,7 @@ def audit(
     head: str | None = None,
     required: AuditKey | None = None,
     attack: Assessment | None = None,
+    against: Assessment | None = None,
 ) -> AuditResult:
     """Derives a run's epsilon again from its ledger, and compares it with everything else in its folder.
 
@@ -32,14 +34,15 @@ def audit(
       exports: exported folders to check besides those inside the run's.
       head: hash of a line that was deposited elsewhere.
       required: key from elsewhere under which the ledger must be sealed.
-      attack: on the run's canaries, measured anew (dpgemma.inference.attacking).
+      attack, against: on the run's canaries, measured anew, and by a reference model (dpgemma.inference.attacking).
 
     Raises:
       InputError: the folder is no run, or an export is no export.
     """
     path = pathlib.Path(workdir)
     checkpoints = _checkpoints(path / run_files.CHECKPOINTS)
-    return audit_lib.audit(path, checkpoints, exports, head=head, required=required, measured=_canaries(path, attack))
+    measured = dataclasses.replace(_canaries(path), assessment=attack, against=against)
+    return audit_lib.audit(path, checkpoints, exports, head=head, required=required, measured=measured)
 
 
 def _checkpoints(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -50,21 +53,21 @@ def _checkpoints(folder: pathlib.Path) -> list[dict[str, Any]]:
     return checkpoint.summaries(folder)
 
 
-def _canaries(workdir: pathlib.Path, attack: Assessment | None) -> Measured:
+def _canaries(workdir: pathlib.Path) -> Measured:
     """What private/ holds of canaries."""
     keys = workdir / run_files.KEYS
     if not run_files.can_read_private(workdir) or not keys.exists() or not (workdir / run_files.CANARIES).exists():
-        return Measured(assessment=attack)
+        return Measured()
     from dpgemma.privacy.keys import Keys
     from dpgemma.training import canaries
 
     try:
         found = canaries.kept(workdir, Keys.load(keys).holdout)
     except InputError as error:
-        return Measured(unreadable=str(error), assessment=attack)
+        return Measured(unreadable=str(error))
     try:
         content = (workdir / run_files.ATTACK).read_bytes()
         kept = (json.loads(content), found.bound(content))
     except (OSError, ValueError, RecursionError):
         kept = None
-    return Measured(found.digest(), None, found.coins_follow_from_seed, kept, attack)
+    return Measured(found.digest(), None, found.coins_follow_from_seed, kept)

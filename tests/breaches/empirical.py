@@ -72,8 +72,8 @@ MUTATIONS = (
     ),
     Mutation(
         "attack", "the score knows the coin", "dpgemma/training/attack.py",
-        "after, before = losses(trained), losses(start)",
-        "after, before = losses(trained) - 9 * canaries.included, losses(start)",
+        "protocol_lib.LOSS_AGAINST_START: before - after}",
+        "protocol_lib.LOSS_AGAINST_START: before - after + 9 * canaries.included}",
         (ATTACK, "-k", "know_the_coins"),
     ),
     Mutation(

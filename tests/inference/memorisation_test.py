@@ -140,7 +140,7 @@ def test_other_data_than_the_run_s_are_refused(learned, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--against=x"], "belong to --memorisation"),
+    (["--against=x"], "give --empirical or --memorisation"),
     (["--memorisation", "--empirical"], "--empirical have no meaning with --memorisation"),
     (["--memorisation", "--head=zz"], "--head have no meaning with --memorisation"),
     (["--prefix=3"], "--prefix belong to --memorisation"),

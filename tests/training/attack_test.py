@@ -18,11 +18,12 @@ from dpgemma.data import canaries as canaries_lib
 from dpgemma.data import holdout
 from dpgemma.data.batch import Unit
 from dpgemma.data.source import InMemory
-from dpgemma.data.text import units
+from dpgemma.data.text import tokenizer_files, units
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.rows import SCORED, TOKENS
 from dpgemma.data.text.tokenizer import ByteTokenizer
-from dpgemma.inference.attacking import attacked
+from dpgemma.gemma.files import config_json, weights
+from dpgemma.inference import attacking
 from dpgemma.privacy import keystream
 from dpgemma.privacy.keys import Keys
 from dpgemma.privacy.samplers import PoissonSampler
@@ -152,6 +153,32 @@ def test_the_score_of_texts_is_their_likelihood(black_box):
         before = LENGTH * float(objective.loss(*start, unit))
         assert found["loss"][i] == pytest.approx(-after, rel=1e-4)
         assert found["loss_against_start"][i] == pytest.approx(before - after, abs=1e-3 * before)
+
+
+def test_a_reference_model_gives_a_score_and_bounds_of_their_own(black_box, white_box, tmp_path, capsys):
+    """Against the model that the run started from, written as a directory, the ROC is that of the registered score."""
+    objective, directory = prepare.objective_of(Settings(**COMMON, data="synthetic")), tmp_path / "start"
+    directory.mkdir()
+    weights.save(objective.model, objective.init(0)[0], directory)
+    content = config_json.to_hf_config(objective.model, {"bos_token_id": objective.tokenizer.bos})
+    (directory / "config.json").write_text(json.dumps(content))
+    tokenizer_files.write(objective.tokenizer, directory, objective.model.max_length)
+    against = attacking.attacked_against(black_box, str(directory))
+    assert against.roc["loss_against_reference"] == attacking.attacked(black_box).roc["loss_against_start"]
+    assert len(against.bounds) == 2 and not against.contradicts
+    code, result = audited(capsys, black_box, "--empirical", f"--against={directory}")
+    assert code == 0 and len(result["empirical"]["bounds"]) == 4
+    assert result["empirical"]["against"]["bounds"][0]["score"] == "loss_against_reference"
+    assert cli.main(["audit", str(black_box), "--empirical", f"--against={directory}"]) == 0
+    assert "which no protocol named before the run" in capsys.readouterr().out
+    for workdir, flags, message in (
+        (black_box, ["--empirical", f"--against={black_box}"], "planted canaries itself"),
+        (white_box, ["--empirical", f"--against={directory}"], "no text that a model could be asked for"),
+        (black_box, ["--empirical", "--against=/nowhere"], "neither a run's folder nor"),
+        (black_box, [f"--against={directory}"], "give --empirical or --memorisation"),
+    ):
+        assert cli.main(["audit", str(workdir), *flags]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_planting_changes_nothing_but_the_rows_added(text, tmp_path):
@@ -386,7 +413,7 @@ def test_an_interrupted_run_has_the_same_canaries_and_the_same_result(text, tmp_
     after = np.load(workdir / "private" / "canaries_observed.npy")
     assert planted_of(workdir).digest() == before and not np.isnan(after).any()
     np.testing.assert_array_equal(after[:3], first[:3])
-    assert attacked(workdir).epsilon >= 1
+    assert attacking.attacked(workdir).epsilon >= 1
 
 
 def test_a_run_without_its_canaries_does_not_go_on(text, tmp_path):
