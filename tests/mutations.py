@@ -51,7 +51,8 @@ def main() -> int:
 def page(results: list[dict[str, object]]) -> str:
     """All results as a page of the documentation."""
     noticed = sum(bool(result["noticed_by"]) for result in results)
-    rows = [f"| {r['kind']} | {r['what']} | {r['noticed_by'] or 'NOTHING'} |" for r in results]
+    tests = [str(r["noticed_by"] or "NOTHING").partition("[")[0] for r in results]
+    rows = [f"| {r['kind']} | {r['what']} | {test} |" for r, test in zip(results, tests, strict=True)]
     return "\n".join(
         [
             "# Breaches that the tests notice",
@@ -84,7 +85,8 @@ def tried(mutation: Mutation, place: pathlib.Path) -> dict[str, object]:
         )  # fmt: skip
     finally:
         path.write_text(source)
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    failed = [line.partition(" ")[2].partition(" - ")[0] for line in lines]
     if done.returncode == 1 and failed:
         result["noticed_by"] = failed[0]
     elif done.returncode:
