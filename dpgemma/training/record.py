@@ -328,8 +328,8 @@ class Record:
         if self.ledger is None:
             return
         ledger, steps = self.ledger, self.plan.mechanism.steps
-        with open(self.run.held_out_file, "a") as file:
-            file.write(json.dumps({"step": steps, **_finite(measured)}) + "\n")
+        # Written whole: a run that is killed behind this line measures them once more.
+        run_files.write(self.run.held_out_file, json.dumps({"step": steps, **_finite(measured)}) + "\n")
         if not ledger.finished:
             ledger.append(events.EVALUATION, step=steps, units="held_out")
             ledger.append(events.FINISH, step=steps)
