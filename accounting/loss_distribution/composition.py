@@ -298,7 +298,8 @@ class Composition:
         left, right = (np.clip(i, 0, x.size - 1) for i in (place, place + 1))
         # Between two bins delta is convex in e^epsilon, so the chord between the two bounds lies above it; beyond the
         # last it only falls.
-        share = np.clip(np.expm1(epsilons - t.centre - x[left]) / math.expm1(t.interval), 0.0, 1.0)
+        with np.errstate(over="ignore"):  # far beyond the last bin
+            share = np.clip(np.expm1(epsilons - t.centre - x[left]) / math.expm1(t.interval), 0.0, 1.0)
         high, low = (np.exp(np.minimum(log_delta[i], 0.0)) for i in (left, right))
         return np.where(place >= 0, high + (low - high) * share, 1.0)
 

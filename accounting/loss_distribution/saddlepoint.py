@@ -99,8 +99,8 @@ def noise_multiplier(
       steps: T, the same shape.
 
     Returns:
-      (float64 of that shape, NaN where it lies outside [SMALLEST_NOISE, LARGEST_NOISE]; bool, whether the expansion
-      converges).
+      (float64 of that shape, SMALLEST_NOISE where less would do, NaN where LARGEST_NOISE does not; bool, whether the
+      expansion converges, or the least noise does).
 
     Raises:
       InputError: a budget that is none.
@@ -134,8 +134,9 @@ def noise_multiplier(
         if not len(active):
             break
         x[active] = _between(low[active], high[active], at_low[active], at_high[active])
-    at_end = (x < math.log(SMALLEST_NOISE) + 1e-3) | (x > math.log(LARGEST_NOISE) - 1e-3)
-    return np.where(at_end, np.nan, np.exp(x)).reshape(shape), ((terms < _LARGEST_TERM) & ~at_end).reshape(shape)
+    is_least, too_much = x < math.log(SMALLEST_NOISE) + 1e-3, x > math.log(LARGEST_NOISE) - 1e-3
+    noise = np.where(too_much, np.nan, np.where(is_least, SMALLEST_NOISE, np.exp(x)))
+    return noise.reshape(shape), (is_least | ((terms < _LARGEST_TERM) & ~too_much)).reshape(shape)
 
 
 def _between(low: Any, high: Any, at_low: Any, at_high: Any) -> np.ndarray:

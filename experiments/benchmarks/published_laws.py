@@ -5,7 +5,9 @@
 For every row of table 2 of arXiv 2501.18914: the noise multiplier that its budget needs (the lower of Poisson sampling
 and batches laid out beforehand, as in its appendix B.1), the noise-batch ratio, and its compute column from its other
 columns. Then the parametric form L2 with its published exponents, whose constants are fitted to the table's losses,
-with the error of each row left out. Then VaultGemma's figures.
+with the error of each row left out, together with the rows that are equal to it. Its examples are those of the runs
+that the paper's law is made of, which all had one batch (section 3), so they are the steps but for a constant. Then
+VaultGemma's figures.
 """
 
 import json
@@ -37,16 +39,16 @@ def noise_of(row: Row) -> dict:
 
 def l2_of_table(rows: list[dict]) -> dict:
     """E, A, B, C of L2 and the relative error of each row when the other rows alone are fitted."""
-    parameters, examples, ratio, loss = (
-        np.array([row[name] for row in rows]) for name in ("parameters", "examples", "noise_batch_ratio", "loss")
+    parameters, steps, ratio, loss = (
+        np.array([row[name] for row in rows]) for name in ("parameters", "steps", "noise_batch_ratio", "loss")
     )
-    constants = forms.fit_l2_constants(parameters, examples, ratio, loss)
-    design = forms.l2_design(parameters, examples, ratio)
+    constants = forms.fit_l2_constants(parameters, steps, ratio, loss)
+    design = forms.l2_design(parameters, steps, ratio)
     fitted = np.abs(design @ constants / loss - 1)
     left_out = []
     for i in range(len(rows)):
-        others = np.arange(len(rows)) != i
-        without = forms.fit_l2_constants(parameters[others], examples[others], ratio[others], loss[others])
+        equal = (parameters == parameters[i]) & (steps == steps[i]) & (loss == loss[i])
+        without = forms.fit_l2_constants(parameters[~equal], steps[~equal], ratio[~equal], loss[~equal])
         left_out.append(abs(float(design[i] @ without / loss[i] - 1)))
     return {
         "exponents": forms.PUBLISHED_L2,
@@ -68,7 +70,7 @@ def main() -> None:
                 "epsilon": row.epsilon,
                 "loss": row.loss,
                 "parameters": row.parameters,
-                "examples": row.batch_size * row.steps,
+                "steps": row.steps,
                 **noise_of(row),
                 "compute_printed": row.compute,
                 "compute_6MBST": product,

@@ -11,6 +11,7 @@ from absl import flags
 from accounting.errors import InputError
 from dpgemma import choices
 from dpgemma.commands import command_flags, process
+from dpgemma.storage.objects import is_address
 
 DESCRIPTION = (
     "Run a grid of trainings and fit the scaling law: dpgemma sweep CONFIG.toml. Run the same command again to go on."
@@ -57,6 +58,8 @@ def run(fv: flags.FlagValues) -> int:
     from experiments.sweep import folder as folder_lib
     from experiments.sweep import grid as grid_lib
 
+    if fv.workdir and is_address(fv.workdir):
+        raise InputError(f"a sweep's folder lies on a disk: give another `workdir` than {fv.workdir}")
     config = pathlib.Path(fv.config)
     path = pathlib.Path(fv.workdir or f"runs/sweep_{config.stem}")
     grid = grid_lib.read(config)
@@ -143,6 +146,10 @@ def fit_law(folder, table) -> tuple[str | None, list]:
     except InputError as error:
         print(f"no law is fitted: {error}", file=sys.stderr)
         return None, []
+    for run in fitted.left_out if folder.public_data else ():
+        print(f"not fitted: {run}", file=sys.stderr)
+    if fitted.left_out and not folder.public_data:
+        print(f"{len(fitted.left_out)} runs are not fitted: law.json says which, and why", file=sys.stderr)
     return save_law(folder, fitted, held_out.trials(fitted, table))
 
 

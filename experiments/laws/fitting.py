@@ -5,7 +5,7 @@ import json
 import pathlib
 
 from accounting.errors import InputError
-from experiments.laws import forms, points, validation
+from experiments.laws import forms, points, soundness, validation
 from experiments.laws.law import Interpolated, SemiParametric, fit_semiparametric
 from experiments.laws.points import Points
 from experiments.laws.validation import Error
@@ -29,6 +29,7 @@ class FittedLaw:
       sizes: the models that were trained, by name.
       sequence_length: tokens of a row; compute is counted with it.
       physical_batch: rows of a batch that the runs were trained with, whatever batch their noise stands for.
+      left_out: runs of the table that it was not fitted to, with the reason (soundness).
     """
 
     law: SemiParametric
@@ -37,6 +38,7 @@ class FittedLaw:
     sizes: dict[str, float]
     sequence_length: int
     physical_batch: float
+    left_out: tuple[str, ...] = ()
 
     def save(self, path: pathlib.Path) -> None:
         content = {
@@ -46,6 +48,7 @@ class FittedLaw:
             "sizes": self.sizes,
             "sequence_length": self.sequence_length,
             "physical_batch": self.physical_batch,
+            "left_out": list(self.left_out),
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -65,6 +68,7 @@ def load(path: pathlib.Path) -> FittedLaw:
             stored["sizes"],
             stored["sequence_length"],
             stored["physical_batch"],
+            tuple(stored.get("left_out", ())),
         )
     except FileNotFoundError:
         raise InputError(
@@ -119,6 +123,7 @@ def fit(table: Table) -> FittedLaw:
         sizes=table.rows(~table.held_out).sizes,
         sequence_length=table.sequence_length,
         physical_batch=batch,
+        left_out=tuple(map(str, soundness.sound(table.rows(~table.held_out))[1])),
     )
 
 

@@ -130,21 +130,21 @@ def fit(points: Points, form: str, start: Parametric | None = None) -> Parametri
     return Parametric(form, tuple(map(float, winner.x)), scale)
 
 
-def fit_l2_constants(parameters, examples, ratio, loss) -> np.ndarray:
+def fit_l2_constants(parameters, steps, ratio, loss) -> np.ndarray:
     """E, A, B, C of L2 with its published exponents, by least squares of the relative residual; none is negative."""
-    design = l2_design(parameters, examples, ratio)
+    design = l2_design(parameters, steps, ratio)
     constants, _ = optimize.nnls(design / loss[:, None], np.ones(len(loss)))
     return constants
 
 
-def l2_design(parameters, examples, ratio) -> np.ndarray:
+def l2_design(parameters, steps, ratio) -> np.ndarray:
     """The columns [n, 4] that E, A, B and C multiply in L2 with its published exponents."""
     p = PUBLISHED_L2
     return np.stack(
         [
             np.ones(len(parameters)),
             parameters ** -p["a"],
-            examples ** -p["b"],
+            steps ** -p["b"],
             sigmoid_of_noise(ratio) ** p["g"] / parameters ** p["g2"],
         ],
         axis=-1,

@@ -21,7 +21,7 @@ from experiments.laws.points import Points
 
 # Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and
 # believed up to this multiple of it (8,192,000).
-_FIT_FROM, _LONGEST = 1 / 8, 64
+_FIT_FROM, LONGEST = 1 / 8, 64
 # Points beyond this share of the longest run decide how a curve is extrapolated; candidate floors, as shares of the
 # lowest loss.
 _TAIL_FROM, _FLOORS = 1 / 3, np.linspace(0.0, 0.9, 19)
@@ -135,7 +135,7 @@ class Interpolated:
         self._rate = fit_learning_rate(points.parameters, points.steps, points.ratio, np.log2(points.learning_rate))
         sizes, ratios = np.unique(points.parameters), np.unique(points.ratio)
         last = points.steps.max()
-        beyond = last * 2.0 ** np.arange(1, int(math.log2(_LONGEST)) + 1)
+        beyond = last * 2.0 ** np.arange(1, int(math.log2(LONGEST)) + 1)
         steps = np.concatenate([np.unique(points.steps), beyond])
         loss = np.full((len(sizes), len(steps), len(ratios)), np.nan)
         for i, size in enumerate(sizes):
@@ -352,14 +352,15 @@ def _smooth(residual: np.ndarray, log_steps: np.ndarray) -> np.ndarray:
     """Local straight lines along the steps, so that a search for the lowest loss does not find the luckiest
     measurement.
     """
-    smooth = np.empty_like(residual)
-    for j, place in enumerate(log_steps):
-        weight = np.exp(-0.5 * ((log_steps - place) / _BANDWIDTH) ** 2)
-        x = np.stack([np.ones(len(log_steps)), log_steps - place], axis=-1)
-        # The value of the weighted fit at the place itself, as a linear function of what is fitted.
-        row = np.linalg.lstsq(x * np.sqrt(weight)[:, None], np.diag(np.sqrt(weight)), rcond=None)[0][0]
-        smooth[:, j, :] = np.einsum("j,ijk->ik", row, residual)
-    return smooth
+    distance = log_steps[None, :] - log_steps[:, None]
+    weight = np.exp(-0.5 * (distance / _BANDWIDTH) ** 2)
+    # The value at its own place of each weighted straight line, as a linear function of what is fitted.
+    moments = [(weight * distance**k).sum(axis=1, keepdims=True) for k in range(3)]
+    slope_is_known = moments[0] * moments[2] - moments[1] ** 2 > 1e-12 * moments[0] ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        line = weight * (moments[2] - moments[1] * distance) / (moments[0] * moments[2] - moments[1] ** 2)
+    rows = np.where(slope_is_known, line, weight / moments[0])
+    return np.einsum("js,isk->ijk", rows, residual)
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

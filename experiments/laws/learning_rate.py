@@ -18,7 +18,7 @@ class LearningRate:
     runs.
 
     Attributes:
-      coefficients: of the monomials, in the order of _monomials.
+      coefficients: of the monomials, in the order of monomials.
       centre, width: by which each variable is made of order one.
       floor: noise-batch ratio below which less noise makes no difference.
       ends: log2 of the lowest and the highest rate that was tried, each moved out by one factor of two.
@@ -31,7 +31,7 @@ class LearningRate:
     ends: tuple[float, float]
 
     def __call__(self, parameters, steps, ratio) -> np.ndarray:
-        value = _monomials(self._variables(parameters, steps, ratio)) @ np.array(self.coefficients)
+        value = monomials(self._variables(parameters, steps, ratio)) @ np.array(self.coefficients)
         return 2.0 ** np.clip(value, *self.ends)
 
     def _variables(self, parameters, steps, ratio) -> np.ndarray:
@@ -49,7 +49,7 @@ def fit_learning_rate(parameters, steps, ratio, log_rate) -> LearningRate:
     floor = float(noisy.min()) if len(noisy) else 1.0
     raw = _logs(parameters, steps, ratio, floor)
     centre, width = raw.mean(axis=0), np.maximum(raw.std(axis=0), 1e-9)
-    design, middle = _monomials((raw - centre) / width), float(np.median(log_rate))
+    design, middle = monomials((raw - centre) / width), float(np.median(log_rate))
     # A faint pull to a constant settles what too few values of a variable cannot.
     ridge = 1e-3 * math.sqrt(len(log_rate)) * np.eye(design.shape[1])
 
@@ -67,7 +67,8 @@ def _logs(parameters, steps, ratio, floor: float) -> np.ndarray:
     return np.stack(columns, axis=-1).astype(float)
 
 
-def _monomials(x: np.ndarray) -> np.ndarray:
+def monomials(x: np.ndarray) -> np.ndarray:
     """1, the variables, their squares and products."""
-    pairs = [x[..., i] * x[..., j] for i in range(3) for j in range(i, 3)]
+    count = x.shape[-1]
+    pairs = [x[..., i] * x[..., j] for i in range(count) for j in range(i, count)]
     return np.stack([np.ones(x.shape[:-1]), *np.moveaxis(x, -1, 0), *pairs], axis=-1)

@@ -14,9 +14,25 @@ from scipy import optimize
 
 from accounting.errors import InputError
 from experiments.laws.learning_rate import LearningRate, fit_learning_rate
-from experiments.sweep.results import CONFIG, HELD_OUT, ITERATIONS, LEARNING_RATE, LOSS, PARAMETERS, RATIO, Table
+from experiments.laws.soundness import runs_of, sound
+from experiments.sweep.results import (
+    BATCH,
+    CONFIG,
+    DATA,
+    HELD_OUT,
+    ITERATIONS,
+    LEARNING_RATE,
+    LENGTH,
+    LOSS,
+    PARAMETERS,
+    RATIO,
+    SCHEDULE,
+    TOKENIZER,
+    Table,
+)
 
 GRID, VERTEX, ACROSS = "grid", "vertex", "across"
+CONSTANT = "constant"  # the schedule after whose warm-up the learning rate stays
 # How far outside the tried learning rates a parabola's vertex is believed, in distances between two of them.
 _REACH = 1.0
 # Cells whose own parabola must be found before they can share one.
@@ -43,11 +59,52 @@ class Points:
 
 
 def usable(table: Table) -> Table:
-    """Without rows that are there to test a law, and without those of runs that diverged; seeds averaged."""
-    table = table.rows(~table.held_out & np.isfinite(table[LOSS]) & (table[LOSS] > 0))
+    """Without rows that are there to test a law, without runs that diverged or lie on another scale (soundness), and
+    of runs whose learning rate falls, with the end alone; seeds averaged.
+
+    Raises:
+      InputError: nothing is left, or runs of several kinds are mixed.
+    """
+    table = table.rows(~table.held_out)
+    if len(table):
+        table, left_out = sound(table)
+        if not len(table):
+            raise InputError(f"no run of the table can be fitted ({left_out[0]})")
     if not len(table):
-        raise InputError("no row of the table can be fitted: all are held out or without a finite loss")
-    return averaged(table)
+        raise InputError("no row of the table can be fitted: all are held out")
+    check_alike(table)
+    return averaged(ends_of_falling_rates(table))
+
+
+def check_alike(table: Table) -> None:
+    """Refuses runs that one law does not hold for.
+
+    Raises:
+      InputError: names the column in which they differ, and the values.
+    """
+    for name in (BATCH, SCHEDULE, LENGTH, TOKENIZER, DATA):
+        if name in table.columns:
+            found = np.unique(table[name])
+            if len(found) > 1:
+                some = ", ".join(str(value) if found.dtype.kind == "U" else f"{value:g}" for value in found[:4])
+                raise InputError(
+                    f"the table mixes runs that differ in {name!r} ({some}), and one law does not hold for all: fit"
+                    " each kind by itself"
+                )
+
+
+def ends_of_falling_rates(table: Table) -> Table:
+    """A point on the way of a run is the end of a shorter one only where the learning rate stays: of runs with another
+    schedule the last point alone is kept.
+    """
+    if SCHEDULE not in table.columns:
+        return table
+    keep = table[SCHEDULE] == CONSTANT
+    if keep.all():
+        return table
+    for rows in runs_of(table):
+        keep[rows[-1]] = True
+    return table.rows(keep)
 
 
 def held_out(table: Table) -> Table:

@@ -32,7 +32,7 @@ _LARGE = 10**15  # units of a data set that stands for a sampling probability al
 # The error falls at least linearly with the interval, so what is left is a third of the change.
 _COARSEST, _FINEST, _FINER, _CHANGE = 4e-3, 1e-5, 4.0, 0.01
 _MOST_STEPS = 10**7
-_VERSION = 4
+_VERSION = 5
 
 
 class NoiseSurface:
@@ -57,8 +57,10 @@ class NoiseSurface:
         self._nodes = _read(self._file)
 
     def __call__(self, steps, sampling_probability) -> np.ndarray:
-        """Noise multipliers, shape of the arguments; NaN where q is above 1 or no noise of a sensible size is
-        enough."""
+        """Noise multipliers, shape of the arguments; NaN where q is above 1 or no noise of a sensible size is enough.
+
+        Where less noise would do than the least that is sensible, it is that one.
+        """
         t, q = np.broadcast_arrays(np.asarray(steps, float), np.asarray(sampling_probability, float))
         possible = (t >= 1) & (q > 0) & (q <= 1)
         u, v = np.log(np.where(possible, t, 1.0)) / SPACING, np.log(np.where(possible, q, 1.0)) / SPACING
@@ -73,7 +75,8 @@ class NoiseSurface:
             for b in range(4):
                 # Nodes are looked up once for each distinct pair, not once for each point.
                 total += weights_u[a] * weights_v[b] * self._at(first_u + a, first_v + b, possible)
-        return np.where(possible, np.exp(total), np.nan)
+        # Between nodes at its lower end a cubic may swing below it.
+        return np.where(possible, np.maximum(np.exp(total), saddlepoint.SMALLEST_NOISE), np.nan)
 
     def _at(self, i, j, possible) -> np.ndarray:
         pairs = np.stack([i[possible], j[possible]], axis=-1)
@@ -115,7 +118,9 @@ class NoiseSurface:
 
 
 def _root(excess, start: float) -> float:
-    """Where a falling function of the logarithm of the noise is zero; NaN outside of the noise that is searched."""
+    """Where a falling function of the logarithm of the noise is zero; NaN above the noise that is searched, and its
+    lower end where less would do.
+    """
     low, high, step = start, start, 0.05
     if excess(start) > 0:
         while excess(high) > 0:
@@ -126,7 +131,7 @@ def _root(excess, start: float) -> float:
         while excess(low) <= 0:
             low, high, step = low - step, low, 2 * step
             if low < math.log(saddlepoint.SMALLEST_NOISE):
-                return math.nan
+                return math.log(saddlepoint.SMALLEST_NOISE)
     return optimize.brentq(excess, low, high, xtol=3e-3)
 
 
@@ -140,10 +145,16 @@ class Certified:
 
 def certified(num_units: int, batch_size: float, steps: int, epsilon: float, delta: float, relation: str) -> Certified:
     """The smallest noise multiplier whose upper epsilon, by the accountant, is within the budget; plain Poisson
-    sampling.
+    sampling. Where less noise would do than the least that is sensible, it is that one, with the epsilon that it gives.
     """
     mechanism = dp_sgd(num_units, batch_size, None, 1.0, 1.0, steps, relation)
-    found = calibration.noise_multiplier(mechanism, epsilon, delta)
+    least = mechanism.replace(noise_multiplier=calibration.SMALLEST_NOISE)
+    try:
+        found = calibration.noise_multiplier(mechanism, epsilon, delta)
+    except InputError:
+        if not Accountant(least).upper(delta) <= epsilon:
+            raise
+        found = least
     return Certified(found.noise_multiplier, Accountant(found).upper(delta))
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from scipy import optimize
 
 from accounting.errors import InputError
-from experiments.laws.law import Law
+from accounting.mechanism.sampling import MOST_STEPS, MOST_UNITS
+from experiments.laws.law import LONGEST, Law
 from experiments.laws.points import Points
 
 # Configurations whose loss is within this share of the lowest are as good; of them the smallest model is the best to
@@ -41,6 +42,8 @@ class Budget:
             raise InputError(
                 f"need positive, finite compute and units, got {self.compute:g} operations and {self.num_units:g} units"
             )
+        if self.num_units > MOST_UNITS:
+            raise InputError(f"there may be at most {MOST_UNITS:g} units, got {self.num_units:g}: lower `num_units`")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,26 +97,20 @@ def search(
     m, b = (x.ravel() for x in np.meshgrid(np.asarray(sizes, float), batches, indexing="ij"))
     t = budget.compute / (6 * budget.sequence_length * m * b)
     domain = law.domain
-    if extrapolate:
-        allowed = t >= max(1.0, domain.steps[0])
-    else:
-        allowed = (
-            (t >= domain.steps[0])
-            & (t <= domain.steps[1])
-            & (m >= domain.parameters[0] / 1.001)
-            & (m <= domain.parameters[1] * 1.001)
-        )
+    # Beyond so many times the longest run no power law is believed, and no accountant composes more steps.
+    most = min(LONGEST * domain.steps[1], MOST_STEPS) if extrapolate else domain.steps[1]
+    allowed = (t >= max(1.0, domain.steps[0])) & (t <= most)
+    if not extrapolate:
+        allowed &= (m >= domain.parameters[0] / 1.001) & (m <= domain.parameters[1] * 1.001)
     m, b, t = m[allowed], b[allowed], t[allowed]
     if not len(t):
-        ends = (
-            6 * budget.sequence_length * domain.steps[0],
-            domain.steps[1] * budget.num_units * 6 * budget.sequence_length,
-        )
+        tokens, sizes = 6 * budget.sequence_length, np.asarray(sizes, float) if extrapolate else domain.parameters
         raise InputError(
             f"with {budget.compute:.3g} operations and {budget.num_units:.3g} units no run has between"
-            f" {domain.steps[0]:.4g} and {domain.steps[1]:.4g} steps, which is what the law was fitted to: compute must"
-            f" lie between {ends[0] * domain.parameters[0]:.2g} and {ends[1] * domain.parameters[1]:.2g}, or allow"
-            " extrapolation"
+            f" {domain.steps[0]:.4g} and {most:.4g} steps, which is what the law"
+            f" {'can be asked for' if extrapolate else 'was fitted to'}: compute must lie between"
+            f" {tokens * domain.steps[0] * min(sizes):.2g} and {tokens * most * budget.num_units * max(sizes):.2g}"
+            + ("" if extrapolate else ", or allow extrapolation")
         )
     sigma = np.asarray(noise(t, b / budget.num_units), float)
     ratio = sigma / b

@@ -72,6 +72,9 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         return float(optimum.search(law, _same(noise, b), b, sizes, extrapolate=request.extrapolate).loss[0])
 
     notes = [f"extrapolated: {text}" for text in beyond]
+    if fitted.left_out:
+        further = f", and {len(fitted.left_out) - 1} more" if len(fitted.left_out) > 1 else ""
+        notes.append(f"a run is not fitted: {fitted.left_out[0]}{further}")
     if ratio < law.domain.ratio[0]:
         notes.append(
             f"the noise-batch ratio {ratio:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at"
@@ -152,12 +155,13 @@ def non_private(fitted: FittedLaw, budget: Budget) -> dict:
     """What would be best for the same compute without any privacy, by Chinchilla's form."""
     parameters, tokens = fitted.non_private.optimum(budget.compute)
     low, high = fitted.law.domain.parameters
+    longest = fitted.law.domain.steps[1] * fitted.physical_batch * fitted.sequence_length
     return {
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
         "predicted_loss": float(fitted.non_private.loss(parameters, tokens)),
-        "extrapolated": not low <= parameters <= high,
+        "extrapolated": not (low <= parameters <= high and tokens <= longest),
     }
 
 

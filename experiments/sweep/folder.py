@@ -213,12 +213,14 @@ def create(path: pathlib.Path, grid: Grid) -> tuple[SweepFolder, Grid]:
 
 def rows(run: Run, result: dict) -> list[dict]:
     """The table's rows of one finished run, one for each point of its curve."""
+    from dpgemma.training.data import tokenizer_of
+
     c = run.config
     tokens = c.batch_size * c.sequence_length
     common = {
         results.MODEL: result["model"], results.LEARNING_RATE: c.learning_rate, results.RATIO: run.noise_batch_ratio,
         results.PARAMETERS: result["parameters"], results.BATCH: c.batch_size, results.LENGTH: c.sequence_length,
-        results.SEED: c.seed,
+        results.SEED: c.seed, results.SCHEDULE: c.schedule, results.TOKENIZER: tokenizer_of(c), results.DATA: c.data,
         results.HELD_OUT: float(run.held_out), results.CONFIG: run.id,
     }  # fmt: skip
     table = []

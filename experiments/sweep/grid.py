@@ -7,6 +7,7 @@
     data = "corpus.txt"
     sequence_length = 64
     batch_size = 32                 # the physical batch, the same for all
+    schedule = "constant"           # so that every point of a curve is the end of a shorter run
 
     [[grid]]                        # every combination of the lists; further [[grid]] tables add to them
     model = ["ladder_20k", "ladder_95k"]

@@ -26,7 +26,8 @@ PUBLISHED = (MODEL, LEARNING_RATE, ITERATIONS, RATIO, LOSS)
 PARAMETERS, BATCH, LENGTH, TOKENS, FLOPS, SEED, EVAL_LOSS, HELD_OUT, CONFIG = (
     "Parameters", "Batch Size", "Sequence Length", "Tokens", "FLOPs", "Seed", "Eval Loss", "Held Out", "Config",
 )  # fmt: skip
-OWN = (PARAMETERS, BATCH, LENGTH, TOKENS, FLOPS, SEED, EVAL_LOSS, HELD_OUT, CONFIG)
+SCHEDULE, TOKENIZER, DATA = "Schedule", "Tokenizer", "Data"
+OWN = (PARAMETERS, BATCH, LENGTH, TOKENS, FLOPS, SEED, SCHEDULE, TOKENIZER, DATA, EVAL_LOSS, HELD_OUT, CONFIG)
 COLUMNS = PUBLISHED + OWN
 
 # Sizes of the models of arXiv 2501.18914, table 1, whose table names them without their size.
@@ -35,13 +36,13 @@ BERT_PARAMETERS = {
     "BertMega": 778e6,
 }  # fmt: skip
 _BERT_LENGTH = 512
-_TEXT = (MODEL, CONFIG)
+_TEXT = (MODEL, SCHEDULE, TOKENIZER, DATA, CONFIG)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns by name, all of the same length; MODEL and CONFIG are text, the others float64 (NaN where a cell is
-    empty).
+    """Columns by name, all of the same length; MODEL, SCHEDULE, TOKENIZER, DATA and CONFIG are text, the others float64
+    (NaN where a cell is empty).
     """
 
     columns: dict[str, np.ndarray]

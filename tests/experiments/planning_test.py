@@ -6,6 +6,7 @@ import pytest
 
 from accounting import calibration
 from accounting.errors import InputError
+from accounting.loss_distribution import saddlepoint
 from accounting.mechanism import dp_sgd
 from experiments.laws import fitting
 from experiments.planning import noise, optimum, plan
@@ -103,7 +104,7 @@ def test_more_of_any_budget_is_never_worse(fitted):
 
 
 def test_extrapolation_is_refused_unless_asked_for(fitted, surface):
-    large = Budget(1e20, 1e5, 8, 1e-5, planted.LENGTH)
+    large = Budget(5e17, 1e5, 8, 1e-5, planted.LENGTH)
     with pytest.raises(InputError, match="allow extrapolation"):
         optimum.search(fitted.law, surface, large, optimum.sizes_within(fitted.law))
     found = optimum.search(fitted.law, surface, large, optimum.sizes_within(fitted.law), extrapolate=True)
@@ -176,3 +177,36 @@ def test_a_file_that_is_no_law_is_refused(tmp_path, content):
         fitting.of_file(tmp_path / "law.json")
     with pytest.raises(InputError, match="does not exist"):
         fitting.of_file(tmp_path / "none.json")
+
+
+def test_where_less_noise_would_do_there_is_the_least_and_no_hole():
+    """A large epsilon: every place of the lattice has a number, and twice the units never cost anything."""
+    surface = noise.NoiseSurface(1000.0, 1e-6)
+    steps, q = np.meshgrid(np.geomspace(50, 640, 6), np.geomspace(1e-5, 0.5, 8))
+    found = surface(steps, q)
+    assert np.isfinite(found).all() and found.min() == pytest.approx(saddlepoint.SMALLEST_NOISE, rel=1e-3)
+    exact = calibration.noise_multiplier(dp_sgd(10**5, 3e4, None, 1.0, 1.0, 600), 1000.0, 1e-6).noise_multiplier
+    assert float(surface(600, 0.3)) == pytest.approx(exact, rel=0.02)
+    proof = noise.certified(10**5, 50, 100, 1000.0, 1e-6, "zero_out")
+    assert proof.noise_multiplier == calibration.SMALLEST_NOISE and proof.epsilon < 1000
+
+
+def test_limits_are_told_before_anything_is_searched():
+    with pytest.raises(InputError, match=r"at most 1e\+16 units"):
+        Budget(1e13, 1e18, 8, 1e-6, 64)
+
+
+def test_a_law_is_not_asked_for_more_steps_than_it_can_be(fitted, surface):
+    """Much more compute than the sizes can spend: the answer is no run of 1e13 steps, but a sentence."""
+    vast = Budget(3e23, 1e5, 8, 1e-5, planted.LENGTH)
+    with pytest.raises(InputError, match="can be asked for: compute must lie between"):
+        optimum.search(fitted.law, surface, vast, optimum.sizes_within(fitted.law), extrapolate=True)
+
+
+def test_tokens_beyond_the_longest_run_are_marked_without_privacy_too(fitted):
+    longest = planted.STEPS[-1] * planted.BATCH * planted.LENGTH
+    for compute in (1e11, 1e12, 1e13, 1e14):
+        said = plan.non_private(fitted, Budget(compute, 1e5, 8, 1e-5, planted.LENGTH))
+        low, high = fitted.law.domain.parameters
+        assert said["extrapolated"] == (not low <= said["parameters"] <= high or said["tokens"] > longest)
+    assert said["extrapolated"]
