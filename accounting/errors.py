@@ -1,10 +1,16 @@
-"""The one exception that means: the input is wrong, and this sentence says what to do.
+"""The one exception that means: the input is wrong, and this sentence says what to do. And what libraries raise where a
+disk refuses, made into the one that Python has for that.
 
 Settings stand in backquotes in the text. A library user reads `batch_size`; the command line, whose settings are flags,
 writes --batch_size instead.
 """
 
+import contextlib
+import errno
+import os
+import pathlib
 import re
+from collections.abc import Iterator
 
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)`")
 
@@ -29,3 +35,23 @@ class InputError(ValueError):
     def settings(self) -> tuple[str, ...]:
         """The settings that the sentence names, in order."""
         return tuple(dict.fromkeys(_SETTING.findall(str(self))))
+
+
+@contextlib.contextmanager
+def as_os_errors(path: pathlib.Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises what a library says of a disk that refuses as Python does.
+
+    Args:
+      path: that the library writes.
+      kinds: of exceptions that it raises where it cannot.
+
+    Raises:
+      OSError: with the reason that stands in the library's message, or as a failure of input and output.
+    """
+    try:
+        yield
+    except kinds as error:
+        said = str(error)
+        known = (code for code in errno.errorcode if os.strerror(code) in said)
+        reason = next(known, errno.EIO)
+        raise OSError(reason, os.strerror(reason), str(path)) from error

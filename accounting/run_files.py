@@ -26,6 +26,7 @@ LOCK = f"{PRIVATE}/lock"
 PRIVATE_METRICS = f"{PRIVATE}/metrics.jsonl"  # raw losses and norms
 REMARKS = f"{PRIVATE}/remarks.txt"  # what was noticed about single records
 DAMAGED = f"{PRIVATE}/damaged"  # checkpoints that could not be used
+REMOVED = f"{PRIVATE}/removed"  # checkpoints that are being deleted
 HELD_OUT = f"{PRIVATE}/held_out.jsonl"  # measures of the held-out units, when all steps are taken
 EVALUATIONS = f"{PRIVATE}/evaluations.jsonl"  # measures while steps are taken, and of dpgemma evaluate
 CANARIES = f"{PRIVATE}/canaries.npz"  # contents and coins of planted canaries

@@ -69,7 +69,7 @@ def attacked_against(workdir: pathlib.Path, reference: str) -> Assessment:
     check_alike(other, reference, trained)
     objective = objective_of(Settings.of_config(run.config()))
     if objective.length > other.config.max_length:
-        raise InputError(f"{reference} takes {other.config.max_length} tokens, and canaries have {objective.length}")
+        raise InputError(f"{reference} takes rows of {other.config.max_length}, and canaries have {objective.length}")
     start = dataclasses.replace(objective.start, name=other.config.model_type, model=other.config)
     as_reference = dataclasses.replace(objective, start=start)
     after = attack.losses(objective, lora.split(objective.model, trained.parameters), canaries)

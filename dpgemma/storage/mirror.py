@@ -158,7 +158,8 @@ class Mirror:
             raise self._lost()
         for file in sorted(self.folder.rglob("*")):
             name = file.relative_to(self.folder).as_posix()
-            if not file.is_file() or name.startswith((f"{run_files.CHECKPOINTS}/", f"{run_files.DAMAGED}/")):
+            elsewhere = (run_files.CHECKPOINTS, run_files.DAMAGED, run_files.REMOVED)
+            if not file.is_file() or name.startswith(tuple(f"{folder}/" for folder in elsewhere)):
                 continue
             if name == run_files.LOCK or name.endswith(".tmp"):
                 continue

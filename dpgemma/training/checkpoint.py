@@ -55,7 +55,11 @@ class Checkpoints:
         # of writing; None if there is none.
         self._writing: int | None = None
         self._dated: int | None = None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        if processes.is_first():
+            files.delete_removed()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, todelete_subdir=files.removed
+        )
         self._manager: ocp.CheckpointManager = self._looked_at(
             lambda: ocp.CheckpointManager(files.directory, options=options, item_names=("state", "meta"))
         )
@@ -167,6 +171,7 @@ class Checkpoints:
         """
         assert ledger is not None
         self._files.strip_times(step)
+        self._files.delete_removed()
         ledger.append(events.STORED, step=step, files_sha256=self._files.digest(step))
         ledger.sync()
         if is_new and self._mirror is not None:

@@ -16,9 +16,15 @@ class CheckpointFiles(Protocol):
 
     Attributes:
       directory: that Orbax is given.
+      removed: folder that Orbax moves a checkpoint to in place of deleting it, relative to its directory: a process
+        that dies while it deletes leaves no part of one. None where Orbax deletes.
     """
 
     directory: Any
+    removed: str | None
+
+    def delete_removed(self) -> None:
+        """Deletes what was moved to `removed`."""
 
     def strip_times(self, step: int) -> bool:
         """Takes out of a checkpoint's metadata when it was written: a long step is one with many units. False if there
@@ -35,8 +41,13 @@ class CheckpointFiles(Protocol):
 class OnDisk:
     """Checkpoints in a folder."""
 
+    removed: str | None = f"../{run_files.REMOVED}"
+
     def __init__(self, directory: pathlib.Path, damaged: pathlib.Path) -> None:
         self.directory, self._damaged = directory.absolute(), damaged
+
+    def delete_removed(self) -> None:
+        shutil.rmtree(self.directory.parent / run_files.REMOVED, ignore_errors=True)
 
     def strip_times(self, step: int) -> bool:
         metadata = self.directory / str(step) / _METADATA
@@ -57,6 +68,11 @@ class OnDisk:
 
 class InStorage:
     """Checkpoints under an address. Their files are read once more for their digests."""
+
+    removed: str | None = None
+
+    def delete_removed(self) -> None:
+        pass
 
     def __init__(self, address: str) -> None:
         from etils import epath

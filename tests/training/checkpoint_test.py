@@ -130,3 +130,23 @@ def test_the_digest_of_a_state_depends_on_every_leaf_and_not_on_its_containers()
     assert checkpoint.digests(state)["state_sha256"] == checkpoint.digests(same)["state_sha256"]
     for changed in (state_of(1.0).as_dict(), state_of(1.5, moment=0.5).as_dict(), {**state, "clip_norm": jnp.ones(())}):
         assert checkpoint.digests(changed)["state_sha256"] != checkpoint.digests(state)["state_sha256"]
+
+
+def test_a_checkpoint_that_is_deleted_is_never_there_in_part(ledger, tmp_path):
+    """It goes to private/ in one move; what a killed process left there is deleted by the next one."""
+    moved, removed = [], tmp_path / "private" / "removed"
+
+    class Watched(OnDisk):
+        def delete_removed(self):
+            moved.extend(sorted(path.name for path in removed.iterdir()) if removed.exists() else [])
+            super().delete_removed()
+            assert not removed.exists()
+
+    (removed / "1").mkdir(parents=True)
+    with Checkpoints(Watched(tmp_path / "checkpoints", tmp_path / "damaged"), 1) as checkpoints:
+        for step in (2, 3):
+            state = state_of(float(step))
+            adam = (state.optimizer_state[0]._replace(count=jnp.asarray(step, jnp.int32)), *state.optimizer_state[1:])
+            checkpoints.save(step, dataclasses.replace(state, optimizer_state=adam), ledger, metrics_sha256="")
+            checkpoints.settle(ledger)
+    assert moved == ["1", "2"] and [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from accounting.errors import InputError
+from accounting.errors import InputError, as_os_errors
 from dpgemma.choices import OF_SEVERAL_ROWS, SEQUENCE
 from dpgemma.data import readers
 from dpgemma.data.formats import File, LeftOut
@@ -27,7 +27,6 @@ from dpgemma.data.text.layout import Layout
 from dpgemma.data.text.parts import USUAL, FilePieces, Progress, Sizes, tokenise, write_whole
 from dpgemma.data.text.pieces import Reading
 from dpgemma.data.text.tokenizer import Tokenizer
-from dpgemma.storage.refusal import as_os_errors
 
 _PARTS, _KEY, _LOCK = "parts", "key.json", "lock"
 _HASHED_AT_ONCE = 1 << 20

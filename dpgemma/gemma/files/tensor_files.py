@@ -10,8 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from accounting.errors import InputError
-from dpgemma.storage.refusal import as_os_errors
+from accounting.errors import InputError, as_os_errors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
