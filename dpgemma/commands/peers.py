@@ -6,6 +6,7 @@ process that is left says so in one sentence and exits with code 3, and the same
 checkpoint. Devices cannot be left to find out: a sum over them may wait for the dead process for ever.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -69,10 +70,17 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
 
 
 def leave(code: int) -> None:
-    """Ends a process of a run that has others, without waiting for them, which are gone or ending too; does nothing
-    where there are none.
+    """Ends a process that would otherwise wait for what does not come; does nothing where there is nothing of the kind.
+
+    Others of a run are gone or ending too. Where a checkpoint could not be written, threads of Orbax wait for files of
+    it, for minutes.
     """
-    if processes.are_joined():
+    threads_wait = any(
+        not thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()
+    )
+    if processes.are_joined() or (code and threads_wait):
+        if not processes.are_joined():
+            atexit._run_exitfuncs()
         _flush()
         os._exit(code)
 
