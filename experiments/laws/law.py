@@ -228,6 +228,33 @@ class SemiParametric:
     name = "semiparametric"
 
     def loss(self, parameters, steps, ratio) -> np.ndarray:
+        """The loss; it never falls where only the noise grows.
+
+        At the noise levels that were measured it is the highest of what trend and residual say at this level or at a
+        lower one; between two of them it goes from one to the other as the trend does.
+        """
+        m, t, r = np.broadcast_arrays(*(np.asarray(x, float) for x in (parameters, steps, ratio)))
+        levels = self._levels
+        rising = np.maximum.accumulate(self._raw(m[..., None], t[..., None], levels), axis=-1)
+        below = np.clip(np.searchsorted(levels, r, side="right") - 1, 0, len(levels) - 1)
+        above = np.minimum(below + 1, len(levels) - 1)
+        low, high = (np.take_along_axis(rising, i[..., None], axis=-1)[..., 0] for i in (below, above))
+        size, within = np.minimum(m, self.domain.parameters[1]), np.clip(t, *self.domain.steps)
+        here, first, last = (self.trend.loss(size, within, x) for x in (r, levels[below], levels[above]))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(last > first, (here - first) / (last - first), 1.0)
+        between = low + (high - low) * np.clip(share, 0.0, 1.0)
+        return np.where(r > levels[-1], np.maximum(self._raw(m, t, r), rising[..., -1]), between)
+
+    @property
+    def _levels(self) -> np.ndarray:
+        """The noise-batch ratios that were measured, and twice and four times the highest."""
+        place = np.exp(2 * self.axes[2]) - (self.rate.floor / 2) ** 2
+        measured = np.sqrt(np.where(place > 1e-9 * self.rate.floor**2, place, 0.0))
+        return np.append(measured, [2 * measured[-1], 4 * measured[-1]])
+
+    def _raw(self, parameters, steps, ratio) -> np.ndarray:
+        """What trend, residual and the forms beyond the edges say of one place by itself."""
         m, t, r = np.broadcast_arrays(*(np.asarray(x, float) for x in (parameters, steps, ratio)))
         domain = self.domain
         within = np.clip(t, *domain.steps)

@@ -157,10 +157,10 @@ def test_a_cell_with_one_learning_rate_is_corrected_by_the_others():
 
 def test_each_direction_beyond_the_data_follows_the_form_that_predicts_it_best(fitted):
     m, t, r = fitted.law.domain.parameters[1], fitted.law.domain.steps[1], fitted.law.domain.ratio[1]
-    whole = fitted.law
-    at_edge = float(whole.loss(m, t, 2.0**-7))
-    ratio = float(whole.larger.loss(3 * m, t, 2.0**-7) / whole.larger.loss(m, t, 2.0**-7))
-    assert float(whole.loss(3 * m, t, 2.0**-7)) == pytest.approx(at_edge * ratio)
+    whole, level = fitted.law, planted.RATIOS[5]
+    at_edge = float(whole.loss(m, t, level))
+    ratio = float(whole.larger.loss(3 * m, t, level) / whole.larger.loss(m, t, level))
+    assert float(whole.loss(3 * m, t, level)) == pytest.approx(at_edge * ratio)
     ratio = float(whole.noisier.loss(1e5, t, 2 * r) / whole.noisier.loss(1e5, t, r))
     assert float(whole.loss(1e5, t, 2 * r)) == pytest.approx(float(whole.loss(1e5, t, r)) * ratio)
     # No jump at an edge.
@@ -298,3 +298,15 @@ def test_l2_with_published_exponents_is_fitted_by_its_constants_alone():
     np.testing.assert_allclose(
         forms.fit_l2_constants(m, n, r, forms.l2_design(m, n, r) @ constants), constants, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("law", [0, None, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_more_noise_never_lowers_a_loss(law):
+    """Of laws of planted tables, and of the one that this package ships: in the grid, between its lines, and beyond."""
+    fitted = fitting.of_file(None) if law is None else fitting.fit(planted.PlantedLaw.draw(law).table(law, noise=0.01))
+    domain = fitted.law.domain
+    ratios = np.concatenate([[0.0], np.geomspace(domain.ratio[1] / 2**14, 8 * domain.ratio[1], 400)])
+    for m in np.geomspace(domain.parameters[0] / 2, 4 * domain.parameters[1], 9):
+        for t in np.geomspace(domain.steps[0], 10 * domain.steps[1], 7):
+            losses = fitted.law.loss(m, t, ratios)
+            assert (np.diff(losses) >= -1e-12 * losses[1:]).all(), (m, t)
