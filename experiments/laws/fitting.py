@@ -6,7 +6,8 @@ import pathlib
 
 from accounting.errors import InputError
 from experiments.laws import forms, points, soundness, validation
-from experiments.laws.law import Interpolated, SemiParametric, fit_semiparametric
+from experiments.laws.forms import Parametric
+from experiments.laws.law import Interpolated, SemiParametric, as_tuples, fit_semiparametric
 from experiments.laws.points import Points
 from experiments.laws.validation import Error
 from experiments.planning import optimum
@@ -30,6 +31,7 @@ class FittedLaw:
       sequence_length: tokens of a row; compute is counted with it.
       physical_batch: rows of a batch that the runs were trained with, whatever batch their noise stands for.
       left_out: runs of the table that it was not fitted to, with the reason (soundness).
+      forms: every form, fitted to the same points.
     """
 
     law: SemiParametric
@@ -39,6 +41,11 @@ class FittedLaw:
     sequence_length: int
     physical_batch: float
     left_out: tuple[str, ...] = ()
+    forms: dict[str, Parametric] = dataclasses.field(default_factory=dict)
+
+    def going_on_as(self, form: str) -> SemiParametric:
+        """The law as it would be if it followed one form beyond the largest model and beyond the most noise."""
+        return dataclasses.replace(self.law, larger=self.forms[form], noisier=self.forms[form])
 
     def save(self, path: pathlib.Path) -> None:
         content = {
@@ -49,6 +56,7 @@ class FittedLaw:
             "sequence_length": self.sequence_length,
             "physical_batch": self.physical_batch,
             "left_out": list(self.left_out),
+            "forms": {name: dataclasses.asdict(form) for name, form in self.forms.items()},
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -69,6 +77,7 @@ def load(path: pathlib.Path) -> FittedLaw:
             stored["sequence_length"],
             stored["physical_batch"],
             tuple(stored.get("left_out", ())),
+            {name: Parametric(**as_tuples(form)) for name, form in stored.get("forms", {}).items()},
         )
     except FileNotFoundError:
         raise InputError(
@@ -82,17 +91,25 @@ def load(path: pathlib.Path) -> FittedLaw:
 
 def best_forms(measured: Points) -> tuple[dict[str, str], dict[str, Error]]:
     """Returns, for each kind of prediction (validation), the form whose 90 % error on left-out points is the lowest,
-    and for each kind that error.
+    and for each kind the errors with this form, at all distances.
     """
-    found = {}
-    for name in forms.FORMS:
+
+    def errors(name: str, *, only_first: bool) -> dict[str, Error]:
         whole = forms.fit(measured, name)
-        found[name] = validation.cross_validate(
-            measured, lambda some, name=name, whole=whole: fit_semiparametric(some, name, whole)
+        return validation.cross_validate(
+            measured, lambda some: fit_semiparametric(some, name, whole), only_first=only_first
         )
-    every_kind = {kind for errors in found.values() for kind in errors}
-    best = {kind: min(found, key=lambda name, kind=kind: found[name][kind].ninety) for kind in every_kind}
-    return best, {kind: found[name][kind] for kind, name in sorted(best.items())}
+
+    nearest = {name: errors(name, only_first=True) for name in forms.FORMS}
+    kinds = {kind for found in nearest.values() for kind in found}
+    best = {kind: min(nearest, key=lambda name, kind=kind: nearest[name][kind].ninety) for kind in sorted(kinds)}
+    at_all = {name: errors(name, only_first=False) for name in set(best.values())}
+    # Near the edge the errors of the nearest part, which is the one that forms are compared by, are the figures.
+    return best, {
+        kind: dataclasses.replace(nearest[name][kind], at_edge=whole.at_edge, growth=whole.growth)
+        for kind, name in best.items()
+        if (whole := at_all[name][kind])
+    }
 
 
 def fit(table: Table) -> FittedLaw:
@@ -124,6 +141,7 @@ def fit(table: Table) -> FittedLaw:
         sequence_length=table.sequence_length,
         physical_batch=batch,
         left_out=tuple(map(str, soundness.sound(table.rows(~table.held_out))[1])),
+        forms={name: forms.fit(measured, name) for name in forms.FORMS},
     )
 
 

@@ -286,9 +286,6 @@ class SemiParametric:
 
     @classmethod
     def from_dict(cls, stored: dict) -> "SemiParametric":
-        def as_tuples(content):
-            return {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
-
         return cls(
             **{name: forms.Parametric(**as_tuples(stored[name])) for name in _FORMS},
             axes=tuple(np.array(axis) for axis in stored["axes"]),
@@ -297,6 +294,11 @@ class SemiParametric:
             rate=LearningRate(**as_tuples(stored["rate"])),
             domain=Domain(**as_tuples(stored["domain"])),
         )
+
+
+def as_tuples(content: dict) -> dict:
+    """What JSON has made lists of, as it was."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
 
 
 def noise_axis(ratio, floor: float) -> np.ndarray:

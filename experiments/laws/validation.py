@@ -1,49 +1,85 @@
 """How far a law can be trusted: errors on what it was not fitted to, and intervals by resampling the runs.
 
 Every kind of error belongs to one way of going beyond the data: a size or a noise level between two that were measured,
-a larger model, a longer run, more noise. A prediction is given with the error of the ways that it goes.
+a larger model, a longer run, more noise. A prediction is given with the error of the ways that it goes, which grows
+with the distance: laws of the smaller models predict all larger ones, laws of the first steps all later ones, and the
+90 % quantile of their errors is a line in the logarithm of how far beyond their data that is.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from scipy import optimize, sparse
 
 from experiments.laws.law import Law
 from experiments.laws.points import Points
 from experiments.sweep.results import LEARNING_RATE, PARAMETERS, RATIO, Table
+
+# Numbers of steps that a law needs.
+_FEWEST_STEPS = 6
 
 BETWEEN, LARGER, LONGER, NOISIER = "between", "larger model", "longer run", "more noise"
 
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-    """Relative errors of predictions of points that were left out: the median, the 90 % quantile, and of how many."""
+    """Relative errors of predictions of points that were left out.
+
+    Attributes:
+      median, ninety: the median and the 90 % quantile.
+      count: of points.
+      at_edge, growth: the line of the 90 % quantile: its value at the edge of the data, and what each factor of e
+        beyond adds.
+    """
 
     median: float
     ninety: float
     count: int
+    at_edge: float
+    growth: float = 0.0
+
+    def at(self, distance: float) -> float:
+        """The 90 % quantile so far beyond the data, in factors of e."""
+        return self.at_edge + self.growth * distance
 
 
-def cross_validate(points: Points, fit: Callable[[Points], Law]) -> dict[str, Error]:
+def cross_validate(points: Points, fit: Callable[[Points], Law], *, only_first: bool = False) -> dict[str, Error]:
     """Errors by kind; a kind for which there are too few sizes, steps or noise levels is missing.
 
     Args:
       fit: from points to a law.
+      only_first: leaves out the nearest part of what lies beyond alone, which is what forms are compared by; then the
+        errors have no growth.
     """
     errors = {}
     for kind, folds in _folds(points).items():
-        relative = []
-        for test in folds:
+        relative, distances = [], []
+        for test, distance in folds if kind == BETWEEN or not only_first else folds[:1]:
             law = fit(points.where(~test))
             left_out = points.where(test)
             predicted = law.loss(left_out.parameters, left_out.steps, left_out.ratio)
             relative.append(np.abs(predicted / left_out.loss - 1))
-        pooled = np.concatenate(relative) if relative else np.array([])
-        pooled = pooled[np.isfinite(pooled)]
-        if len(pooled):
-            errors[kind] = Error(float(np.median(pooled)), float(np.quantile(pooled, 0.9)), len(pooled))
+            distances.append(distance)
+        pooled = np.concatenate([*relative, np.array([])])
+        known = np.isfinite(pooled)
+        if known.any():
+            pooled, far = pooled[known], np.concatenate(distances)[known]
+            ninety = float(np.quantile(pooled, 0.9))
+            line = (ninety, 0.0) if kind == BETWEEN or only_first else _line_of_quantile(far, pooled, 0.9)
+            errors[kind] = Error(float(np.median(pooled)), ninety, len(pooled), *line)
     return errors
+
+
+def _line_of_quantile(x: np.ndarray, y: np.ndarray, share: float) -> tuple[float, float]:
+    """(value at 0, slope) of the straight line, neither negative, below which a share of the points lies (quantile
+    regression, Koenker and Bassett 1978, as a linear program).
+    """
+    n = len(x)
+    cost = np.concatenate([[0.0, 0.0], np.full(n, share), np.full(n, 1 - share)])
+    equal = sparse.hstack([sparse.csr_matrix(np.stack([np.ones(n), x], axis=-1)), sparse.eye(n), -sparse.eye(n)])
+    found = optimize.linprog(cost, A_eq=equal, b_eq=y, bounds=(0, None), method="highs")
+    return float(found.x[0]), float(found.x[1])
 
 
 def kinds(law: Law, parameters: float, steps: float, ratio: float) -> list[str]:
@@ -63,22 +99,36 @@ def expected_error(errors: dict[str, Error], law: Law, parameters: float, steps:
     ways = kinds(law, parameters, steps, ratio)
     if any(way not in errors for way in ways):
         return None
-    return float(np.sqrt(sum(errors[way].ninety ** 2 for way in ways)))
+    beyond = {
+        BETWEEN: 0.0,
+        LARGER: np.log(parameters / law.domain.parameters[1]),
+        LONGER: np.log(steps / law.domain.steps[1]),
+        NOISIER: np.log(max(ratio, 1e-300) / max(law.domain.ratio[1], 1e-300)),
+    }
+    return float(np.sqrt(sum(errors[way].at(float(beyond[way])) ** 2 for way in ways)))
 
 
-def _folds(points: Points) -> dict[str, list[np.ndarray]]:
-    """For each kind the masks of what is left out, one law at a time."""
+def _folds(points: Points) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """For each kind (mask of what is left out, how far beyond the rest each of it lies), one law at a time; what lies
+    nearest beyond the data comes first.
+    """
     sizes, ratios, steps = np.unique(points.parameters), np.unique(points.ratio), np.unique(points.steps)
     noisy = ratios[ratios > 0]
     between = [points.parameters == size for size in sizes[1:-1]] + [points.ratio == ratio for ratio in noisy[1:-1]]
-    folds = {BETWEEN: between}
+
+    def beyond(values: np.ndarray, edges: list[float]) -> list[tuple[np.ndarray, np.ndarray]]:
+        masks = [values > edge for edge in edges]
+        return [(mask, np.log(values[mask] / edge)) for mask, edge in zip(masks, edges, strict=True)]
+
+    folds = {BETWEEN: [(mask, np.zeros(mask.sum())) for mask in between]}
     if len(sizes) > 2:
-        folds[LARGER] = [points.parameters == sizes[-1]]
+        folds[LARGER] = beyond(points.parameters, list(sizes[-2:0:-1]))
     if len(steps) > 8:
         # Left out are the steps beyond 1 / 2.5 of the longest: the law must predict runs up to 2.5 times as long.
-        folds[LONGER] = [points.steps > steps[-1] / 2.5]
+        cuts = [steps[steps <= steps[-1] / share] for share in (2.5, 1.6, 4.0)]
+        folds[LONGER] = beyond(points.steps, [float(kept[-1]) for kept in cuts if len(kept) >= _FEWEST_STEPS])
     if len(noisy) > 3:
-        folds[NOISIER] = [points.ratio == noisy[-1]]
+        folds[NOISIER] = beyond(points.ratio, list(noisy[-2 : max(-5, -len(noisy)) : -1]))
     return folds
 
 

@@ -10,13 +10,16 @@ from scipy import optimize
 
 from accounting.errors import InputError
 from accounting.mechanism.sampling import MOST_STEPS, MOST_UNITS
-from experiments.laws.law import LONGEST, Law
+from experiments.laws.law import Law
 from experiments.laws.points import Points
 
 # Configurations whose loss is within this share of the lowest are as good; of them the smallest model is the best to
 # have.
 NEAR = 0.01
 _BATCHES_PER_DOUBLING = 4
+# How many times beyond its data, in size, steps and noise, a law may be asked at all. Farther, forms that fit the same
+# points choose models that differ by orders of magnitude.
+BELIEVED = 4.0
 _SIZES = 100
 
 
@@ -88,7 +91,7 @@ def search(
 
     Args:
       noise: noise multiplier of (steps, sampling probability) under the privacy budget; NaN where there is none.
-      extrapolate: whether steps, sizes and noise outside of what was measured are allowed.
+      extrapolate: whether steps, sizes and noise up to BELIEVED times beyond what was measured are allowed.
 
     Raises:
       InputError: no configuration is left.
@@ -97,20 +100,23 @@ def search(
     m, b = (x.ravel() for x in np.meshgrid(np.asarray(sizes, float), batches, indexing="ij"))
     t = budget.compute / (6 * budget.sequence_length * m * b)
     domain = law.domain
-    # Beyond so many times the longest run no power law is believed, and no accountant composes more steps.
-    most = min(LONGEST * domain.steps[1], MOST_STEPS) if extrapolate else domain.steps[1]
-    allowed = (t >= max(1.0, domain.steps[0])) & (t <= most)
-    if not extrapolate:
-        allowed &= (m >= domain.parameters[0] / 1.001) & (m <= domain.parameters[1] * 1.001)
+    far = BELIEVED if extrapolate else 1.0
+    most = min(far * domain.steps[1], MOST_STEPS)
+    smallest, largest = domain.parameters[0] / (1.001 * far), domain.parameters[1] * 1.001 * far
+    allowed = (t >= max(1.0, domain.steps[0])) & (t <= most) & (m >= smallest) & (m <= largest)
     m, b, t = m[allowed], b[allowed], t[allowed]
+    how_far = f"{far:g} times what the law was fitted to" if extrapolate else "what the law was fitted to"
     if not len(t):
-        tokens, sizes = 6 * budget.sequence_length, np.asarray(sizes, float) if extrapolate else domain.parameters
+        tokens = 6 * budget.sequence_length
         raise InputError(
             f"with {budget.compute:.3g} operations and {budget.num_units:.3g} units no run has between"
-            f" {domain.steps[0]:.4g} and {most:.4g} steps, which is what the law"
-            f" {'can be asked for' if extrapolate else 'was fitted to'}: compute must lie between"
-            f" {tokens * domain.steps[0] * min(sizes):.2g} and {tokens * most * budget.num_units * max(sizes):.2g}"
-            + ("" if extrapolate else ", or allow extrapolation")
+            f" {domain.steps[0]:.4g} and {most:.4g} steps, which is {how_far}: compute must lie between"
+            f" {tokens * domain.steps[0] * smallest:.2g} and {tokens * most * budget.num_units * largest:.2g}"
+            + (
+                "; beyond that no law of this table is believed: sweep larger models or longer runs"
+                if extrapolate
+                else ", or allow extrapolation"
+            )
         )
     sigma = np.asarray(noise(t, b / budget.num_units), float)
     ratio = sigma / b
@@ -119,11 +125,12 @@ def search(
     loss = np.full(m.shape, np.nan)
     loss[known] = law.loss(m[known], t[known], counted[known])
     inside = domain.contains(m, t, counted)
-    good = np.isfinite(loss) & (inside | extrapolate)
+    good = np.isfinite(loss) & (counted <= far * domain.ratio[1] if extrapolate else inside)
     if not good.any():
         raise InputError(
-            f"every configuration of this budget has a noise-batch ratio above {domain.ratio[1]:.3g}, the most that the"
-            " law was fitted to: raise epsilon, the number of units or the compute, or allow extrapolation"
+            "every configuration of this budget has a noise-batch ratio above"
+            f" {far * domain.ratio[1]:.3g}, {'' if extrapolate else 'the most of '}{how_far}: raise epsilon, the number"
+            " of units or the compute" + ("" if extrapolate else ", or allow extrapolation")
         )
     order = np.flatnonzero(good)[np.argsort(loss[good], kind="stable")]
     return Candidates(m[order], t[order], b[order], sigma[order], loss[order], inside[order])

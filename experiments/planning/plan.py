@@ -86,8 +86,15 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         for name, (value, end) in ends.items()
         if _AT_END * end <= value <= end
     ]
+    as_forms = []
+    if beyond:
+        for form in fitted.forms:
+            other = optimum.search(fitted.going_on_as(form), noise, budget, sizes, extrapolate=True)
+            place_of_other = _configuration(names, other, optimum.preferred(other))
+            as_forms.append({"form": form, **place_of_other, "predicted_loss": float(other.loss[0])})
     return {
         **chosen,
+        "forms": as_forms,
         "noise_multiplier": proof.noise_multiplier,
         "noise_batch_ratio": ratio,
         "learning_rate": rate,
@@ -194,6 +201,8 @@ def text(result: dict) -> str:
     """The answer for a terminal."""
     error = result["prediction_error"]
     trust = "never tested this far" if error is None else f"within {100 * error:.1f} % on nine of ten left-out points"
+    if result["extrapolated"] and error is not None:
+        trust = f"within {100 * error:.1f} % nine times of ten, if errors grow as they did on left-out points"
     lines = [
         f"model                 {result['model']} ({result['parameters']} parameters)",
         f"expected batch        {result['expected_batch_size']} of {result['num_units']:g} units",
@@ -214,6 +223,13 @@ def text(result: dict) -> str:
         f" {c['predicted_loss']:>8.4f}"
         for c in result["near_optimal"]
     ]
+    if result["forms"]:
+        lines += ["", "what each form that fits the data would choose (the farther apart, the less is known)"]
+        lines += [
+            f"  {c['form']:<16} {c['model']:<16} {c['expected_batch_size']:>9} {c['steps']:>9}"
+            f" {c['predicted_loss']:>8.4f}"
+            for c in result["forms"]
+        ]
     gains = {"compute": "compute", "epsilon": "epsilon", "num_units": "the number of units"}
     lines += ["", "what doubling one budget would take off the loss"]
     for name, value in result["marginal_values"].items():

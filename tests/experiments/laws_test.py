@@ -183,18 +183,22 @@ def test_cross_validated_errors_are_those_of_laws_that_have_not_seen_the_points(
         def loss(self, parameters, steps, ratio):
             return np.full(len(parameters), self.value)
 
-    errors = validation.cross_validate(measured, Constant)
+    errors = validation.cross_validate(measured, Constant, only_first=True)
     assert set(errors) == {validation.BETWEEN, validation.LARGER, validation.LONGER, validation.NOISIER}
     assert any(480e3 not in some.parameters for some in seen) and all(len(some) < len(measured) for some in seen)
     late = measured.where(measured.steps > 640)
     early = measured.where(measured.steps <= 640)
     expected = np.abs(early.loss.mean() / late.loss - 1)
     assert errors[validation.LONGER].median == pytest.approx(np.median(expected))
+    # Of smaller models all larger ones are predicted, of fewer steps all later ones.
+    at_all = validation.cross_validate(measured, Constant)
+    assert min(some.parameters.max() for some in seen) == np.unique(measured.parameters)[1]
+    assert at_all[validation.LONGER].count > errors[validation.LONGER].count
 
 
 def test_every_way_beyond_the_data_adds_its_error(fitted):
     errors = {
-        kind: validation.Error(0.0, value, 1)
+        kind: validation.Error(0.0, value, 1, value)
         for kind, value in ((validation.BETWEEN, 0.01), (validation.LARGER, 0.03), (validation.LONGER, 0.04))
     }
     assert validation.expected_error(errors, fitted.law, 1e5, 500, 0.01) == 0.01
@@ -310,3 +314,40 @@ def test_more_noise_never_lowers_a_loss(law):
         for t in np.geomspace(domain.steps[0], 10 * domain.steps[1], 7):
             losses = fitted.law.loss(m, t, ratios)
             assert (np.diff(losses) >= -1e-12 * losses[1:]).all(), (m, t)
+
+
+def test_the_stated_error_grows_with_the_distance_from_the_data(fitted):
+    domain, errors = fitted.law.domain, fitted.errors
+    m, t, r = domain.parameters[1], domain.steps[1], domain.ratio[1]
+
+    def at(*place):
+        return validation.expected_error(errors, fitted.law, *place)
+
+    for far in (lambda k: (k * m, t, r / 4), lambda k: (m, k * t, r / 4), lambda k: (m, t, k * r)):
+        stated = [at(*far(k)) for k in (1.01, 2, 4, 16)]
+        assert stated == sorted(stated) and stated[-1] > stated[0]
+    assert at(4 * m, 4 * t, r) > max(at(4 * m, t, r), at(m, 4 * t, r)) > at(m, t, r)
+
+
+def test_the_line_of_a_quantile_is_found():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 2, 4000)
+    y = (0.01 + 0.03 * x) * np.abs(rng.standard_normal(4000)) / 1.645  # whose 90 % quantile is the bracket
+    assert validation._line_of_quantile(x, y, 0.9) == pytest.approx((0.01, 0.03), rel=0.1)
+
+
+@pytest.mark.slow
+def test_longer_runs_lie_within_the_stated_error_as_often_as_it_says():
+    """Of planted laws, at two and a half and at four times the longest run: nine of ten, give or take."""
+    inside = []
+    for seed in range(6):
+        truth = planted.PlantedLaw.draw(seed)
+        fitted, rng = fitting.fit(truth.table(seed)), np.random.default_rng(seed)
+        for far in (2.5, 4.0):
+            t = far * planted.STEPS[-1]
+            for _ in range(40):
+                m, r = np.exp(rng.uniform(*np.log(fitted.law.domain.parameters))), 2 ** rng.uniform(-13, -4)
+                off = abs(float(fitted.law.loss(m, t, r)) / float(truth.loss(m, t, r)) - 1)
+                inside.append(off <= validation.expected_error(fitted.errors, fitted.law, m, t, r))
+    print(np.mean(inside))
+    assert np.mean(inside) > 0.85

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -104,7 +105,7 @@ def test_more_of_any_budget_is_never_worse(fitted):
 
 
 def test_extrapolation_is_refused_unless_asked_for(fitted, surface):
-    large = Budget(5e17, 1e5, 8, 1e-5, planted.LENGTH)
+    large = Budget(8e16, 1e5, 8, 1e-5, planted.LENGTH)
     with pytest.raises(InputError, match="allow extrapolation"):
         optimum.search(fitted.law, surface, large, optimum.sizes_within(fitted.law))
     found = optimum.search(fitted.law, surface, large, optimum.sizes_within(fitted.law), extrapolate=True)
@@ -199,7 +200,7 @@ def test_limits_are_told_before_anything_is_searched():
 def test_a_law_is_not_asked_for_more_steps_than_it_can_be(fitted, surface):
     """Much more compute than the sizes can spend: the answer is no run of 1e13 steps, but a sentence."""
     vast = Budget(3e23, 1e5, 8, 1e-5, planted.LENGTH)
-    with pytest.raises(InputError, match="can be asked for: compute must lie between"):
+    with pytest.raises(InputError, match="4 times what the law was fitted to: compute must lie between"):
         optimum.search(fitted.law, surface, vast, optimum.sizes_within(fitted.law), extrapolate=True)
 
 
@@ -210,3 +211,16 @@ def test_tokens_beyond_the_longest_run_are_marked_without_privacy_too(fitted):
         low, high = fitted.law.domain.parameters
         assert said["extrapolated"] == (not low <= said["parameters"] <= high or said["tokens"] > longest)
     assert said["extrapolated"]
+
+
+def test_beyond_the_data_every_form_is_shown_and_far_beyond_nothing(fitted, tmp_path):
+    longer = Budget(8e16, 1e5, 8, 1e-5, planted.LENGTH)
+    said = plan.answer(fitted, plan.Request(longer, any_size=True, extrapolate=True), tmp_path)
+    assert {each["form"] for each in said["forms"]} == {"L1", "L2", "coupled"} and said["extrapolated"]
+    assert f"within {100 * said['prediction_error']:.1f} % nine times of ten, if errors grow" in plan.text(said)
+    with pytest.raises(InputError, match="4 times what the law was fitted to"):
+        optimum.search(
+            fitted.law, lambda t, q: 0 * t + 1, dataclasses.replace(longer, compute=1e19), [1e5], extrapolate=True
+        )
+    inside = plan.answer(fitted, plan.Request(BUDGET), tmp_path)
+    assert inside["forms"] == [] and "each form" not in plan.text(inside)
