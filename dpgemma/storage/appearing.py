@@ -24,7 +24,7 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left(path)
-    temporary, descriptor = _locked_folder(path.with_name(f".{path.name}.{os.getpid()}.new"))
+    temporary, descriptor = _locked_folder(path)
     try:
         yield temporary
         os.rename(temporary, path)
@@ -35,8 +35,10 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         os.close(descriptor)
 
 
-def _locked_folder(temporary: pathlib.Path) -> tuple[pathlib.Path, int]:
+def _locked_folder(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     while True:
+        # Processes of other machines may have this one's number.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.new")
         temporary.mkdir()
         descriptor = os.open(temporary, os.O_RDONLY)
         with contextlib.suppress(OSError):  # of file systems without locks; nothing is removed there either
