@@ -83,6 +83,8 @@ def search(
     sizes: Sequence[float],
     *,
     extrapolate: bool = False,
+    batch_size: int | None = None,
+    steps: int | None = None,
 ) -> Candidates:
     """Every configuration of the sizes and batches that spends the compute, with the loss that the law predicts.
 
@@ -92,12 +94,19 @@ def search(
     Args:
       noise: noise multiplier of (steps, sampling probability) under the privacy budget; NaN where there is none.
       extrapolate: whether steps, sizes and noise up to BELIEVED times beyond what was measured are allowed.
+      batch_size, steps: one of them, where it is fixed.
 
     Raises:
       InputError: no configuration is left.
     """
     batches = 2.0 ** np.arange(0, np.log2(budget.num_units) + 1e-9, 1 / _BATCHES_PER_DOUBLING)
+    if batch_size is not None:
+        batches = np.array([float(batch_size)])
     m, b = (x.ravel() for x in np.meshgrid(np.asarray(sizes, float), batches, indexing="ij"))
+    if steps is not None:
+        m = np.asarray(sizes, float)
+        b = budget.compute / (6 * budget.sequence_length * m * steps)
+        m, b = m[(b >= 1) & (b <= budget.num_units)], b[(b >= 1) & (b <= budget.num_units)]
     t = budget.compute / (6 * budget.sequence_length * m * b)
     domain = law.domain
     far = BELIEVED if extrapolate else 1.0
@@ -107,11 +116,13 @@ def search(
     m, b, t = m[allowed], b[allowed], t[allowed]
     how_far = f"{far:g} times what the law was fitted to" if extrapolate else "what the law was fitted to"
     if not len(t):
-        tokens = 6 * budget.sequence_length
+        tokens, (few, many) = 6 * budget.sequence_length, (batches[0], batches[-1])
+        sizes = [m for m in sizes if smallest <= m <= largest] or [smallest, largest]
+        first, last = (domain.steps[0], most) if steps is None else (steps, steps)
         raise InputError(
             f"with {budget.compute:.3g} operations and {budget.num_units:.3g} units no run has between"
             f" {domain.steps[0]:.4g} and {most:.4g} steps, which is {how_far}: compute must lie between"
-            f" {tokens * domain.steps[0] * smallest:.2g} and {tokens * most * budget.num_units * largest:.2g}"
+            f" {tokens * first * few * min(sizes):.2g} and {tokens * last * many * max(sizes):.2g}"
             + (
                 "; beyond that no law of this table is believed: sweep larger models or longer runs"
                 if extrapolate

@@ -32,12 +32,19 @@ class Request:
       any_size: search model sizes between those that were trained, too, and not only the ones that have a name.
       extrapolate: allow sizes, steps and noise outside of what the law was fitted to.
       relation: neighbouring data sets for which the winner's noise is certified.
+      model: the only one that is considered; None for all.
+      batch_size, steps: one of them, where it is fixed.
+      assumed: what the budget rests on, in sentences.
     """
 
     budget: Budget
     any_size: bool = False
     extrapolate: bool = False
     relation: str = "add_or_remove"
+    model: str | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    assumed: tuple[str, ...] = ()
 
 
 def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, certify=certified) -> dict:
@@ -54,11 +61,12 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     budget, law = request.budget, fitted.law
     noise = NoiseSurface(budget.epsilon, budget.delta, cache)
     sizes = sizes_to_search(fitted, request)
-    found = optimum.search(law, noise, budget, sizes, extrapolate=request.extrapolate)
+    how = {"extrapolate": request.extrapolate, "batch_size": request.batch_size, "steps": request.steps}
+    found = optimum.search(law, noise, budget, sizes, **how)
     best = optimum.preferred(found)
     searched = time.perf_counter() - start
 
-    names = _names(fitted, request.extrapolate)
+    names = _names(fitted, request)
     chosen = _configuration(names, found, best)
     proof = _certify(budget, chosen["expected_batch_size"], chosen["steps"], request.relation, cache, certify)
     ratio = proof.noise_multiplier / chosen["expected_batch_size"]
@@ -69,9 +77,9 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     rate = float(law.learning_rate(*place))
 
     def solve(b):
-        return float(optimum.search(law, _same(noise, b), b, sizes, extrapolate=request.extrapolate).loss[0])
+        return float(optimum.search(law, _same(noise, b), b, sizes, **how).loss[0])
 
-    notes = [f"extrapolated: {text}" for text in beyond]
+    notes = [*request.assumed, *(f"extrapolated: {text}" for text in beyond)]
     if fitted.left_out:
         further = f", and {len(fitted.left_out) - 1} more" if len(fitted.left_out) > 1 else ""
         notes.append(f"a run is not fitted: {fitted.left_out[0]}{further}")
@@ -89,12 +97,14 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     as_forms = []
     if beyond:
         for form in fitted.forms:
-            other = optimum.search(fitted.going_on_as(form), noise, budget, sizes, extrapolate=True)
+            other = optimum.search(fitted.going_on_as(form), noise, budget, sizes, **how)
             place_of_other = _configuration(names, other, optimum.preferred(other))
             as_forms.append({"form": form, **place_of_other, "predicted_loss": float(other.loss[0])})
     return {
         **chosen,
         "forms": as_forms,
+        "epochs": chosen["steps"] * chosen["expected_batch_size"] / budget.num_units,
+        "command": _command(chosen, budget, rate, request.relation),
         "noise_multiplier": proof.noise_multiplier,
         "noise_batch_ratio": ratio,
         "learning_rate": rate,
@@ -118,20 +128,49 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
 
 def sizes_to_search(fitted: FittedLaw, request: Request) -> np.ndarray:
     """Sizes that have a name, or all in between; with extrapolation also the named presets beyond."""
-    if request.any_size:
+    if request.any_size and request.model is None:
         low, high = fitted.law.domain.parameters
         return np.geomspace(low, 10 * high if request.extrapolate else high, 100)
-    return np.array(sorted(_names(fitted, request.extrapolate)))
+    return np.array(sorted(_names(fitted, request)))
 
 
-def _names(fitted: FittedLaw, extrapolate: bool) -> dict[float, str]:
+def _names(fitted: FittedLaw, request: Request) -> dict[float, str]:
     names = {float(size): name for name, size in fitted.sizes.items()}
-    if extrapolate:
+    if request.extrapolate:
         from dpgemma.gemma.presets import PRESETS
         from experiments.sweep.checks import parameters
 
         names = {float(parameters(name)): name for name in PRESETS} | names
-    return names
+    if request.model is None:
+        return names
+    chosen = {size: name for size, name in names.items() if name == request.model}
+    if not chosen:
+        raise InputError(
+            f"`model`={request.model} is none that the law knows: choose one of {', '.join(names.values())}"
+            + ("" if request.extrapolate else ", or allow extrapolation")
+        )
+    return chosen
+
+
+def _command(chosen: dict, budget: Budget, rate: float, relation: str) -> str | None:
+    """The training of a plan as the law's runs were trained; None where its model has no name in this package."""
+    from dpgemma.gemma.presets import PRESETS
+
+    if chosen["model"] not in PRESETS:
+        return None
+    settings = {
+        "model": chosen["model"], "sequence_length": budget.sequence_length,
+        "batch_size": chosen["expected_batch_size"], "steps": chosen["steps"], "learning_rate": f"{rate:.3g}",
+        "schedule": "constant", "epsilon": f"{budget.epsilon:g}", "delta": f"{budget.delta:g}",
+        "neighbouring_relation": relation,
+    }  # fmt: skip
+    return "dpgemma train --data=FILE " + " ".join(f"--{name}={value}" for name, value in settings.items())
+
+
+def without_privacy(fitted: FittedLaw, compute: float, assumed: tuple[str, ...] = ()) -> dict:
+    """What is best for a compute budget where nobody's privacy has to be kept."""
+    budget = Budget(compute, 1, 1.0, 0.5, fitted.sequence_length)  # of which the compute alone counts
+    return {"epsilon": math.inf, "compute": compute, "notes": list(assumed), "non_private": non_private(fitted, budget)}
 
 
 def _configuration(names: dict[float, str], found: Candidates, i: int) -> dict:
@@ -206,12 +245,12 @@ def text(result: dict) -> str:
     lines = [
         f"model                 {result['model']} ({result['parameters']} parameters)",
         f"expected batch        {result['expected_batch_size']} of {result['num_units']:g} units",
-        f"steps                 {result['steps']}",
+        f"steps                 {result['steps']}, which draw each unit {result['epochs']:.3g} times",
         f"noise multiplier      {result['noise_multiplier']:.5g} (epsilon {result['epsilon']:.5g} at delta"
         f" {result['delta']:g}, certified)",
         f"noise-batch ratio     {result['noise_batch_ratio']:.4g}",
         f"learning rate         {result['learning_rate']:.3g}",
-        f"predicted loss        {result['predicted_loss']:.4f}"
+        f"predicted loss        {result['predicted_loss']:.4f} nats per token"
         f" ({trust}){' EXTRAPOLATED' if result['extrapolated'] else ''}",
         *(f"note                  {note}" for note in result["notes"]),
         "",
@@ -234,10 +273,15 @@ def text(result: dict) -> str:
     lines += ["", "what doubling one budget would take off the loss"]
     for name, value in result["marginal_values"].items():
         lines.append(f"  {gains[name]:<20} {'outside of the data' if math.isnan(value) else f'{100 * value:.2f} %'}")
+    if result["command"]:
+        lines += ["", "to train it as the runs of the law were trained", f"  {result['command']}"]
+    return "\n".join([*lines, "", text_without_privacy(result)])
+
+
+def text_without_privacy(result: dict) -> str:
+    """What the same compute would give without privacy, for a terminal."""
     clean = result["non_private"]
-    lines += [
-        "",
+    return (
         f"without privacy the same compute would go to {clean['parameters']:.3g} parameters and {clean['tokens']:.3g}"
-        f" tokens: loss {clean['predicted_loss']:.4f}{' (extrapolated)' if clean['extrapolated'] else ''}",
-    ]
-    return "\n".join(lines)
+        f" tokens: loss {clean['predicted_loss']:.4f}{' (extrapolated)' if clean['extrapolated'] else ''}"
+    )

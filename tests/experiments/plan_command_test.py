@@ -1,0 +1,90 @@
+"""dpgemma plan, as people ask: by chips and hours, with a model, a batch or steps that are fixed, without a delta."""
+
+import json
+import shlex
+
+import pytest
+from absl import flags
+
+from dpgemma.commands import command_flags
+from dpgemma.training.settings import Settings
+from tests.training.runs import call
+
+USUAL = dict(compute=4e12, num_units=1e5, epsilon=8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def planned(*switches, **given):
+    done = call("plan", *switches, *(f"--{name}={value}" for name, value in given.items()), "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_delta_follows_from_the_units_and_the_command_trains_the_plan():
+    said = planned(**USUAL)
+    assert said["delta"] == pytest.approx(1e5**-1.1) and "to the power of -1.1 (--delta)" in said["notes"][0]
+    assert said["epochs"] == pytest.approx(said["steps"] * said["expected_batch_size"] / 1e5)
+    program, command, *arguments = shlex.split(said["command"])
+    values = flags.FlagValues()
+    command_flags.define_from_dataclass(Settings, values)
+    values(["train", *arguments])
+    settings = Settings(**{name: values[name].value for name in Settings.__dataclass_fields__})
+    assert (program, command) == ("dpgemma", "train") and settings.schedule == "constant"
+    for name, value in {
+        "model": said["model"], "batch_size": said["expected_batch_size"], "steps": said["steps"], "epsilon": 8.0,
+        "sequence_length": 64, "learning_rate": pytest.approx(said["learning_rate"], rel=0.01),
+        "delta": pytest.approx(said["delta"], rel=1e-5),
+    }.items():  # fmt: skip
+        assert getattr(settings, name) == value, name
+
+
+def test_chips_and_hours_are_compute():
+    said = planned(chips="a100:2", hours=0.0005, mfu=0.5, num_units=1e5, epsilon=8, delta=1e-6)
+    assert said["compute"] == pytest.approx(2 * 312e12 * 0.5 * 1.8)
+    assert "2 chips of 3.12e+14 operations a second at peak, of which 50% are assumed (--mfu)" in said["notes"][0]
+
+
+def test_what_is_fixed_stays():
+    best = planned(**USUAL, delta=1e-6)
+    fixed = planned(**USUAL, delta=1e-6, model="ladder_45k", batch_size=512)
+    assert fixed["model"] == "ladder_45k" and fixed["expected_batch_size"] == 512
+    assert fixed["steps"] == round(4e12 / (6 * 64 * fixed["parameters"] * 512))
+    steps = planned(**USUAL, delta=1e-6, steps=300)
+    assert steps["steps"] == 300 and {each["steps"] for each in steps["near_optimal"]} == {300}
+    assert min(fixed["predicted_loss"], steps["predicted_loss"]) >= best["predicted_loss"] * 0.99
+
+
+def test_without_privacy_the_answer_is_chinchillas():
+    said = planned(compute=1e13, num_units=1e5, epsilon="inf")
+    clean = said["non_private"]
+    assert said["epsilon"] == "inf" and 6 * clean["parameters"] * clean["tokens"] == pytest.approx(1e13)
+
+
+def test_a_delta_at_which_units_may_be_shown_whole_is_said():
+    assert any("delta is above 1 / num_units" in note for note in planned(**USUAL, delta=1e-3)["notes"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(num_units=1e5, epsilon=8), "--compute, or --chips and --hours"),
+        (dict(USUAL, chips="h100:8"), "--compute, or --chips and --hours"),
+        (dict(USUAL, hours=3), "--hours and --mfu belong to --chips"),
+        (dict(chips="h100:8", num_units=1e5, epsilon=8), "--chips needs --hours"),
+        (dict(chips="h100:8", hours=1, mfu=1.5, num_units=1e5, epsilon=8), "--mfu must lie between 0 and 1"),
+        (dict(chips="cpu:2", hours=1, num_units=1e5, epsilon=8), "--chips names accelerators"),
+        (dict(chips="abacus:2", hours=1, num_units=1e5, epsilon=8), "abacus"),
+        (dict(USUAL, batch_size=10, steps=10), "drop --steps or --batch_size"),
+        (dict(USUAL, model="gemma9"), "--model=gemma9 is none that the law knows: choose one of ladder_20k"),
+        (dict(USUAL, model="ladder_45k", batch_size=16), "compute must lie between"),
+        (dict(USUAL, epsilon=0), "--epsilon must be positive"),
+        (dict(USUAL, delta=2), "--delta must lie between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(given, message):
+    done = call("plan", *(f"--{name}={value}" for name, value in given.items()))
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
