@@ -46,12 +46,28 @@ def as_os_errors(path: pathlib.Path, *kinds: type[Exception]) -> Iterator[None]:
       kinds: of exceptions that it raises where it cannot.
 
     Raises:
-      OSError: with the reason that stands in the library's message, or as a failure of input and output.
+      OSError: with the reason that stands in the library's message. What names no reason of the operating system is
+        raised as it is.
     """
     try:
         yield
     except kinds as error:
         said = str(error)
         known = (code for code in errno.errorcode if os.strerror(code) in said)
-        reason = next(known, errno.EIO)
+        reason = next(known, None)
+        if reason is None:
+            raise
         raise OSError(reason, os.strerror(reason), str(path)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, numpy or XLA raise where there is no memory left.
+
+    >>> is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."))
+    True
+    >>> is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Error writing: No space left on device"))
+    False
+    """
+    said = str(error)
+    of_a_disk = any(os.strerror(code) in said for code in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE))
+    return isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in said and not of_a_disk)

@@ -11,7 +11,7 @@ import sys
 from absl import flags
 
 import dpgemma
-from accounting.errors import InputError, as_flags
+from accounting.errors import InputError, as_flags, is_out_of_memory
 from dpgemma.commands import process
 
 # Name, module, description.
@@ -100,12 +100,11 @@ def _run(name: str, rest: list[str]) -> int:
         place = f" at {error.filename}" if error.filename else ""
         return _fail(f"the disk refused{place}: {error.strerror or error}; nothing that was saved before is lost")
     except (MemoryError, RuntimeError) as error:
-        if not process.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail(
-            "the memory is used up; nothing that was saved before is lost: free some, or take less at once (of train,"
-            " --microbatch_size=1, --remat=block, a --mesh of more devices, or a smaller model; of the others,"
-            " --batch_size)"
+            "the memory is used up; nothing that was saved before is lost: close other programs, or take a smaller"
+            " model or fewer records; train needs less with --microbatch_size=1, --remat=block or more devices"
         )
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted; nothing that was saved before is lost")

@@ -59,7 +59,8 @@ def page(results: list[dict[str, object]]) -> str:
             "",
             f"`python -m tests.mutations --page=docs/breaches.md` planted {len(results)} breaches of privacy in a copy"
             f" of the source, one at a time; {noticed} of them were noticed. For each: its kind, what was changed, and"
-            " the first test that failed. Each is one member of its kind; the tests are written for the kind.",
+            " the first test that failed. A breach stands for others of its kind, which the same tests are meant to"
+            " notice.",
             "",
             "| kind | breach | noticed by |",
             "|---|---|---|",

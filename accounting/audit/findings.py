@@ -136,8 +136,9 @@ class AuditResult:
         if against is not None:
             lines += [
                 f"against the reference model, which no protocol named before the run: epsilon"
-                f" {against['lower_bound']:g} at least; these bounds are wrong in at most"
-                f" {against['significance']:.0%} of runs",
+                f" {against['lower_bound']:g} at least; these bounds are wrong in at most {against['significance']:.0%}"
+                " of runs, if this one reference was chosen before its result was seen, and knows nothing of the"
+                " canaries",
                 *_table(against),
             ]
         return lines

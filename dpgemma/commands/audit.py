@@ -56,8 +56,8 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string(
         "against",
         None,
-        "With --memorisation, another run or Hugging Face directory, which is asked too; with --empirical, one without"
-        " the canaries, under which they are as likely as their texts make them.",
+        "With --memorisation, another run or Hugging Face directory, which is asked too; with --empirical, a model"
+        " that was never trained on the canaries: it corrects for how likely each text is anyway.",
         fv,
     )
     command_flags.string(
@@ -98,8 +98,8 @@ def run(fv: flags.FlagValues) -> int:
         if fv.empirical:
             from dpgemma.inference.attacking import attacked, attacked_against
 
-            attack = attacked(workdir)
             against = attacked_against(workdir, fv.against) if fv.against else None
+            attack = attacked(workdir)
         result = audit(workdir, tuple(exports), head=fv.head, required=required, attack=attack, against=against)
         locked = locked or (ledger.is_file() and ledger.stat().st_size != before)
     if locked and not result.finished:  # its files are written one after the other; those of a finished run stay

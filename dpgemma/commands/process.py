@@ -62,11 +62,6 @@ def install_quiet_hooks() -> Callable[[], None]:
     return restore
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is what Python, numpy or XLA raise where there is no memory left."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]
-
-
 def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from accounting import run_files
 from accounting.empirical import protocol as protocol_lib
 from accounting.empirical.protocol import Assessment, Protocol
 from accounting.errors import InputError
@@ -21,6 +22,8 @@ from dpgemma.training import canaries as canaries_lib
 from dpgemma.training.prepare import objective_of
 from dpgemma.training.run import RunDirectory
 from dpgemma.training.settings import Settings
+
+_LONGEST_CHAIN = 20  # of models, each of which started from another
 
 
 def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda canaries: None) -> Assessment:
@@ -50,8 +53,9 @@ def attacked_against(workdir: pathlib.Path, reference: str) -> Assessment:
     """The lower bounds of a score that is the loss of a canary against its loss under a reference model.
 
     The reference may be chosen after the run: it is no part of the registered protocol, and its bounds have a
-    significance of their own. It must not have seen the canaries' coins. So a run that planted canaries is refused;
-    of a Hugging Face directory that is assumed.
+    significance of their own, if one reference is chosen before its result is seen. It must know nothing of the
+    canaries' coins. So a model is refused that says of itself, or of the one that it started from, that canaries were
+    planted; of all others that is assumed.
 
     Args:
       workdir: of a run that planted canaries which are text, with its private/.
@@ -63,8 +67,7 @@ def attacked_against(workdir: pathlib.Path, reference: str) -> Assessment:
     run, executed, canaries = _finished(workdir)
     if canaries_lib.coordinates_of(canaries) is not None:
         raise InputError(f"{workdir} planted gradient canaries, which are no text that a model could be asked for")
-    if is_run(reference) and RunDirectory(pathlib.Path(reference)).config().get("canaries"):
-        raise InputError(f"{reference} planted canaries itself: a reference is a run without them")
+    _check_reference(reference)
     trained, other = models.load(str(workdir)), model_of(reference)
     check_alike(other, reference, trained)
     objective = objective_of(Settings.of_config(run.config()))
@@ -76,6 +79,27 @@ def attacked_against(workdir: pathlib.Path, reference: str) -> Assessment:
     before = attack.losses(as_reference, lora.split(other.config, other.parameters), canaries)
     scores = {protocol_lib.LOSS_AGAINST_REFERENCE: before - after}
     return _assessed(workdir, protocol_lib.of_texts_against_reference(), scores, canaries, executed)
+
+
+def _check_reference(reference: str) -> None:
+    """Refuses models that were trained on canaries, as far as they or what they started from say so.
+
+    Raises:
+      InputError: it was.
+    """
+    named: str | None = reference
+    for _ in range(_LONGEST_CHAIN):
+        if named is None:
+            return
+        folder, start = pathlib.Path(named), None
+        card = folder / run_files.CARD
+        planted = card.is_file() and "canaries" in card.read_text(errors="replace")
+        if is_run(named):
+            config = RunDirectory(folder).config()
+            planted, start = bool(config.get("canaries")), config.get("init_from")
+        if planted:
+            raise InputError(f"{named} was trained with canaries: a reference must not have learned any")
+        named = start
 
 
 def _finished(workdir: pathlib.Path) -> tuple[RunDirectory, Executed, Canaries]:

@@ -2,9 +2,9 @@
 
 import contextlib
 import fcntl
-import glob
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -40,7 +40,10 @@ def _locked_folder(path: pathlib.Path) -> tuple[pathlib.Path, int]:
         # Processes of other machines may have this one's number.
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.new")
         temporary.mkdir()
-        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for one that was left
+            continue
         with contextlib.suppress(OSError):  # of file systems without locks; nothing is removed there either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if temporary.exists():  # no other process took it for one that was left, in between
@@ -49,7 +52,8 @@ def _locked_folder(path: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def _remove_left(path: pathlib.Path) -> None:
-    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.new"):
+    ours = re.compile(re.escape(f".{path.name}.") + r"\d+(-[0-9a-f]{8})?\.new")
+    for left in [each for each in path.parent.iterdir() if ours.fullmatch(each.name)]:
         with contextlib.suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY)
             try:

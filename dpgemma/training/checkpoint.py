@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from accounting import run_files
-from accounting.errors import InputError
+from accounting.errors import InputError, is_out_of_memory
 from accounting.ledger import events
 from accounting.ledger.chain import Ledger
 from accounting.ledger.history import History
@@ -158,6 +158,8 @@ class Checkpoints:
         try:
             work()
         except Exception as error:  # a full disk comes back as one of many types
+            if is_out_of_memory(error):
+                raise
             raise InputError(
                 f"checkpoint {step} cannot be written to {self._files.directory} ({_reason(error)}): make room and run"
                 " the same command again; the checkpoints before it are kept"
@@ -231,6 +233,8 @@ class Checkpoints:
             if not sound:
                 raise ValueError(f"its counters disagree with its number {step}")
         except Exception as error:  # whatever the storage layers raise on damaged files
+            if is_out_of_memory(error):  # which says nothing of the files
+                raise
             return None, {}, _reason(error)
         return state, meta, None
 

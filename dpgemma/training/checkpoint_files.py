@@ -16,12 +16,15 @@ class CheckpointFiles(Protocol):
 
     Attributes:
       directory: that Orbax is given.
-      removed: folder that Orbax moves a checkpoint to in place of deleting it, relative to its directory: a process
-        that dies while it deletes leaves no part of one. None where Orbax deletes.
     """
 
     directory: Any
-    removed: str | None
+
+    @property
+    def removed(self) -> str | None:
+        """The folder that Orbax moves a checkpoint to in place of deleting it, so that a process which dies while it
+        deletes leaves no part of one; None where Orbax deletes.
+        """
 
     def delete_removed(self) -> None:
         """Deletes what was moved to `removed`."""
@@ -41,10 +44,17 @@ class CheckpointFiles(Protocol):
 class OnDisk:
     """Checkpoints in a folder."""
 
-    removed: str | None = f"../{run_files.REMOVED}"
-
     def __init__(self, directory: pathlib.Path, damaged: pathlib.Path) -> None:
         self.directory, self._damaged = directory.absolute(), damaged
+
+    @property
+    def removed(self) -> str | None:
+        """In private/, where that lies on the disk of the checkpoints: a folder goes to another disk file by file."""
+        there = self.directory if self.directory.exists() else self.directory.parent
+        private = self.directory.parent / run_files.PRIVATE
+        here = private if private.exists() else self.directory.parent
+        same_disk = there.stat().st_dev == here.stat().st_dev
+        return str(self.directory.parent / run_files.REMOVED) if same_disk else None
 
     def delete_removed(self) -> None:
         shutil.rmtree(self.directory.parent / run_files.REMOVED, ignore_errors=True)
@@ -69,7 +79,9 @@ class OnDisk:
 class InStorage:
     """Checkpoints under an address. Their files are read once more for their digests."""
 
-    removed: str | None = None
+    @property
+    def removed(self) -> str | None:
+        return None
 
     def delete_removed(self) -> None:
         pass

@@ -24,16 +24,10 @@ class MetricsFile:
     """
 
     def __init__(self, path: pathlib.Path, resumed_step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text(errors="replace").splitlines():
-                # A crash may have cut a line off.
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                    if json.loads(line)["step"] < resumed_step:
-                        kept.append(line + "\n")
-        self._hash = hashlib.sha256("".join(kept).encode())
+        kept = _kept(path, resumed_step)
+        self._hash = hashlib.sha256(kept.encode())
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text(kept)
         temporary.replace(path)
         self._file = open(path, "a")
 
@@ -52,6 +46,23 @@ class MetricsFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _kept(path: pathlib.Path, resumed_step: int) -> str:
+    """The lines of a file of metrics that belong to steps before the resumed one."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            # A crash may have cut a line off.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                if json.loads(line)["step"] < resumed_step:
+                    kept.append(line + "\n")
+    return "".join(kept)
+
+
+def digest_before(path: pathlib.Path, resumed_step: int) -> str:
+    """SHA-256 of the lines that belong to steps before the resumed one, as a checkpoint event has it."""
+    return hashlib.sha256(_kept(path, resumed_step).encode()).hexdigest()
 
 
 def private_summary(stats: PrivateStats, drawn: int) -> dict[str, Any]:

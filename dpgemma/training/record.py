@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -216,11 +217,11 @@ class Record:
         try:
             for observer in self.observers:
                 observer.begin(self.plan, first, volume)
+            self._compare_metrics(first)
             with (
                 metrics.MetricsFile(self.run.metrics_file, first) as public,
                 metrics.MetricsFile(self.run.private_metrics_file, first) as private,
             ):
-                self._compare_metrics(first, public.digest)
                 curve = EpsilonCurve(self._accountant, self.plan.delta)
                 repeated = self._ledger.history.repeated
                 steps = self.plan.mechanism.steps
@@ -230,13 +231,21 @@ class Record:
             for observer in self.observers:
                 observer.end()
 
-    def _compare_metrics(self, first: int, digest: str) -> None:
-        """Warns where the public metrics of the steps before the first are not those of its checkpoint."""
+    def _compare_metrics(self, first: int) -> None:
+        """Where the public metrics of the steps before the first are not those of its checkpoint, keeps them and warns.
+
+        What follows is written behind what is left of them, because no step may wait for a file of metrics.
+        """
+        digest = metrics.digest_before(self.run.metrics_file, first)
         known = [r for r in self._ledger.records if r["kind"] == events.CHECKPOINT and r["step"] == first]
         if known and known[-1].get("metrics_sha256", digest) != digest:
+            self.run.damaged.mkdir(parents=True, exist_ok=True)
+            kept = self.run.damaged / f"{run_files.METRICS}.before_step_{first}"
+            if self.run.metrics_file.exists():
+                shutil.copyfile(self.run.metrics_file, kept)
             self.warn(
-                f"{self.run.metrics_file} was changed since step {first} was saved: restore it, or dpgemma audit will"
-                " say so of the run"
+                f"{self.run.metrics_file} was changed since step {first} was saved, and dpgemma audit will report it;"
+                f" the file is kept as {kept}: to restore it, stop the run first"
             )
 
     def report(self, *, with_page: bool = False) -> None:

@@ -186,6 +186,23 @@ class RunDirectory:
         with contextlib.closing(self.open_ledger()) as ledger:
             return ledger.records[0]
 
+    def check_config(self) -> None:
+        """Refuses a run whose config.json is not the file that its ledger began with, before anything reads it: other
+        settings would have other keys, and add other noise to steps that were taken before.
+
+        Raises:
+          InputError: it is another file.
+        """
+        try:
+            declared = json.loads(self.opening())["config_sha256"]
+        except (ValueError, KeyError, TypeError):  # of a ledger that is damaged, which is told when it is opened
+            return
+        if run_files.file_digest(self.config_file) != declared:
+            raise InputError(
+                f"{self.config_file} is not the file that {self.path} was started with: restore it, or choose another"
+                " `workdir`"
+            )
+
     def check_format(self) -> None:
         """Refuses to train a run further whose ledger has an older format.
 
@@ -230,11 +247,6 @@ class RunDirectory:
                 f"the data differ from those that {self.path} was started with: give the same data or another `workdir`"
             )
         facts = self._start_event()
-        if run_files.file_digest(self.config_file) != facts["config_sha256"]:
-            raise InputError(
-                f"{self.config_file} is not the file that {self.path} was started with: restore it, or choose another"
-                " `workdir`"
-            )
         # Runs of earlier versions do not say which tokenizer they have.
         said = {name: value for name, value in start_event.items() if name != events.TOKENIZER or name in facts}
         differing = [name for name in said if facts.get(name) != said[name]]
@@ -283,6 +295,7 @@ def open_existing(path: pathlib.Path, mirror: Mirror | None = None) -> RunDirect
             " is missing, or choose another `workdir`"
         )
     run.lock()
+    run.check_config()
     return run
 
 

@@ -66,13 +66,13 @@ def usable(table: Table) -> Table:
       InputError: nothing is left, or runs of several kinds are mixed.
     """
     table = table.rows(~table.held_out)
+    check_alike(table)
     if len(table):
         table, left_out = sound(table)
         if not len(table):
             raise InputError(f"no run of the table can be fitted ({left_out[0]})")
     if not len(table):
         raise InputError("no row of the table can be fitted: all are held out")
-    check_alike(table)
     return averaged(ends_of_falling_rates(table))
 
 
@@ -85,6 +85,7 @@ def check_alike(table: Table) -> None:
     for name in (BATCH, SCHEDULE, LENGTH, TOKENIZER, DATA):
         if name in table.columns:
             found = np.unique(table[name])
+            found = found[found != ""] if found.dtype.kind == "U" else found[~np.isnan(found)]  # an empty cell: unknown
             if len(found) > 1:
                 some = ", ".join(str(value) if found.dtype.kind == "U" else f"{value:g}" for value in found[:4])
                 raise InputError(
@@ -99,7 +100,7 @@ def ends_of_falling_rates(table: Table) -> Table:
     """
     if SCHEDULE not in table.columns:
         return table
-    keep = table[SCHEDULE] == CONSTANT
+    keep = np.isin(table[SCHEDULE], (CONSTANT, ""))  # which is not said is taken for constant, as in older tables
     if keep.all():
         return table
     for rows in runs_of(table):

@@ -55,7 +55,7 @@ def sound(table: Table) -> tuple[Table, tuple[LeftOut, ...]]:
         off, is_sound = _judged(table, whole)
         kept = [rows for rows, good in zip(whole, is_sound, strict=True) if good]
         found += [
-            LeftOut(_name(table, rows), f"its losses are {np.exp(by):.2g} times what its neighbours let expect")
+            LeftOut(_name(table, rows), f"its losses are {np.exp(by):.2g} times what neighbouring runs suggest")
             for rows, by, good in zip(whole, off, is_sound, strict=True)
             if not good
         ]

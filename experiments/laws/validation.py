@@ -105,7 +105,9 @@ def expected_error(errors: dict[str, Error], law: Law, parameters: float, steps:
         LONGER: np.log(steps / law.domain.steps[1]),
         NOISIER: np.log(max(ratio, 1e-300) / max(law.domain.ratio[1], 1e-300)),
     }
-    return float(np.sqrt(sum(errors[way].at(float(beyond[way])) ** 2 for way in ways)))
+    # A line through errors beyond the edge may begin below the error inside; nothing is known better outside.
+    inside = errors[BETWEEN].ninety if BETWEEN in errors else 0.0
+    return float(np.sqrt(sum(max(inside, errors[way].at(float(beyond[way]))) ** 2 for way in ways)))
 
 
 def _folds(points: Points) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
@@ -124,7 +126,7 @@ def _folds(points: Points) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
     if len(sizes) > 2:
         folds[LARGER] = beyond(points.parameters, list(sizes[-2:0:-1]))
     if len(steps) > 8:
-        # Left out are the steps beyond 1 / 2.5 of the longest: the law must predict runs up to 2.5 times as long.
+        # The law must predict runs up to so many times as long as those that it is fitted to.
         cuts = [steps[steps <= steps[-1] / share] for share in (2.5, 1.6, 4.0)]
         folds[LONGER] = beyond(points.steps, [float(kept[-1]) for kept in cuts if len(kept) >= _FEWEST_STEPS])
     if len(noisy) > 3:

@@ -32,6 +32,7 @@ _LARGE = 10**15  # units of a data set that stands for a sampling probability al
 # The error falls at least linearly with the interval, so what is left is a third of the change.
 _COARSEST, _FINEST, _FINER, _CHANGE = 4e-3, 1e-5, 4.0, 0.01
 _MOST_STEPS = 10**7
+_LOWEST = math.log(saddlepoint.SMALLEST_NOISE)
 _VERSION = 5
 
 
@@ -113,7 +114,8 @@ class NoiseSurface:
         while True:
             found = _root(excess, found)
             interval /= _FINER
-            if not math.isfinite(found) or interval < _FINEST or abs(excess(found)) < _CHANGE:
+            settled = not math.isfinite(found) or found == _LOWEST
+            if settled or interval < _FINEST or abs(excess(found)) < _CHANGE:
                 return math.exp(found)
 
 
@@ -129,9 +131,9 @@ def _root(excess, start: float) -> float:
                 return math.nan
     else:
         while excess(low) <= 0:
-            low, high, step = low - step, low, 2 * step
-            if low < math.log(saddlepoint.SMALLEST_NOISE):
-                return math.log(saddlepoint.SMALLEST_NOISE)
+            if low <= _LOWEST:
+                return _LOWEST
+            low, high, step = max(low - step, _LOWEST), low, 2 * step
     return optimize.brentq(excess, low, high, xtol=3e-3)
 
 

@@ -170,16 +170,12 @@ def marginal_values(solve: Callable[[Budget], float], budget: Budget) -> dict[st
       solve: the lowest loss of a budget.
     """
     now = solve(budget)
-    doubled = {
-        "compute": dataclasses.replace(budget, compute=2 * budget.compute),
-        "epsilon": dataclasses.replace(budget, epsilon=2 * budget.epsilon),
-        "num_units": dataclasses.replace(budget, num_units=2 * budget.num_units),
-    }
     values = {}
-    for name, larger in doubled.items():
+    for name in ("compute", "epsilon", "num_units"):
         try:
+            larger = dataclasses.replace(budget, **{name: 2 * getattr(budget, name)})
             values[name] = 1 - solve(larger) / now
-        except InputError:  # beyond what the law was fitted to
+        except InputError:  # beyond what the law was fitted to, or beyond what there may be
             values[name] = float("nan")
     return values
 

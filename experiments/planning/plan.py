@@ -95,7 +95,8 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         if _AT_END * end <= value <= end
     ]
     as_forms = []
-    if beyond:
+    # Forms decide what lies beyond the largest model and the most noise; longer runs follow the ends of the curves.
+    if place[0] > law.domain.parameters[1] * 1.001 or counted > law.domain.ratio[1]:
         for form in fitted.forms:
             other = optimum.search(fitted.going_on_as(form), noise, budget, sizes, **how)
             place_of_other = _configuration(names, other, optimum.preferred(other))
@@ -130,7 +131,7 @@ def sizes_to_search(fitted: FittedLaw, request: Request) -> np.ndarray:
     """Sizes that have a name, or all in between; with extrapolation also the named presets beyond."""
     if request.any_size and request.model is None:
         low, high = fitted.law.domain.parameters
-        return np.geomspace(low, 10 * high if request.extrapolate else high, 100)
+        return np.geomspace(low, optimum.BELIEVED * high if request.extrapolate else high, 100)
     return np.array(sorted(_names(fitted, request)))
 
 
@@ -241,7 +242,7 @@ def text(result: dict) -> str:
     error = result["prediction_error"]
     trust = "never tested this far" if error is None else f"within {100 * error:.1f} % on nine of ten left-out points"
     if result["extrapolated"] and error is not None:
-        trust = f"within {100 * error:.1f} % nine times of ten, if errors grow as they did on left-out points"
+        trust = f"within {100 * error:.1f} % nine times out of ten, if errors grow as they did on left-out points"
     lines = [
         f"model                 {result['model']} ({result['parameters']} parameters)",
         f"expected batch        {result['expected_batch_size']} of {result['num_units']:g} units",
@@ -263,7 +264,7 @@ def text(result: dict) -> str:
         for c in result["near_optimal"]
     ]
     if result["forms"]:
-        lines += ["", "what each form that fits the data would choose (the farther apart, the less is known)"]
+        lines += ["", "beyond the largest model and the most noise a law is a form: what each would choose"]
         lines += [
             f"  {c['form']:<16} {c['model']:<16} {c['expected_batch_size']:>9} {c['steps']:>9}"
             f" {c['predicted_loss']:>8.4f}"

@@ -201,7 +201,7 @@ MUTATIONS = (
     ),
     Mutation(
         "identity of a run", "a config.json that was changed goes on", "dpgemma/training/run.py",
-        'if run_files.file_digest(self.config_file) != facts["config_sha256"]:', "if False:", UNFIT,
+        'if run_files.file_digest(self.config_file) != declared:', "if False:", UNFIT,
     ),
     Mutation(
         "noise of the real loop", "a wrong bit in the file of the keys is not noticed", KEYS,

@@ -324,8 +324,8 @@ def test_the_stated_error_grows_with_the_distance_from_the_data(fitted):
         return validation.expected_error(errors, fitted.law, *place)
 
     for far in (lambda k: (k * m, t, r / 4), lambda k: (m, k * t, r / 4), lambda k: (m, t, k * r)):
-        stated = [at(*far(k)) for k in (1.01, 2, 4, 16)]
-        assert stated == sorted(stated) and stated[-1] > stated[0]
+        stated = [at(m / 1.01, t / 1.01, r / 4), *(at(*far(k)) for k in (1.001, 1.1, 2, 4, 16))]
+        assert stated == sorted(stated) and stated[-1] > stated[0] > 0
     assert at(4 * m, 4 * t, r) > max(at(4 * m, t, r), at(m, 4 * t, r)) > at(m, t, r)
 
 
@@ -338,7 +338,7 @@ def test_the_line_of_a_quantile_is_found():
 
 @pytest.mark.slow
 def test_longer_runs_lie_within_the_stated_error_as_often_as_it_says():
-    """Of planted laws, at two and a half and at four times the longest run: nine of ten, give or take."""
+    """Of planted laws, at two and a half and at four times the longest run: at least in 85 of 100 cases."""
     inside = []
     for seed in range(6):
         truth = planted.PlantedLaw.draw(seed)
@@ -349,5 +349,4 @@ def test_longer_runs_lie_within_the_stated_error_as_often_as_it_says():
                 m, r = np.exp(rng.uniform(*np.log(fitted.law.domain.parameters))), 2 ** rng.uniform(-13, -4)
                 off = abs(float(fitted.law.loss(m, t, r)) / float(truth.loss(m, t, r)) - 1)
                 inside.append(off <= validation.expected_error(fitted.errors, fitted.law, m, t, r))
-    print(np.mean(inside))
     assert np.mean(inside) > 0.85

@@ -171,8 +171,11 @@ def test_a_reference_model_gives_a_score_and_bounds_of_their_own(black_box, whit
     assert result["empirical"]["against"]["bounds"][0]["score"] == "loss_against_reference"
     assert cli.main(["audit", str(black_box), "--empirical", f"--against={directory}"]) == 0
     assert "which no protocol named before the run" in capsys.readouterr().out
+    copy, exported = shutil.copytree(black_box, tmp_path / "copy"), tmp_path / "exported"
+    assert runs.call("export", f"--workdir={copy}", f"--out={exported}").returncode == 0
     for workdir, flags, message in (
-        (black_box, ["--empirical", f"--against={black_box}"], "planted canaries itself"),
+        (black_box, ["--empirical", f"--against={black_box}"], "was trained with canaries"),
+        (black_box, ["--empirical", f"--against={exported}"], "was trained with canaries"),
         (white_box, ["--empirical", f"--against={directory}"], "no text that a model could be asked for"),
         (black_box, ["--empirical", "--against=/nowhere"], "neither a run's folder nor"),
         (black_box, [f"--against={directory}"], "give --empirical or --memorisation"),

@@ -143,10 +143,15 @@ def test_a_checkpoint_that_is_deleted_is_never_there_in_part(ledger, tmp_path):
             assert not removed.exists()
 
     (removed / "1").mkdir(parents=True)
+    # Checkpoints may lie elsewhere, behind a link.
+    elsewhere = tmp_path / "elsewhere" / "checkpoints"
+    elsewhere.mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(elsewhere)
     with Checkpoints(Watched(tmp_path / "checkpoints", tmp_path / "damaged"), 1) as checkpoints:
         for step in (2, 3):
             state = state_of(float(step))
             adam = (state.optimizer_state[0]._replace(count=jnp.asarray(step, jnp.int32)), *state.optimizer_state[1:])
             checkpoints.save(step, dataclasses.replace(state, optimizer_state=adam), ledger, metrics_sha256="")
             checkpoints.settle(ledger)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["checkpoints"]
     assert moved == ["1", "2"] and [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]

@@ -272,7 +272,7 @@ REFUSALS = {
         lambda w: edit(w / "config.json", '"mesh"', '"mesi"'),
         "is not the file that",
     ),
-    "damaged config": ({}, lambda w: (w / "config.json").write_text("{"), "config.json is damaged"),
+    "damaged config": ({}, lambda w: (w / "config.json").write_text("{"), "is not the file that"),
 }
 
 
