@@ -1,5 +1,6 @@
 """The disk is full at the first call that changes a file, at the second, and so on to the last: nothing is lost."""
 
+import itertools
 import json
 import shutil
 
@@ -32,10 +33,13 @@ def test_a_run_goes_on_from_a_disk_that_was_full_at_any_call(the_program, text, 
     assert whole.returncode == 0 and whole.calls > 150, whole
     shutil.move(run, tmp_path / "whole")
     records, parameters = step_records(tmp_path / "whole"), final_parameters(tmp_path / "whole")[1]
-    for at in range(1, whole.calls + 1):
+    for at in itertools.count(1):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(tmp_path / "begun", run)
         full = the_program.run(*arguments, fault=Fault(place, FULL, at))
+        if full.returncode == 0:  # it needed fewer calls, whose number depends on threads
+            assert full.calls < at and at > 150, (at, full)
+            break
         assert said_in_one_sentence(full), (at, full)
         done = the_program.run(*arguments)
         assert done.returncode == 0, (at, full, done)
@@ -84,10 +88,13 @@ def test_what_is_written_from_a_run_or_for_it_is_whole_or_absent(command, the_pr
     whole = the_program.run(*arguments, fault=Fault(place, FULL, 0))
     assert whole.returncode == 0 and whole.calls > 3, whole
     names = {str(path.relative_to(place)) for path in place.rglob("*")}
-    for at in range(1, whole.calls + 1):
+    for at in itertools.count(1):
         shutil.rmtree(place)
         shutil.copytree(before, place)
         full = the_program.run(*arguments, fault=Fault(place, FULL, at))
+        if full.returncode == 0:
+            assert full.calls < at and at > 3, (at, full)
+            break
         assert said_in_one_sentence(full), (at, full)
         done = the_program.run(*arguments)
         assert done.returncode == 0, (at, full, done)
