@@ -113,7 +113,7 @@ def test_heterogeneous_steps_agree_with_dp_accounting():
 
 
 @pytest.mark.parametrize("relation", [ADD_OR_REMOVE, ZERO_OUT])
-@pytest.mark.parametrize("noise", [3.0, 20.0])
+@pytest.mark.parametrize("noise", [3.0, pytest.param(20.0, marks=pytest.mark.slow)])
 def test_what_is_released_besides_agrees_with_dp_accounting(relation, noise):
     """A Gaussian release of everybody beside subsampled steps; whatever number of steps is asked about."""
     steps, counts = mechanism(0.02, 0.9, 200, relation=relation), histogram(1_000_000, noise, relation)

@@ -168,12 +168,12 @@ def test_other_commands_refuse_bad_input(arguments, message, text, tmp_path, cap
 
 
 def test_full_disk_is_one_sentence(tmp_path, text, monkeypatch, capsys):
-    from dpgemma.training import run as run_directory
+    from dpgemma.storage import appearing
 
     def refuse(*arguments):
         raise OSError(28, "No space left on device", str(tmp_path / "run"))
 
-    monkeypatch.setattr(run_directory.os, "rename", refuse)
+    monkeypatch.setattr(appearing.os, "rename", refuse)
     assert (
         cli.main(
             [

@@ -27,7 +27,7 @@ from dpgemma.inference import attacking
 from dpgemma.privacy import keystream
 from dpgemma.privacy.keys import Keys
 from dpgemma.privacy.samplers import PoissonSampler
-from dpgemma.training import attack, canaries, observed, prepare
+from dpgemma.training import attack, auditing, canaries, observed, prepare
 from dpgemma.training import run as run_lib
 from dpgemma.training.trainer import Trainer
 from tests.training import runs
@@ -164,13 +164,13 @@ def test_a_reference_model_gives_a_score_and_bounds_of_their_own(black_box, whit
     (directory / "config.json").write_text(json.dumps(content))
     tokenizer_files.write(objective.tokenizer, directory, objective.model.max_length)
     against = attacking.attacked_against(black_box, str(directory))
-    assert against.roc["loss_against_reference"] == attacking.attacked(black_box).roc["loss_against_start"]
+    known = attacking.attacked(black_box)
+    assert against.roc["loss_against_reference"] == known.roc["loss_against_start"]
+    assert "which no protocol named before the run" in auditing.audit(black_box, attack=known, against=against).text()
     assert len(against.bounds) == 2 and not against.contradicts
     code, result = audited(capsys, black_box, "--empirical", f"--against={directory}")
     assert code == 0 and len(result["empirical"]["bounds"]) == 4
     assert result["empirical"]["against"]["bounds"][0]["score"] == "loss_against_reference"
-    assert cli.main(["audit", str(black_box), "--empirical", f"--against={directory}"]) == 0
-    assert "which no protocol named before the run" in capsys.readouterr().out
     copy, exported = shutil.copytree(black_box, tmp_path / "copy"), tmp_path / "exported"
     assert runs.call("export", f"--workdir={copy}", f"--out={exported}").returncode == 0
     for workdir, flags, message in (

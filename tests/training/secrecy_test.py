@@ -1,6 +1,7 @@
 """Where a run's keys come from, and what of keys and private values it says or writes where others can see it."""
 
 import base64
+import dataclasses
 import json
 import random
 import re
@@ -28,7 +29,8 @@ def test_pitfall_15_keys_are_private_and_appear_nowhere_else(finished):
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert stat.S_IMODE((private / "keys.json").stat().st_mode) == 0o600
     secrets = json.loads((private / "keys.json").read_text())
-    assert all(len(bytes.fromhex(value)) == 32 for value in secrets.values()) and len(set(secrets.values())) == 5
+    assert set(secrets) == {field.name for field in dataclasses.fields(Keys)} | {"check"}
+    assert all(len(bytes.fromhex(value)) == 32 for value in secrets.values()) and len(set(secrets.values())) == 6
     needles = [
         form for value in secrets.values() for form in (value.encode(), value.upper().encode(), bytes.fromhex(value))
     ]
@@ -108,7 +110,7 @@ def test_pitfall_15_keys_come_from_the_operating_system(text, tmp_path):
         found.append(json.loads((tmp_path / name / "private/keys.json").read_text()))
         ledger = json.loads((tmp_path / name / "ledger.jsonl").read_text().splitlines()[0])
         assert ledger["secret_keys"] is True and ledger["format"] == 6
-    assert len({*found[0].values(), *found[1].values()}) == 10
+    assert len({*found[0].values(), *found[1].values()}) == 12
 
 
 def test_pitfall_15_keys_are_the_operating_systems_randomness_and_nothing_else():
