@@ -102,7 +102,7 @@ class Keys:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f"{path} is damaged: without its keys this run cannot go on; start another in a new `workdir`"
+                f"{path} is damaged: restore it; without its keys this run can neither go on nor be attacked"
             ) from None
         if any(len(getattr(keys, field.name)) != _BYTES for field in dataclasses.fields(cls)):
             raise InputError(f"{path} holds keys of another length: it was not written by this program")

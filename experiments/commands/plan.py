@@ -70,6 +70,12 @@ def run(fv: flags.FlagValues) -> int:
             raise InputError(
                 f"--{name} is missing: a plan needs --compute (or --chips and --hours), --num_units, --epsilon"
             )
+    if fv.num_units < 1:
+        raise InputError(f"--num_units must be at least 1, got {fv.num_units}")
+    if fv.batch_size is not None and not 1 <= fv.batch_size <= fv.num_units:
+        raise InputError(f"--batch_size must lie between 1 and the number of units, got {fv.batch_size}")
+    if fv.steps is not None and fv.steps < 1:
+        raise InputError(f"--steps must be at least 1, got {fv.steps}")
     if fv.batch_size is not None and fv.steps is not None:
         raise InputError("with compute, model and --batch_size the steps follow: drop --steps or --batch_size")
     compute, assumed = _compute(fv)
@@ -78,7 +84,8 @@ def run(fv: flags.FlagValues) -> int:
         delta = float(fv.num_units) ** -1.1
         assumed.append(f"delta is {delta:.3g}, the number of units to the power of -1.1 (`delta`)")
     if delta is not None and not 0 < delta < 1:
-        raise InputError(f"--delta must lie between 0 and 1, got {delta:g}")
+        given = f"got {delta:g}" if fv.delta is not None else f"and {fv.num_units} units give {delta:g}: give another"
+        raise InputError(f"--delta must lie between 0 and 1, {given}")
     if delta is not None and delta > 1 / fv.num_units:
         assumed.append(
             f"delta is above 1 / num_units: it allows that some units are shown whole; {1 / fv.num_units:.3g}"
@@ -92,6 +99,9 @@ def run(fv: flags.FlagValues) -> int:
 
     fitted = fitting.of_file(None if fv.law is None else pathlib.Path(fv.law))
     if math.isinf(fv.epsilon):
+        for name in ("model", "batch_size", "steps", "any_size"):
+            if fv[name].present:
+                raise InputError(f"--{name} has no meaning with --epsilon=inf, whose answer is in closed form: drop it")
         result = plan.without_privacy(fitted, compute, tuple(map(as_flags, assumed)))
         lines = [*(f"note                  {note}" for note in result["notes"]), plan.text_without_privacy(result)]
         print(json.dumps(run_files.encode(result)) if fv.json else "\n".join(lines))
@@ -127,7 +137,10 @@ def _compute(fv: flags.FlagValues) -> tuple[float, list[str]]:
         raise InputError(f"--mfu must lie between 0 and 1, got {fv.mfu:g}")
     from experiments.hardware import machines
 
-    topology = machines.parse(fv.chips, 1)
+    try:
+        topology = machines.parse(fv.chips, 1)
+    except InputError as error:
+        raise InputError(str(error).replace("`topology`", "`chips`")) from None
     if topology.is_at_hand:
         raise InputError("--chips names accelerators, such as h100:8: for this computer give --compute")
     compute = topology.chips * topology.chip.flops * fv.mfu * fv.hours * 3600

@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 from accounting.errors import InputError
+from accounting.rounding import round_up
 from dpgemma import user_cache
 from experiments.laws import validation
 from experiments.laws.fitting import FittedLaw
@@ -94,6 +95,8 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         for name, (value, end) in ends.items()
         if _AT_END * end <= value <= end
     ]
+    # Where the least noise that is sensible gives less than the budget allows, that is what can be trained for.
+    target = budget.epsilon if proof.epsilon > 0.99 * budget.epsilon else round_up(proof.epsilon)
     as_forms = []
     # Forms decide what lies beyond the largest model and the most noise; longer runs follow the ends of the curves.
     if place[0] > law.domain.parameters[1] * 1.001 or counted > law.domain.ratio[1]:
@@ -105,7 +108,7 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         **chosen,
         "forms": as_forms,
         "epochs": chosen["steps"] * chosen["expected_batch_size"] / budget.num_units,
-        "command": _command(chosen, budget, rate, request.relation),
+        "command": _command(chosen, budget, target, rate, request.relation),
         "noise_multiplier": proof.noise_multiplier,
         "noise_batch_ratio": ratio,
         "learning_rate": rate,
@@ -153,8 +156,12 @@ def _names(fitted: FittedLaw, request: Request) -> dict[float, str]:
     return chosen
 
 
-def _command(chosen: dict, budget: Budget, rate: float, relation: str) -> str | None:
-    """The training of a plan as the law's runs were trained; None where its model has no name in this package."""
+def _command(chosen: dict, budget: Budget, epsilon: float, rate: float, relation: str) -> str | None:
+    """The training of a plan as the law's runs were trained; None where its model has no name in this package.
+
+    Args:
+      epsilon: that the plan's noise gives, below the budget's where that asks for hardly any noise.
+    """
     from dpgemma.gemma.presets import PRESETS
 
     if chosen["model"] not in PRESETS:
@@ -162,7 +169,7 @@ def _command(chosen: dict, budget: Budget, rate: float, relation: str) -> str | 
     settings = {
         "model": chosen["model"], "sequence_length": budget.sequence_length,
         "batch_size": chosen["expected_batch_size"], "steps": chosen["steps"], "learning_rate": f"{rate:.3g}",
-        "schedule": "constant", "epsilon": f"{budget.epsilon:g}", "delta": f"{budget.delta:g}",
+        "schedule": "constant", "epsilon": f"{min(budget.epsilon, epsilon):g}", "delta": f"{budget.delta:g}",
         "neighbouring_relation": relation,
     }  # fmt: skip
     return "dpgemma train --data=FILE " + " ".join(f"--{name}={value}" for name, value in settings.items())
@@ -255,7 +262,7 @@ def text(result: dict) -> str:
         f" ({trust}){' EXTRAPOLATED' if result['extrapolated'] else ''}",
         *(f"note                  {note}" for note in result["notes"]),
         "",
-        "within 1 % of the lowest loss",
+        "within 1 % of the lowest loss (of which the smallest model is planned; the noise here is an estimate)",
         f"  {'model':<16} {'batch':>9} {'steps':>9} {'noise':>9} {'loss':>8}",
     ]
     lines += [
@@ -283,6 +290,7 @@ def text_without_privacy(result: dict) -> str:
     """What the same compute would give without privacy, for a terminal."""
     clean = result["non_private"]
     return (
-        f"without privacy the same compute would go to {clean['parameters']:.3g} parameters and {clean['tokens']:.3g}"
-        f" tokens: loss {clean['predicted_loss']:.4f}{' (extrapolated)' if clean['extrapolated'] else ''}"
+        f"without privacy {result['compute']:.3g} operations would go to {clean['parameters']:.3g} parameters and"
+        f" {clean['tokens']:.3g} tokens: loss {clean['predicted_loss']:.4f}"
+        + (" (extrapolated)" if clean["extrapolated"] else "")
     )
