@@ -203,7 +203,7 @@ def test_a_search_ranks_the_ways_that_fit():
         (["--topology=h100:8", "--model=tiny", "--num_units=0"], "--num_units must be at least 1"),
         (["--topology=h100:8", "--model=tiny", "--delta=1e-7"], "give all of them, or none"),
         (["--topology=h100:8", "--model=tiny", "--compute=1e15"], "--compute belongs to a plan by a scaling law"),
-        (["--model=tiny"], "--model belongs to a plan for a machine: give --topology too"),
+        (["--clipping=ghost"], "--clipping belongs to a plan for a machine: give --topology too"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, said, capsys):
