@@ -222,6 +222,7 @@ def test_the_field_of_epsilon_is_the_change_on_doubling_it(surfaces):
     assert found.along_x[0, 0] == pytest.approx(exact_noise(8.0, 2.0**-6) / exact_noise(4.0, 2.0**-6) - 1, abs=0.02)
 
 
+@pytest.mark.slow
 def test_no_budget_raises_the_noise_when_it_is_doubled(surfaces):
     powers = {"epsilon": (2, 3), "batch": (16, 20), "units": (22, 26)}
     for x, y in noise_fields.PAIRS:

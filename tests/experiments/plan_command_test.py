@@ -48,6 +48,7 @@ def test_chips_and_hours_are_compute():
     assert "2 chips of 3.12e+14 operations a second at peak, of which 50% are assumed (--mfu)" in said["notes"][0]
 
 
+@pytest.mark.slow
 def test_what_is_fixed_stays():
     best = planned(**USUAL, delta=1e-6)
     fixed = planned(**USUAL, delta=1e-6, model="ladder_45k", batch_size=512)

@@ -213,6 +213,7 @@ def test_tokens_beyond_the_longest_run_are_marked_without_privacy_too(fitted):
     assert said["extrapolated"]
 
 
+@pytest.mark.slow
 def test_beyond_the_data_every_form_is_shown_and_far_beyond_nothing(fitted, tmp_path):
     longer = Budget(8e16, 1e5, 8, 1e-5, planted.LENGTH)
     said = plan.answer(fitted, plan.Request(longer, any_size=True, extrapolate=True), tmp_path)

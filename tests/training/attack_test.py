@@ -348,6 +348,7 @@ def test_an_audit_notices_canaries_that_were_tampered_with(what, black_box, tmp_
     assert code == 1 and kinds <= {finding["kind"] for finding in result["findings"]}, result["findings"]
 
 
+@pytest.mark.slow
 def test_an_attack_that_shows_other_figures_than_were_kept_is_a_finding(white_box, tmp_path, capsys):
     workdir = shutil.copytree(white_box, tmp_path / "run")
     path = workdir / "private" / "attack.json"
