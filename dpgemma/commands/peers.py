@@ -75,14 +75,13 @@ def leave(code: int) -> None:
     Others of a run are gone or ending too. Where a checkpoint could not be written, threads of Orbax wait for files of
     it, for minutes.
     """
-    threads_wait = any(
-        not thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()
-    )
-    if processes.are_joined() or (code and threads_wait):
-        if not processes.are_joined():
-            atexit._run_exitfuncs()
-        _flush()
-        os._exit(code)
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    if not processes.are_joined():
+        if not code or all(thread.daemon for thread in others):
+            return
+        atexit._run_exitfuncs()
+    _flush()
+    os._exit(code)
 
 
 def _recognised() -> "_Links":

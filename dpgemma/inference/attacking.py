@@ -52,10 +52,14 @@ def attacked(workdir: pathlib.Path, advance: Callable[[int], None] = lambda cana
 def attacked_against(workdir: pathlib.Path, reference: str) -> Assessment:
     """The lower bounds of a score that is the loss of a canary against its loss under a reference model.
 
-    The reference may be chosen after the run: it is no part of the registered protocol, and its bounds have a
-    significance of their own, if one reference is chosen before its result is seen. It must know nothing of the
-    canaries' coins. So a model is refused that says of itself, or of the one that it started from, that canaries were
-    planted; of all others that is assumed.
+    The reference may be chosen after the run: it is no part of the registered protocol.
+
+    Formal guarantee: if the reference does not depend on the canaries' coins, and is the only one that is tried, the
+    probability that any of these bounds is wrong is at most protocol.SIGNIFICANCE (as protocol.py states it). A model
+    is refused that says of itself, or of one that it started from, that canaries were planted; of all others the first
+    condition is assumed, and the second is always. Tested by tests/training/attack_test.py::
+    test_a_reference_model_gives_a_score_and_bounds_of_their_own and
+    ::test_a_reference_that_learned_canaries_anywhere_is_refused.
 
     Args:
       workdir: of a run that planted canaries which are text, with its private/.

@@ -92,6 +92,11 @@ class Keys:
     def load(cls, path: pathlib.Path) -> "Keys":
         """The keys of a file.
 
+        Formal guarantee: keys of a file with a check value are those that were written, so a step that is taken again
+        has the noise that it had. Assumed: no damage finds a collision of keyed BLAKE2b. Files of earlier versions have
+        no check value and are taken as they are. Tested by
+        tests/privacy/keys_test.py::test_no_wrong_bit_in_a_file_of_keys_gives_other_keys.
+
         Raises:
           InputError: the file is damaged, or was not written by this program.
         """

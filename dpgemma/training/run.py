@@ -187,8 +187,11 @@ class RunDirectory:
             return ledger.records[0]
 
     def check_config(self) -> None:
-        """Refuses a run whose config.json is not the file that its ledger began with, before anything reads it: other
-        settings would have other keys, and add other noise to steps that were taken before.
+        """Refuses a run whose config.json is not the file that its ledger began with, before anything reads it.
+
+        Formal guarantee: steps that are taken again have the settings, and by `step_keys` the keys and the noise, with
+        which they were taken first. Tested by
+        tests/training/run_test.py::test_a_folder_that_does_not_fit_is_refused_and_untouched.
 
         Raises:
           InputError: it is another file.

@@ -140,7 +140,7 @@ def fit(table: Table) -> FittedLaw:
         sizes=table.rows(~table.held_out).sizes,
         sequence_length=table.sequence_length,
         physical_batch=batch,
-        left_out=tuple(map(str, soundness.sound(table.rows(~table.held_out))[1])),
+        left_out=soundness.sound(table.rows(~table.held_out))[1],
         forms={name: forms.fit(measured, name) for name in forms.FORMS},
     )
 

@@ -21,7 +21,7 @@ from experiments.laws.points import Points
 
 # Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and
 # believed up to this multiple of it (8,192,000).
-_FIT_FROM, LONGEST = 1 / 8, 64
+_FIT_FROM, _LONGEST = 1 / 8, 64
 # Points beyond this share of the longest run decide how a curve is extrapolated; candidate floors, as shares of the
 # lowest loss.
 _TAIL_FROM, _FLOORS = 1 / 3, np.linspace(0.0, 0.9, 19)
@@ -135,7 +135,7 @@ class Interpolated:
         self._rate = fit_learning_rate(points.parameters, points.steps, points.ratio, np.log2(points.learning_rate))
         sizes, ratios = np.unique(points.parameters), np.unique(points.ratio)
         last = points.steps.max()
-        beyond = last * 2.0 ** np.arange(1, int(math.log2(LONGEST)) + 1)
+        beyond = last * 2.0 ** np.arange(1, int(math.log2(_LONGEST)) + 1)
         steps = np.concatenate([np.unique(points.steps), beyond])
         loss = np.full((len(sizes), len(steps), len(ratios)), np.nan)
         for i, size in enumerate(sizes):

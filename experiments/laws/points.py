@@ -66,14 +66,13 @@ def usable(table: Table) -> Table:
       InputError: nothing is left, or runs of several kinds are mixed.
     """
     table = table.rows(~table.held_out)
-    check_alike(table)
-    if len(table):
-        table, left_out = sound(table)
-        if not len(table):
-            raise InputError(f"no run of the table can be fitted ({left_out[0]})")
     if not len(table):
         raise InputError("no row of the table can be fitted: all are held out")
-    return averaged(ends_of_falling_rates(table))
+    check_alike(table)
+    kept, left_out = sound(table)
+    if not len(kept):
+        raise InputError(f"no run of the table can be fitted ({left_out[0]})")
+    return averaged(ends_of_falling_rates(kept))
 
 
 def check_alike(table: Table) -> None:

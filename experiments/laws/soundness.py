@@ -7,8 +7,6 @@ of all losses, with weights that forget what lies far off (Cauchy's). A run is l
 than its neighbours do, by more than any measurement is off.
 """
 
-import dataclasses
-
 import numpy as np
 
 from experiments.laws.learning_rate import monomials
@@ -25,19 +23,8 @@ _ROUNDS = 30
 _SPREAD = 0.05  # in ln loss: deviations beyond it lose weight
 
 
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """A run that is not fitted, in words, and why."""
-
-    run: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.run}: {self.reason}"
-
-
-def sound(table: Table) -> tuple[Table, tuple[LeftOut, ...]]:
-    """The rows of the runs that a law may be fitted to, and those that are left out.
+def sound(table: Table) -> tuple[Table, tuple[str, ...]]:
+    """The rows of the runs that a law may be fitted to, and in words which runs are left out, and why.
 
     Args:
       table: rows of one kind; held-out ones are judged like the others.
@@ -46,7 +33,7 @@ def sound(table: Table) -> tuple[Table, tuple[LeftOut, ...]]:
     finite = [bool((np.isfinite(table[LOSS][rows]) & (table[LOSS][rows] > 0)).all()) for rows in runs]
     whole = [rows for rows, is_finite in zip(runs, finite, strict=True) if is_finite]
     found = [
-        LeftOut(_name(table, rows), "it diverged: a loss is no number")
+        f"{_name(table, rows)}: it diverged: a loss is not a number"
         for rows, is_finite in zip(runs, finite, strict=True)
         if not is_finite
     ]
@@ -55,7 +42,7 @@ def sound(table: Table) -> tuple[Table, tuple[LeftOut, ...]]:
         off, is_sound = _judged(table, whole)
         kept = [rows for rows, good in zip(whole, is_sound, strict=True) if good]
         found += [
-            LeftOut(_name(table, rows), f"its losses are {np.exp(by):.2g} times what neighbouring runs suggest")
+            f"{_name(table, rows)}: its losses are {np.exp(by):.2g} times what neighbouring runs suggest"
             for rows, by, good in zip(whole, off, is_sound, strict=True)
             if not good
         ]

@@ -157,7 +157,8 @@ def _names(fitted: FittedLaw, request: Request) -> dict[float, str]:
 
 
 def _command(chosen: dict, budget: Budget, epsilon: float, rate: float, relation: str) -> str | None:
-    """The training of a plan as the law's runs were trained; None where its model has no name in this package.
+    """The training of a plan, with a constant rate as the law's runs had; None where its model has no name in this
+    package.
 
     Args:
       epsilon: that the plan's noise gives, below the budget's where that asks for hardly any noise.
@@ -282,7 +283,7 @@ def text(result: dict) -> str:
     for name, value in result["marginal_values"].items():
         lines.append(f"  {gains[name]:<20} {'outside of the data' if math.isnan(value) else f'{100 * value:.2f} %'}")
     if result["command"]:
-        lines += ["", "to train it as the runs of the law were trained", f"  {result['command']}"]
+        lines += ["", "to train it, with a constant rate as the runs of the law had", f"  {result['command']}"]
     return "\n".join([*lines, "", text_without_privacy(result)])
 
 

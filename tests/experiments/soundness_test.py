@@ -88,7 +88,7 @@ def test_a_run_of_which_a_loss_is_no_number_is_left_out_whole():
         lambda table, rows, loss: np.where(np.arange(len(rows)) > 9, np.nan, loss) if rows[0] % 7 == 0 else None,
     )
     assert changed and left(table) == changed
-    assert "it diverged: a loss is no number" in str(soundness.sound(table)[1][0])
+    assert "it diverged: a loss is not a number" in soundness.sound(table)[1][0]
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 
+from accounting.errors import InputError
 from dpgemma.privacy.keys import Keys
 from dpgemma.privacy.noise import noise_keys
 from dpgemma.privacy.samplers import PoissonSampler
@@ -35,3 +36,24 @@ def test_other_circumstances_have_independent_keys():
     for one, two in itertools.combinations(bound, 2):
         shared = len(np.intersect1d(sampler.draw(one.sampling, 0), sampler.draw(two.sampling, 0)))
         assert abs(shared - 100) < 60  # 100 on average, with a deviation of 10
+
+
+def test_no_wrong_bit_in_a_file_of_keys_gives_other_keys(tmp_path):
+    """Every bit of the file is tried, and digits of two keys that change places."""
+    keys, path = Keys.generate(), tmp_path / "keys.json"
+    keys.save(path)
+    written, refused = path.read_bytes(), 0
+    stored = json.loads(written)
+    swapped = json.dumps(stored | {"noise": stored["sampling"], "sampling": stored["noise"]}).encode()
+    flipped = (bytes([*written[:i], written[i] ^ 1 << bit, *written[i + 1 :]]) for i, bit in _bits(written))
+    for content in (swapped, *flipped):
+        path.write_bytes(content)
+        try:
+            assert Keys.load(path) == keys, content
+        except InputError:
+            refused += 1
+    assert refused > 4 * len(written)
+
+
+def _bits(content):
+    return itertools.product(range(len(content)), range(8))

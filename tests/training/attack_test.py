@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from accounting.accountant import Accountant
+from accounting.errors import InputError
 from accounting.ledger import chain
 from accounting.mechanism import ZERO_OUT, dp_sgd, grid
 from dpgemma import Settings, cli
@@ -182,6 +184,34 @@ def test_a_reference_model_gives_a_score_and_bounds_of_their_own(black_box, whit
     ):
         assert cli.main(["audit", str(workdir), *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_reference_that_learned_canaries_anywhere_is_refused(black_box, tmp_path):
+    """By its own settings, by its model card, and by those of whatever it started from."""
+
+    def run_from(start, name, canaries=0):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "ledger.jsonl").write_text("")
+        (folder / "config.json").write_text(json.dumps({"canaries": canaries, "init_from": start}))
+        return str(folder)
+
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "README.md").write_text("deviations: 60 canaries were planted")
+    planted = run_from(None, "planted", canaries=9)
+    for start in (str(exported), planted):
+        for depth in range(3):
+            with pytest.raises(InputError, match="was trained with canaries"):
+                attacking.attacked_against(black_box, start)
+            start = run_from(start, f"{depth} from {pathlib.Path(start).name}"[:60])
+
+
+def test_a_reference_that_shows_too_much_is_as_loud_as_the_registered_attack(black_box):
+    known = attacking.attacked(black_box)
+    loud = dataclasses.replace(known, bounds=tuple(dataclasses.replace(b, contradicts=True) for b in known.bounds))
+    found = auditing.audit(black_box, attack=known, against=loud).findings
+    assert [finding.kind for finding in found] == ["guarantee_contradicted"]
 
 
 def test_planting_changes_nothing_but_the_rows_added(text, tmp_path):
