@@ -71,6 +71,14 @@ MUTATIONS = (
         (ATTACK, "-k", "finds_much"),
     ),
     Mutation(
+        "attack", "what a reference started from is not looked at", "dpgemma/inference/attacking.py",
+        "        named = start\n", "        named = None\n", (ATTACK, "-k", "learned_canaries"),
+    ),
+    Mutation(
+        "attack", "a contradiction by a reference is no finding", CHECKS,
+        "for attack in (known, found, against) if", "for attack in (known, found) if", (ATTACK, "-k", "shows_too_much"),
+    ),
+    Mutation(
         "attack", "the score knows the coin", "dpgemma/training/attack.py",
         "protocol_lib.LOSS_AGAINST_START: before - after}",
         "protocol_lib.LOSS_AGAINST_START: before - after + 9 * canaries.included}",

@@ -200,6 +200,12 @@ MUTATIONS = (
         ("tests/training/checkpoint_test.py",),
     ),
     Mutation(
+        "noise of the real loop", "the check value of the keys leaves one key out", KEYS,
+        "        text = json.dumps(self.as_hex(), sort_keys=True).encode()\n",
+        "        text = json.dumps(self.as_hex() | {'noise': ''}, sort_keys=True).encode()\n",
+        ("tests/privacy/keys_test.py",),
+    ),
+    Mutation(
         "identity of a run", "a config.json that was changed goes on", "dpgemma/training/run.py",
         'if run_files.file_digest(self.config_file) != declared:', "if False:", UNFIT,
     ),
