@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import fft, signal, special
+from scipy import fft, special
 
 from accounting.loss_distribution import blocks
 from accounting.loss_distribution.privacy_loss import DiscreteLoss
@@ -344,6 +344,8 @@ def _excess_beyond(masses: np.ndarray, interval: float) -> Any:
     """
     beyond = np.cumsum(masses[::-1])
     fed = -math.expm1(-interval) * np.concatenate([[0.0], beyond[:-1]])
+    from scipy import signal  # its import takes longer than all others together
+
     return signal.lfilter([1.0], [1.0, -math.exp(-interval)], fed)[::-1]
 
 

@@ -47,6 +47,15 @@ def coupled(constants, parameters, steps, ratio):
     return np.exp(e) + np.exp(a0 - a * np.log(parameters)) + np.exp(b0 - b * np.log(steps)) * worth
 
 
+def l2_own_sigmoid(constants, parameters, steps, ratio):
+    """L2 with a sigmoid of its own: s = sigmoid((ln r - x) / w)."""
+    e, a0, a, b0, b, c0, g, g2, x, w = constants
+    with np.errstate(divide="ignore"):
+        log_sigmoid = -np.logaddexp(0.0, -(np.log(np.asarray(ratio, float)) - x) / w)
+    noise = np.exp(c0 + g * log_sigmoid - g2 * np.log(parameters))
+    return np.exp(e) + np.exp(a0 - a * np.log(parameters)) + np.exp(b0 - b * np.log(steps)) + noise
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """A form, with starts of its fit and bounds of its constants: logarithms of E, A, B, C and the exponents as they
@@ -77,6 +86,17 @@ FORMS = {
         (-9.0, -12.0, 0.0, -12.0, 0.01, -14.0, -1.0, 0.1, 0.01), (3.0, 4.0, 3.0, 4.0, 3.0, 3.0, 2.0, 6.0, 4.0),
     ),
 }  # fmt: skip
+# Those that are fitted to tables of optima (optima.py), whose rows reach into noise that leaves nothing to learn.
+OWN_SIGMOID = "L2, own sigmoid"
+FORMS_OF_OPTIMA = {
+    OWN_SIGMOID: Form(
+        OWN_SIGMOID, l2_own_sigmoid, ((-0.8, -0.5, 0.35, -0.6, 0.4, 2.0, 1.0, -0.12, -8.0, 1.6),),
+        (-9.0, -12.0, 0.0, -12.0, 0.01, -9.0, 0.05, -2.0, -14.0, 0.5),
+        (3.0, 4.0, 3.0, 4.0, 3.0, 9.0, 12.0, 2.0, 0.0, 6.0),
+    ),
+    "L2": FORMS["L2"],
+    "coupled": FORMS["coupled"],
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +104,7 @@ class Parametric:
     """A fitted form.
 
     Attributes:
-      form: its name in FORMS.
+      form: its name in FORMS or FORMS_OF_OPTIMA.
       constants: as Form says.
       scale: geometric means of sizes and steps, by which they are divided.
     """
@@ -95,7 +115,7 @@ class Parametric:
 
     def loss(self, parameters, steps, ratio) -> np.ndarray:
         m, t = np.asarray(parameters, float) / self.scale[0], np.asarray(steps, float) / self.scale[1]
-        return FORMS[self.form].function(self.constants, m, t, ratio)
+        return (FORMS | FORMS_OF_OPTIMA)[self.form].function(self.constants, m, t, ratio)
 
 
 def fit(points: Points, form: str, start: Parametric | None = None) -> Parametric:

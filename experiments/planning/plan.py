@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from dpgemma import user_cache
 from experiments.laws import validation
 from experiments.laws.fitting import FittedLaw
 from experiments.planning import optimum
-from experiments.planning.noise import Certified, NoiseSurface, certified
+from experiments.planning.noise import Certified, NoiseSurface, certified, estimate
 from experiments.planning.optimum import Budget, Candidates
 
 _MOST_NEIGHBOURS = 20
@@ -36,6 +37,7 @@ class Request:
       model: the only one that is considered; None for all.
       batch_size, steps: one of them, where it is fixed.
       assumed: what the budget rests on, in sentences.
+      rows_per_unit: of which the budget's sequence length holds the tokens.
     """
 
     budget: Budget
@@ -46,6 +48,7 @@ class Request:
     batch_size: int | None = None
     steps: int | None = None
     assumed: tuple[str, ...] = ()
+    rows_per_unit: int = 1
 
 
 def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, certify=certified) -> dict:
@@ -69,7 +72,7 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
 
     names = _names(fitted, request)
     chosen = _configuration(names, found, best)
-    proof = _certify(budget, chosen["expected_batch_size"], chosen["steps"], request.relation, cache, certify)
+    proof = certificate(budget, chosen["expected_batch_size"], chosen["steps"], request.relation, cache, certify)
     ratio = proof.noise_multiplier / chosen["expected_batch_size"]
     counted = max(ratio, law.domain.ratio[0]) if not request.extrapolate else ratio
     place = (chosen["parameters"], chosen["steps"], counted)
@@ -108,7 +111,7 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         **chosen,
         "forms": as_forms,
         "epochs": chosen["steps"] * chosen["expected_batch_size"] / budget.num_units,
-        "command": _command(chosen, budget, target, rate, request.relation),
+        "command": _command(chosen, request, target, rate),
         "noise_multiplier": proof.noise_multiplier,
         "noise_batch_ratio": ratio,
         "learning_rate": rate,
@@ -128,6 +131,18 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         "non_private": non_private(fitted, budget),
         "search_seconds": searched,
     }
+
+
+def lowest_loss(fitted: FittedLaw, request: Request) -> Callable[[Budget], float]:
+    """The lowest loss of any budget under a request, with noise that is estimated alone."""
+    how = {"extrapolate": request.extrapolate, "batch_size": request.batch_size, "steps": request.steps}
+    sizes = sizes_to_search(fitted, request)
+
+    def of(budget: Budget) -> float:
+        noise = NoiseSurface(budget.epsilon, budget.delta, None, estimate)
+        return float(optimum.search(fitted.law, noise, budget, sizes, **how).loss[0])
+
+    return of
 
 
 def sizes_to_search(fitted: FittedLaw, request: Request) -> np.ndarray:
@@ -156,7 +171,7 @@ def _names(fitted: FittedLaw, request: Request) -> dict[float, str]:
     return chosen
 
 
-def _command(chosen: dict, budget: Budget, epsilon: float, rate: float, relation: str) -> str | None:
+def _command(chosen: dict, request: Request, epsilon: float, rate: float) -> str | None:
     """The training of a plan, with a constant rate as the law's runs had; None where its model has no name in this
     package.
 
@@ -167,12 +182,15 @@ def _command(chosen: dict, budget: Budget, epsilon: float, rate: float, relation
 
     if chosen["model"] not in PRESETS:
         return None
+    budget, rows = request.budget, request.rows_per_unit
     settings = {
-        "model": chosen["model"], "sequence_length": budget.sequence_length,
+        "model": chosen["model"], "sequence_length": budget.sequence_length // rows,
         "batch_size": chosen["expected_batch_size"], "steps": chosen["steps"], "learning_rate": f"{rate:.3g}",
         "schedule": "constant", "epsilon": f"{min(budget.epsilon, epsilon):g}", "delta": f"{budget.delta:g}",
-        "neighbouring_relation": relation,
+        "neighbouring_relation": request.relation,
     }  # fmt: skip
+    if rows > 1:
+        settings |= {"privacy_unit": "user", "user_field": "FIELD", "rows_per_unit": rows}
     return "dpgemma train --data=FILE " + " ".join(f"--{name}={value}" for name, value in settings.items())
 
 
@@ -226,13 +244,13 @@ def _same(noise: NoiseSurface, budget: Budget) -> NoiseSurface:
     return NoiseSurface(budget.epsilon, budget.delta, noise.cache)
 
 
-def _certify(
+def certificate(
     budget: Budget, batch_size: int, steps: int, relation: str, cache: pathlib.Path | None, certify
 ) -> Certified:
     """The winner's noise by the accountant, kept for the next time that it is asked for."""
     if batch_size > budget.num_units:
         raise InputError("the batch is larger than the number of units: raise `num_units` or lower `compute`")
-    key = json.dumps([1, int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation])
+    key = json.dumps([2, int(budget.num_units), batch_size, steps, budget.epsilon, budget.delta, relation])
     path = None if cache is None else cache / f"certified_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     stored = user_cache.read(path) if path else {}
     if stored.get("key") == key:

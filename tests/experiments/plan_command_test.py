@@ -48,6 +48,21 @@ def test_chips_and_hours_are_compute():
     assert "2 chips of 3.12e+14 operations a second at peak, of which 50% are assumed (--mfu)" in said["notes"][0]
 
 
+def test_users_with_several_rows_cost_the_compute_of_all_of_them():
+    said = planned(**USUAL, delta=1e-6, rows_per_unit=4)
+    arguments = dict(part.split("=") for part in shlex.split(said["command"])[2:])
+    assert arguments["--sequence_length"] == "64" and arguments["--rows_per_unit"] == "4"
+    operations = 6 * said["parameters"] * said["expected_batch_size"] * said["steps"] * 64 * 4
+    assert operations == pytest.approx(USUAL["compute"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_least_epsilon_for_a_loss_reaches_it():
+    said = planned(compute=4e12, num_units=1e5, delta=1e-6, loss=2.05)
+    assert said["predicted_loss"] <= 2.05 * 1.015 and "is about the least epsilon" in said["notes"][0]
+    assert planned(compute=4e12, num_units=1e5, delta=1e-6, epsilon=said["epsilon"] / 1.3)["predicted_loss"] > 2.05
+
+
 @pytest.mark.slow
 def test_what_is_fixed_stays():
     best = planned(**USUAL, delta=1e-6)
@@ -90,6 +105,14 @@ def test_a_delta_at_which_units_may_be_shown_whole_is_said():
         (dict(USUAL, model="gemma9"), "--model=gemma9 is none that the law knows: choose one of ladder_20k"),
         (dict(USUAL, model="ladder_45k", batch_size=16), "compute must lie between"),
         (dict(USUAL, epsilon=0), "--epsilon must be positive"),
+        (dict(USUAL, rows_per_unit=0), "--rows_per_unit must be at least 1"),
+        (dict(USUAL, loss=2), "leave out one of --epsilon, --num_units and --compute"),
+        (dict(compute=4e12, epsilon=8, loss=2), "--delta is missing: without --num_units no rule gives it"),
+        (dict(compute=4e12, num_units=1e5, loss=-1), "--loss must be positive and finite"),
+        (dict(USUAL, law="published", figures="x"), "--figures is not for --law=published"),
+        (dict(USUAL, law="published", epsilon="inf"), "the published table has no run without noise"),
+        (dict(USUAL, law="published"), "compute must lie between"),
+        (dict(USUAL, compute=1e19), "there is a law of published runs: --law=published"),
         (dict(USUAL, delta=2), "--delta must lie between 0 and 1"),
     ],
 )

@@ -152,7 +152,7 @@ def test_plan_answers_with_a_certified_noise(fitted, tmp_path):
 @pytest.mark.slow
 def test_a_plan_beyond_the_data_knows_the_larger_presets(fitted, tmp_path):
     request = plan.Request(Budget(1e16, 1e6, 8, 1e-6, planted.LENGTH), extrapolate=True)
-    names = plan._names(fitted, True)
+    names = plan._names(fitted, request)
     assert {"ladder_400k", "vaultgemma_1b", *fitted.sizes} <= set(names.values())
     assert set(plan.sizes_to_search(fitted, request)) == set(names)
     # The certificate takes half a minute, and is tested elsewhere.
