@@ -54,12 +54,12 @@ def _recurrent(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
     )  # fmt: skip
 
 
-def _ladder(layers: int, d_model: int, heads: int, d_ff: int) -> GemmaConfig:
-    """VaultGemma's block, small, on bytes: sizes for sweeps whose law is to be read off within an hour."""
+def _ladder(layers: int, d_model: int, heads: int, d_ff: int, *, max_length: int = 256) -> GemmaConfig:
+    """VaultGemma's block on bytes, so that hardly a parameter is an embedding's: sizes for sweeps."""
     return GemmaConfig(
         vocab_size=260, d_model=d_model, num_heads=heads, num_kv_heads=heads, head_dim=d_model // heads, d_ff=d_ff,
-        max_length=256,
-        layer_types=(FULL,) * layers, window=128, query_scalar=d_model // heads,
+        max_length=max_length,
+        layer_types=(FULL,) * layers, window=max_length // 2, query_scalar=d_model // heads,
     )  # fmt: skip
 
 
@@ -76,6 +76,14 @@ PRESETS = {
     "ladder_200k": _ladder(4, 64, 4, 160),
     "ladder_400k": _ladder(4, 88, 4, 240),
     "ladder_850k": _ladder(5, 112, 4, 336),
+    # The sizes of arXiv 2501.18914, table 1.
+    "ladder_4m": _ladder(6, 256, 4, 640, max_length=1024),
+    "ladder_11m": _ladder(6, 384, 6, 1152, max_length=1024),
+    "ladder_29m": _ladder(8, 512, 8, 1664, max_length=1024),
+    "ladder_41m": _ladder(10, 576, 9, 1600, max_length=1024),
+    "ladder_109m": _ladder(12, 768, 12, 2944, max_length=1024),
+    "ladder_335m": _ladder(24, 1024, 16, 3184, max_length=1024),
+    "ladder_778m": _ladder(24, 1536, 24, 4992, max_length=1024),
     "vaultgemma_1b": GemmaConfig(
         vocab_size=256_000, d_model=1152, num_heads=4, num_kv_heads=4, head_dim=256, d_ff=6912, max_length=1024,
         layer_types=(FULL,) * 26, window=512, query_scalar=256,

@@ -249,12 +249,7 @@ def _compute(fv: flags.FlagValues) -> tuple[float, list[str]]:
         raise InputError(f"--mfu must lie between 0 and 1, got {fv.mfu:g}")
     from experiments.hardware import machines
 
-    try:
-        topology = machines.parse(fv.chips, 1)
-    except InputError as error:
-        raise InputError(str(error).replace("`topology`", "`chips`")) from None
-    if topology.is_at_hand:
-        raise InputError("--chips names accelerators, such as h100:8: for this computer give --compute")
+    topology = machines.accelerators(fv.chips)
     compute = topology.chips * topology.chip.flops * fv.mfu * fv.hours * 3600
     return compute, [
         f"{topology.chips} chips of {topology.chip.flops:.3g} operations a second at peak, of which {fv.mfu:.0%} are"

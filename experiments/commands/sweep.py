@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import shlex
 import sys
@@ -12,6 +13,7 @@ from accounting.errors import InputError
 from dpgemma import choices
 from dpgemma.commands import command_flags, process
 from dpgemma.storage.objects import is_address
+from experiments.hardware import machines
 
 DESCRIPTION = (
     "Run a grid of trainings and fit the scaling law: dpgemma sweep CONFIG.toml. Run the same command again to go on."
@@ -36,6 +38,11 @@ def define_flags(fv: flags.FlagValues) -> None:
     )
     command_flags.switch("dry_run", "Print what the runs that are left would cost, and start nothing.", fv)
     command_flags.string(
+        "chips", None, "With --dry_run: price the runs on chips such as v5p:4x4x4 or h100:8, and try nothing here.", fv
+    )
+    command_flags.number("mfu", 0.4, "With --chips: the share of their peak that runs reach, which is assumed.", fv)
+    command_flags.number("dollars_per_chip_hour", None, "With --chips: what an hour of one chip costs.", fv)
+    command_flags.string(
         "emit",
         None,
         "Write a dpgemma train command for each run that is left to this file (- for standard output), and start"
@@ -54,6 +61,7 @@ def run(fv: flags.FlagValues) -> int:
     for name, least in (("slots", 1), ("runs_per_process", 1), ("retries", 0)):
         if fv[name].value is not None and fv[name].value < least:
             raise InputError(f"--{name} must be at least {least}, got {fv[name].value}")
+    topology = _topology(fv)
     from experiments.sweep import checks
     from experiments.sweep import folder as folder_lib
     from experiments.sweep import grid as grid_lib
@@ -63,11 +71,11 @@ def run(fv: flags.FlagValues) -> int:
     config = pathlib.Path(fv.config)
     path = pathlib.Path(fv.workdir or f"runs/sweep_{config.stem}")
     grid = grid_lib.read(config)
-    checks.check(grid)
+    checks.check(grid, data=topology is None)  # the price of a grid can be asked for before there are data
     folder, everything = folder_lib.look(path, grid)
     checks.check_sum(everything)
     if fv.dry_run:
-        return _dry_run(fv, folder, grid, everything)
+        return _dry_run(fv, folder, grid, everything, topology)
     if fv.emit:
         return _emit(fv, path, grid)
     return _sweep(fv, path, grid)
@@ -80,12 +88,32 @@ def _launcher(fv: flags.FlagValues, folder, grid):
     return launchers.make(fv.launcher, fv.slots, folder.logs, devices=devices, slurm_parameters=fv.slurm_parameters)
 
 
-def _dry_run(fv: flags.FlagValues, folder, grid, everything) -> int:
-    from experiments.sweep import cost, harvest
+def _topology(fv: flags.FlagValues) -> machines.Topology | None:
+    """The machine that a dry run is priced for."""
+    for name in ("mfu", "dollars_per_chip_hour"):
+        if fv.chips is None and fv[name].present:
+            raise InputError(f"--{name} belongs to --chips: give it too, or drop it")
+    if fv.chips is None:
+        return None
+    if not fv.dry_run:
+        raise InputError("--chips prices a sweep that is not run: give --dry_run too, or drop it")
+    if not 0 < fv.mfu <= 1:
+        raise InputError(f"--mfu must lie between 0 and 1, got {fv.mfu:g}")
+    dollars = fv.dollars_per_chip_hour
+    if dollars is not None and not 0 <= dollars < math.inf:
+        raise InputError(f"--dollars_per_chip_hour must not be negative, got {dollars:g}")
+    return machines.accelerators(fv.chips)
+
+
+def _dry_run(fv: flags.FlagValues, folder, grid, everything, topology: machines.Topology | None) -> int:
+    from experiments.sweep import cost, harvest, price
 
     pending = [run for run in folder.pending(grid) if not harvest.is_finished(folder, run)]
-    slots = fv.slots or _launcher(fv, folder, grid).slots
-    found = cost.estimate(folder, grid, everything, pending, slots)
+    if topology is not None:
+        found = price.of_pending(grid, pending, fv.chips, topology, fv.mfu, fv.dollars_per_chip_hour)
+    else:
+        slots = fv.slots or _launcher(fv, folder, grid).slots
+        found = cost.estimate(folder, grid, everything, pending, slots)
     print(json.dumps(dataclasses.asdict(found)) if fv.json else found.text())
     return 0
 

@@ -116,7 +116,8 @@ class Study:
         """Returns the predicted loss of one configuration; NaN outside of what the law was fitted to."""
         if not 0 < batch_size <= num_units:
             return math.nan
-        ratio = float(self.noise(epsilon, steps, batch_size / num_units)) / batch_size
+        noise = float(self.noise(epsilon, steps, batch_size / num_units))
+        ratio = float(self.law.effective(noise / batch_size, batch_size, parameters))
         # As in a search: less noise than the least that was measured is no worse.
         ratio = max(ratio, self.law.domain.ratio[0])
         inside = self.law.domain.contains(parameters, steps, ratio)
@@ -132,7 +133,8 @@ class Study:
         possible = (batch >= 1) & (batch <= num_units)
         if possible.any():
             m, t, b = size[possible], steps[possible], batch[possible]
-            ratio = np.maximum(self.noise(epsilon, t, b / num_units) / b, self.law.domain.ratio[0])
+            effective = self.law.effective(self.noise(epsilon, t, b / num_units) / b, b, m)
+            ratio = np.maximum(effective, self.law.domain.ratio[0])
             losses[possible] = np.where(self.law.domain.contains(m, t, ratio), self.law.loss(m, t, ratio), np.nan)
         return losses
 

@@ -90,6 +90,21 @@ class Topology:
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
 
+def accelerators(text: str) -> Topology:
+    """Chips that a flag `chips` names, of one slice.
+
+    Raises:
+      InputError: as `parse`, or this computer.
+    """
+    try:
+        topology = parse(text)
+    except InputError as error:
+        raise InputError(str(error).replace("`topology`", "`chips`")) from None
+    if topology.is_at_hand:
+        raise InputError("`chips` names accelerators, such as h100:8, and not this computer")
+    return topology
+
+
 def parse(text: str, slices: int = 1) -> Topology:
     """The machine that a flag names.
 

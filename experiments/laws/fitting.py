@@ -4,8 +4,10 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
+
 from accounting.errors import InputError
-from experiments.laws import forms, points, soundness, validation
+from experiments.laws import forms, points, sampling, soundness, validation
 from experiments.laws.forms import Parametric
 from experiments.laws.law import Interpolated, SemiParametric, as_tuples, fit_semiparametric
 from experiments.laws.points import Points
@@ -13,7 +15,7 @@ from experiments.laws.validation import Error
 from experiments.planning import optimum
 from experiments.planning.optimum import NonPrivate
 from experiments.sweep import results
-from experiments.sweep.results import BATCH, Table
+from experiments.sweep.results import BATCH, RATIO, Table
 
 # The sweep of this package: its grid, its table, the law fitted to it.
 SHIPPED = pathlib.Path(__file__).parent.parent / "shakespeare"
@@ -29,7 +31,7 @@ class FittedLaw:
       non_private: Chinchilla's form of the runs without noise.
       sizes: the models that were trained, by name.
       sequence_length: tokens of a row; compute is counted with it.
-      physical_batch: rows of a batch that the runs were trained with, whatever batch their noise stands for.
+      physical_batch: rows of a batch that most runs were trained with, whatever batch their noise stands for.
       left_out: runs of the table that it was not fitted to, with the reason (soundness).
       forms: every form, fitted to the same points.
     """
@@ -119,7 +121,10 @@ def fit(table: Table) -> FittedLaw:
     Raises:
       InputError: too few models, steps or noise levels to say anything.
     """
+    whole, (table, drawn) = table, sampling.with_effective_ratio(table)
     measured = points.revised(table)
+    if whole is not table:
+        measured = points.thinned(measured)  # every batch has curves of its own
     needed = {
         "model sizes": (measured.parameters, 2),
         "numbers of steps": (measured.steps, 4),
@@ -132,17 +137,32 @@ def fit(table: Table) -> FittedLaw:
     best, errors = best_forms(measured)
     trend = best.get(validation.BETWEEN, "coupled")
     larger, noisier = (best.get(kind, trend) for kind in (validation.LARGER, validation.NOISIER))
-    batch = float(table[BATCH][0]) if BATCH in table.columns else 1024.0
+    batch = _commonest_batch(whole)
+    law = fit_semiparametric(measured, trend, larger=larger, noisier=noisier)
+    clean = measured if whole is table else points.revised(_without_noise(whole, batch))
     return FittedLaw(
-        law=fit_semiparametric(measured, trend, larger=larger, noisier=noisier),
+        law=dataclasses.replace(law, sampling=drawn),
         errors=errors,
-        non_private=optimum.fit_non_private(measured, batch * table.sequence_length),
+        non_private=optimum.fit_non_private(clean, batch * table.sequence_length),
         sizes=table.rows(~table.held_out).sizes,
         sequence_length=table.sequence_length,
         physical_batch=batch,
         left_out=soundness.sound(table.rows(~table.held_out))[1],
         forms={name: forms.fit(measured, name) for name in forms.FORMS},
     )
+
+
+def _commonest_batch(table: Table) -> float:
+    if BATCH not in table.columns:
+        return 1024.0
+    values, counts = np.unique(table[BATCH], return_counts=True)
+    return float(values[np.argmax(counts)])
+
+
+def _without_noise(table: Table, batch: float) -> Table:
+    """The runs of one batch with the least noise."""
+    of_batch = table.rows(table[BATCH] == batch)
+    return of_batch.rows(of_batch[RATIO] == of_batch[RATIO].min())
 
 
 def fit_published(table: Table) -> Interpolated:

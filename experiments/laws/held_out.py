@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments.laws import points, validation
+from experiments.laws import points, sampling, validation
 from experiments.laws.fitting import FittedLaw
 from experiments.laws.law import fit_semiparametric
 from experiments.sweep.results import ITERATIONS, PARAMETERS, RATIO, Table
@@ -47,7 +47,8 @@ def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -
     Args:
       samples: laws that the interval is made of; 0 for none (its ends are then the prediction).
     """
-    kept = points.held_out(table)
+    table = sampling.apply(table, fitted.law.sampling)
+    kept = points.held_out(points.settled(table.rows(table.held_out)))
     if not len(kept):
         return []
     names = {size: name for name, size in table.sizes.items()}
@@ -57,7 +58,7 @@ def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -
     def refit(some):
         return fit_semiparametric(points.revised(some), law.trend.form, law.trend, **beyond)
 
-    laws = validation.bootstrap(points.usable(table), refit, samples) if samples else [law]
+    laws = validation.bootstrap(table.rows(~table.held_out), refit, samples) if samples else [law]
     found = []
     for size, ratio in np.unique(np.stack([kept[PARAMETERS], kept[RATIO]], axis=-1), axis=0):
         runs = points.smoothed(kept.rows((kept[PARAMETERS] == size) & (kept[RATIO] == ratio)))

@@ -15,9 +15,10 @@ import numpy as np
 from scipy import interpolate, optimize
 
 from accounting.errors import InputError
-from experiments.laws import forms
+from experiments.laws import forms, kriging
 from experiments.laws.learning_rate import LearningRate, fit_learning_rate
 from experiments.laws.points import Points
+from experiments.laws.sampling import Sampling
 
 # Power laws in the steps are fitted from this share of the longest run on (16,000 of 128,000 in the paper), and
 # believed up to this multiple of it (8,192,000).
@@ -28,6 +29,8 @@ _TAIL_FROM, _FLOORS = 1 / 3, np.linspace(0.0, 0.9, 19)
 # Floors are compared by how well the points before last / _TOLD_AHEAD steps predict those after it.
 _TOLD_AHEAD = 2.0
 _FORMS = ("trend", "larger", "noisier")
+# Cells of the grid of all sizes, steps and noise levels that must have been measured for it to be taken as it is.
+_LEAST_SHARE = 0.25
 # Bandwidth, in ln T, with which the residual is smoothed along the steps.
 _BANDWIDTH = 0.3
 
@@ -75,6 +78,10 @@ class Law(Protocol):
     def loss(self, parameters, steps, ratio) -> np.ndarray: ...
 
     def learning_rate(self, parameters, steps, ratio) -> np.ndarray: ...
+
+    def effective(self, ratio, batch_size, parameters) -> np.ndarray:
+        """The ratio that stands for a noise-batch ratio in batches of this size (sampling.Sampling)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +183,9 @@ class Interpolated:
     def learning_rate(self, parameters, steps, ratio) -> np.ndarray:
         return self._rate(parameters, steps, ratio)
 
+    def effective(self, ratio, batch_size, parameters) -> np.ndarray:
+        return np.asarray(ratio, float)
+
 
 def _filled(values: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Missing cells between two noise levels, by linear interpolation along the noise."""
@@ -214,6 +224,7 @@ class SemiParametric:
       residual: ln of measured over trend on those axes, array of their shape.
       tail: for steps beyond the last.
       rate: of the best learning rate.
+      sampling: how the batch enters the noise, which everywhere here is the effective one.
     """
 
     trend: forms.Parametric
@@ -224,6 +235,7 @@ class SemiParametric:
     tail: Tail
     rate: LearningRate
     domain: Domain
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
     name = "semiparametric"
 
@@ -271,10 +283,14 @@ class SemiParametric:
     def learning_rate(self, parameters, steps, ratio) -> np.ndarray:
         return self.rate(parameters, steps, ratio)
 
+    def effective(self, ratio, batch_size, parameters) -> np.ndarray:
+        return self.sampling.effective(ratio, batch_size, parameters)
+
     def _noise_axis(self, ratio) -> np.ndarray:
         return noise_axis(ratio, self.rate.floor)
 
     def as_dict(self) -> dict:
+        largest = self.sampling.largest_batch
         return {
             **{name: dataclasses.asdict(getattr(self, name)) for name in _FORMS},
             "axes": [axis.tolist() for axis in self.axes],
@@ -282,6 +298,7 @@ class SemiParametric:
             "tail": {"floor": self.tail.floor, "exponents": self.tail.exponents.tolist()},
             "rate": dataclasses.asdict(self.rate),
             "domain": dataclasses.asdict(self.domain),
+            "sampling": {"kappa": self.sampling.kappa, "largest_batch": None if math.isinf(largest) else largest},
         }
 
     @classmethod
@@ -293,7 +310,13 @@ class SemiParametric:
             tail=Tail(stored["tail"]["floor"], np.array(stored["tail"]["exponents"])),
             rate=LearningRate(**as_tuples(stored["rate"])),
             domain=Domain(**as_tuples(stored["domain"])),
+            sampling=_stored_sampling(stored.get("sampling", {})),
         )
+
+
+def _stored_sampling(stored: dict) -> Sampling:
+    """Laws of runs with one batch need not have stored it."""
+    return Sampling(stored.get("kappa", 0.0), stored.get("largest_batch") or math.inf)
 
 
 def as_tuples(content: dict) -> dict:
@@ -327,7 +350,8 @@ def fit_semiparametric(
     noisier: str | None = None,
 ) -> SemiParametric:
     """Fits the forms, then tabulates the residual; a cell without a measurement takes the mean of its neighbours'
-    residuals.
+    residuals. Where most cells are without one, as where runs of several batches have noise levels of their own, the
+    residual is interpolated by kriging.
 
     Args:
       form: of the trend.
@@ -339,12 +363,21 @@ def fit_semiparametric(
     rate = fit_learning_rate(points.parameters, points.steps, points.ratio, np.log2(points.learning_rate))
     columns = (np.log(points.parameters), np.log(points.steps), noise_axis(points.ratio, rate.floor))
     axes, places = zip(*(np.unique(np.round(column, 12), return_inverse=True) for column in columns), strict=True)
-    residual = np.full([len(axis) for axis in axes], np.nan)
-    residual[places] = np.log(points.loss) - np.log(trend.loss(points.parameters, points.steps, points.ratio))
-    residual = _smooth(_spread(residual), axes[1])
-    return SemiParametric(
-        trend, *beyond, axes, residual, _fit_tail(points, places, residual.shape), rate, Domain.of(points)
-    )
+    unexplained = np.log(points.loss) - np.log(trend.loss(points.parameters, points.steps, points.ratio))
+    if len(points) < _LEAST_SHARE * math.prod(len(axis) for axis in axes):
+        axes, residual = kriging.on_a_grid(columns, unexplained)
+        size, steps, noise = np.meshgrid(*axes, indexing="ij")
+        places = np.indices(residual.shape).reshape(3, -1)
+        ratio = np.sqrt(np.maximum(np.exp(2 * noise) - (rate.floor / 2) ** 2, 0.0))
+        at = [x.ravel() for x in (np.exp(size), np.exp(steps), ratio)]
+        loss = trend.loss(*at) * np.exp(residual.ravel())
+        tail = _fit_tail(Points(*at, loss, np.ones(loss.shape)), places, residual.shape)
+    else:
+        residual = np.full([len(axis) for axis in axes], np.nan)
+        residual[places] = unexplained
+        residual = _smooth(_spread(residual), axes[1])
+        tail = _fit_tail(points, places, residual.shape)
+    return SemiParametric(trend, *beyond, axes, residual, tail, rate, Domain.of(points))
 
 
 def _fit_tail(points: Points, places, shape: tuple[int, int, int]) -> Tail:

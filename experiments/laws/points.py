@@ -28,6 +28,7 @@ from experiments.sweep.results import (
     RATIO,
     SCHEDULE,
     TOKENIZER,
+    WINDOW,
     Table,
 )
 
@@ -37,6 +38,8 @@ CONSTANT = "constant"  # the schedule after whose warm-up the learning rate stay
 _REACH = 1.0
 # Cells whose own parabola must be found before they can share one.
 _FEWEST_PARABOLAS = 20
+_POINTS_OF_A_CURVE = 12
+_NEAR = 0.45  # in ln T: points of a run through which its slope is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,39 @@ def ends_of_falling_rates(table: Table) -> Table:
     for rows in runs_of(table):
         keep[rows[-1]] = True
     return table.rows(keep)
+
+
+def settled(table: Table) -> Table:
+    """Every run from an eighth of its own length on, at most the 1000 iterations of arXiv 2501.18914, with the losses
+    at its points in place of the means over the steps before them, where the table says how many those are.
+
+    A mean over a window of w steps is the loss of about w / 2 steps before; it is moved to the window's end along a
+    straight line, in logarithms, through its neighbours.
+    """
+    loss, keep = table[LOSS].copy(), np.ones(len(table), bool)
+    for rows in runs_of(table):
+        steps = table[ITERATIONS][rows]
+        keep[rows] = steps >= min(1000.0, steps.max() / 8)
+        if WINDOW in table.columns and np.isfinite(table[WINDOW][rows]).all():
+            loss[rows] = _at_ends(steps, table[WINDOW][rows], loss[rows])
+    columns = {name: column for name, column in table.columns.items() if name != WINDOW}
+    return Table({**columns, LOSS: loss}).rows(keep)
+
+
+def _at_ends(steps: np.ndarray, window: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """The losses at the ends of windows, from their means; as they are where a run has hardly any points, or a loss
+    that is none.
+    """
+    if len(steps) < 3 or not (np.isfinite(loss) & (loss > 0)).all():
+        return loss
+    middle, log_loss = np.log(steps - window / 2), np.log(loss)
+    moved = log_loss.copy()
+    for i in range(len(steps)):
+        near = np.abs(middle - middle[i]) < _NEAR
+        if near.sum() >= 3:
+            slope = np.polyfit(middle[near], log_loss[near], 1)[0]
+            moved[i] += min(slope, 0.0) * (np.log(steps[i]) - middle[i])
+    return np.exp(moved)
 
 
 def held_out(table: Table) -> Table:
@@ -252,8 +288,19 @@ def published(table: Table) -> Points:
 
 def revised(table: Table) -> Points:
     """The points of a table, with one parabola across the learning rates of all runs."""
-    table = usable(table)
-    return best(smoothed(after_warm_up(table, default_warm_up(table))), ACROSS)
+    return best(smoothed(usable(settled(table.rows(~table.held_out)))), ACROSS)
+
+
+def thinned(points: Points) -> Points:
+    """At most _POINTS_OF_A_CURVE points of each curve, evenly spaced in ln T."""
+    curves = np.stack([points.parameters, points.ratio], axis=-1)
+    kept = np.zeros(len(points), bool)
+    for curve in np.unique(curves, axis=0):
+        rows = np.flatnonzero((curves == curve).all(axis=1))
+        log_steps = np.log(points.steps[rows])
+        wanted = np.linspace(log_steps.min(), log_steps.max(), _POINTS_OF_A_CURVE)
+        kept[rows[np.abs(log_steps[:, None] - wanted).argmin(axis=0)]] = True
+    return points.where(kept)
 
 
 def _groups(table: Table, names: tuple[str, ...]):

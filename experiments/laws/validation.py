@@ -115,8 +115,12 @@ def _folds(points: Points) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
     nearest beyond the data comes first.
     """
     sizes, ratios, steps = np.unique(points.parameters), np.unique(points.ratio), np.unique(points.steps)
-    noisy = ratios[ratios > 0]
-    between = [points.parameters == size for size in sizes[1:-1]] + [points.ratio == ratio for ratio in noisy[1:-1]]
+    # Runs of several batches have noise levels of their own: what lies within a factor of two is one level.
+    noisy, level = np.unique(np.round(np.log2(ratios[ratios > 0])), return_inverse=True)
+    lowest, highest = ({k: end(ratios[ratios > 0][level == k]) for k in range(len(noisy))} for end in (np.min, np.max))
+    inside = range(1, len(noisy) - 1)
+    between = [points.parameters == size for size in sizes[1:-1]]
+    between += [(points.ratio >= lowest[k]) & (points.ratio <= highest[k]) for k in inside]
 
     def beyond(values: np.ndarray, edges: list[float]) -> list[tuple[np.ndarray, np.ndarray]]:
         masks = [values > edge for edge in edges]
@@ -130,7 +134,9 @@ def _folds(points: Points) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
         cuts = [steps[steps <= steps[-1] / share] for share in (2.5, 1.6, 4.0)]
         folds[LONGER] = beyond(points.steps, [float(kept[-1]) for kept in cuts if len(kept) >= _FEWEST_STEPS])
     if len(noisy) > 3:
-        folds[NOISIER] = beyond(points.ratio, list(noisy[-2 : max(-5, -len(noisy)) : -1]))
+        folds[NOISIER] = beyond(
+            points.ratio, [float(highest[k]) for k in range(len(noisy) - 2, max(-1, len(noisy) - 5), -1)]
+        )
     return folds
 
 

@@ -62,6 +62,7 @@ class Candidates:
 
     @property
     def ratio(self) -> np.ndarray:
+        """Noise-batch ratios, of privacy's noise alone."""
         return self.noise_multiplier / self.batch_size
 
     def __len__(self) -> int:
@@ -130,7 +131,7 @@ def search(
             )
         )
     sigma = np.asarray(noise(t, b / budget.num_units), float)
-    ratio = sigma / b
+    ratio = law.effective(sigma / b, b, m)
     counted = np.maximum(ratio, domain.ratio[0]) if not extrapolate else ratio
     known = np.isfinite(counted)
     loss = np.full(m.shape, np.nan)

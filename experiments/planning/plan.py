@@ -74,7 +74,8 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     chosen = _configuration(names, found, best)
     proof = certificate(budget, chosen["expected_batch_size"], chosen["steps"], request.relation, cache, certify)
     ratio = proof.noise_multiplier / chosen["expected_batch_size"]
-    counted = max(ratio, law.domain.ratio[0]) if not request.extrapolate else ratio
+    effective = float(law.effective(ratio, chosen["expected_batch_size"], chosen["parameters"]))
+    counted = max(effective, law.domain.ratio[0]) if not request.extrapolate else effective
     place = (chosen["parameters"], chosen["steps"], counted)
     beyond = law.domain.leaves(*place)
     error = validation.expected_error(fitted.errors, law, *place)
@@ -87,10 +88,15 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     if fitted.left_out:
         further = f", and {len(fitted.left_out) - 1} more" if len(fitted.left_out) > 1 else ""
         notes.append(f"a run is not fitted: {fitted.left_out[0]}{further}")
-    if ratio < law.domain.ratio[0]:
+    if effective < law.domain.ratio[0]:
         notes.append(
-            f"the noise-batch ratio {ratio:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at"
+            f"the noise-batch ratio {effective:.3g} is below the least that was measured, {law.domain.ratio[0]:.3g}, at"
             " which the loss is predicted: a bound from above"
+        )
+    if chosen["expected_batch_size"] > law.sampling.largest_batch:
+        notes.append(
+            f"the batch is larger than all that were measured, {law.sampling.largest_batch:g}: the noise of its"
+            " sampling is taken to fall with it as it did up to there"
         )
     ends = {"model size": (place[0], law.domain.parameters[1]), "number of steps": (place[1], law.domain.steps[1])}
     notes += [
@@ -114,6 +120,7 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         "command": _command(chosen, request, target, rate),
         "noise_multiplier": proof.noise_multiplier,
         "noise_batch_ratio": ratio,
+        "effective_ratio": effective,
         "learning_rate": rate,
         "predicted_loss": float(law.loss(*place)),
         "prediction_error": error,
@@ -275,7 +282,12 @@ def text(result: dict) -> str:
         f"steps                 {result['steps']}, which draw each unit {result['epochs']:.3g} times",
         f"noise multiplier      {result['noise_multiplier']:.5g} (epsilon {result['epsilon']:.5g} at delta"
         f" {result['delta']:g}, certified)",
-        f"noise-batch ratio     {result['noise_batch_ratio']:.4g}",
+        f"noise-batch ratio     {result['noise_batch_ratio']:.4g}"
+        + (
+            ""
+            if result["effective_ratio"] == result["noise_batch_ratio"]
+            else f" (with the noise of sampling {result['effective_ratio']:.4g})"
+        ),
         f"learning rate         {result['learning_rate']:.3g}",
         f"predicted loss        {result['predicted_loss']:.4f} nats per token"
         f" ({trust}){' EXTRAPOLATED' if result['extrapolated'] else ''}",

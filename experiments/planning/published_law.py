@@ -80,6 +80,9 @@ class PublishedLaw:
     def learning_rate(self, parameters, steps, ratio) -> np.ndarray:
         return np.full(np.broadcast(parameters, steps, ratio).shape, np.nan)
 
+    def effective(self, ratio, batch_size, parameters) -> np.ndarray:
+        return np.asarray(ratio, float)  # as the paper plans: its runs all had one batch
+
     def save(self, path: pathlib.Path) -> None:
         content = {name: dataclasses.asdict(form) for name, form in self.forms.items()}
         path.write_text(json.dumps(content, indent=1) + "\n")

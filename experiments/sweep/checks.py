@@ -7,8 +7,11 @@ from dpgemma.sharding.rules import wanted
 from experiments.sweep.grid import Grid, Run
 
 
-def check(grid: Grid) -> None:
+def check(grid: Grid, *, data: bool = True) -> None:
     """Refuses models, tokenizers, devices and data that do not exist, and rows that a model cannot take.
+
+    Args:
+      data: whether there must be tokenizers and data already.
 
     Raises:
       InputError: the first such setting.
@@ -25,15 +28,17 @@ def check(grid: Grid) -> None:
         parameters(run.config.model)
         devices(run)
         prepare.start_of(run.config)
+    if not data:
+        return
     for spec in dict.fromkeys(data_lib.tokenizer_of(run.config) for run in grid.runs):
         tokenizer_lib.load(spec)
     asked = ((run.config.data, run.config.text_field, run.config.skip_bad_records) for run in grid.runs)
-    for data, field, skip in dict.fromkeys(asked):
+    for source, field, skip in dict.fromkeys(asked):
         # The synthetic corpus is made when it is needed, and what holds no records is checked when it is opened.
-        if data == readers.SYNTHETIC or data.startswith(RandomRows.PREFIX) or cache.is_cache(data):
+        if source == readers.SYNTHETIC or source.startswith(RandomRows.PREFIX) or cache.is_cache(source):
             continue
-        if next(iter(readers.records(data, field, LeftOut() if skip else refuse)), None) is None:
-            raise InputError(f"`data`={data} is empty: there is nothing to train on")
+        if next(iter(readers.records(source, field, LeftOut() if skip else refuse)), None) is None:
+            raise InputError(f"`data`={source} is empty: there is nothing to train on")
 
 
 def check_sum(grid: Grid) -> None:

@@ -223,9 +223,13 @@ def rows(run: Run, result: dict) -> list[dict]:
         results.SEED: c.seed, results.SCHEDULE: c.schedule, results.TOKENIZER: tokenizer_of(c), results.DATA: c.data,
         results.HELD_OUT: float(run.held_out), results.CONFIG: run.id,
     }  # fmt: skip
-    table = []
+    table, before = [], 0
     for step, loss in result["curve"]:
-        seen = {results.TOKENS: tokens * step, results.FLOPS: 6.0 * result["parameters"] * tokens * step}
+        seen = {
+            results.TOKENS: tokens * step, results.FLOPS: 6.0 * result["parameters"] * tokens * step,
+            results.WINDOW: step - before,
+        }  # fmt: skip
+        before = step
         table.append({**common, results.ITERATIONS: step, results.LOSS: math.nan if loss is None else loss, **seen})
     table[-1][results.EVAL_LOSS] = math.nan if result["eval_loss"] is None else result["eval_loss"]
     return table

@@ -27,7 +27,8 @@ PARAMETERS, BATCH, LENGTH, TOKENS, FLOPS, SEED, EVAL_LOSS, HELD_OUT, CONFIG = (
     "Parameters", "Batch Size", "Sequence Length", "Tokens", "FLOPs", "Seed", "Eval Loss", "Held Out", "Config",
 )  # fmt: skip
 SCHEDULE, TOKENIZER, DATA = "Schedule", "Tokenizer", "Data"
-OWN = (PARAMETERS, BATCH, LENGTH, TOKENS, FLOPS, SEED, SCHEDULE, TOKENIZER, DATA, EVAL_LOSS, HELD_OUT, CONFIG)
+WINDOW = "Window"  # steps before a point whose mean loss it is
+OWN = (PARAMETERS, BATCH, LENGTH, TOKENS, FLOPS, SEED, WINDOW, SCHEDULE, TOKENIZER, DATA, EVAL_LOSS, HELD_OUT, CONFIG)
 COLUMNS = PUBLISHED + OWN
 
 # Sizes of the models of arXiv 2501.18914, table 1, whose table names them without their size.

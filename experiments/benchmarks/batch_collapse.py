@@ -1,0 +1,32 @@
+"""How well runs with different batches fall on one curve of the effective noise-batch ratio.
+
+    python -m experiments.benchmarks.batch_collapse [--table=results.csv]
+
+Prints one JSON object: kappa of r_eff^2 = r^2 + kappa / (B M), measured over all sizes at once, and by model size the
+root mean square distance of the runs' ends from one smooth curve, in ln loss; and what it is without the batch.
+"""
+
+import argparse
+import json
+import pathlib
+
+from experiments.laws import fitting, sampling
+from experiments.sweep import results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", type=pathlib.Path, default=fitting.SHIPPED / "results.csv")
+    table = results.read(parser.parse_args().table)
+    found = sampling.collapse(table.rows(~table.held_out))
+    by_size = [{"parameters": size, "configurations": count, "rms": rms} for size, (rms, count) in found.rms.items()]
+    print(
+        json.dumps(
+            {"kappa": found.kappa, "sizes": by_size, "rms": found.pooled, "rms_without_the_batch": found.rms_without},
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
