@@ -1,4 +1,4 @@
-"""Hostile input: a minute of fuzzing, and the inputs that once did harm."""
+"""Hostile input: some seconds of fuzzing, and the inputs that once did harm."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ def read(path):
     return units.read(str(path), ByteTokenizer(), Reading("auto", 16, "text"), 260)
 
 
-def test_a_minute_of_fuzzing_finds_nothing(tmp_path):
-    command = [sys.executable, "-m", "tests.fuzzing", "--seconds=60", f"--kept={tmp_path / 'kept'}"]
+def test_some_seconds_of_fuzzing_find_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.fuzzing", "--seconds=20", f"--kept={tmp_path / 'kept'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.strip().splitlines()

@@ -39,6 +39,7 @@ _REACH = 1.0
 # Cells whose own parabola must be found before they can share one.
 _FEWEST_PARABOLAS = 20
 _POINTS_OF_A_CURVE = 12
+_MANY_ROWS, _MOST_STEPS = 50_000, 24
 _NEAR = 0.45  # in ln T: points of a run through which its slope is taken
 
 
@@ -184,13 +185,27 @@ def smoothed(table: Table) -> Table:
     A missing cell is left out of its row's and its column's regression and stays missing.
     """
     loss = table[LOSS].copy()
-    for rows in _rows_of_groups(table, (PARAMETERS, LEARNING_RATE)):
-        for along, across, increasing in ((ITERATIONS, RATIO, False), (RATIO, ITERATIONS, True)):
-            for value in np.unique(table[across][rows]):
-                line = rows[table[across][rows] == value]
-                line = line[np.argsort(table[along][line], kind="stable")]
-                loss[line] = optimize.isotonic_regression(loss[line], increasing=increasing).x
+    for along, across, increasing in ((ITERATIONS, RATIO, False), (RATIO, ITERATIONS, True)):
+        for line in _rows_of_groups(table, (PARAMETERS, LEARNING_RATE, across)):
+            line = line[np.argsort(table[along][line], kind="stable")]
+            loss[line] = optimize.isotonic_regression(loss[line], increasing=increasing).x
     return Table({**table.columns, LOSS: loss})
+
+
+def with_fewer_steps(table: Table) -> Table:
+    """Of a large table _MOST_STEPS numbers of steps, evenly spaced in logarithms, with losses that all its points have
+    a part in, by the isotonic regression along the steps.
+    """
+    steps = np.unique(table[ITERATIONS])
+    if len(table) <= _MANY_ROWS or len(steps) <= _MOST_STEPS:
+        return table
+    loss = table[LOSS].copy()
+    for line in _rows_of_groups(table, (PARAMETERS, LEARNING_RATE, RATIO)):
+        line = line[np.argsort(table[ITERATIONS][line], kind="stable")]
+        loss[line] = optimize.isotonic_regression(loss[line], increasing=False).x
+    wanted = np.geomspace(steps[0], steps[-1], _MOST_STEPS)
+    kept = steps[np.unique(np.abs(np.log(steps)[:, None] - np.log(wanted)).argmin(axis=0))]
+    return Table({**table.columns, LOSS: loss}).rows(np.isin(table[ITERATIONS], kept))
 
 
 def best(table: Table, how: str = "across") -> Points:
@@ -288,7 +303,7 @@ def published(table: Table) -> Points:
 
 def revised(table: Table) -> Points:
     """The points of a table, with one parabola across the learning rates of all runs."""
-    return best(smoothed(usable(settled(table.rows(~table.held_out)))), ACROSS)
+    return best(smoothed(with_fewer_steps(usable(settled(table.rows(~table.held_out))))), ACROSS)
 
 
 def thinned(points: Points) -> Points:

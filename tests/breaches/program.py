@@ -435,6 +435,6 @@ MUTATIONS = (
     Mutation(
         "histogram", "it is released again whenever the run goes on", RECORD,
         "if self.ledger is None or histogram.is_in(self.ledger.records):", "if self.ledger is None:",
-        (COUNTED, "-k", "whatever_happens"),
+        (COUNTED, *SLOW_TOO, "-k", "whatever_happens"),
     ),
 )  # fmt: skip

@@ -157,6 +157,7 @@ def test_the_score_of_texts_is_their_likelihood(black_box):
         assert found["loss_against_start"][i] == pytest.approx(before - after, abs=1e-3 * before)
 
 
+@pytest.mark.slow
 def test_a_reference_model_gives_a_score_and_bounds_of_their_own(black_box, white_box, tmp_path, capsys):
     """Against the model that the run started from, written as a directory, the ROC is that of the registered score."""
     objective, directory = prepare.objective_of(Settings(**COMMON, data="synthetic")), tmp_path / "start"

@@ -199,6 +199,7 @@ def test_it_is_a_part_of_the_budget(records, finished, tmp_path, capsys):
     assert done.returncode == 2 and "by itself, and the target is 4" in done.stderr, done.stderr
 
 
+@pytest.mark.slow  # three trainings
 def test_a_histogram_is_released_once_whatever_happens(records, finished, copied, capsys):
     """A crash before its line, one behind it, and a run that goes on: the bits are those of the first time."""
     shutil.rmtree(copied / "checkpoints")
