@@ -34,7 +34,7 @@ _LARGE = 10**15  # units of a data set that stands for a sampling probability al
 _COARSEST, _FINEST, _FINER, _CHANGE = 4e-3, 1e-5, 4.0, 0.01
 MOST_STEPS_BY_LOSSES = 10**7
 _LOWEST = math.log(saddlepoint.SMALLEST_NOISE)
-_VERSION = 5
+_VERSION = 6
 _TOLERANCE = 1e-3  # of a certified noise multiplier, and of its epsilon
 
 
@@ -56,7 +56,7 @@ class NoiseSurface:
             )
         self.epsilon, self.delta = epsilon, delta
         self.cache, self._estimate = cache, estimate
-        self._file = None if cache is None else cache / f"noise_{_name(epsilon, delta)}.json"
+        self._file = None if cache is None else cache / f"noise_{_name(epsilon, delta, estimate)}.json"
         self._nodes = _read(self._file)
 
     def __call__(self, steps, sampling_probability) -> np.ndarray:
@@ -220,8 +220,10 @@ def _cubic(x, lowest: int | None = None, highest: int | None = None):
     return first, weights
 
 
-def _name(epsilon: float, delta: float) -> str:
-    return hashlib.sha256(json.dumps([_VERSION, SPACING, epsilon, delta]).encode()).hexdigest()[:16]
+def _name(epsilon: float, delta: float, estimator: Callable) -> str:
+    """Nodes of one estimator are none of another's."""
+    content = json.dumps([_VERSION, SPACING, epsilon, delta, estimator.__name__])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _read(path: pathlib.Path | None) -> dict[tuple[int, int], float]:

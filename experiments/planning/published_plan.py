@@ -134,7 +134,7 @@ class _Search:
             from experiments.sweep.checks import parameters
 
             self._sizes = np.array([float(parameters(request.model))])
-
+            _check_size(law, request, self._sizes[0])
         self._corrected_at, self._correction = np.zeros(1), np.zeros(1)
         self._found: dict[float, Candidates] = {}
 
@@ -153,8 +153,11 @@ class _Search:
             by_losses(budget.epsilon, budget.delta, *each, finest=_FINEST)
             for each in zip(steps, shares, guesses, strict=True)
         ]  # fmt: skip
-        self._corrected_at, self._correction = np.log(shares), np.log(accurate / guesses)
-        return bool(np.isfinite(self._correction).all())
+        correction = np.log(accurate / guesses)
+        if not np.isfinite(correction).all():
+            return False
+        self._corrected_at, self._correction = np.log(shares), correction
+        return True
 
     def forget(self) -> None:
         """Forgets what was found before the noise was corrected."""
@@ -192,6 +195,25 @@ class _Search:
 
         how = {name: getattr(self._request, name) for name in ("extrapolate", "batch_size", "steps")}
         return optimum.search(self._law, noise, budget, self._sizes, **how)
+
+
+def _check_size(law: PublishedLaw, request: Request, size: float) -> None:
+    """Refuses a model that is smaller or larger than the law can be asked for.
+
+    Raises:
+      InputError: says the ends.
+    """
+    smallest, largest = law.domain.parameters
+    far = optimum.BELIEVED if request.extrapolate else 1.0
+    if not smallest / far <= size <= largest * far:
+        raise InputError(
+            f"`model`={request.model} has {size:.3g} parameters, and the law knows {smallest:.3g} to {largest:.3g}:"
+            + (
+                " that far outside nothing is said"
+                if request.extrapolate
+                else " choose another, or allow extrapolation"
+            )
+        )
 
 
 def _first(pair: tuple[float, Candidates]) -> float:

@@ -13,7 +13,8 @@ from experiments.laws import forms, optima
 from experiments.laws.forms import OWN_SIGMOID, Parametric
 from experiments.laws.optima import Choices, Optimum
 from experiments.planning import inverse, published_law, published_plan
-from experiments.planning.noise import Certified
+from experiments.planning.noise import Certified, estimate
+from experiments.planning.noise import NoiseSurface as noise_surface
 from experiments.planning.optimum import Budget
 from experiments.planning.plan import Request
 from experiments.planning.published import DELTA, SEQUENCE_LENGTH, TABLE_2, VAULTGEMMA
@@ -103,6 +104,20 @@ def test_a_hospital_gets_a_small_model_and_the_compute_that_suffices(law):
     assert ends[0] <= said["parameters"] <= ends[1]
     text = published_plan.text(said)
     assert "nats per masked token" in text and "arXiv 2501.18914" in text
+
+
+@pytest.mark.parametrize("model, extrapolate", [("vaultgemma_1b", False), ("gemma2_2b", True), ("ladder_20k", False)])
+def test_models_that_the_law_knows_nothing_of_are_refused_by_their_size(law, model, extrapolate):
+    asked = request(compute=1e22, num_units=1e8, epsilon=2.0, delta=1e-9, model=model, extrapolate=extrapolate)
+    with pytest.raises(InputError, match=rf"`model`={model} has .* parameters, and the law knows 4.5e\+06 to"):
+        published_plan.answer(law, asked, None, quick)
+
+
+def test_estimates_are_kept_apart_from_nodes_that_were_checked(tmp_path):
+    rough = noise_surface(3.0, 1e-7, tmp_path, estimate)
+    checked = noise_surface(3.0, 1e-7, tmp_path)
+    rough(2000.0, 1e-3)
+    assert not noise_surface(3.0, 1e-7, tmp_path)._nodes and rough._file != checked._file
 
 
 def test_optima_of_a_planted_form_are_found_again():
