@@ -21,7 +21,7 @@ def read(path):
 
 
 def test_some_seconds_of_fuzzing_find_nothing(tmp_path):
-    command = [sys.executable, "-m", "tests.fuzzing", "--seconds=20", f"--kept={tmp_path / 'kept'}"]
+    command = [sys.executable, "-m", "tests.fuzzing", "--seconds=12", f"--kept={tmp_path / 'kept'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.strip().splitlines()

@@ -23,7 +23,7 @@ def test_the_published_grid_is_priced_before_there_are_data(tmp_path):
     sizes = {name: decoder.num_parameters(PRESETS[name]) for name in said["flops_by_model"]}
     assert said["flops_by_model"] == {name: 57 * 6.0 * m * 1024 * 512 * 128_000 for name, m in sizes.items()}
     assert not (tmp_path / "new").exists()
-    text = call(*arguments, "--mfu=0.5").stdout
+    text = price.Price(**said | {"mfu": 0.5, "dollars": None}).text()
     assert "reach 50% of their peak (--mfu), which nobody has measured" in text and "dollars" not in text
 
 

@@ -120,7 +120,7 @@ cli.entry_point()
 @pytest.mark.parametrize(
     "kills, steps, command",
     [
-        (1, 9, COMMAND),
+        pytest.param(1, 9, COMMAND, marks=pytest.mark.slow),
         pytest.param(20, 120, COMMAND, marks=pytest.mark.slow),
         pytest.param(20, 120, [sys.executable, "-c", MEANWHILE], marks=pytest.mark.slow),
     ],
