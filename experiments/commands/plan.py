@@ -222,9 +222,9 @@ def _least(fv: flags.FlagValues, law, request: plan.Request) -> plan.Request:
     missing = [name for name in ("epsilon", "num_units") if fv[name].value is None]
     what = missing[0] if missing else "compute"
     if isinstance(law, published_law.PublishedLaw):
-        domain, lowest = law.domain, published_plan.lowest_loss(law, request)
+        domain, lowest = law.domain, published_plan.lowest_loss(law, request, user_cache.folder())
     else:
-        domain, lowest = law.law.domain, plan.lowest_loss(law, request)
+        domain, lowest = law.law.domain, plan.lowest_loss(law, request, user_cache.folder())
     low, high = inverse.ends(what, domain, request.budget.num_units, request.budget.sequence_length)
     found = inverse.least(what, fv.loss, request.budget, lowest, low, high)
     if what == "num_units":

@@ -126,10 +126,10 @@ def by_losses(
         bound = Accountant(mechanism).upper(delta, interval=interval)
         return math.log(max(bound, 1e-9) / epsilon) if math.isfinite(bound) else 50.0
 
-    found = math.log(guess) if math.isfinite(guess) else 0.0
+    found, step = math.log(guess) if math.isfinite(guess) else 0.0, 0.05
     while True:
-        found = _root(excess, found)
-        interval /= _FINER
+        found = _root(excess, found, step)
+        interval, step = interval / _FINER, 0.004  # a finer grid moves it by little
         settled = not math.isfinite(found) or found == _LOWEST
         if settled or interval < finest or abs(excess(found)) < _CHANGE:
             return math.exp(found)

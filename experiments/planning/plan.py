@@ -4,6 +4,7 @@ is.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -81,9 +82,6 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     error = validation.expected_error(fitted.errors, law, *place)
     rate = float(law.learning_rate(*place))
 
-    def solve(b):
-        return float(optimum.search(law, _same(noise, b), b, sizes, **how).loss[0])
-
     notes = [*request.assumed, *(f"extrapolated: {text}" for text in beyond)]
     if fitted.left_out:
         further = f", and {len(fitted.left_out) - 1} more" if len(fitted.left_out) > 1 else ""
@@ -134,19 +132,23 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
         "sampling_probability": chosen["expected_batch_size"] / budget.num_units,
         "neighbouring_relation": request.relation,
         "near_optimal": neighbours(names, found),
-        "marginal_values": optimum.marginal_values(solve, budget),
+        "marginal_values": optimum.marginal_values(lowest_loss(fitted, request, cache), budget),
         "non_private": non_private(fitted, budget),
         "search_seconds": searched,
     }
 
 
-def lowest_loss(fitted: FittedLaw, request: Request) -> Callable[[Budget], float]:
+def lowest_loss(fitted: FittedLaw, request: Request, cache: pathlib.Path | None) -> Callable[[Budget], float]:
     """The lowest loss of any budget under a request, with noise that is estimated alone."""
     how = {"extrapolate": request.extrapolate, "batch_size": request.batch_size, "steps": request.steps}
     sizes = sizes_to_search(fitted, request)
 
+    @functools.cache
+    def surface(epsilon: float, delta: float) -> NoiseSurface:
+        return NoiseSurface(epsilon, delta, cache, estimate)
+
     def of(budget: Budget) -> float:
-        noise = NoiseSurface(budget.epsilon, budget.delta, None, estimate)
+        noise = surface(budget.epsilon, budget.delta)
         return float(optimum.search(fitted.law, noise, budget, sizes, **how).loss[0])
 
     return of
@@ -243,12 +245,6 @@ def non_private(fitted: FittedLaw, budget: Budget) -> dict:
         "predicted_loss": float(fitted.non_private.loss(parameters, tokens)),
         "extrapolated": not (low <= parameters <= high and tokens <= longest),
     }
-
-
-def _same(noise: NoiseSurface, budget: Budget) -> NoiseSurface:
-    if (budget.epsilon, budget.delta) == (noise.epsilon, noise.delta):
-        return noise
-    return NoiseSurface(budget.epsilon, budget.delta, noise.cache)
 
 
 def certificate(
