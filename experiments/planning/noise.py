@@ -167,9 +167,12 @@ class Certified:
 
 
 def certified(num_units: int, batch_size: float, steps: int, epsilon: float, delta: float, relation: str) -> Certified:
-    """The smallest noise multiplier, to a few tenths of a percent, whose upper epsilon by the accountant is within the
-    budget; plain Poisson sampling. Where less noise would do than the least that is sensible, it is that one, with the
-    epsilon that it gives.
+    """The smallest noise multiplier, to a few tenths of a percent, that meets a budget by the accountant. Where less
+    noise would do than the least that is sensible, it is that one, with the epsilon that it gives.
+
+    Formal guarantee: so many steps of DP-SGD with this noise, on Poisson batches without a cap of this expected size,
+    are (epsilon, delta) differentially private under the relation. Tested by
+    tests/experiments/planning_test.py::test_a_certified_noise_meets_its_budget_by_other_code.
 
     Raises:
       InputError: no noise of a sensible size meets the budget.

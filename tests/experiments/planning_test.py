@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from dp_accounting import dp_event, pld
 
 from accounting import calibration
 from accounting.errors import InputError
@@ -150,6 +151,20 @@ def test_plan_answers_with_a_certified_noise(fitted, tmp_path):
     assert {**again, "search_seconds": 0} == {**result, "search_seconds": 0}
     json.dumps(result)
     assert "certified" in plan.text(result)
+
+
+@pytest.mark.parametrize("epsilon, batch, steps", [(8.0, 400, 500), (0.5, 1000, 200), (2.0, 50, 1500)])
+def test_a_certified_noise_meets_its_budget_by_other_code(epsilon, batch, steps):
+    """Google's accountant, with a grid of its own, finds the budget kept, and not by much more noise than needed."""
+    proof = noise.certified(100_000, batch, steps, epsilon, 1e-6, "add_or_remove")
+
+    def spent(sigma):
+        accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
+        event = dp_event.PoissonSampledDpEvent(batch / 100_000, dp_event.GaussianDpEvent(sigma))
+        return accountant.compose(event, steps).get_epsilon(1e-6)
+
+    assert spent(proof.noise_multiplier) <= proof.epsilon * (1 + 1e-4) and proof.epsilon <= epsilon
+    assert spent(proof.noise_multiplier / 1.005) > epsilon
 
 
 @pytest.mark.slow
