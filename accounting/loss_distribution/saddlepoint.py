@@ -43,8 +43,12 @@ def _cumulants(z: Any, probability: Any, noise: Any) -> tuple[Any, Any, Any, Any
     weight /= mass[:, None]
     mean = (weight * loss).sum(axis=1)
     centred = loss - mean[:, None]
-    second, third, fourth = ((weight * centred**k).sum(axis=1) for k in (2, 3, 4))
-    return value, mean, second, third, fourth - 3 * second**2
+    moment = weight * centred * centred
+    second = moment.sum(axis=1)
+    moment *= centred
+    third = moment.sum(axis=1)
+    moment *= centred
+    return value, mean, second, third, moment.sum(axis=1) - 3 * second**2
 
 
 def _saddle(epsilon: float, probability: Any, noise: Any, releases: Any) -> np.ndarray:

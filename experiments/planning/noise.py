@@ -30,8 +30,10 @@ from dpgemma import user_cache
 SPACING = math.log(2.5)
 _LARGE = 10**15  # units of a data set that stands for a sampling probability alone
 # Intervals of the loss grid, how each is refined, and the relative change of epsilon at which a grid is fine enough.
-# The error falls at least linearly with the interval, so what is left is a third of the change.
-_COARSEST, _FINEST, _FINER, _CHANGE = 4e-3, 1e-5, 4.0, 0.01
+# The error falls at least linearly with the interval, so what is left is a third of the change. The coarsest grid is
+# for budgets up to _USUAL, and coarser for larger ones.
+_COARSEST, _FINEST, _FINER, _CHANGE, _USUAL = 4e-3, 1e-5, 4.0, 0.01, 8.0
+_COARSE = 1e-3  # the finest grid of a correction: within half a percent
 MOST_STEPS_BY_LOSSES = 10**7
 _LOWEST = math.log(saddlepoint.SMALLEST_NOISE)
 _VERSION = 6
@@ -102,6 +104,44 @@ class NoiseSurface:
         _write(self._file, self._nodes)
 
 
+class CorrectedNoise:
+    """Estimated noise, which near one place may be corrected by the accountant: for plans, which are certified at the
+    end, and of which the noise elsewhere decides nothing.
+
+    Args:
+      epsilon, delta, cache: as in NoiseSurface.
+    """
+
+    def __init__(self, epsilon: float, delta: float, cache: pathlib.Path | None = None):
+        self._surface = NoiseSurface(epsilon, delta, cache, estimate)
+        self._at, self._correction = np.zeros(1), np.zeros(1)
+
+    def __call__(self, steps, sampling_probability) -> np.ndarray:
+        """Noise multipliers, as NoiseSurface has them."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            correction = np.interp(np.log(sampling_probability), self._at, self._correction)
+        return self._surface(steps, sampling_probability) * np.exp(correction)
+
+    def correct_around(self, steps: float, sampling_probability: float) -> bool:
+        """Corrects the noise by the accountant's at a place, and at half and twice its batch with twice and half its
+        steps, where the estimate does not converge at one of them. Returns whether it did.
+        """
+        epsilon, delta = self._surface.epsilon, self._surface.delta
+        shares, lengths = sampling_probability * np.array([0.5, 1.0, 2.0]), steps * np.array([2.0, 1.0, 0.5])
+        lengths, shares = lengths[shares <= 1], shares[shares <= 1]
+        guesses, converged = saddlepoint.noise_multiplier(epsilon, delta, shares, lengths)
+        if converged.all() or lengths.max() > MOST_STEPS_BY_LOSSES:
+            return False
+        accurate = [
+            by_losses(epsilon, delta, *each, finest=_COARSE) for each in zip(lengths, shares, guesses, strict=True)
+        ]
+        correction = np.log(accurate / guesses)
+        if not np.isfinite(correction).all():
+            return False
+        self._at, self._correction = np.log(shares), correction
+        return True
+
+
 def estimate(epsilon: float, delta: float, sampling_probability, steps) -> tuple[np.ndarray, np.ndarray]:
     """The saddle-point estimate, taken for reliable everywhere (for NoiseSurface): for questions that need an answer
     soon.
@@ -119,7 +159,7 @@ def by_losses(
     """The noise multiplier by the accountant, on ever finer grids of losses until a finer one changes epsilon by less
     than _CHANGE, or `finest` is passed; NaN above the noise that is searched.
     """
-    units, interval = probability * _LARGE, _COARSEST
+    units, interval = probability * _LARGE, _coarsest(epsilon)
 
     def excess(log_sigma: float) -> float:
         mechanism = dp_sgd(_LARGE, units, None, math.exp(log_sigma), 1.0, max(1, round(steps)))
@@ -133,6 +173,10 @@ def by_losses(
         settled = not math.isfinite(found) or found == _LOWEST
         if settled or interval < finest or abs(excess(found)) < _CHANGE:
             return math.exp(found)
+
+
+def _coarsest(epsilon: float) -> float:
+    return _COARSEST * max(1.0, epsilon / _USUAL)
 
 
 def _root(excess: Callable[[float], float], start: float, step: float = 0.05, precision: float = 3e-3) -> float:
@@ -188,7 +232,7 @@ def certified(num_units: int, batch_size: float, steps: int, epsilon: float, del
         return math.log(max(bound, 1e-9) / epsilon) if math.isfinite(bound) else 50.0
 
     guess, _ = saddlepoint.noise_multiplier(epsilon, delta, batch_size / num_units, steps)
-    found, interval, step = math.log(guess) if math.isfinite(guess) else 0.0, _COARSEST, 0.05
+    found, interval, step = math.log(guess) if math.isfinite(guess) else 0.0, _coarsest(epsilon), 0.05
     while True:
         before, found = found, _root(functools.partial(excess, interval=interval), found, step, _TOLERANCE)
         # On a finer grid the bound is lower, so that less noise will do: by a third of what the last one has gained.

@@ -12,11 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 from accounting.errors import InputError
-from accounting.loss_distribution import saddlepoint
 from accounting.rounding import round_up
 from experiments.laws.forms import Parametric
 from experiments.planning import optimum, plan
-from experiments.planning.noise import MOST_STEPS_BY_LOSSES, NoiseSurface, by_losses, certified, estimate
+from experiments.planning.noise import CorrectedNoise, certified
 from experiments.planning.optimum import Budget, Candidates
 from experiments.planning.plan import Request
 from experiments.planning.published import TABLE_2
@@ -29,7 +28,6 @@ WHAT_IT_IS = (
 _AT_END = 0.97
 _HALVINGS = 14  # of the compute, that are tried too
 _NEIGHBOURS = 8
-_FINEST = 1e-3  # grid of losses by which the noise is corrected: within half a percent
 
 
 def answer(law: PublishedLaw, request: Request, cache: pathlib.Path | None, certify=certified) -> dict:
@@ -45,8 +43,7 @@ def answer(law: PublishedLaw, request: Request, cache: pathlib.Path | None, cert
     start = time.perf_counter()
     budget, judged = request.budget, law.judged
     search = _Search(law, request, cache)
-    if search.correct(search.of_less(budget)[0][1]):
-        search.forget()
+    search.correct(search.of_less(budget)[0][1])
     by_compute = search.of_less(budget)
     spent, found = min(by_compute, key=lambda each: float(each[1].loss[0]))
     lowest = float(found.loss[0])
@@ -124,7 +121,7 @@ class _Search:
 
     def __init__(self, law: PublishedLaw, request: Request, cache: pathlib.Path | None):
         self._law, self._request = law, request
-        self._surface = NoiseSurface(request.budget.epsilon, request.budget.delta, cache, estimate)
+        self._noise = CorrectedNoise(request.budget.epsilon, request.budget.delta, cache)
         if request.model is None:
             self._sizes = np.geomspace(1.01 * law.domain.parameters[0], 0.99 * law.domain.parameters[1], 60)
             if request.extrapolate:
@@ -135,33 +132,12 @@ class _Search:
 
             self._sizes = np.array([float(parameters(request.model))])
             _check_size(law, request, self._sizes[0])
-        self._corrected_at, self._correction = np.zeros(1), np.zeros(1)
         self._found: dict[float, Candidates] = {}
 
-    def correct(self, found: Candidates) -> bool:
-        """Corrects the noise by the accountant's at the best configuration, and at half and twice its batch, where the
-        estimate does not converge at one of them. Returns whether it did.
-        """
-        budget = self._request.budget
-        shares = found.batch_size[0] * np.array([0.5, 1.0, 2.0]) / budget.num_units
-        steps = found.steps[0] * np.array([2.0, 1.0, 0.5])
-        steps, shares = steps[shares <= 1], shares[shares <= 1]
-        guesses, converged = saddlepoint.noise_multiplier(budget.epsilon, budget.delta, shares, steps)
-        if converged.all() or steps.max() > MOST_STEPS_BY_LOSSES:
-            return False
-        accurate = [
-            by_losses(budget.epsilon, budget.delta, *each, finest=_FINEST)
-            for each in zip(steps, shares, guesses, strict=True)
-        ]  # fmt: skip
-        correction = np.log(accurate / guesses)
-        if not np.isfinite(correction).all():
-            return False
-        self._corrected_at, self._correction = np.log(shares), correction
-        return True
-
-    def forget(self) -> None:
-        """Forgets what was found before the noise was corrected."""
-        self._found.clear()
+    def correct(self, found: Candidates) -> None:
+        """Corrects the noise around the best configuration, where it must be; then what was found is forgotten."""
+        if self._noise.correct_around(found.steps[0], found.batch_size[0] / self._request.budget.num_units):
+            self._found.clear()
 
     def of_less(self, budget: Budget, every: int = 1) -> list[tuple[float, Candidates]]:
         """(compute, what it can be spent on) for the whole compute, its half, its quarter and so on, if there are any.
@@ -190,8 +166,7 @@ class _Search:
     def __call__(self, budget: Budget) -> Candidates:
         def noise(steps, sampling_probability):
             shares = np.where(sampling_probability * budget.num_units < SMALLEST_BATCH, np.nan, sampling_probability)
-            correction = np.interp(np.log(sampling_probability), self._corrected_at, self._correction)
-            return self._surface(steps, shares) * np.exp(correction)
+            return self._noise(steps, shares)
 
         how = {name: getattr(self._request, name) for name in ("extrapolate", "batch_size", "steps")}
         return optimum.search(self._law, noise, budget, self._sizes, **how)
