@@ -39,6 +39,10 @@ _LOCK = "lock"
 _BEAT_SECONDS, _PATIENCE_SECONDS = 10.0, 35.0
 
 
+class HeldError(InputError):
+    """Another process trains the run."""
+
+
 class Mirror:
     """The storage's side of a run that this process trains.
 
@@ -64,7 +68,8 @@ class Mirror:
           with_checkpoints: whether the copy shall have those too that are written straight into the storage.
 
         Raises:
-          InputError: another process trains the run, the address holds something else, or it cannot be used.
+          HeldError: another process trains the run.
+          InputError: the address holds something else, or it cannot be used.
         """
         self.address = address
         self._objects = Objects(address)
@@ -105,7 +110,7 @@ class Mirror:
             )
         if not self._objects.create(_LOCK, self._sign(0)):
             if is_held(self._objects, patience):
-                raise InputError(
+                raise HeldError(
                     f"another process is training in {self.address}: wait for it, or choose another `workdir`"
                 )
             self._objects.write(_LOCK, self._sign(0))
@@ -128,7 +133,7 @@ class Mirror:
         return self._objects.read([_LOCK]).get(_LOCK, b"").startswith(self._name.encode())
 
     def _lost(self) -> InputError:
-        return InputError(
+        return HeldError(
             f"another process has gone on with the run in {self.address}: this one ends before it computes another step"
         )
 
@@ -302,6 +307,13 @@ def copy(objects: Objects, folder: pathlib.Path, with_checkpoints: bool = True) 
     for file in (folder / run_files.PRIVATE).rglob("*"):
         file.chmod(0o700 if file.is_dir() else 0o600)
     _complete_ledger(objects, folder / run_files.LEDGER, [name for name in names if name.startswith(f"{_LINES}/")])
+
+
+def ledger_of(objects: Objects) -> str:
+    """The ledger of a run, whole lines; empty where it has not begun."""
+    names = objects.names(_LINES)
+    contents = objects.read(names)
+    return "".join(contents[name].decode().split("\n")[0] + "\n" for name in names)
 
 
 def _complete_ledger(objects: Objects, file: pathlib.Path, lines: list[str]) -> None:

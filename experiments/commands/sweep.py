@@ -24,7 +24,13 @@ POSITIONAL = ("config",)
 
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string("config", None, "TOML file of the grid; also given without the flag's name.", fv)
-    command_flags.string("workdir", None, "Folder of the sweep; by default runs/sweep_<name of the file>.", fv)
+    command_flags.string(
+        "workdir",
+        None,
+        "Folder of the sweep, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER, where several machines may give the same"
+        " command; by default runs/sweep_<name of the file>.",
+        fv,
+    )
     command_flags.choice(
         "launcher", "local", choices.LAUNCHERS, "Where processes run: here, as Slurm jobs, or on a Ray cluster.", fv
     )
@@ -62,23 +68,22 @@ def run(fv: flags.FlagValues) -> int:
         if fv[name].value is not None and fv[name].value < least:
             raise InputError(f"--{name} must be at least {least}, got {fv[name].value}")
     topology = _topology(fv)
-    from experiments.sweep import checks
-    from experiments.sweep import folder as folder_lib
+    from experiments.sweep import checks, stored_folder
     from experiments.sweep import grid as grid_lib
 
-    if fv.workdir and is_address(fv.workdir):
-        raise InputError(f"a sweep's folder lies on a disk: give another `workdir` than {fv.workdir}")
     config = pathlib.Path(fv.config)
-    path = pathlib.Path(fv.workdir or f"runs/sweep_{config.stem}")
+    place = fv.workdir or f"runs/sweep_{config.stem}"
+    if fv.emit and is_address(place):
+        raise InputError("--emit is for a sweep on a disk: give another --workdir, or drop it")
     grid = grid_lib.read(config)
     checks.check(grid, data=topology is None)  # the price of a grid can be asked for before there are data
-    folder, everything = folder_lib.look(path, grid)
+    folder, everything = stored_folder.look(place, grid)
     checks.check_sum(everything)
     if fv.dry_run:
         return _dry_run(fv, folder, grid, everything, topology)
     if fv.emit:
-        return _emit(fv, path, grid)
-    return _sweep(fv, path, grid)
+        return _emit(fv, pathlib.Path(place), grid)
+    return _sweep(fv, place, grid)
 
 
 def _launcher(fv: flags.FlagValues, folder, grid):
@@ -138,12 +143,11 @@ def _emit(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
     return 0
 
 
-def _sweep(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
-    from experiments.sweep import folder as folder_lib
-    from experiments.sweep import sweep
+def _sweep(fv: flags.FlagValues, place: str, grid) -> int:
+    from experiments.sweep import stored_folder, sweep
 
-    launcher = _launcher(fv, folder_lib.look(path, grid)[0], grid)
-    folder, everything = folder_lib.create(path, grid)
+    launcher = _launcher(fv, stored_folder.look(place, grid)[0], grid)
+    folder, everything = stored_folder.create(place, grid)
     try:
         with process.interrupt_on_sigterm(), folder.locked():
             outcome = sweep.run(
@@ -155,6 +159,7 @@ def _sweep(fv: flags.FlagValues, path: pathlib.Path, grid) -> int:
             f"interrupted with {done} of {len(grid.runs)} runs done; the same command goes on from there"
         ) from None
     law, trials = fit_law(folder, outcome.table)
+    folder.publish()
     return report(folder, grid, outcome, law, trials, as_json=bool(fv.json))
 
 

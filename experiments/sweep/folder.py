@@ -19,6 +19,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Iterable
 
 from accounting import run_files
 from accounting.errors import InputError
@@ -72,6 +73,21 @@ class SweepFolder:
     def error_file(self, run: Run) -> pathlib.Path:
         return self._raw(self.path / "runs" / run.id) / "error.txt"
 
+    @property
+    def place(self) -> str:
+        """By which other processes are told of the folder."""
+        return str(self.path.absolute())
+
+    def workdir(self, run: Run) -> str:
+        """Where the trainer's folder of a run is, or will be."""
+        return str(self.run_folder(run))
+
+    def fetch(self, runs: Iterable[Run]) -> None:
+        """Learns what other machines have done of these runs since, where the folder is not all that there is."""
+
+    def publish(self) -> None:
+        """Shows the table, the report and the law to other machines, where they do not see the folder."""
+
     def _raw(self, place: pathlib.Path) -> pathlib.Path:
         return place if self.public_data else place / run_files.PRIVATE
 
@@ -91,11 +107,26 @@ class SweepFolder:
         except OSError:
             return 0
 
+    def begun(self) -> list[pathlib.Path]:
+        """Folders of the runs that have begun, whatever the grid says by now, and whatever they were renamed to."""
+        return sorted(path.parent for path in self.path.glob(f"runs/*/*/{run_files.LEDGER}"))
+
+    def count_begun(self, grid: Grid) -> int:
+        """Runs that have begun."""
+        return len(self.begun())
+
     def error(self, run: Run) -> str | None:
         """Why a run could not be done when it was tried last."""
         with contextlib.suppress(FileNotFoundError):
             return self.error_file(run).read_text()
         return None
+
+    def set_error(self, run: Run, sentence: str) -> None:
+        """Says why a run cannot be done."""
+        write_text(self.error_file(run), sentence)
+
+    def clear_error(self, run: Run) -> None:
+        self.error_file(run).unlink(missing_ok=True)
 
     def save(self, run: Run, result: dict) -> None:
         """Marks a run as done, and drops all checkpoints but the last: the model that was trained, without which no

@@ -51,7 +51,7 @@ def save_finished(folder: SweepFolder, runs: list[Run]) -> None:
         with alone(folder, run, wait=False) as free:
             if free and not folder.is_done(run):
                 with contextlib.suppress(InputError):  # the worker that will be given it says what is wrong
-                    folder.save(run, result(folder, run))
+                    folder.save(run, result(folder.run_folder(run), run))
 
 
 def is_finished(folder: SweepFolder, run: Run) -> bool:
@@ -63,13 +63,15 @@ def is_finished(folder: SweepFolder, run: Run) -> bool:
         return False
 
 
-def result(folder: SweepFolder, run: Run) -> dict:
+def result(place: pathlib.Path, run: Run) -> dict:
     """The numbers of a run that is finished.
 
+    Args:
+      place: the trainer's folder of it.
+
     Raises:
-      InputError: the trainer's folder is that of other settings.
+      InputError: the folder is that of other settings.
     """
-    place = folder.run_folder(run)
     recorded = json.loads((place / run_files.CONFIG).read_text())
     given = {
         name: value

@@ -1,7 +1,7 @@
 """Where a sweep's processes run: in slots of this machine, under Slurm, or on the nodes of a Ray cluster.
 
 All launchers do the same: they execute command lines and tell how each ended. What a command does, and whether it has
-been done before, is the sweep folder's to know, which all nodes must see under the same path.
+been done before, is the sweep folder's to know, which all nodes must see under the same path or address.
 """
 
 import contextlib
@@ -311,6 +311,6 @@ def parse_parameters(text: str) -> dict[str, str | int | float]:
     return found
 
 
-def worker_command(folder: pathlib.Path, ids: Sequence[str]) -> list[str]:
-    """The command that executes these runs of a sweep, one after the other."""
-    return [sys.executable, "-m", "experiments.sweep.worker", str(folder.absolute()), *ids]
+def worker_command(place: str, ids: Sequence[str]) -> list[str]:
+    """The command that executes these runs of a sweep, one after the other, by its folder or address."""
+    return [sys.executable, "-m", "experiments.sweep.worker", place, *ids]

@@ -35,9 +35,8 @@ _UNFINISHED = (
 
 def summary(folder: SweepFolder, grid: Grid) -> dict:
     """The content of report.json."""
-    begun = _begun(folder)
     if grid.public_data:
-        return _report(grid, len(begun), PUBLIC)
+        return _report(grid, folder.count_begun(grid), PUBLIC)
     keep_ledgers(folder, grid)
     executed = [place for place in _spent(folder) if executed_lib.of(ledger.read(place / run_files.LEDGER)).has_spent]
     if not executed:
@@ -59,7 +58,7 @@ def write_unfinished(folder: SweepFolder, grid: Grid) -> None:
     """Replaces the report of an earlier state before further runs are executed, so that no report says too little."""
     keep_ledgers(folder, grid)
     statement = PUBLIC if grid.public_data else _UNFINISHED
-    run_files.write(folder.report_file, run_files.dumps(_report(grid, len(_begun(folder)), statement)))
+    run_files.write(folder.report_file, run_files.dumps(_report(grid, folder.count_begun(grid), statement)))
 
 
 def keep_ledgers(folder: SweepFolder, grid: Grid) -> None:
@@ -68,7 +67,7 @@ def keep_ledgers(folder: SweepFolder, grid: Grid) -> None:
     A copy is replaced by a longer one that begins as it does, and by nothing else: a run that was put back to an
     earlier state and went on otherwise has two.
     """
-    for place in [] if grid.public_data else _begun(folder):
+    for place in [] if grid.public_data else folder.begun():
         text = (place / run_files.LEDGER).read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # a process that was killed may have left half a line
         run_id = json.loads(whole.partition(b"\n")[0])["run_id"]
@@ -87,11 +86,6 @@ def keep_ledgers(folder: SweepFolder, grid: Grid) -> None:
 def _spent(folder: SweepFolder) -> list[pathlib.Path]:
     """Folders with the ledgers of all runs that have begun, whether or not they are still there."""
     return sorted(path.parent for path in folder.spent.glob(f"*/{run_files.LEDGER}"))
-
-
-def _begun(folder: SweepFolder) -> list[pathlib.Path]:
-    """Folders of the runs that have begun, whatever the grid says by now, and whatever they were renamed to."""
-    return sorted(path.parent for path in folder.path.glob("runs/*/*/ledger.jsonl"))
 
 
 def _report(grid: Grid, runs: int, statement: str, epsilon: float | None = None, delta: float | None = None) -> dict:

@@ -5,12 +5,15 @@ holds.
 import collections
 import contextlib
 import dataclasses
+import time
 from collections.abc import Sequence
 
 from experiments.sweep import harvest, launchers, privacy, progress, results, worker
 from experiments.sweep.checks import operations
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Grid, Run
+
+_PAUSE = 20.0  # seconds until runs are tried again that others train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,9 @@ def run(
     retries: int = 2,
     runs_per_process: int = 8,
 ) -> Outcome:
-    """Executes every run of a grid that is not done. The folder must be locked.
+    """Executes every run of a grid that is not done. A folder on a disk must be locked.
+
+    Where the folder lies in an object storage, other machines may be at work in it too: there each run has a lock.
 
     Formal guarantee: a run that is done is not executed again, however often the sweep is killed and started, because
     only its result file, which appears whole or not at all, says that it is done; what was in flight goes on from its
@@ -48,17 +53,20 @@ def run(
       runs_per_process: most runs that one process executes one after the other; programs are compiled once for those
         that share them.
     """
+    folder.fetch(everything.runs)
     harvest.save_finished(folder, folder.pending(grid))
     for pending in folder.pending(grid):
-        folder.error_file(pending).unlink(missing_ok=True)  # it may be possible by now
+        folder.clear_error(pending)  # it may be possible by now
     if folder.pending(grid):
         privacy.write_unfinished(folder, everything)
     try:
         with progress.Display(folder, grid):
             _rounds(folder, grid, everything, launcher, retries, runs_per_process)
     finally:
+        folder.fetch(everything.runs)
         table = folder.write_table(everything)
         privacy.write(folder, everything)
+        folder.publish()
     return Outcome(table, {run.id: _why(folder, run, retries) for run in folder.pending(grid)})
 
 
@@ -68,19 +76,26 @@ def _rounds(folder: SweepFolder, grid: Grid, everything: Grid, launcher, retries
     while pending := [run for run in folder.pending(grid) if folder.error(run) is None and tries[run.id] <= retries]:
         furthest.update({run.id: max(0, folder.steps_taken(run) - furthest[run.id]) for run in pending})
         jobs = batches(pending, launcher.slots, size)
-        commands = [launchers.worker_command(folder.path, [run.id for run in job]) for job in jobs]
+        commands = [launchers.worker_command(folder.place, [run.id for run in job]) for job in jobs]
+        held = set()
         with contextlib.closing(launcher.run(commands)) as ended:
-            for _, code, message in ended:
-                if code not in (worker.DONE, worker.REFUSED, worker.STOPPED) or message:
+            for number, code, message in ended:
+                if code == worker.HELD:
+                    held.add(number)
+                elif code not in (worker.DONE, worker.REFUSED, worker.STOPPED) or message:
                     progress.note(
                         f"a process ended with {code} ({message or 'no message'}); what it left undone is tried again"
                     )
+                folder.fetch(jobs[number])
                 folder.write_table(everything)
-        for job in jobs:
+        folder.fetch(pending)
+        for number, job in enumerate(jobs):
             # A process works in order: its first unfinished run is the one it died of, and only its tries are counted.
             left = [run for run in job if not folder.is_done(run) and folder.error(run) is None]
-            for run in left[:1]:
+            for run in left[:1] if number not in held else ():
                 tries[run.id] = 0 if folder.steps_taken(run) > furthest[run.id] else tries[run.id] + 1
+        if len(held) == len(jobs):
+            time.sleep(_PAUSE)  # other machines train all that is left
         size = 1  # so that a run that kills its process takes no other with it
 
 

@@ -1,8 +1,10 @@
-"""Executes runs of a sweep, one after the other, in one process: `python -m experiments.sweep.worker FOLDER ID ...`.
+"""Executes runs of a sweep, one after the other, in one process: `python -m experiments.sweep.worker PLACE ID ...`,
+with the folder of the sweep or its address in an object storage.
 
 Every run is the ordinary trainer's, in a folder of its own: what is finished is not done again, and what was
 interrupted goes on from its last checkpoint. A run that cannot be done as it is declared leaves a sentence in its
-error.txt, and the next one's turn comes. Exit codes: 0 all done, 2 some run cannot be done, 3 told to stop.
+error.txt, and the next one's turn comes. Exit codes: 0 all done, 2 some run cannot be done, 3 told to stop, 4 some run
+is being trained by another process.
 """
 
 import hashlib
@@ -16,12 +18,13 @@ import time
 from accounting.errors import InputError, as_flags
 from dpgemma.commands import process
 from dpgemma.privacy.keys import Keys
+from dpgemma.storage.mirror import HeldError
 from experiments.sweep import folder as folder_lib
-from experiments.sweep import harvest
+from experiments.sweep import harvest, stored_folder
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Run
 
-DONE, REFUSED, STOPPED = 0, 2, 3
+DONE, REFUSED, STOPPED, HELD = 0, 2, 3, 4
 
 
 class Stopped(Exception):
@@ -30,13 +33,12 @@ class Stopped(Exception):
 
 def main(argv: list[str]) -> int:
     settle()
-    path, wanted = pathlib.Path(argv[0]), argv[1:]
+    place, wanted = argv[0], argv[1:]
     try:
-        grid = folder_lib.stored(path)
+        folder, grid = stored_folder.open_existing(place)
     except InputError as error:
         print(f"dpgemma: {as_flags(str(error))}", file=sys.stderr)
         return REFUSED
-    folder = SweepFolder(path, grid.public_data)
     share_programs(folder.cache)
     runs = {run.id: run for run in grid.runs}
     code = DONE
@@ -45,10 +47,13 @@ def main(argv: list[str]) -> int:
         log_to(folder.log_file(run))
         try:
             execute(folder, run)
+        except HeldError as error:
+            print(f"dpgemma: {as_flags(str(error))}", file=sys.stderr)
+            code = max(code, HELD)
         except InputError as error:
             print(f"dpgemma: {as_flags(str(error))}", file=sys.stderr)
-            folder_lib.write_text(folder.error_file(run), as_flags(" ".join(str(error).split())))
-            code = REFUSED
+            folder.set_error(run, as_flags(" ".join(str(error).split())))
+            code = max(code, REFUSED)
         except Stopped:
             return STOPPED
     return code
@@ -96,17 +101,19 @@ def execute(folder: SweepFolder, run: Run) -> None:
 
     Raises:
       InputError: the run cannot be done as it is declared.
+      HeldError: another process trains it, in an object storage.
       Stopped: a signal came; the run may be done all the same.
     """
     with harvest.alone(folder, run):
+        folder.fetch([run])
         if folder.is_done(run):
             return
-        folder.error_file(run).unlink(missing_ok=True)
+        folder.clear_error(run)
         process.split_cpu(run.config.mesh)
         from dpgemma.commands.terminal import Terminal
         from dpgemma.training.prepare import prepare, prepare_with_public_keys
 
-        start, workdir, observers = time.monotonic(), str(folder.run_folder(run)), [Terminal()]
+        start, workdir, observers = time.monotonic(), folder.workdir(run), [Terminal()]
         if folder.public_data:
             trainer = prepare_with_public_keys(run.config, reproducible_keys(run), workdir, observers=observers)
         else:
@@ -116,11 +123,12 @@ def execute(folder: SweepFolder, run: Run) -> None:
                 measured = trainer.train(stopped)
             if measured is None:
                 raise Stopped
+            found = harvest.result(trainer.run.path, run)
         finally:
             trainer.run.unlock()
         # A run that went on from a checkpoint took fewer steps in this time.
         timed = {"seconds": time.monotonic() - start, "steps_in_seconds": run.config.steps - trainer.first_step}
-        folder.save(run, harvest.result(folder, run) | timed)
+        folder.save(run, found | timed)
         if stopped():  # even if the signal came after the last step
             raise Stopped
 

@@ -1,0 +1,165 @@
+"""Sweeps in an object storage: a server of S3's interface on this computer, the client library that users have."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import secrets
+import signal
+import subprocess
+import time
+
+import pytest
+
+from accounting.errors import InputError
+from dpgemma.storage.objects import Objects
+from experiments.sweep import grid as grid_lib
+from experiments.sweep import stored_folder
+from tests.experiments.sweeps import GRID, toml
+from tests.training.runs import COMMAND, wait_for
+
+RESULT = {"model": "ladder_20k", "parameters": 20184, "curve": [[8, 3.0]], "eval_loss": 3.0, "num_units": 9}
+
+
+@pytest.fixture(scope="module")
+def server():
+    moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = moto.ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+def machine(server, cache: pathlib.Path) -> dict[str, str]:
+    """The environment of a machine with a disk of its own."""
+    return {
+        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1", "XDG_CACHE_HOME": str(cache),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def address(server, tmp_path, monkeypatch):
+    for name, value in machine(server, tmp_path / "here").items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    bucket = f"bucket-{secrets.token_hex(8)}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+    return f"s3://{bucket}/sweeps/one"
+
+
+def two_machines(address, tmp_path, monkeypatch, grid):
+    """The folders of two machines for one sweep."""
+    for name in ("a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        yield stored_folder.create(address, grid)[0]
+
+
+@pytest.fixture
+def grid(notes, tmp_path):
+    return grid_lib.read(toml(tmp_path / "grid.toml", notes, GRID))
+
+
+def test_the_first_result_of_a_run_stays_and_every_machine_sees_it(address, grid, tmp_path, monkeypatch):
+    one, other = two_machines(address, tmp_path, monkeypatch, grid)
+    run = grid.runs[0]
+    one.save(run, RESULT | {"seconds": 1.0})
+    assert not other.is_done(run)
+    other.save(run, RESULT | {"seconds": 2.0})
+    assert one.result(run)["seconds"] == other.result(run)["seconds"] == 1.0
+    assert [each.id for each in other.pending(grid)] == [each.id for each in grid.runs[1:]]
+    assert one.path != other.path and other.place == address
+
+
+def test_errors_and_progress_are_seen_by_every_machine_until_they_are_gone(address, grid, tmp_path, monkeypatch):
+    one, other = two_machines(address, tmp_path, monkeypatch, grid)
+    first, second = grid.runs[:2]
+    one.set_error(first, "it cannot be done")
+    Objects(address).write(f"runs/{second.id}/run/metrics.jsonl", b"{}\n{}\n{}\n")
+    other.fetch(grid.runs)
+    assert other.error(first) == "it cannot be done" and other.error(second) is None
+    assert other.steps_taken(second) == 3 and other.count_begun(grid) == 1
+    other.clear_error(first)
+    one.fetch(grid.runs)
+    assert one.error(first) is None
+
+
+def test_a_table_of_two_machines_is_that_of_one(address, grid, tmp_path, monkeypatch):
+    one, other = two_machines(address, tmp_path, monkeypatch, grid)
+    for number, run in enumerate(grid.runs):
+        (one, other)[number % 2].save(run, RESULT | {"seconds": 1.0})
+    for folder in (one, other):
+        folder.fetch(grid.runs)
+        folder.write_table(grid)
+        folder.publish()
+    assert one.results_file.read_bytes() == other.results_file.read_bytes()
+    assert Objects(address).read(["results.csv"])["results.csv"] == one.results_file.read_bytes()
+
+
+def test_what_is_no_sweep_is_refused_and_what_was_removed_is_begun_anew(address, grid):
+    with pytest.raises(InputError, match="is no sweep's folder"):
+        stored_folder.open_existing(address)
+    folder, _ = stored_folder.create(address, grid)
+    folder.save(grid.runs[0], RESULT)
+    assert stored_folder.open_existing(address)[0].is_done(grid.runs[0])
+    objects = Objects(address)
+    objects.delete(objects.names())
+    assert not stored_folder.create(address, grid)[0].is_done(grid.runs[0])
+    Objects(f"{address}-other").write("notes.txt", b"mine")
+    with pytest.raises(InputError, match="neither empty nor the folder of a sweep"):
+        stored_folder.look(f"{address}-other", grid)
+
+
+def workers(address):
+    """Process numbers of the workers that are at work in a sweep."""
+    found = []
+    for place in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = place.read_bytes().decode().split("\0")
+            if "experiments.sweep.worker" in words and address in words:
+                found.append(int(place.parent.name))
+    return found
+
+
+def start(server, cache, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [*COMMAND, "sweep", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment | machine(server, cache),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_workers_and_two_machines_end_in_the_table_of_a_disk(server, address, notes, tmp_path):
+    config = toml(tmp_path / "grid.toml", notes, GRID)
+    on_disk = start(server, tmp_path / "disk_cache", config, f"--workdir={tmp_path / 'disk'}", "--slots=2", "--json")
+    _, err = on_disk.communicate()
+    assert on_disk.returncode == 0, err
+
+    objects = Objects(address)
+    killed = start(server, tmp_path / "a", config, f"--workdir={address}", "--slots=2")
+    wait_for(lambda: any("/ledger.d/" in name and name.endswith("3") for name in objects.names("runs")), killed)
+    for process in workers(address):
+        os.kill(process, signal.SIGKILL)
+    time.sleep(1.0)
+    killed.kill()
+    killed.communicate()
+    for process in workers(address):
+        os.kill(process, signal.SIGKILL)
+    before = [name for name in objects.names("runs") if name.endswith("result.json")]
+    assert len(before) < 3
+
+    both = [start(server, tmp_path / name, config, f"--workdir={address}", "--slots=1", "--json") for name in "bc"]
+    for process in both:
+        out, err = process.communicate(timeout=580)
+        assert process.returncode == 0, err
+        assert json.loads(out)["done"] == 3
+    assert objects.read(["results.csv"])["results.csv"] == (tmp_path / "disk" / "results.csv").read_bytes()
+    for name in "bc":
+        (table,) = (tmp_path / name).glob("dpgemma/sweeps/*/results.csv")
+        assert table.read_bytes() == (tmp_path / "disk" / "results.csv").read_bytes()
+    assert json.loads(objects.read(["report.json"])["report.json"])["runs"] == 3
