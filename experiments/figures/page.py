@@ -200,13 +200,24 @@ def _errors(fitted: FittedLaw) -> str:
             " tested.</p>"
         )
     lines = [
-        (kind, f"{100 * error.median:.2g} %", f"{100 * error.ninety:.2g} %", f"{error.count:,}")
+        (
+            kind,
+            f"{100 * error.median:.2g} %",
+            f"{100 * error.ninety:.2g} %",
+            f"{100 * error.coverage:.0f} %",
+            f"{error.count:,}",
+        )
         for kind, error in fitted.errors.items()
     ]
     return (
         "<p>Relative errors of its predictions of runs that were left out of the fit, by what leaving them out asks"
-        " for: a model size or noise level between others, a larger model, a longer run, more noise.</p>"
-        + _rows(("what was left out", "median error", "nine of ten within", "points"), lines, text_columns=(0,))
+        " for: a model size or noise level between others, a larger model, a longer run, more noise. The law states an"
+        " interval for each, which should hold nine of ten.</p>"
+        + _rows(
+            ("what was left out", "median error", "nine of ten within", "in the stated interval", "points"),
+            lines,
+            text_columns=(0,),
+        )
     )
 
 

@@ -7,10 +7,11 @@ import pathlib
 import numpy as np
 
 from accounting.errors import InputError
-from experiments.laws import forms, points, sampling, soundness, validation
-from experiments.laws.forms import Parametric
-from experiments.laws.law import Interpolated, SemiParametric, as_tuples, fit_semiparametric
-from experiments.laws.points import Points
+from experiments.laws import law as laws
+from experiments.laws import mixture, points, sampling, soundness, validation
+from experiments.laws.interpolated import Interpolated
+from experiments.laws.law import SemiParametric
+from experiments.laws.mixture import Mixture
 from experiments.laws.validation import Error
 from experiments.planning import optimum
 from experiments.planning.optimum import NonPrivate
@@ -33,7 +34,7 @@ class FittedLaw:
       sequence_length: tokens of a row; compute is counted with it.
       physical_batch: rows of a batch that most runs were trained with, whatever batch their noise stands for.
       left_out: runs of the table that it was not fitted to, with the reason (soundness).
-      forms: every form, fitted to the same points.
+      forms: what each form would say without the others.
     """
 
     law: SemiParametric
@@ -43,11 +44,7 @@ class FittedLaw:
     sequence_length: int
     physical_batch: float
     left_out: tuple[str, ...] = ()
-    forms: dict[str, Parametric] = dataclasses.field(default_factory=dict)
-
-    def going_on_as(self, form: str) -> SemiParametric:
-        """The law as it would be if it followed one form beyond the largest model and beyond the most noise."""
-        return dataclasses.replace(self.law, larger=self.forms[form], noisier=self.forms[form])
+    forms: dict[str, SemiParametric] = dataclasses.field(default_factory=dict)
 
     def save(self, path: pathlib.Path) -> None:
         content = {
@@ -58,9 +55,9 @@ class FittedLaw:
             "sequence_length": self.sequence_length,
             "physical_batch": self.physical_batch,
             "left_out": list(self.left_out),
-            "forms": {name: dataclasses.asdict(form) for name, form in self.forms.items()},
+            "forms": {name: form.as_dict() for name, form in self.forms.items()},
         }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def load(path: pathlib.Path) -> FittedLaw:
@@ -79,7 +76,7 @@ def load(path: pathlib.Path) -> FittedLaw:
             stored["sequence_length"],
             stored["physical_batch"],
             tuple(stored.get("left_out", ())),
-            {name: Parametric(**as_tuples(form)) for name, form in stored.get("forms", {}).items()},
+            {name: SemiParametric.from_dict(form) for name, form in stored["forms"].items()},
         )
     except FileNotFoundError:
         raise InputError(
@@ -87,44 +84,21 @@ def load(path: pathlib.Path) -> FittedLaw:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise InputError(
-            f"{path} holds no law: give the law.json of a sweep, or a results table (.csv or .parquet)"
+            f"{path} holds no law, or one of another version: give the law.json of a sweep, or its results table (.csv"
+            " or .parquet), to which a law is fitted now"
         ) from None
 
 
-def best_forms(measured: Points) -> tuple[dict[str, str], dict[str, Error]]:
-    """Returns, for each kind of prediction (validation), the form whose 90 % error on left-out points is the lowest,
-    and for each kind the errors with this form, at all distances.
-    """
-
-    def errors(name: str, *, only_first: bool) -> dict[str, Error]:
-        whole = forms.fit(measured, name)
-        return validation.cross_validate(
-            measured, lambda some: fit_semiparametric(some, name, whole), only_first=only_first
-        )
-
-    nearest = {name: errors(name, only_first=True) for name in forms.FORMS}
-    kinds = {kind for found in nearest.values() for kind in found}
-    best = {kind: min(nearest, key=lambda name, kind=kind: nearest[name][kind].ninety) for kind in sorted(kinds)}
-    at_all = {name: errors(name, only_first=False) for name in set(best.values())}
-    # Near the edge the errors of the nearest part, which is the one that forms are compared by, are the figures.
-    return best, {
-        kind: dataclasses.replace(nearest[name][kind], at_edge=whole.at_edge, growth=whole.growth)
-        for kind, name in best.items()
-        if (whole := at_all[name][kind])
-    }
-
-
 def fit(table: Table) -> FittedLaw:
-    """The default law of a table: points by the revised pipeline, the trend that predicts best, the residual
-    interpolated.
+    """The default law of a table: points by the revised pipeline, and the mixture of forms that is kriged through them.
 
     Raises:
       InputError: too few models, steps or noise levels to say anything.
     """
     whole, (table, drawn) = table, sampling.with_effective_ratio(table)
-    measured = points.revised(table)
-    if whole is not table:
-        measured = points.thinned(measured)  # every batch has curves of its own
+    left_out = soundness.sound(table.rows(~table.held_out))[1]
+    kept = points.with_fewer_steps(points.kept_runs(table))
+    measured, _ = points.of_kept_runs(kept)
     needed = {
         "model sizes": (measured.parameters, 2),
         "numbers of steps": (measured.steps, 4),
@@ -134,21 +108,23 @@ def fit(table: Table) -> FittedLaw:
         count = len(set(values.tolist()))
         if count < least:
             raise InputError(f"a law needs at least {least} {name}, the table has {count}: run a larger sweep")
-    best, errors = best_forms(measured)
-    trend = best.get(validation.BETWEEN, "coupled")
-    larger, noisier = (best.get(kind, trend) for kind in (validation.LARGER, validation.NOISIER))
+    several = mixture.fit(points.thinned(measured))
+    errors, widened = validation.cross_validate(kept, several)
+
+    def law_of(members: Mixture) -> SemiParametric:
+        return laws.tabulated(members, measured, drawn, widened)
+
     batch = _commonest_batch(whole)
-    law = fit_semiparametric(measured, trend, larger=larger, noisier=noisier)
     clean = measured if whole is table else points.revised(_without_noise(whole, batch))
     return FittedLaw(
-        law=dataclasses.replace(law, sampling=drawn),
+        law=law_of(several),
         errors=errors,
         non_private=optimum.fit_non_private(clean, batch * table.sequence_length),
         sizes=table.rows(~table.held_out).sizes,
         sequence_length=table.sequence_length,
         physical_batch=batch,
-        left_out=soundness.sound(table.rows(~table.held_out))[1],
-        forms={name: forms.fit(measured, name) for name in forms.FORMS},
+        left_out=left_out,
+        forms={member.form: law_of(several.alone(member.form)) for member in several.members},
     )
 
 

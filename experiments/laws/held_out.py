@@ -6,10 +6,7 @@ import numpy as np
 
 from experiments.laws import points, sampling, validation
 from experiments.laws.fitting import FittedLaw
-from experiments.laws.law import fit_semiparametric
 from experiments.sweep.results import ITERATIONS, PARAMETERS, RATIO, Table
-
-_BOOTSTRAP_SAMPLES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +14,8 @@ class Trial:
     """One held-out configuration.
 
     Attributes:
-      predicted, low, high: the law's loss, and the central 90 % of laws fitted to resampled runs.
+      predicted, low, high: the law's loss, and the ends of its 90 % interval, in which the noise of the measured run is
+        not counted.
       measured: loss at the end of the run, at its best learning rate.
       learning_rate, predicted_learning_rate: the vertex of the runs' own parabola, and the law's.
       beyond: in what it goes beyond what the law was fitted to.
@@ -41,39 +39,29 @@ class Trial:
         return self.predicted / self.measured - 1
 
 
-def trials(fitted: FittedLaw, table: Table, samples: int = _BOOTSTRAP_SAMPLES) -> list[Trial]:
-    """Every held-out configuration of a table, at the end of its longest run.
-
-    Args:
-      samples: laws that the interval is made of; 0 for none (its ends are then the prediction).
-    """
+def trials(fitted: FittedLaw, table: Table) -> list[Trial]:
+    """Every held-out configuration of a table, at the end of its longest run."""
     table = sampling.apply(table, fitted.law.sampling)
     kept = points.held_out(points.settled(table.rows(table.held_out)))
     if not len(kept):
         return []
     names = {size: name for name, size in table.sizes.items()}
-    law = fitted.law
-    beyond = {"larger": law.larger.form, "noisier": law.noisier.form}
-
-    def refit(some):
-        return fit_semiparametric(points.revised(some), law.trend.form, law.trend, **beyond)
-
-    laws = validation.bootstrap(table.rows(~table.held_out), refit, samples) if samples else [law]
     found = []
     for size, ratio in np.unique(np.stack([kept[PARAMETERS], kept[RATIO]], axis=-1), axis=0):
         runs = points.smoothed(kept.rows((kept[PARAMETERS] == size) & (kept[RATIO] == ratio)))
         end = points.best(runs.rows(runs[ITERATIONS] == runs[ITERATIONS].max()), points.VERTEX)
         place = size, float(end.steps[0]), ratio
-        low, high = validation.interval(laws, *place)
+        predicted = float(fitted.law.loss(*place))
+        error = validation.stated_error(fitted.law, *place)
         found.append(
             Trial(
                 model=names[size],
                 parameters=size,
                 steps=place[1],
                 ratio=ratio,
-                predicted=float(fitted.law.loss(*place)),
-                low=float(low),
-                high=float(high),
+                predicted=predicted,
+                low=predicted / (1 + error),
+                high=predicted * (1 + error),
                 measured=float(end.loss[0]),
                 learning_rate=float(end.learning_rate[0]),
                 predicted_learning_rate=float(fitted.law.learning_rate(*place)),

@@ -38,7 +38,7 @@ CONSTANT = "constant"  # the schedule after whose warm-up the learning rate stay
 _REACH = 1.0
 # Cells whose own parabola must be found before they can share one.
 _FEWEST_PARABOLAS = 20
-_POINTS_OF_A_CURVE = 12
+_MOST_POINTS, _MOST_OF_A_CURVE, _LEAST_OF_A_CURVE = 400, 12, 4
 _MANY_ROWS, _MOST_STEPS = 50_000, 24
 _NEAR = 0.45  # in ln T: points of a run through which its slope is taken
 
@@ -69,6 +69,15 @@ def usable(table: Table) -> Table:
     Raises:
       InputError: nothing is left, or runs of several kinds are mixed.
     """
+    return averaged(ends_of_falling_rates(kept_runs(table)))
+
+
+def kept_runs(table: Table) -> Table:
+    """The rows of the runs that a law may be fitted to, each as it is.
+
+    Raises:
+      InputError: nothing is left, or runs of several kinds are mixed.
+    """
     table = table.rows(~table.held_out)
     if not len(table):
         raise InputError("no row of the table can be fitted: all are held out")
@@ -76,7 +85,7 @@ def usable(table: Table) -> Table:
     kept, left_out = sound(table)
     if not len(kept):
         raise InputError(f"no run of the table can be fitted ({left_out[0]})")
-    return averaged(ends_of_falling_rates(kept))
+    return kept
 
 
 def check_alike(table: Table) -> None:
@@ -208,7 +217,7 @@ def with_fewer_steps(table: Table) -> Table:
     return Table({**table.columns, LOSS: loss}).rows(np.isin(table[ITERATIONS], kept))
 
 
-def best(table: Table, how: str = "across") -> Points:
+def best(table: Table, how: str = "across", shape: "SharedParabola | None" = None) -> Points:
     """The loss at the best learning rate of each cell.
 
     Args:
@@ -216,23 +225,24 @@ def best(table: Table, how: str = "across") -> Points:
         the learning rate, where three were tried, it opens upwards and its vertex is not far outside of them, else the
         lowest; "across" lets all cells share one parabola, whose vertex and width move smoothly with size, steps and
         noise, so that a cell with fewer rates is corrected like the others and measurement noise averages out.
+      shape: that parabola, where it was found in another table.
     """
     if how in (GRID, VERTEX):
         return _cell_by_cell(table, how)
     if how != ACROSS:
         raise ValueError(f"learning rates are chosen by {GRID}, {VERTEX} or {ACROSS}, not {how!r}")
-    shape = shared_parabola(table)
+    shape = shape or shared_parabola(table)
     if shape is None:
         return _cell_by_cell(table, GRID)
-    found = []
-    for rows in _rows_of_groups(table, (PARAMETERS, ITERATIONS, RATIO)):
-        cell = tuple(table[name][rows[0]] for name in (PARAMETERS, ITERATIONS, RATIO))
-        distance = np.log2(table[LEARNING_RATE][rows]) - np.log2(shape.rate(*cell))
-        at_vertex = np.log(table[LOSS][rows]) - shape.width(*cell) * distance**2
-        # A rate far from the best says least about it.
-        weight = 1 / (1 + distance**4)
-        found.append((*cell, np.exp((weight * at_vertex).sum() / weight.sum()), shape.rate(*cell)))
-    return Points(*np.array(found).T)
+    cell = tuple(table[name] for name in (PARAMETERS, ITERATIONS, RATIO))
+    rate = shape.rate(*cell)
+    distance = np.log2(table[LEARNING_RATE]) - np.log2(rate)
+    at_vertex = np.log(table[LOSS]) - shape.width(*cell) * distance**2
+    weight = 1 / (1 + distance**4)  # a rate far from the best says least about it
+    _, first, inverse = _groups(table, (PARAMETERS, ITERATIONS, RATIO))
+    inverse = inverse.reshape(-1)
+    log_loss = np.bincount(inverse, weight * at_vertex) / np.bincount(inverse, weight)
+    return Points(*(column[first] for column in cell), np.exp(log_loss), rate[first])
 
 
 def _cell_by_cell(table: Table, how: str) -> Points:
@@ -303,17 +313,24 @@ def published(table: Table) -> Points:
 
 def revised(table: Table) -> Points:
     """The points of a table, with one parabola across the learning rates of all runs."""
-    return best(smoothed(with_fewer_steps(usable(settled(table.rows(~table.held_out))))), ACROSS)
+    return of_kept_runs(kept_runs(table))[0]
+
+
+def of_kept_runs(table: Table) -> tuple[Points, SharedParabola | None]:
+    """(the points of runs that are sound, the parabola across their learning rates)."""
+    table = smoothed(with_fewer_steps(averaged(ends_of_falling_rates(settled(table)))))
+    shape = shared_parabola(table)
+    return best(table, ACROSS, shape), shape
 
 
 def thinned(points: Points) -> Points:
-    """At most _POINTS_OF_A_CURVE points of each curve, evenly spaced in ln T."""
-    curves = np.stack([points.parameters, points.ratio], axis=-1)
+    """At most about _MOST_POINTS points, of each curve as many, evenly spaced in ln T, with its ends."""
+    rows_of_curves = _rows_of_columns(np.stack([points.parameters, points.ratio], axis=-1))
+    count = int(np.clip(_MOST_POINTS // len(rows_of_curves), _LEAST_OF_A_CURVE, _MOST_OF_A_CURVE))
     kept = np.zeros(len(points), bool)
-    for curve in np.unique(curves, axis=0):
-        rows = np.flatnonzero((curves == curve).all(axis=1))
+    for rows in rows_of_curves:
         log_steps = np.log(points.steps[rows])
-        wanted = np.linspace(log_steps.min(), log_steps.max(), _POINTS_OF_A_CURVE)
+        wanted = np.linspace(log_steps.min(), log_steps.max(), count)
         kept[rows[np.abs(log_steps[:, None] - wanted).argmin(axis=0)]] = True
     return points.where(kept)
 
@@ -325,7 +342,11 @@ def _groups(table: Table, names: tuple[str, ...]):
 
 def _rows_of_groups(table: Table, names: tuple[str, ...]) -> list[np.ndarray]:
     """The numbers of the rows that agree in the named columns, group by group."""
-    _, _, inverse = _groups(table, names)
-    inverse = inverse.reshape(-1)
+    return _rows_of_columns(np.stack([table[name] for name in names], axis=-1))
+
+
+def _rows_of_columns(columns: np.ndarray) -> list[np.ndarray]:
+    """The numbers of the rows of an array [n, d] that agree, group by group."""
+    inverse = np.unique(columns, axis=0, return_inverse=True)[1].reshape(-1)
     order = np.argsort(inverse, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1)

@@ -1,85 +1,100 @@
-"""How far a law can be trusted: errors on what it was not fitted to, and intervals by resampling the runs.
+"""How far a law can be trusted: what it says of its own errors, and whether that holds on what it was not fitted to.
 
-Every kind of error belongs to one way of going beyond the data: a size or a noise level between two that were measured,
-a larger model, a longer run, more noise. A prediction is given with the error of the ways that it goes, which grows
-with the distance: laws of the smaller models predict all larger ones, laws of the first steps all later ones, and the
-90 % quantile of their errors is a line in the logarithm of how far beyond their data that is.
+The law's deviation (mixture) grows with the distance from the data. It is held against nested cross-validation: a part
+of the table is taken out, everything is done again with the rest, from the smoothing on, and the loss of what was taken
+out is predicted. Every part belongs to one way of going beyond the data: a size or a noise level between two that were
+measured, a larger model, a longer run, more noise. Where fewer than nine of ten of all that was left out lie within
+the stated error, what is stated is widened until they do.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
-from scipy import optimize, sparse
 
+from experiments.laws import mixture, points
 from experiments.laws.law import Law
+from experiments.laws.mixture import Mixture
 from experiments.laws.points import Points
-from experiments.sweep.results import LEARNING_RATE, PARAMETERS, RATIO, Table
-
-# Numbers of steps that a law needs.
-_FEWEST_STEPS = 6
+from experiments.sweep.results import ITERATIONS, PARAMETERS, RATIO, Table
 
 BETWEEN, LARGER, LONGER, NOISIER = "between", "larger model", "longer run", "more noise"
+# Deviations within which nine of ten values of a normal distribution lie.
+_NINETY = 1.645
+# What is left must have so many sizes, steps and noise levels for a law.
+_FEWEST = 2, 4, 3
+_LONGER = (1.6, 2.5)  # parts of the longest run's steps that are predicted from the others
+_LEFT_OUT = "left out"
+_MOST_FOLDS = 3  # of sizes and of noise levels between others
 
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-    """Relative errors of predictions of points that were left out.
+    """Relative errors of predictions of what was left out, and how they compare with what the law said of them.
 
     Attributes:
-      median, ninety: the median and the 90 % quantile.
+      median, ninety: the median and the 90 % quantile of the errors; the measured losses' own noise is in them.
+      coverage: the share that lies within the stated 90 % interval, with that noise.
       count: of points.
-      at_edge, growth: the line of the 90 % quantile: its value at the edge of the data, and what each factor of e
-        beyond adds.
     """
 
     median: float
     ninety: float
+    coverage: float
     count: int
-    at_edge: float
-    growth: float = 0.0
-
-    def at(self, distance: float) -> float:
-        """The 90 % quantile so far beyond the data, in factors of e."""
-        return self.at_edge + self.growth * distance
 
 
-def cross_validate(points: Points, fit: Callable[[Points], Law], *, only_first: bool = False) -> dict[str, Error]:
-    """Errors by kind; a kind for which there are too few sizes, steps or noise levels is missing.
+@dataclasses.dataclass(frozen=True)
+class _Fold:
+    """Masks of a table's rows: what a law is fitted to, and what it must predict."""
+
+    kept: np.ndarray
+    left_out: np.ndarray
+
+
+def cross_validate(table: Table, whole: Mixture) -> tuple[dict[str, Error], float]:
+    """(errors by kind, by which the stated deviations must be widened, at least 1); a kind for which there are too few
+    sizes, steps or noise levels is missing.
 
     Args:
-      fit: from points to a law.
-      only_first: leaves out the nearest part of what lies beyond alone, which is what forms are compared by; then the
-        errors have no growth.
+      table: runs that are sound (points.kept_runs), their noise-batch ratios effective ones.
+      whole: the mixture that is fitted to all of it, from whose constants those of the folds begin.
     """
-    errors = {}
-    for kind, folds in _folds(points).items():
-        relative, distances = [], []
-        for test, distance in folds if kind == BETWEEN or not only_first else folds[:1]:
-            law = fit(points.where(~test))
-            left_out = points.where(test)
-            predicted = law.loss(left_out.parameters, left_out.steps, left_out.ratio)
-            relative.append(np.abs(predicted / left_out.loss - 1))
-            distances.append(distance)
-        pooled = np.concatenate([*relative, np.array([])])
-        known = np.isfinite(pooled)
-        if known.any():
-            pooled, far = pooled[known], np.concatenate(distances)[known]
-            ninety = float(np.quantile(pooled, 0.9))
-            line = (ninety, 0.0) if kind == BETWEEN or only_first else _line_of_quantile(far, pooled, 0.9)
-            errors[kind] = Error(float(np.median(pooled)), ninety, len(pooled), *line)
-    return errors
+    errors, all_within = {}, [np.zeros(1)]
+    for kind, folds in _folds(table).items():
+        tried = [found for fold in folds if (found := _tried(table, fold, whole)) is not None]
+        if tried:
+            off, deviations = (np.concatenate(parts) for parts in zip(*tried, strict=True))
+            relative, stated = np.abs(np.expm1(off)), _NINETY * deviations
+            within = np.abs(off) / stated
+            errors[kind] = Error(
+                median=float(np.median(relative)),
+                ninety=float(np.quantile(relative, 0.9)),
+                coverage=float(np.mean(within <= 1)),
+                count=len(off),
+            )
+            all_within.append(within)
+    return errors, max(1.0, float(np.quantile(np.concatenate(all_within), 0.9)))
 
 
-def _line_of_quantile(x: np.ndarray, y: np.ndarray, share: float) -> tuple[float, float]:
-    """(value at 0, slope) of the straight line, neither negative, below which a share of the points lies (quantile
-    regression, Koenker and Bassett 1978, as a linear program).
+def _tried(table: Table, fold: _Fold, whole: Mixture) -> tuple[np.ndarray, np.ndarray] | None:
+    """(predicted minus measured ln loss, its stated deviation) of what a fold leaves out; None where what it keeps is
+    too little for a law.
     """
-    n = len(x)
-    cost = np.concatenate([[0.0, 0.0], np.full(n, share), np.full(n, 1 - share)])
-    equal = sparse.hstack([sparse.csr_matrix(np.stack([np.ones(n), x], axis=-1)), sparse.eye(n), -sparse.eye(n)])
-    found = optimize.linprog(cost, A_eq=equal, b_eq=y, bounds=(0, None), method="highs")
-    return float(found.x[0]), float(found.x[1])
+    kept, shape = points.of_kept_runs(table.rows(fold.kept))
+    counts = [len(np.unique(values)) for values in (kept.parameters, kept.steps, kept.ratio)]
+    if any(count < least for count, least in zip(counts, _FEWEST, strict=True)):
+        return None
+    law = mixture.fit(points.thinned(kept), whole)
+    left_out = _measured(table, fold.left_out, shape)
+    predicted, deviation = law.at(law.places(left_out.parameters, left_out.steps, left_out.ratio))
+    return predicted - np.log(left_out.loss), np.hypot(deviation, law.noise)
+
+
+def _measured(table: Table, rows: np.ndarray, shape: points.SharedParabola | None) -> Points:
+    """The losses of rows at the best learning rate, by the parabola of what was kept, smoothed among themselves."""
+    settled = points.settled(Table({**table.columns, _LEFT_OUT: rows.astype(float)}))
+    left_out = points.averaged(points.ends_of_falling_rates(settled.rows(settled[_LEFT_OUT] > 0)))
+    return points.thinned(points.best(points.smoothed(left_out), points.ACROSS, shape))
 
 
 def kinds(law: Law, parameters: float, steps: float, ratio: float) -> list[str]:
@@ -93,76 +108,39 @@ def kinds(law: Law, parameters: float, steps: float, ratio: float) -> list[str]:
 
 
 def expected_error(errors: dict[str, Error], law: Law, parameters: float, steps: float, ratio: float) -> float | None:
-    """Returns the 90 % error of a prediction, with the errors of its kinds added in squares; None if one kind was never
-    tested.
+    """Within which share of the loss the prediction lies nine times of ten, the noise of a single run not counted; None
+    if one kind was never tested.
     """
-    ways = kinds(law, parameters, steps, ratio)
-    if any(way not in errors for way in ways):
+    if any(way not in errors for way in kinds(law, parameters, steps, ratio)):
         return None
-    beyond = {
-        BETWEEN: 0.0,
-        LARGER: np.log(parameters / law.domain.parameters[1]),
-        LONGER: np.log(steps / law.domain.steps[1]),
-        NOISIER: np.log(max(ratio, 1e-300) / max(law.domain.ratio[1], 1e-300)),
-    }
-    # A line through errors beyond the edge may begin below the error inside; nothing is known better outside.
-    inside = errors[BETWEEN].ninety if BETWEEN in errors else 0.0
-    return float(np.sqrt(sum(max(inside, errors[way].at(float(beyond[way]))) ** 2 for way in ways)))
+    return stated_error(law, parameters, steps, ratio)
 
 
-def _folds(points: Points) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """For each kind (mask of what is left out, how far beyond the rest each of it lies), one law at a time; what lies
-    nearest beyond the data comes first.
-    """
-    sizes, ratios, steps = np.unique(points.parameters), np.unique(points.ratio), np.unique(points.steps)
+def stated_error(law: Law, parameters: float, steps: float, ratio: float) -> float:
+    """The same, tested or not."""
+    return float(np.expm1(_NINETY * law.deviation(parameters, steps, ratio)))
+
+
+def _folds(table: Table) -> dict[str, list[_Fold]]:
+    """The folds of each kind."""
+    parameters, ratio, iterations = table[PARAMETERS], table[RATIO], table[ITERATIONS]
+    sizes, steps = np.unique(parameters), np.unique(iterations)
     # Runs of several batches have noise levels of their own: what lies within a factor of two is one level.
-    noisy, level = np.unique(np.round(np.log2(ratios[ratios > 0])), return_inverse=True)
-    lowest, highest = ({k: end(ratios[ratios > 0][level == k]) for k in range(len(noisy))} for end in (np.min, np.max))
-    inside = range(1, len(noisy) - 1)
-    between = [points.parameters == size for size in sizes[1:-1]]
-    between += [(points.ratio >= lowest[k]) & (points.ratio <= highest[k]) for k in inside]
-
-    def beyond(values: np.ndarray, edges: list[float]) -> list[tuple[np.ndarray, np.ndarray]]:
-        masks = [values > edge for edge in edges]
-        return [(mask, np.log(values[mask] / edge)) for mask, edge in zip(masks, edges, strict=True)]
-
-    folds = {BETWEEN: [(mask, np.zeros(mask.sum())) for mask in between]}
-    if len(sizes) > 2:
-        folds[LARGER] = beyond(points.parameters, list(sizes[-2:0:-1]))
-    if len(steps) > 8:
-        # The law must predict runs up to so many times as long as those that it is fitted to.
-        cuts = [steps[steps <= steps[-1] / share] for share in (2.5, 1.6, 4.0)]
-        folds[LONGER] = beyond(points.steps, [float(kept[-1]) for kept in cuts if len(kept) >= _FEWEST_STEPS])
-    if len(noisy) > 3:
-        folds[NOISIER] = beyond(
-            points.ratio, [float(highest[k]) for k in range(len(noisy) - 2, max(-1, len(noisy) - 5), -1)]
-        )
+    level = np.where(ratio > 0, np.round(np.log2(np.maximum(ratio, 1e-300))), -np.inf)
+    levels = np.unique(level[ratio > 0])
+    masks = [parameters == size for size in _some(sizes[1:-1])] + [level == x for x in _some(levels[1:-1])]
+    folds = {BETWEEN: [_Fold(~mask, mask) for mask in masks]}
+    # Two sizes say little of a third; they are asked where there are no more.
+    edges = sizes[-2:1:-1][:2] if len(sizes) > 3 else sizes[-2:0:-1]
+    folds[LARGER] = [_Fold(~mask, mask) for mask in (parameters > edge for edge in edges)]
+    cuts = [steps[steps <= steps[-1] / share][-1] for share in _LONGER if (steps <= steps[-1] / share).any()]
+    folds[LONGER] = [_Fold(iterations <= cut, iterations > cut) for cut in cuts]
+    folds[NOISIER] = [_Fold(~mask, mask) for mask in (level > edge for edge in levels[-2:0:-1][:2])]
     return folds
 
 
-def resampled(table: Table, seed: int) -> Table:
-    """The table with as many runs, drawn from its own with replacement (a bootstrap by runs, not by points of one run's
-    curve).
-
-    A cell of the grid keeps at least one run: what is drawn are the learning rates, within each model and noise level.
-    """
-    rng = np.random.default_rng(seed)
-    keys = np.stack([table[PARAMETERS], table[RATIO], table[LEARNING_RATE]], axis=-1)
-    runs, of_row = np.unique(keys, axis=0, return_inverse=True)
-    of_row = of_row.reshape(-1)
-    chosen = []
-    for cell in np.unique(runs[:, :2], axis=0):
-        members = np.flatnonzero((runs[:, :2] == cell).all(axis=1))
-        chosen += sorted(set(rng.choice(members, len(members)).tolist()))
-    return table.rows(np.isin(of_row, chosen))
-
-
-def bootstrap(table: Table, fit: Callable[[Table], Law], samples: int, seed: int = 0) -> list[Law]:
-    """Laws of so many resampled tables."""
-    return [fit(resampled(table, seed + i)) for i in range(samples)]
-
-
-def interval(laws: list[Law], parameters, steps, ratio, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the central interval of the laws' predictions."""
-    predictions = np.stack([law.loss(parameters, steps, ratio) for law in laws])
-    return tuple(np.nanquantile(predictions, [(1 - level) / 2, (1 + level) / 2], axis=0))
+def _some(values: np.ndarray) -> np.ndarray:
+    """At most _MOST_FOLDS of them, evenly spaced."""
+    if len(values) <= _MOST_FOLDS:
+        return values
+    return values[np.round(np.linspace(0, len(values) - 1, _MOST_FOLDS + 2)[1:-1]).astype(int)]

@@ -20,7 +20,7 @@ from dpgemma import user_cache
 from experiments.laws import validation
 from experiments.laws.fitting import FittedLaw
 from experiments.planning import optimum
-from experiments.planning.noise import Certified, NoiseSurface, certified, estimate
+from experiments.planning.noise import Certified, CorrectedNoise, NoiseSurface, certified, estimate
 from experiments.planning.optimum import Budget, Candidates
 
 _MOST_NEIGHBOURS = 20
@@ -64,10 +64,12 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     """
     start = time.perf_counter()
     budget, law = request.budget, fitted.law
-    noise = NoiseSurface(budget.epsilon, budget.delta, cache)
+    noise = CorrectedNoise(budget.epsilon, budget.delta, cache)
     sizes = sizes_to_search(fitted, request)
     how = {"extrapolate": request.extrapolate, "batch_size": request.batch_size, "steps": request.steps}
     found = optimum.search(law, noise, budget, sizes, **how)
+    if noise.correct_around(found.steps[0], found.batch_size[0] / budget.num_units):
+        found = optimum.search(law, noise, budget, sizes, **how)
     best = optimum.preferred(found)
     searched = time.perf_counter() - start
 
@@ -105,10 +107,9 @@ def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, cert
     # Where the least noise that is sensible gives less than the budget allows, that is what can be trained for.
     target = budget.epsilon if proof.epsilon > 0.99 * budget.epsilon else round_up(proof.epsilon)
     as_forms = []
-    # Forms decide what lies beyond the largest model and the most noise; longer runs follow the ends of the curves.
-    if place[0] > law.domain.parameters[1] * 1.001 or counted > law.domain.ratio[1]:
-        for form in fitted.forms:
-            other = optimum.search(fitted.going_on_as(form), noise, budget, sizes, **how)
+    if not law.domain.contains(*place):
+        for form, alone in fitted.forms.items():
+            other = optimum.search(alone, noise, budget, sizes, **how)
             place_of_other = _configuration(names, other, optimum.preferred(other))
             as_forms.append({"form": form, **place_of_other, "predicted_loss": float(other.loss[0])})
     return {
@@ -269,9 +270,7 @@ def certificate(
 def text(result: dict) -> str:
     """The answer for a terminal."""
     error = result["prediction_error"]
-    trust = "never tested this far" if error is None else f"within {100 * error:.1f} % on nine of ten left-out points"
-    if result["extrapolated"] and error is not None:
-        trust = f"within {100 * error:.1f} % nine times out of ten, if errors grow as they did on left-out points"
+    trust = "never tested this far" if error is None else f"within {100 * error:.1f} % nine times out of ten"
     lines = [
         f"model                 {result['model']} ({result['parameters']} parameters)",
         f"expected batch        {result['expected_batch_size']} of {result['num_units']:g} units",
@@ -298,7 +297,7 @@ def text(result: dict) -> str:
         for c in result["near_optimal"]
     ]
     if result["forms"]:
-        lines += ["", "beyond the largest model and the most noise a law is a form: what each would choose"]
+        lines += ["", "beyond the data a law is a form: what each would choose by itself"]
         lines += [
             f"  {c['form']:<16} {c['model']:<16} {c['expected_batch_size']:>9} {c['steps']:>9}"
             f" {c['predicted_loss']:>8.4f}"

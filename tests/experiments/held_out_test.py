@@ -37,7 +37,7 @@ def table(truth):
 
 @pytest.fixture(scope="module")
 def trials(fitted, table):
-    return held_out.trials(fitted, table, samples=3)
+    return held_out.trials(fitted, table)
 
 
 def test_trials_hold_the_law_against_what_was_measured(fitted, truth, table, trials):

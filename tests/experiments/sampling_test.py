@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from accounting.errors import InputError
-from experiments.laws import fitting, kriging, points, sampling
+from experiments.laws import fitting, points, sampling
 from experiments.laws.sampling import Sampling
 from experiments.planning import noise, optimum
 from experiments.planning.optimum import Budget
@@ -118,20 +118,6 @@ def test_means_over_windows_are_moved_to_the_ends_of_the_windows():
     true = loss[found[results.ITERATIONS].astype(int) - 1]
     assert np.abs(found[results.LOSS] / true - 1).max() < 2e-3
     assert np.abs(raw[results.LOSS][-len(true) :] / true - 1).max() > 5e-3
-
-
-def test_kriging_returns_what_it_was_given_and_nothing_far_away():
-    rng = np.random.default_rng(0)
-    places = [rng.uniform(low, high, 300) for low, high in ((9.9, 12.2), (4.4, 8.5), (-9.0, -2.0))]
-    places[0] = np.round(places[0])
-    values = 0.02 * np.sin(places[1]) + 0.01 * np.cos(places[2])
-    axes, grid = kriging.on_a_grid(places, values)
-    _, steps, noise = np.meshgrid(*axes, indexing="ij")
-    inside = (steps > 5) & (steps < 8) & (noise > -8) & (noise < -3)
-    truth = 0.02 * np.sin(steps) + 0.01 * np.cos(noise)
-    assert np.sqrt(np.mean((grid - truth)[inside] ** 2)) < 0.003
-    far, alone = kriging.on_a_grid([np.array([10.0, 30.0]), np.array([5.0, 5.0]), np.array([-5.0, -5.0])], np.ones(2))
-    assert alone[0, 0, 0] == pytest.approx(1.0, abs=0.01) and len(far[0]) == 2
 
 
 def test_the_runs_that_are_shipped_collapse():
