@@ -21,6 +21,9 @@ from experiments.planning.optimum import Budget
 # Flags of a plan for a machine that fix something of a plan by a law too.
 _OF_BOTH = ("model", "batch_size", "steps")
 
+# In float32: parameters, both moments of Adam, the sum of gradients, the gradient of one row.
+BYTES_PER_PARAMETER = 20
+
 DESCRIPTION = (
     "Find the best model, batch and number of steps for a compute, a privacy and a data budget, by a scaling law; or,"
     " with --topology, what a run needs on a machine."
@@ -55,6 +58,14 @@ def define_flags(fv: flags.FlagValues) -> None:
     command_flags.count(
         "rows_per_unit", 1, "Rows of each privacy unit, such as a person's: as many times the compute of a row.", fv
     )
+    command_flags.number(
+        "memory",
+        None,
+        "GiB of the devices that one model is divided among: only models are considered whose state fits, parameters,"
+        " both moments of Adam, the sum of gradients and those of one row in float32; activations come on top.",
+        fv,
+    )
+    command_flags.string("init_from", None, "Not answered yet: laws of training from scratch say nothing of it.", fv)
     command_flags.switch("any_size", "Search model sizes between those that were trained too.", fv)
     command_flags.switch("extrapolate", "Allow sizes, steps and noise outside of what the law was fitted to.", fv)
     command_flags.string(
@@ -74,6 +85,8 @@ def run(fv: flags.FlagValues) -> int:
             "law",
             "loss",
             "rows_per_unit",
+            "memory",
+            "init_from",
             "any_size",
             "extrapolate",
             "figures",
@@ -98,6 +111,7 @@ def _by_a_law(fv: flags.FlagValues) -> int:
         return _without_privacy(fv, law, budget.compute, assumed)
     fixed = {
         "model": fv.model, "batch_size": fv.batch_size, "steps": fv.steps, "rows_per_unit": fv.rows_per_unit,
+        "most_parameters": math.inf if fv.memory is None else fv.memory * 2**30 / BYTES_PER_PARAMETER,
     }  # fmt: skip
     request = plan.Request(
         budget, fv.any_size, fv.extrapolate, fv.neighbouring_relation, assumed=tuple(assumed), **fixed
@@ -148,6 +162,14 @@ def _check(fv: flags.FlagValues, published: bool) -> None:
                 raise InputError(f"--{name} is not for --law=published, which is no law of a sweep: drop it")
         if fv.sequence_length is not None and fv.sequence_length < 1:
             raise InputError(f"--sequence_length must be at least 1, got {fv.sequence_length}")
+    if fv.init_from is not None:
+        raise InputError(
+            "there is no law of fine-tuning: what the laws say holds for training from random parameters. Drop"
+            " --init_from to plan that; or ask dpgemma account what noise an epsilon needs with a batch and a number of"
+            " steps of your choice, and dpgemma plan --topology what the run needs on a machine"
+        )
+    if fv.memory is not None and not 0 < fv.memory < math.inf:
+        raise InputError(f"--memory must be a positive number of GiB, got {fv.memory:g}")
     has_compute = fv.compute is not None or fv.chips is not None
     missing = [name for name in ("num_units", "epsilon") if fv[name].value is None]
     if fv.loss is None:

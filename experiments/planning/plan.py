@@ -39,6 +39,7 @@ class Request:
       batch_size, steps: one of them, where it is fixed.
       assumed: what the budget rests on, in sentences.
       rows_per_unit: of which the budget's sequence length holds the tokens.
+      most_parameters: of a model that is considered.
     """
 
     budget: Budget
@@ -50,6 +51,7 @@ class Request:
     steps: int | None = None
     assumed: tuple[str, ...] = ()
     rows_per_unit: int = 1
+    most_parameters: float = math.inf
 
 
 def answer(fitted: FittedLaw, request: Request, cache: pathlib.Path | None, certify=certified) -> dict:
@@ -159,8 +161,25 @@ def sizes_to_search(fitted: FittedLaw, request: Request) -> np.ndarray:
     """Sizes that have a name, or all in between; with extrapolation also the named presets beyond."""
     if request.any_size and request.model is None:
         low, high = fitted.law.domain.parameters
-        return np.geomspace(low, optimum.BELIEVED * high if request.extrapolate else high, 100)
-    return np.array(sorted(_names(fitted, request)))
+        sizes = np.geomspace(low, optimum.BELIEVED * high if request.extrapolate else high, 100)
+    else:
+        sizes = np.array(sorted(_names(fitted, request)))
+    return small_enough(sizes, request)
+
+
+def small_enough(sizes: np.ndarray, request: Request) -> np.ndarray:
+    """Those of the sizes that the request allows.
+
+    Raises:
+      InputError: there are none.
+    """
+    kept = sizes[sizes <= request.most_parameters]
+    if not len(kept):
+        raise InputError(
+            f"`memory` holds a model of {request.most_parameters:.3g} parameters at most, and the smallest of this law"
+            f" has {sizes.min():.3g}: give more, or another law"
+        )
+    return kept
 
 
 def _names(fitted: FittedLaw, request: Request) -> dict[float, str]:

