@@ -1,6 +1,14 @@
-"""The published models and our small ones, as data."""
+"""The published models and our small ones, as data, and VaultGemma's block in sizes of one's own."""
 
+import dataclasses
+
+from accounting.errors import InputError
 from dpgemma.gemma.config import FULL, RECURRENT, SLIDING, GemmaConfig, Rope
+
+# How a name begins that says the sizes itself, what must follow, and what may.
+BLOCK = "block:"
+BLOCK_SIZES, BLOCK_EXTRAS = ("layers", "d_model", "heads", "d_ff"), {"max_length": 1024, "vocab_size": 260}
+_LARGEST_SIZE = 10**7
 
 
 def _pattern(period: tuple[str, ...], layers: int) -> tuple[str, ...]:
@@ -108,3 +116,39 @@ PRESETS |= {
     "medgemma_4b": PRESETS["gemma3_4b"],
     "medgemma_27b": PRESETS["gemma3_27b"],
 }
+
+
+def named(name: str) -> GemmaConfig:
+    """The model of a name: a preset's, or one such as block:layers=6,d_model=256,heads=4,d_ff=640, which is
+    VaultGemma's block in these sizes, on bytes and for rows of up to 1024 tokens unless it says vocab_size and
+    max_length.
+
+    Raises:
+      InputError: no such model.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if not name.startswith(BLOCK):
+        raise InputError(
+            f"`model`={name} is no preset: choose one of {', '.join(PRESETS)}, or give `init_from`=FOLDER, or"
+            f" {BLOCK}layers=6,d_model=256,heads=4,d_ff=640 for VaultGemma's block in sizes of your own"
+        )
+    sizes: dict[str, int] = {}
+    for part in name.removeprefix(BLOCK).split(","):
+        key, _, value = part.partition("=")
+        if key not in (*BLOCK_SIZES, *BLOCK_EXTRAS) or key in sizes or not value.isascii() or not value.isdecimal():
+            raise InputError(
+                f"`model`={name}: {part!r} is not one of {', '.join([*BLOCK_SIZES, *BLOCK_EXTRAS])} with a whole number"
+            )
+        sizes[key] = int(value)
+    missing = [key for key in BLOCK_SIZES if key not in sizes]
+    if missing:
+        raise InputError(f"`model`={name} lacks {', '.join(missing)}")
+    if not all(1 <= value <= _LARGEST_SIZE for value in sizes.values()):
+        raise InputError(f"`model`={name}: sizes lie between 1 and {_LARGEST_SIZE:g}")
+    if sizes["d_model"] % (2 * sizes["heads"]):
+        raise InputError(f"`model`={name}: d_model must be a multiple of twice the heads, whose halves are rotated")
+    sizes = BLOCK_EXTRAS | sizes
+    return dataclasses.replace(
+        _ladder(*(sizes[key] for key in BLOCK_SIZES), max_length=sizes["max_length"]), vocab_size=sizes["vocab_size"]
+    )

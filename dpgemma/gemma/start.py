@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from accounting import run_files
 from accounting.errors import InputError
-from dpgemma.gemma import decoder, lora
+from dpgemma.gemma import decoder, lora, presets
 from dpgemma.gemma.config import GemmaConfig
 from dpgemma.gemma.files import config_json, tensor_files, weights
-from dpgemma.gemma.presets import PRESETS
 
 DEFAULT_MODEL = "tiny"
 
@@ -55,15 +54,13 @@ class StartingPoint:
 
 
 def of_preset(name: str | None) -> StartingPoint:
-    """A preset with random weights; the default one for None.
+    """A model with random weights, by its name (presets.named); the default one for None.
 
     Raises:
-      InputError: no such preset.
+      InputError: no such model.
     """
     name = name or DEFAULT_MODEL
-    if name not in PRESETS:
-        raise InputError(f"`model`={name} is no preset: choose one of {', '.join(PRESETS)}, or give `init_from`=FOLDER")
-    return StartingPoint(name, PRESETS[name])
+    return StartingPoint(name, presets.named(name))
 
 
 def of_directory(

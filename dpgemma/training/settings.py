@@ -53,7 +53,10 @@ class Settings:
     """
 
     model: str | None = _setting(
-        None, "Preset to train from random weights, such as tiny (the default) or vaultgemma_1b."
+        None,
+        "Preset to train from random weights, such as tiny (the default) or vaultgemma_1b; or"
+        " block:layers=6,d_model=256,heads=4,d_ff=640 for VaultGemma's block in sizes of your own (max_length and"
+        " vocab_size may follow).",
     )
     init_from: str | None = _setting(
         None, "Hugging Face directory to start from: its architecture, weights and, by default, tokenizer."

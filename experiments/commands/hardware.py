@@ -23,7 +23,7 @@ FLAGS = (
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.string("topology", None, f"A machine to plan for: {machines.SYNTAX}.", fv)
     command_flags.count("num_slices", 1, "Slices of that shape that work together.", fv)
-    command_flags.string("model", None, "The preset to train on it.", fv)
+    command_flags.string("model", None, "The model to train on it, by the names that dpgemma train knows.", fv)
     command_flags.count("batch_size", None, "Expected number of privacy units in a batch.", fv)
     command_flags.count("steps", None, "Number of updates.", fv)
     command_flags.number(
@@ -66,14 +66,11 @@ def answer(fv: flags.FlagValues) -> dict[str, Any]:
     topology = machines.parse(fv.topology, fv.num_slices)
     privacy = _privacy(fv)
     _compile_without_a_machine(topology)
-    from dpgemma.gemma import lora, start
-    from dpgemma.gemma.presets import PRESETS
+    from dpgemma.gemma import lora, presets, start
     from dpgemma.privacy.clipping import Strategy
     from experiments.hardware import estimate, search
-    from experiments.sweep.checks import parameters
 
-    parameters(fv.model)  # refuses what is no preset
-    config = PRESETS[fv.model]
+    config = presets.named(fv.model)
     if fv.lora_rank:
         config = dataclasses.replace(config, lora=lora.adapters(config, fv.lora_rank, float(fv.lora_rank), "all"))
     how = Strategy(EXAMPLE_SCAN if fv.clipping == AUTO else fv.clipping, fv.microbatch_size)

@@ -207,9 +207,9 @@ def _command(chosen: dict, request: Request, epsilon: float, rate: float) -> str
     Args:
       epsilon: that the plan's noise gives, below the budget's where that asks for hardly any noise.
     """
-    from dpgemma.gemma.presets import PRESETS
+    from dpgemma.gemma.presets import BLOCK, PRESETS
 
-    if chosen["model"] not in PRESETS:
+    if chosen["model"] not in PRESETS and not chosen["model"].startswith(BLOCK):
         return None
     budget, rows = request.budget, request.rows_per_unit
     settings = {

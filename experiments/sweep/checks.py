@@ -73,17 +73,14 @@ def operations(run: Run) -> float:
 
 @functools.lru_cache
 def parameters(model: str) -> int:
-    """Parameters of a preset.
+    """Parameters of a model, by its name.
 
     Raises:
-      InputError: it is none.
+      InputError: there is none of this name.
     """
-    from dpgemma.gemma import decoder
-    from dpgemma.gemma.presets import PRESETS
+    from dpgemma.gemma import decoder, presets
 
-    if model not in PRESETS:
-        raise InputError(f"model {model!r} is no preset: choose one of {', '.join(PRESETS)}")
-    return decoder.num_parameters(PRESETS[model])
+    return decoder.num_parameters(presets.named(model))
 
 
 def devices(run: Run) -> int:

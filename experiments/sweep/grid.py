@@ -9,8 +9,14 @@
     batch_size = 32                 # the physical batch, the same for all
     schedule = "constant"           # so that every point of a curve is the end of a shorter run
 
+    [model.mine]                    # sizes of one's own for VaultGemma's block; max_length and vocab_size may follow
+    layers = 4
+    d_model = 128
+    heads = 4
+    d_ff = 320
+
     [[grid]]                        # every combination of the lists; further [[grid]] tables add to them
-    model = ["ladder_20k", "ladder_95k"]
+    model = ["ladder_20k", "ladder_95k", "mine"]
     noise_batch_ratio = [0, "2^-7", "2^-5"]
     learning_rate = ["2^-7", "2^-8"]
     steps = 640
@@ -34,6 +40,7 @@ import tomllib
 import typing
 
 from accounting.errors import InputError
+from dpgemma.gemma import presets
 from dpgemma.training.settings import Settings
 
 RATIO, HELD_OUT = "noise_batch_ratio", "held_out"
@@ -109,9 +116,11 @@ def read(path: pathlib.Path) -> Grid:
 
 def parse(content: dict, where: str) -> Grid:
     """The grid of a TOML file's content."""
-    unknown = [name for name in content if name not in ("sweep", "train", "grid")]
+    unknown = [name for name in content if name not in ("sweep", "train", "model", "grid")]
     if unknown:
-        raise InputError(f"{where} has an unknown table [{unknown[0]}]: use [sweep], [train] and [[grid]]")
+        raise InputError(
+            f"{where} has an unknown table [{unknown[0]}]: use [sweep], [train], [model.NAME] and [[grid]]"
+        )
     sweep, shared, tables = content.get("sweep", {}), content.get("train", {}), content.get("grid", [])
     if not (isinstance(sweep, dict) and isinstance(shared, dict)):
         raise InputError(f"{where}: sweep and train must be tables: write [sweep] and [train]")
@@ -125,20 +134,38 @@ def parse(content: dict, where: str) -> Grid:
             f"{where}: [sweep] must say public_data = true (nobody's privacy is at stake) or false (the report then"
             " adds up every run)"
         )
+    models = _models(content.get("model", {}), where)
     if not tables:
         raise InputError(
             f"{where} declares no run: add a [[grid]] table with model, noise_batch_ratio, learning_rate and steps"
         )
     runs: dict[str, Run] = {}
     for table in tables:
-        for run in _runs(shared, table, where):
+        for run in _runs(shared, table, models, where):
             # A configuration that is named twice is one run; it tests the law only if no table wants it fitted.
             known = runs.get(run.id)
             runs[run.id] = run if known is None else dataclasses.replace(run, held_out=known.held_out and run.held_out)
     return Grid(tuple(runs.values()), sweep["public_data"])
 
 
-def _runs(shared: dict, table: dict, where: str) -> list[Run]:
+def _models(tables, where: str) -> dict[str, str]:
+    """Of each [model.NAME] table the name by which `dpgemma train` knows its sizes."""
+    if not (isinstance(tables, dict) and all(isinstance(sizes, dict) for sizes in tables.values())):
+        raise InputError(f"{where}: model must hold tables: write [model.NAME]")
+    found = {}
+    for name, sizes in tables.items():
+        if name in presets.PRESETS:
+            raise InputError(f"{where}: [model.{name}] has the name of a preset: choose another")
+        keys = dict.fromkeys((*presets.BLOCK_SIZES, *presets.BLOCK_EXTRAS, *sizes))  # one order, however written
+        found[name] = presets.BLOCK + ",".join(f"{key}={sizes[key]}" for key in keys if key in sizes)
+        try:
+            presets.named(found[name])
+        except InputError as error:
+            raise InputError(f"{where}: [model.{name}]: {error}") from None
+    return found
+
+
+def _runs(shared: dict, table: dict, models: dict[str, str], where: str) -> list[Run]:
     given = {**_DEFAULTS, **shared, **table}
     held_out = given.pop(HELD_OUT, False)
     if not isinstance(held_out, bool):
@@ -165,6 +192,7 @@ def _runs(shared: dict, table: dict, where: str) -> list[Run]:
     runs = []
     for values in itertools.product(*axes.values()):
         settings = {name: _value(name, value, where) for name, value in zip(axes, values, strict=True)}
+        settings["model"] = models.get(settings["model"], settings["model"])
         runs.append(Run(_config(settings, where), held_out))
     return runs
 

@@ -95,19 +95,47 @@ def result(place: pathlib.Path, run: Run) -> dict:
     }
 
 
+def stopped(place: pathlib.Path, run: Run, steps: int) -> dict:
+    """The numbers of a run that was stopped after so many steps: losses that are none from there on."""
+    facts = executed_lib.of(ledger.read(place / run_files.LEDGER))
+    taken = {step: loss for step, loss in losses(place / run_files.PRIVATE_METRICS).items() if step < steps}
+    return {
+        "model": facts.declared["model"],
+        "parameters": facts.declared["parameters"],
+        "curve": points(taken, run.config.steps),
+        "eval_loss": None,
+        "num_units": facts.planned.num_units,
+        "stopped_at": steps,
+    }
+
+
 def curve(metrics: pathlib.Path, steps: int) -> list[tuple[int, float | None]]:
     """(step, mean training loss of the steps since the point before), at POINTS equal distances; None where no loss was
     finite.
     """
-    losses = {}
+    return points(losses(metrics), steps)
+
+
+def losses(metrics: pathlib.Path) -> dict[int, float]:
+    """The mean loss of each step's units, by step."""
+    found = {}
     for line in metrics.read_text().splitlines():
         record = json.loads(line)
-        if record["units"] and math.isfinite(record["loss"]):  # an empty Poisson draw has no loss
-            losses[record["step"]] = record["loss"]
-    ends = sorted({math.ceil(steps * i / POINTS) for i in range(1, POINTS + 1)})
-    points, first = [], 0
-    for end in ends:
-        window = [losses[t] for t in range(first, end) if t in losses]
-        points.append((end, sum(window) / len(window) if window else None))
+        if record["units"]:  # an empty Poisson draw has no loss
+            found[record["step"]] = record["loss"]
+    return found
+
+
+def ends(steps: int) -> list[int]:
+    """The steps after which a curve has its points."""
+    return sorted({math.ceil(steps * i / POINTS) for i in range(1, POINTS + 1)})
+
+
+def points(losses: dict[int, float], steps: int) -> list[tuple[int, float | None]]:
+    """As `curve`, of losses by step."""
+    found, first = [], 0
+    for end in ends(steps):
+        window = [losses[t] for t in range(first, end) if math.isfinite(losses.get(t, math.nan))]
+        found.append((end, sum(window) / len(window) if window else None))
         first = end
-    return points
+    return found

@@ -15,12 +15,14 @@ import sys
 import threading
 import time
 
+from accounting import run_files
 from accounting.errors import InputError, as_flags
 from dpgemma.commands import process
 from dpgemma.privacy.keys import Keys
 from dpgemma.storage.mirror import HeldError
 from experiments.sweep import folder as folder_lib
 from experiments.sweep import harvest, stored_folder
+from experiments.sweep.divergence import Divergence
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Run
 
@@ -113,21 +115,27 @@ def execute(folder: SweepFolder, run: Run) -> None:
         from dpgemma.commands.terminal import Terminal
         from dpgemma.training.prepare import prepare, prepare_with_public_keys
 
-        start, workdir, observers = time.monotonic(), folder.workdir(run), [Terminal()]
+        start, workdir, divergence = time.monotonic(), folder.workdir(run), Divergence(run.config.steps)
+        observers = [Terminal(), *([divergence] if folder.public_data else [])]
         if folder.public_data:
             trainer = prepare_with_public_keys(run.config, reproducible_keys(run), workdir, observers=observers)
         else:
             trainer = prepare(run.config, workdir, epsilon_given=True, observers=observers)
         try:
+            divergence.take_up(trainer.run.path / run_files.PRIVATE_METRICS)
             with process.stop_on_signal() as stopped:
-                measured = trainer.train(stopped)
-            if measured is None:
+                measured = trainer.train(lambda: stopped() or divergence.stopped_at is not None)
+            if divergence.stopped_at is not None:
+                found = harvest.stopped(trainer.run.path, run, divergence.stopped_at)
+            elif measured is None:
                 raise Stopped
-            found = harvest.result(trainer.run.path, run)
+            else:
+                found = harvest.result(trainer.run.path, run)
         finally:
             trainer.run.unlock()
         # A run that went on from a checkpoint took fewer steps in this time.
-        timed = {"seconds": time.monotonic() - start, "steps_in_seconds": run.config.steps - trainer.first_step}
+        last = divergence.stopped_at or run.config.steps
+        timed = {"seconds": time.monotonic() - start, "steps_in_seconds": last - trainer.first_step}
         folder.save(run, found | timed)
         if stopped():  # even if the signal came after the last step
             raise Stopped

@@ -6,8 +6,9 @@ from absl import flags
 
 from accounting.errors import InputError
 from dpgemma.commands import train
+from dpgemma.gemma import presets
 from dpgemma.training.settings import Settings
-from experiments.sweep import grid
+from experiments.sweep import checks, grid
 
 PUBLIC = {"public_data": True}
 ONE = {"model": "ladder_20k", "noise_batch_ratio": 0, "learning_rate": 0.01, "steps": 8}
@@ -61,7 +62,7 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
     example = grid.__doc__[grid.__doc__.index("    [sweep]") : grid.__doc__.index("Noise is injected")]
     path.write_text(example)
     made = grid.read(path)
-    assert made.public_data and len(made.runs) == 2 * 3 * 2 and {run.config.steps for run in made.runs} == {640}
+    assert made.public_data and len(made.runs) == 3 * 3 * 2 and {run.config.steps for run in made.runs} == {640}
 
 
 @pytest.mark.parametrize(
@@ -132,3 +133,39 @@ def test_files_that_are_none_are_refused(tmp_path):
         (tmp_path / "bad.toml").write_bytes(content)
         with pytest.raises(InputError, match="is no TOML"):
             grid.read(tmp_path / "bad.toml")
+
+
+MODEL = {"layers": 2, "d_model": 24, "heads": 2, "d_ff": 64}
+
+
+def with_models(**tables):
+    table = {"model": ["ladder_20k", "mine"], "noise_batch_ratio": 0, "learning_rate": 0.01, "steps": 4}
+    return {"sweep": {"public_data": True}, "train": {"sequence_length": 16}, "grid": [table], "model": tables}
+
+
+def test_a_grid_may_have_models_of_its_own():
+    own, again = (grid.parse(with_models(mine=sizes), "f") for sizes in (MODEL, dict(reversed(MODEL.items()))))
+    assert [run.config.model for run in own.runs] == ["ladder_20k", "block:layers=2,d_model=24,heads=2,d_ff=64"]
+    assert own == again, "the order in the file is no part of a run's name"
+    small, mine = (run.config.model for run in own.runs)
+    assert checks.parameters(small) == checks.parameters(mine) == 20_184
+    wide = grid.parse(with_models(mine=MODEL | {"vocab_size": 1000, "max_length": 32}), "f").runs[1].config.model
+    assert checks.parameters(wide) == 20_184 + 24 * 740 and presets.named(wide).max_length == 32
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"mine": {"layers": 2}}, "lacks d_model, heads, d_ff"),
+        ({"mine": MODEL | {"width": 3}}, "'width=3' is not one of layers"),
+        ({"mine": MODEL | {"layers": 0}}, "sizes lie between 1"),
+        ({"mine": MODEL | {"layers": True}}, "'layers=True' is not one of"),
+        ({"mine": MODEL | {"d_model": 26}}, "multiple of twice the heads"),
+        ({"mine": 3}, "model must hold tables"),
+        ({"tiny": MODEL}, "has the name of a preset"),
+        ({"other": MODEL}, "mine is no preset"),
+    ],
+)
+def test_models_that_are_none_are_refused(tables, said):
+    with pytest.raises(InputError, match=said):
+        checks.check(grid.parse(with_models(**tables), "f"), data=False)
