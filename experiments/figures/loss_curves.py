@@ -21,8 +21,7 @@ class TokensPerParameter:
 
     Attributes:
       compute, ratio: [n]; NaN where the law knows no configuration.
-      at_end: [n], mask of the points whose model is the smallest or the largest of the law's, which are bounds and no
-        optima.
+      at_end: [n], mask of the points at an end of the law's data, which are bounds and no optima.
     """
 
     epsilon: float
@@ -46,7 +45,7 @@ def tokens_per_parameter(
         by chance.
     """
     found = study.frontiers(asked, [num_units], epsilons)
-    at_end = [asked.at_largest(curve.parameters) | asked.at_smallest(curve.parameters) for curve in found]
+    at_end = [asked.at_an_end(curve.parameters, curve.steps) for curve in found]
     return [
         TokensPerParameter(curve.epsilon, curve.compute[::every], curve.tokens_per_parameter[::every], ends[::every])
         for curve, ends in zip(found, at_end, strict=True)
@@ -70,7 +69,7 @@ def without_privacy(asked: Study, non_private: NonPrivate, physical_batch: float
     return compute, np.where(inside, tokens / parameters, np.nan)
 
 
-def plot_losses(panels: Sequence[list[Frontier]]) -> Plot:
+def plot_losses(asked: Study, panels: Sequence[list[Frontier]]) -> Plot:
     """One panel for each epsilon."""
     colours = drawing.ordered(len(panels[0]))
 
@@ -80,7 +79,8 @@ def plot_losses(panels: Sequence[list[Frontier]]) -> Plot:
                 drawing.line(axes, curve.compute, curve.running, colour)
                 if curve.knee is not None:
                     x, y = curve.compute[curve.knee], curve.running[curve.knee]
-                    drawing.dot(axes, x, y, colour)
+                    ring = bool(asked.at_an_end(curve.parameters[curve.knee], curve.steps[curve.knee]))
+                    drawing.dot(axes, x, y, colour, ring=ring)
                     text = drawing.number(curve.parameters[curve.knee])
                     # The lower a curve, the lower its label, so that they do not meet where the knees do.
                     axes.annotate(
@@ -93,7 +93,7 @@ def plot_losses(panels: Sequence[list[Frontier]]) -> Plot:
                 xscale="log",
                 yscale="log",
                 xlabel="compute (FLOP)",
-                ylabel="cross entropy (nats)",
+                ylabel="cross entropy (nats per token)",
                 title=f"epsilon {found[0].epsilon:g}",
             )
             drawing.plain_ticks(axes.yaxis)
@@ -104,12 +104,14 @@ def plot_losses(panels: Sequence[list[Frontier]]) -> Plot:
         Key(f"{drawing.number(curve.num_units)} units", colour)
         for curve, colour in zip(panels[0], colours, strict=True)
     )
+    marks = Key("enough compute", drawing.QUIET, "dot"), Key("at an end of the data", drawing.QUIET, "ring")
     return Plot(
         "fig3ab",
         "What more compute brings",
         "The lowest predicted loss of each compute or less, for several numbers of units; the dot is the least compute"
-        " within 1 % of the lowest loss of all, with the size of its model.",
-        (Row(tuple(panel(found) for found in panels), (*keys, Key("enough compute", drawing.QUIET, "dot"))),),
+        " within 1 % of the lowest loss of all, with the size of its model, and a ring in its place where that lies at"
+        " an end of the data.",
+        (Row(tuple(panel(found) for found in panels), (*keys, *marks)),),
     )
 
 
@@ -140,13 +142,14 @@ def plot_tokens(found: list[TokensPerParameter], num_units: float, clean: tuple[
         axes.set(xscale="log", yscale="log", xlabel="compute (FLOP)", ylabel="tokens per parameter")
 
     keys = [Key(f"epsilon {curve.epsilon:g}", colour) for curve, colour in zip(found, colours, strict=True)]
-    keys += [Key("Chinchilla: 20", drawing.INK, "dashed"), Key("smallest or largest model", drawing.QUIET, "ring")]
+    keys += [Key("Chinchilla: 20", drawing.INK, "dashed"), Key("at an end of the data", drawing.QUIET, "ring")]
     if np.isfinite(ratio).any():
         keys.insert(-1, Key("this law without privacy", drawing.INK))
     return Plot(
         "fig3c",
         "Tokens per parameter",
         f"Tokens seen per parameter by the best configuration for each compute with {drawing.number(num_units)} units;"
-        " rings are at the smallest or the largest model of the law, where the true optimum may lie beyond.",
+        " rings are at the smallest or the largest model or the shortest or the longest run of the law, where the true"
+        " optimum may lie beyond.",
         (Row((draw,), tuple(keys)),),
     )

@@ -128,8 +128,8 @@ def build(fitted: FittedLaw, asked: Study, budget: Budget, scale: Scale, detail:
         return surfaces.setdefault(e, detail.surface(e, noise_fields.DELTA, user_cache.folder()))
 
     return [
-        optima.plot(optima.curves(asked, units, scale.epsilons)),
-        loss_curves.plot_losses([loss_curves.losses(asked, scale.num_units, e) for e in scale.loss_epsilons]),
+        optima.plot(asked, optima.curves(asked, units, scale.epsilons)),
+        loss_curves.plot_losses(asked, [loss_curves.losses(asked, scale.num_units, e) for e in scale.loss_epsilons]),
         loss_curves.plot_tokens(
             loss_curves.tokens_per_parameter(asked, units, scale.ratio_epsilons),
             units,

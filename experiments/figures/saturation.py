@@ -35,13 +35,7 @@ def _row(asked: Study, num_units: float, epsilon: float) -> Row:
     i = curve.knee
     if i is None:
         return Row(num_units, epsilon, *[math.nan] * 6, ())
-    domain = asked.law.domain
-    ends = {
-        "smallest model": asked.at_smallest(curve.parameters[i]),
-        "largest model": asked.at_largest(curve.parameters[i]),
-        "shortest run": curve.steps[i] < domain.steps[0] * 1.1,
-        "longest run": curve.steps[i] > domain.steps[1] / 1.1,
-    }
+    ends = asked.ends(curve.parameters[i], curve.steps[i])
     values = (curve.compute, curve.loss, curve.parameters, curve.steps, curve.batch_size, curve.tokens_per_parameter)
     return Row(
         num_units,

@@ -12,11 +12,12 @@ import numpy as np
 from accounting.errors import InputError
 from experiments.laws.law import Law
 from experiments.planning import optimum
-from experiments.planning.noise import NoiseSurface
+from experiments.planning.noise import NoiseSurface, estimate
 from experiments.planning.optimum import Budget, Candidates
 
 _VARIABLES = ("parameters", "batch_size", "steps")
 _UNKNOWN = 1e30
+_NEAR_AN_END = 1.1  # of the steps, between whose values in a search is more than that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Study:
       cache: folder where noise is kept between processes; None for none.
       sizes: models to search between the smallest and the largest, which are two of them.
       points: of compute on a curve.
-      noise: from epsilon to the noise multiplier of (steps, sampling probability), by default a NoiseSurface.
+      noise: from epsilon to the noise multiplier of (steps, sampling probability), by default the estimate.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Study:
     ):
         self.law, self.sequence_length, self.delta = law, sequence_length, delta
         self.sizes, self.points = optimum.sizes_within(law, sizes), points
-        self._surface = noise or (lambda epsilon: NoiseSurface(epsilon, delta, cache))
+        self._surface = noise or (lambda epsilon: NoiseSurface(epsilon, delta, cache, estimate))
         self._surfaces: dict[float, Callable] = {}
         self._frontiers: dict[tuple, Frontier] = {}
 
@@ -163,12 +164,22 @@ class Study:
             num_units, epsilon, compute, **best, near=near, tokens_per_parameter=tokens / best["parameters"]
         )
 
-    def at_largest(self, parameters) -> np.ndarray:
-        """Mask of the sizes at the upper end of the law's: a larger model may be better still."""
-        return np.asarray(parameters) >= self.law.domain.parameters[1] * 0.999
+    def ends(self, parameters, steps) -> dict[str, np.ndarray]:
+        """By the name of an end of the law's data, a mask of the configurations that lie at it: beyond it there may be
+        better ones.
+        """
+        parameters, steps = np.asarray(parameters), np.asarray(steps)
+        (smallest, largest), (shortest, longest) = self.law.domain.parameters, self.law.domain.steps
+        return {
+            "smallest model": parameters <= smallest * 1.001,
+            "largest model": parameters >= largest * 0.999,
+            "shortest run": steps < shortest * _NEAR_AN_END,
+            "longest run": steps > longest / _NEAR_AN_END,
+        }
 
-    def at_smallest(self, parameters) -> np.ndarray:
-        return np.asarray(parameters) <= self.law.domain.parameters[0] * 1.001
+    def at_an_end(self, parameters, steps) -> np.ndarray:
+        """Mask of the configurations that are bounds and no optima."""
+        return np.any(list(self.ends(parameters, steps).values()), axis=0)
 
 
 def frontiers(study: Study, num_units: Sequence[float], epsilons: Sequence[float]) -> list[Frontier]:
