@@ -30,7 +30,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sweeps", "a run whose folder was deleted has cost nothing", "experiments/sweep/privacy.py",
-        "return sorted(path.parent for path in folder.spent.glob(f\"*/{run_files.LEDGER}\"))", "return _begun(folder)",
+        "return sorted(path.parent for path in folder.spent.glob(f\"*/{run_files.LEDGER}\"))", "return folder.begun()",
         ("tests/experiments/spending_test.py",),
     ),
     Mutation(

@@ -163,3 +163,32 @@ def test_killed_workers_and_two_machines_end_in_the_table_of_a_disk(server, addr
         (table,) = (tmp_path / name).glob("dpgemma/sweeps/*/results.csv")
         assert table.read_bytes() == (tmp_path / "disk" / "results.csv").read_bytes()
     assert json.loads(objects.read(["report.json"])["report.json"])["runs"] == 3
+
+
+@pytest.mark.slow
+def test_a_sweep_of_private_data_adds_up_what_its_runs_cost(server, address, notes, tmp_path):
+    """With the noise of the runs, as on a disk; and the losses lie where the table of private data does."""
+    table = GRID | {"noise_batch_ratio": ["2^-1", 1], "steps": 4}
+    config = toml(tmp_path / "grid.toml", notes, table, public_data=False)
+    for workdir in (tmp_path / "disk", address):
+        done = start(server, tmp_path / "cache", config, f"--workdir={workdir}", "--slots=2")
+        _, err = done.communicate(timeout=580)
+        assert done.returncode == 0, err
+    objects = Objects(address)
+    said, on_disk = (
+        json.loads(text)
+        for text in (objects.read(["report.json"])["report.json"], (tmp_path / "disk" / "report.json").read_text())
+    )
+    assert said["runs"] == on_disk["runs"] == 2
+    assert 0 < said["epsilon"] == pytest.approx(on_disk["epsilon"], rel=0.05)  # numbers of held-out rows differ
+    names = objects.names()
+    assert "private/results.csv" in names and "results.csv" not in names
+    assert sum(name.startswith("spent/") for name in names) == 2
+    # A machine that has seen nothing of it, and a run that was deleted meanwhile: it has cost what it has cost.
+    run = grid_lib.read(config).runs[0]
+    objects.delete(objects.names(f"runs/{run.id}"))
+    again = start(server, tmp_path / "other", config, f"--workdir={address}", "--slots=2")
+    _, err = again.communicate(timeout=580)
+    assert again.returncode == 0, err
+    after = json.loads(objects.read(["report.json"])["report.json"])
+    assert after["runs"] == 3 and after["epsilon"] > said["epsilon"]
