@@ -2,8 +2,9 @@
 
     python -m experiments.benchmarks.batch_collapse [--table=results.csv]
 
-Prints one JSON object: kappa of r_eff^2 = r^2 + kappa / (B M), measured over all sizes at once, and by model size the
-root mean square distance of the runs' ends from one smooth curve, in ln loss; and what it is without the batch.
+Prints one JSON object: kappa and power of r_eff^p = r^p + (kappa / (B M))^(p / 2), measured over all sizes at once, and
+by model size the root mean square distance of the runs' ends from one smooth curve, in ln loss; and what it is without
+the batch.
 """
 
 import argparse
@@ -22,7 +23,13 @@ def main() -> None:
     by_size = [{"parameters": size, "configurations": count, "rms": rms} for size, (rms, count) in found.rms.items()]
     print(
         json.dumps(
-            {"kappa": found.kappa, "sizes": by_size, "rms": found.pooled, "rms_without_the_batch": found.rms_without},
+            {
+                "kappa": found.kappa,
+                "power": found.power,
+                "sizes": by_size,
+                "rms": found.pooled,
+                "rms_without_the_batch": found.rms_without,
+            },
             indent=1,
         )
     )

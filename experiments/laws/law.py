@@ -151,7 +151,7 @@ class SemiParametric:
             "deviations": self.deviations.tolist(),
             "rate": dataclasses.asdict(self.rate),
             "domain": dataclasses.asdict(self.domain),
-            "sampling": {"kappa": self.sampling.kappa, "largest_batch": None if math.isinf(largest) else largest},
+            "sampling": dataclasses.asdict(self.sampling) | {"largest_batch": None if math.isinf(largest) else largest},
         }
 
     @classmethod
@@ -163,7 +163,9 @@ class SemiParametric:
             deviations=np.array(stored["deviations"]),
             rate=LearningRate(**as_tuples(stored["rate"])),
             domain=Domain(**as_tuples(stored["domain"])),
-            sampling=Sampling(stored["sampling"]["kappa"], stored["sampling"]["largest_batch"] or math.inf),
+            sampling=Sampling(
+                **stored["sampling"] | {"largest_batch": stored["sampling"]["largest_batch"] or math.inf}
+            ),
         )
 
 

@@ -4,11 +4,12 @@ Per-example gradients are clipped to norm 1, so the sum over a Poisson batch of 
 variance of at most 1 / B around its mean, summed over the M parameters; the noise of privacy has M r^2, with r the
 noise-batch ratio. So runs of one model size that agree in
 
-    r_eff^2 = r^2 + kappa / (B M),    kappa at most about 1 in theory,
+    r_eff^p = r^p + (kappa / (B M))^(p / 2),    p = 2 and kappa at most about 1 in theory,
 
 should have one loss, whatever their batches (Raisa et al. 2024, arXiv 2402.03990, compare the two variances likewise).
-kappa is measured: it is the one with which the ends of runs with several batches lie closest to one smooth curve for
-each size, number of steps and learning rate.
+Both are measured: they are those with which the ends of runs with several batches lie closest to one smooth curve for
+each size, number of steps and learning rate. p is below 2 where the two noises do not act alike: that of sampling lies
+in the directions of the gradients, that of privacy in all.
 """
 
 import dataclasses
@@ -30,8 +31,9 @@ from experiments.sweep.results import (
 )
 
 _KAPPAS = np.geomspace(0.1, 10, 81)
-_DEGREE = 4  # of the curve, in ln r_eff
-_FEWEST = 8  # configurations of one size, steps and rate that a curve is fitted to
+_POWERS = np.arange(1.0, 2.51, 0.25)
+_DEGREE = 5  # of the curve, in ln r_eff, over up to nine octaves
+_FEWEST = 9  # configurations of one size, steps and rate that a curve is fitted to
 _FEWEST_SIZES = 2
 _LOG_FLOOR = 1e-7  # of r_eff: below every ratio
 
@@ -43,15 +45,20 @@ class Sampling:
     Attributes:
       kappa: as above; 0 where the batch is not in the law, because all runs had one.
       largest_batch: of the runs; for larger ones the formula is trusted beyond what was measured.
+      power: p.
     """
 
     kappa: float = 0.0
     largest_batch: float = math.inf
+    power: float = 2.0
 
     def effective(self, ratio, batch_size, parameters) -> np.ndarray:
         """r_eff of a noise-batch ratio, a batch and a model size; they broadcast."""
+        ratio = np.asarray(ratio, float)
+        if self.kappa == 0.0:
+            return np.broadcast_arrays(ratio, batch_size, parameters)[0]
         drawn = self.kappa / (np.asarray(batch_size, float) * np.asarray(parameters, float))
-        return np.sqrt(np.square(np.asarray(ratio, float)) + drawn)
+        return (ratio**self.power + drawn ** (self.power / 2)) ** (1 / self.power)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +66,13 @@ class Collapse:
     """How well runs with different batches fall on one curve.
 
     Attributes:
-      kappa: with which they do so best.
+      kappa, power: with which they do so best.
       rms: of what is left, in ln loss, by model size, with the number of configurations.
       rms_without: with kappa 0.
     """
 
     kappa: float
+    power: float
     rms: dict[float, tuple[float, int]]
     rms_without: float
 
@@ -89,7 +97,7 @@ def with_effective_ratio(table: Table) -> tuple[Table, Sampling]:
     if not is_measured(table):
         return table, Sampling()
     found = collapse(table.rows(~table.held_out))
-    sampling = Sampling(found.kappa, float(np.nanmax(table[BATCH])))
+    sampling = Sampling(found.kappa, float(np.nanmax(table[BATCH])), found.power)
     return apply(table, sampling), sampling
 
 
@@ -103,7 +111,7 @@ def apply(table: Table, sampling: Sampling) -> Table:
 
 
 def collapse(table: Table) -> Collapse:
-    """Measures kappa.
+    """Measures kappa and the power.
 
     Raises:
       InputError: too few sizes have runs that differ in the batch and agree in steps and learning rate.
@@ -117,21 +125,21 @@ def collapse(table: Table) -> Collapse:
             " fit each kind by itself, or sweep several batches at each size"
         )
 
-    def misfits(kappa: float) -> list[tuple[float, float, int]]:
-        return [(size, _misfit(rows, kappa), len(rows)) for size, rows in groups]
+    def misfits(sampling: Sampling) -> list[tuple[float, float, int]]:
+        return [(size, _misfit(rows, sampling), len(rows)) for size, rows in groups]
 
-    def pooled(kappa: float) -> float:
-        return math.sqrt(float(np.mean([misfit**2 for _, misfit, _ in misfits(kappa)])))
+    def pooled(sampling: Sampling) -> float:
+        return math.sqrt(float(np.mean([misfit**2 for _, misfit, _ in misfits(sampling)])))
 
-    kappa = min(_KAPPAS, key=pooled)
+    best = min((Sampling(float(kappa), power=float(power)) for kappa in _KAPPAS for power in _POWERS), key=pooled)
     by_size: dict[float, list[tuple[float, int]]] = {}
-    for size, misfit, count in misfits(kappa):
+    for size, misfit, count in misfits(best):
         by_size.setdefault(size, []).append((misfit, count))
     rms = {
         size: (math.sqrt(float(np.mean([m**2 for m, _ in found]))), sum(n for _, n in found))
         for size, found in sorted(by_size.items())
     }
-    return Collapse(float(kappa), rms, pooled(0.0))
+    return Collapse(best.kappa, best.power, rms, pooled(Sampling()))
 
 
 def _ends(table: Table) -> np.ndarray:
@@ -170,10 +178,10 @@ def _groups(ends: np.ndarray) -> list[tuple[float, np.ndarray]]:
     return groups
 
 
-def _misfit(rows: np.ndarray, kappa: float) -> float:
+def _misfit(rows: np.ndarray, sampling: Sampling) -> float:
     """Root mean square distance, in ln loss, of configurations from a polynomial in ln r_eff, by degrees of freedom."""
     ratio, batch, size, target, count = rows.T
-    x = 0.5 * np.log(ratio**2 + kappa / (batch * size) + _LOG_FLOOR**2)
+    x = np.log(np.maximum(sampling.effective(ratio, batch, size), _LOG_FLOOR))
     x = (x - x.mean()) / max(x.std(), 1e-9)
     weight = np.sqrt(count / count.mean())
     residual = (target - np.polyval(np.polyfit(x, target, _DEGREE, w=weight), x)) * weight

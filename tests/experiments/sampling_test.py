@@ -17,14 +17,16 @@ from tests.experiments import planted
 KAPPA = 1.3
 
 
-def table(kappa: float = KAPPA, noise: float = 0.003, batches=(32, 128, 512), seed: int = 0) -> results.Table:
-    """A sweep of the planted law, in which the noise of sampling counts as privacy's noise does."""
+def table(
+    kappa: float = KAPPA, noise: float = 0.003, batches=(32, 128, 512), seed: int = 0, power: float = 2.0
+) -> results.Table:
+    """A sweep of the planted law, in which the noise of sampling adds to that of privacy by a power."""
     rng, truth, records = np.random.default_rng(seed), planted.PlantedLaw.draw(0), []
     for i, m in enumerate(planted.SIZES[:4]):
         for batch in batches:
             for r in planted.RATIOS if batch == 32 else (0.0, 2.0**-11, 2.0**-9):
                 for x in (-6.0, -7.0, -8.0):
-                    effective = math.sqrt(r**2 + kappa / (batch * m))
+                    effective = (r**power + (kappa / (batch * m)) ** (power / 2)) ** (1 / power)
                     off = truth.curvature * (x - truth.best_rate(m, planted.STEPS, effective)) ** 2
                     loss = truth.loss(m, planted.STEPS, effective) * np.exp(off + rng.normal(0, noise, len(off)))
                     records += [
@@ -48,6 +50,14 @@ def test_kappa_is_found_and_the_runs_collapse_with_it():
     assert found.kappa == pytest.approx(KAPPA, rel=0.25)
     assert found.pooled < 0.006 < 2 * found.pooled < found.rms_without
     assert [size for size, _ in sorted(found.rms.items())] == list(planted.SIZES[:4])
+
+
+@pytest.mark.parametrize("power", [1.25, 2.0])
+def test_the_power_with_which_two_noises_add_is_found(power):
+    found = sampling.collapse(table(power=power, noise=0.001))
+    assert found.power == power and found.kappa == pytest.approx(KAPPA, rel=0.25)
+    drawn = Sampling(found.kappa, power=power).effective(0.0, 32, 1e5)
+    assert drawn == pytest.approx(math.sqrt(found.kappa / 32e5)), "without privacy's noise the power has no part"
 
 
 def test_without_an_effect_of_the_batch_none_is_found():
