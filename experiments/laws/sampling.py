@@ -36,6 +36,7 @@ _DEGREE = 5  # of the curve, in ln r_eff, over up to nine octaves
 _FEWEST = 9  # configurations of one size, steps and rate that a curve is fitted to
 _FEWEST_SIZES = 2
 _LOG_FLOOR = 1e-7  # of r_eff: below every ratio
+FREEDOM = _DEGREE + 1  # numbers of a curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Collapse:
 
     Attributes:
       kappa, power: with which they do so best.
-      rms: of what is left, in ln loss, by model size, with the number of configurations.
+      rms: of what is left, in ln loss, by degrees of freedom, by model size, with the number of configurations.
       rms_without: with kappa 0.
     """
 
@@ -185,4 +186,4 @@ def _misfit(rows: np.ndarray, sampling: Sampling) -> float:
     x = (x - x.mean()) / max(x.std(), 1e-9)
     weight = np.sqrt(count / count.mean())
     residual = (target - np.polyval(np.polyfit(x, target, _DEGREE, w=weight), x)) * weight
-    return math.sqrt(float((residual**2).sum()) / (len(rows) - _DEGREE - 1))
+    return math.sqrt(float((residual**2).sum()) / (len(rows) - FREEDOM))
