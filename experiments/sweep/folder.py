@@ -74,6 +74,11 @@ class SweepFolder:
         return self._raw(self.path / "runs" / run.id) / "error.txt"
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other machines may be at work in it."""
+        return False
+
+    @property
     def place(self) -> str:
         """By which other processes are told of the folder."""
         return str(self.path.absolute())

@@ -39,6 +39,10 @@ class StoredFolder(SweepFolder):
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_shared(self) -> bool:
+        return True
+
+    @property
     def place(self) -> str:
         return self.objects.address
 

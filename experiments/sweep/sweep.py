@@ -65,7 +65,10 @@ def run(
     finally:
         folder.fetch(everything.runs)
         table = folder.write_table(everything)
-        privacy.write(folder, everything)
+        if folder.is_shared and any(folder.error(run) is None for run in folder.pending(everything)):
+            privacy.write_unfinished(folder, everything)  # others may be at work: a sum would soon say too little
+        else:
+            privacy.write(folder, everything)
         folder.publish()
     return Outcome(table, {run.id: _why(folder, run, retries) for run in folder.pending(grid)})
 

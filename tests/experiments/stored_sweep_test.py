@@ -15,7 +15,7 @@ import pytest
 from accounting.errors import InputError
 from dpgemma.storage.objects import Objects
 from experiments.sweep import grid as grid_lib
-from experiments.sweep import stored_folder
+from experiments.sweep import stored_folder, sweep
 from tests.experiments.sweeps import GRID, toml
 from tests.training.runs import COMMAND, wait_for
 
@@ -112,6 +112,25 @@ def test_what_is_no_sweep_is_refused_and_what_was_removed_is_begun_anew(address,
     Objects(f"{address}-other").write("notes.txt", b"mine")
     with pytest.raises(InputError, match="neither empty nor the folder of a sweep"):
         stored_folder.look(f"{address}-other", grid)
+
+
+class Interrupted:
+    """A launcher whose operator has had enough."""
+
+    slots = 1
+
+    def run(self, commands):
+        raise KeyboardInterrupt
+        yield
+
+
+def test_while_others_may_be_at_work_nothing_is_added_up(address, notes, tmp_path):
+    grid = grid_lib.read(toml(tmp_path / "grid.toml", notes, GRID, public_data=False))
+    folder, everything = stored_folder.create(address, grid)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(folder, grid, everything, Interrupted())
+    said = json.loads(Objects(address).read(["report.json"])["report.json"])
+    assert said["epsilon"] is None and "has not been added up" in said["statement"]
 
 
 def workers(address):
