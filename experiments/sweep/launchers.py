@@ -17,7 +17,7 @@ from typing import Protocol
 
 from accounting.errors import InputError
 from dpgemma.choices import LAUNCHERS
-from experiments.sweep import gpus
+from experiments.sweep import gpus, tpus
 
 _, SLURM, RAY = LAUNCHERS
 # What a launcher reports for a process that did not end by itself, as a shell does.
@@ -102,26 +102,28 @@ def execute(command: Sequence[str], directory: str) -> tuple[int, str]:
 
 
 class LocalPool:
-    """Processes of this machine, each on devices of its own: GPUs where jax would use them, and else cores.
+    """Processes of this machine, each on devices of its own: GPUs or TPU chips where jax would use them, and else
+    cores.
 
     Args:
       slots: processes at once; by default as many as there are devices for.
       devices: of each process.
 
     Raises:
-      InputError: there are GPUs, but fewer than a process needs.
+      InputError: there are GPUs or TPU chips, but fewer than a process needs.
     """
 
     def __init__(self, slots: int | None = None, devices: int = 1):
         available = (
             sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
         )
-        names = gpus.here()
+        kind = gpus if gpus.here() else tpus
+        names = kind.here()
         self.slots = slots or max(1, len(names or available) // devices)
         each = max(1, len(available) // self.slots) if names else min(devices, len(available))
         cores = [[available[(slot * each + i) % len(available)] for i in range(each)] for slot in range(self.slots)]
         self._places = list(
-            zip(cores, gpus.divided(names, devices, self.slots) if names else [{}] * self.slots, strict=True)
+            zip(cores, kind.divided(names, devices, self.slots) if names else [{}] * self.slots, strict=True)
         )
 
     def run(self, commands):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from accounting.errors import InputError
-from experiments.sweep import gpus, launchers
+from experiments.sweep import gpus, launchers, tpus
 
 
 def test_processes_on_one_machine_see_gpus_of_their_own(tmp_path, monkeypatch):
@@ -51,6 +51,39 @@ def test_gpus_are_those_that_jax_would_use(platforms, visible, names, monkeypatc
     devices = [path for path in os.listdir("/dev") if path[:6] == "nvidia" and path[6:].isdecimal()]
     found = gpus.here(installed)
     assert found == names if names is not None else len(found) == len(devices)
+
+
+def test_tpu_chips_are_those_that_the_system_shows(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv(tpus.VISIBLE, raising=False)
+
+    def installed(name):
+        return name == "libtpu" or None
+
+    assert tpus.here(installed, tmp_path) == [] == tpus.here(lambda name: None, tmp_path)
+    (tmp_path / "vfio").mkdir()
+    for name in ("vfio/vfio", "vfio/0", "vfio/1", "vfio/2", "vfio/3"):
+        (tmp_path / name).touch()
+    assert tpus.here(installed, tmp_path) == ["0", "1", "2", "3"]
+    (tmp_path / "accel0").touch()
+    assert tpus.here(installed, tmp_path) == ["0"]
+    monkeypatch.setenv(tpus.VISIBLE, "2, 3")
+    assert tpus.here(installed, tmp_path) == ["2", "3"]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert tpus.here(installed, tmp_path) == []
+
+
+def test_no_two_processes_are_given_one_tpu_chip():
+    chips = [str(number) for number in range(8)]
+    for each, slots in ((1, 8), (2, 4), (4, 2), (8, 1), (2, 3)):
+        given = [set(told[tpus.VISIBLE].split(",")) for told in tpus.divided(chips, each, slots)]
+        assert all(len(own) == each for own in given) and len(set().union(*given)) == each * slots
+    assert tpus.divided(chips, 4, 2)[1] == {
+        "TPU_VISIBLE_CHIPS": "4,5,6,7", "TPU_CHIPS_PER_PROCESS_BOUNDS": "2,2,1", "TPU_PROCESS_BOUNDS": "1,1,1",
+    }  # fmt: skip
+    for each, slots, said in ((3, 1, "takes 1, 2, 4, 8"), (16, 1, "takes 1, 2, 4, 8"), (4, 3, "2 at most")):
+        with pytest.raises(InputError, match=said):
+            tpus.divided(chips, each, slots)
 
 
 def test_parameters_of_slurm():
