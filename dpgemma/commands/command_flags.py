@@ -36,9 +36,16 @@ class _CountParser(flags.ArgumentParser):
 
 
 class _NumberParser(flags.ArgumentParser):
-    """Floating-point numbers, inf included, NaN not."""
+    """Floating-point numbers, inf included, NaN not.
+
+    Args:
+      hint: what to give in place of what is no number.
+    """
 
     syntactic_help = "a number"
+
+    def __init__(self, hint: str = "") -> None:
+        self._hint = f": {hint}" if hint else ""
 
     def parse(self, argument: Any) -> Any:
         try:
@@ -46,7 +53,7 @@ class _NumberParser(flags.ArgumentParser):
         except ValueError:
             value = math.nan
         if math.isnan(value):
-            raise ValueError(f"{argument!r} is not a number")
+            raise ValueError(f"{argument!r} is not a number{self._hint}")
         return value
 
     def flag_type(self) -> str:
@@ -57,8 +64,8 @@ def count(name: str, default: int | None, text: str, fv: flags.FlagValues) -> No
     flags.DEFINE(_CountParser(), name, default, text, fv, flags.ArgumentSerializer())
 
 
-def number(name: str, default: float | None, text: str, fv: flags.FlagValues) -> None:
-    flags.DEFINE(_NumberParser(), name, default, text, fv, flags.ArgumentSerializer())
+def number(name: str, default: float | None, text: str, fv: flags.FlagValues, hint: str = "") -> None:
+    flags.DEFINE(_NumberParser(hint), name, default, text, fv, flags.ArgumentSerializer())
 
 
 def string(name: str, default: str | None, text: str, fv: flags.FlagValues) -> None:

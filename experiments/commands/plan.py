@@ -32,7 +32,11 @@ DESCRIPTION = (
 
 def define_flags(fv: flags.FlagValues) -> None:
     command_flags.number(
-        "compute", None, "Floating-point operations to spend: 6 x parameters x batch x tokens x steps.", fv
+        "compute",
+        None,
+        "Floating-point operations to spend: 6 x parameters x batch x tokens x steps.",
+        fv,
+        "give operations such as 1e20, or --chips=h100:8 --hours=72",
     )
     command_flags.string(
         "chips", None, "In place of --compute, with --hours: chips by kind and number, such as h100:8 or v6e:4x4.", fv

@@ -67,6 +67,11 @@ def test_a_model_that_does_not_fit_the_memory_is_not_planned():
     assert planned(**large, memory=0.5)["parameters"] <= 0.5 * 2**30 / 20 < planned(**large)["parameters"]
 
 
+def test_compute_that_is_no_number_is_told_how_machines_are_said():
+    done = call("plan", "--compute=8xH100x3d", "--num_units=1e6", "--epsilon=8")
+    assert done.returncode == 2 and "is not a number: give operations such as 1e20, or --chips=h100:8" in done.stderr
+
+
 def test_fine_tuning_has_no_law_and_what_helps_is_said():
     done = call("plan", "--compute=1e13", "--num_units=1e6", "--epsilon=8", "--init_from=gemma3_1b")
     assert done.returncode == 2 and "there is no law of fine-tuning" in done.stderr and "account" in done.stderr
