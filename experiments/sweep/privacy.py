@@ -68,19 +68,23 @@ def keep_ledgers(folder: SweepFolder, grid: Grid) -> None:
     earlier state and went on otherwise has two.
     """
     for place in [] if grid.public_data else folder.begun():
-        text = (place / run_files.LEDGER).read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # a process that was killed may have left half a line
-        run_id = json.loads(whole.partition(b"\n")[0])["run_id"]
-        number = 0
-        while (kept := folder.spent / f"{run_id}.{number}" / run_files.LEDGER).is_file():
-            known = kept.read_bytes()
-            if known.startswith(whole) or whole.startswith(known):
-                break
-            number += 1
-        if kept.is_file() and len(kept.read_bytes()) >= len(whole):
-            continue
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        run_files.write(kept, whole.decode())
+        keep(folder, (place / run_files.LEDGER).read_bytes())
+
+
+def keep(folder: SweepFolder, text: bytes) -> None:
+    """Keeps one ledger, unless one that goes on from it is kept."""
+    whole = text[: text.rfind(b"\n") + 1]  # a process that was killed may have left half a line
+    run_id = json.loads(whole.partition(b"\n")[0])["run_id"]
+    number = 0
+    while (kept := folder.spent / f"{run_id}.{number}" / run_files.LEDGER).is_file():
+        known = kept.read_bytes()
+        if known.startswith(whole) or whole.startswith(known):
+            break
+        number += 1
+    if kept.is_file() and len(kept.read_bytes()) >= len(whole):
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    run_files.write(kept, whole.decode())
 
 
 def _spent(folder: SweepFolder) -> list[pathlib.Path]:

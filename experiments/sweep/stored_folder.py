@@ -6,7 +6,10 @@ there (storage/mirror.py), which is taken over from a machine that shows no sign
 from its last checkpoint.
 
 Formal guarantee: a result that is in the storage is never replaced, so machines that finish one run both count the one
-that was there first. Tested by tests/experiments/stored_sweep_test.py.
+that was there first. Of private data, the report in the storage states no sum while a machine that follows this module
+may be at work, and no machine takes away a ledger that another has kept there. Tested by
+tests/experiments/stored_sweep_test.py::test_the_first_result_of_a_run_stays_and_every_machine_sees_it,
+::test_no_sum_is_stated_from_before_the_first_step_on and ::test_no_machine_takes_away_what_another_has_kept.
 """
 
 import contextlib
@@ -22,6 +25,7 @@ from dpgemma import user_cache
 from dpgemma.storage import mirror
 from dpgemma.storage.objects import Objects, is_address
 from experiments.sweep import folder as folder_lib
+from experiments.sweep import privacy
 from experiments.sweep.folder import SweepFolder
 from experiments.sweep.grid import Grid, Run
 
@@ -79,13 +83,15 @@ class StoredFolder(SweepFolder):
             text = mirror.ledger_of(Objects(f"{self.objects.address}/{place}"))
             if text:
                 folder_lib.write_text(self.run_folder(run) / run_files.LEDGER, text)
-        spent = self.objects.names(self._name(self.spent))
-        for name, content in self.objects.read(spent).items():
-            known = self.path / name
-            if not known.is_file() or len(known.read_bytes()) < len(content):
-                folder_lib.write_text(known, content.decode())
+        self._merge_spent()
+
+    def _merge_spent(self) -> None:
+        """Keeps here what other machines have kept, two ledgers of one run that went on otherwise both."""
+        for content in self.objects.read(self.objects.names(self._name(self.spent))).values():
+            privacy.keep(self, content)
 
     def publish(self) -> None:
+        self._merge_spent()
         shown = [self.report_file, *(file for file in self.results_file.parent.glob("*") if file != self.grid_file)]
         spent = [path for path in self.spent.rglob("*") if path.is_file()]
         for file in [*(file for file in shown if file.is_file() and file.name != "lock"), *spent]:

@@ -59,6 +59,7 @@ def run(
         folder.clear_error(pending)  # it may be possible by now
     if folder.pending(grid):
         privacy.write_unfinished(folder, everything)
+        folder.publish()  # before a step is taken, so that no report in a storage says too little
     try:
         with progress.Display(folder, grid):
             _rounds(folder, grid, everything, launcher, retries, runs_per_process)

@@ -29,6 +29,27 @@ MUTATIONS = (
         ("tests/experiments/spending_test.py",),
     ),
     Mutation(
+        "sweeps", "a storage states an earlier sum while steps are taken", "experiments/sweep/sweep.py",
+        "folder.publish()  # before a step is taken, so that no report in a storage says too little", "pass",
+        ("tests/experiments/stored_sweep_test.py",),
+    ),
+    Mutation(
+        "sweeps", "a machine replaces what another has kept in a storage", "experiments/sweep/stored_folder.py",
+        "        self._merge_spent()\n        shown", "        shown",
+        ("tests/experiments/stored_sweep_test.py",),
+    ),
+    Mutation(
+        "sweeps", "the second result of a run replaces the first", "experiments/sweep/stored_folder.py",
+        "self.objects.create(name, run_files.dumps(result).encode())",
+        "self.objects.write(name, run_files.dumps(result).encode())",
+        ("tests/experiments/stored_sweep_test.py",),
+    ),
+    Mutation(
+        "sweeps", "a sum is stated while other machines are at work", "experiments/sweep/sweep.py",
+        "if folder.is_shared and any(", "if False and any(",
+        ("tests/experiments/stored_sweep_test.py",),
+    ),
+    Mutation(
         "sweeps", "a run whose folder was deleted has cost nothing", "experiments/sweep/privacy.py",
         "return sorted(path.parent for path in folder.spent.glob(f\"*/{run_files.LEDGER}\"))", "return folder.begun()",
         ("tests/experiments/spending_test.py",),

@@ -15,7 +15,7 @@ import pytest
 from accounting.errors import InputError
 from dpgemma.storage.objects import Objects
 from experiments.sweep import grid as grid_lib
-from experiments.sweep import stored_folder, sweep
+from experiments.sweep import privacy, stored_folder, sweep
 from tests.experiments.sweeps import GRID, toml
 from tests.training.runs import COMMAND, wait_for
 
@@ -131,6 +131,38 @@ def test_while_others_may_be_at_work_nothing_is_added_up(address, notes, tmp_pat
         sweep.run(folder, grid, everything, Interrupted())
     said = json.loads(Objects(address).read(["report.json"])["report.json"])
     assert said["epsilon"] is None and "has not been added up" in said["statement"]
+
+
+def test_no_sum_is_stated_from_before_the_first_step_on(address, notes, tmp_path):
+    """A report of an earlier state is gone when the first process starts."""
+    grid = grid_lib.read(toml(tmp_path / "grid.toml", notes, GRID, public_data=False))
+    folder, everything = stored_folder.create(address, grid)
+    Objects(address).write("report.json", b'{"epsilon": 0.5}')
+
+    class Looking(Interrupted):
+        def run(self, commands):
+            self.seen = json.loads(Objects(address).read(["report.json"])["report.json"])
+            raise KeyboardInterrupt
+            yield
+
+    launcher = Looking()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(folder, grid, everything, launcher)
+    assert launcher.seen["epsilon"] is None and "has not been added up" in launcher.seen["statement"]
+
+
+def test_no_machine_takes_away_what_another_has_kept(address, notes, tmp_path, monkeypatch):
+    """A longer ledger of one run, and one that went on otherwise, beside a shorter one that is published later."""
+    grid = grid_lib.read(toml(tmp_path / "grid.toml", notes, GRID, public_data=False))
+    one, other = two_machines(address, tmp_path, monkeypatch, grid)
+    first = b'{"run_id": "r"}\n'
+    for folder, lines in ((one, first + b"a\nb\n"), (other, first + b"a\n"), (other, first + b"c\n")):
+        privacy.keep(folder, lines)
+    one.publish()
+    other.publish()
+    objects = Objects(address)
+    kept = {content for content in objects.read(objects.names("spent")).values()}
+    assert {first + b"a\nb\n", first + b"c\n"} <= kept and first + b"a\n" not in kept
 
 
 def workers(address):
