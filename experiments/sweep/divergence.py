@@ -1,8 +1,10 @@
 """A run that has diverged is stopped: what is left of it would cost time and be left out of every law.
 
 The rule is public, and so are the data: a run of a sweep on public data is stopped after STREAK points of its curve in
-a row whose mean losses are no numbers, or above that of its first point. Runs on private data go on, because where they
-end would tell of the data.
+a row whose mean losses are no numbers, or above that of its first point.
+
+Formal guarantee: a run on private data takes all its steps, whatever its losses, so that where it ends tells nothing of
+the data. Tested by tests/experiments/divergence_test.py::test_a_diverging_run_on_private_data_takes_all_its_steps.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Breaches of what accounts for privacy: accountant, ledger, reports, audit, sums over runs."""
 
-from tests.breaches.mutation import Mutation
+from tests.breaches.mutation import SLOW_TOO, Mutation
 
 AUDITED = ("tests/training/audit_test.py", "-k", "untouched_run_is_clean")
 SECRECY, MOVING = "tests/training/secrecy_test.py", "tests/training/moving_test.py"
@@ -27,6 +27,11 @@ MUTATIONS = (
         "executed_lib.of(ledger.read(place / run_files.LEDGER)).has_spent]",
         "executed_lib.of(ledger.read(place / run_files.LEDGER)).finished]",
         ("tests/experiments/spending_test.py",),
+    ),
+    Mutation(
+        "sweeps", "a run on private data is stopped where its losses say so", "experiments/sweep/worker.py",
+        "*([divergence] if folder.public_data else [])", "divergence",
+        ("tests/experiments/divergence_test.py", "-k", "private", *SLOW_TOO),
     ),
     Mutation(
         "sweeps", "a storage states an earlier sum while steps are taken", "experiments/sweep/sweep.py",

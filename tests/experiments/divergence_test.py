@@ -72,3 +72,15 @@ def test_a_diverging_run_ends_early_and_has_no_part_in_a_law(notes, tmp_path):
     assert sum(1 for _ in open(place / "run" / "metrics.jsonl")) < 64
     kept, left_out = soundness.sound(table)
     assert set(kept["Learning Rate"]) == {2.0**-7} and "it diverged" in left_out[0]
+
+
+@pytest.mark.slow
+def test_a_diverging_run_on_private_data_takes_all_its_steps(notes, tmp_path):
+    wild = GRID | {"learning_rate": 8.0, "noise_batch_ratio": 0.25, "steps": 64}
+    config = toml(tmp_path / "grid.toml", notes, wild, public_data=False)
+    outcome = run_sweep(config, tmp_path / "out", launchers.make("local", 2, tmp_path))
+    assert not outcome.failed
+    (place,) = (tmp_path / "out" / "runs").iterdir()
+    result = json.loads((place / "private" / "result.json").read_text())
+    assert divergence.has_diverged([loss for _, loss in result["curve"]]), "else the test shows nothing"
+    assert "stopped_at" not in result and sum(1 for _ in open(place / "run" / "metrics.jsonl")) == 64

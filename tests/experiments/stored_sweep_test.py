@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import logging
 import os
 import pathlib
-import secrets
 import signal
 import subprocess
 import time
@@ -16,6 +14,7 @@ from accounting.errors import InputError
 from dpgemma.storage.objects import Objects
 from experiments.sweep import grid as grid_lib
 from experiments.sweep import privacy, stored_folder, sweep
+from tests import object_storage
 from tests.experiments.sweeps import GRID, toml
 from tests.training.runs import COMMAND, wait_for
 
@@ -24,32 +23,15 @@ RESULT = {"model": "ladder_20k", "parameters": 20184, "curve": [[8, 3.0]], "eval
 
 @pytest.fixture(scope="module")
 def server():
-    moto = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    running = moto.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
-
-
-def machine(server, cache: pathlib.Path) -> dict[str, str]:
-    """The environment of a machine with a disk of its own."""
-    return {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1", "XDG_CACHE_HOME": str(cache),
-    }  # fmt: skip
+    with object_storage.served() as running:
+        yield running
 
 
 @pytest.fixture
 def address(server, tmp_path, monkeypatch):
-    for name, value in machine(server, tmp_path / "here").items():
+    for name, value in object_storage.machine(server, tmp_path / "here").items():
         monkeypatch.setenv(name, value)
-    import s3fs
-
-    bucket = f"bucket-{secrets.token_hex(8)}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
-    return f"s3://{bucket}/sweeps/one"
+    return f"s3://{object_storage.new_bucket()}/sweeps/one"
 
 
 def two_machines(address, tmp_path, monkeypatch, grid):
@@ -180,7 +162,7 @@ def start(server, cache, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         [*COMMAND, "sweep", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment | machine(server, cache),
+        env=environment | object_storage.machine(server, cache),
     )  # fmt: skip
 
 

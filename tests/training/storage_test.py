@@ -5,9 +5,7 @@ import functools
 import gzip
 import http.server
 import json
-import logging
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -27,38 +25,27 @@ from dpgemma.storage.mirror import Mirror
 from dpgemma.storage.objects import Objects
 from dpgemma.training.prepare import prepare
 from dpgemma.training.settings import Settings
+from tests import object_storage
 from tests.data.cache_test import Silent
 from tests.training import runs
 
 
 @pytest.fixture(scope="module")
 def server():
-    moto = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    running = moto.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
+    with object_storage.served() as running:
+        yield running
 
 
 @pytest.fixture
 def variables(server, tmp_path):
-    return {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1", "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }  # fmt: skip
+    return object_storage.machine(server, tmp_path / "cache")
 
 
 @pytest.fixture
 def address(variables, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    import s3fs
-
-    bucket = f"bucket-{secrets.token_hex(8)}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
-    return f"s3://{bucket}/runs/one"
+    return f"s3://{object_storage.new_bucket()}/runs/one"
 
 
 def lines(address):
